@@ -1,0 +1,48 @@
+# make demo | test | check | bench | clean. Each makes .venv first where it is missing.
+PYTHON ?= python3
+# One CPU build of torch by default. A torch that $(PYTHON) already has (a CUDA build, say) is used instead.
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+READY := .venv/.ready
+CORE := .venv/.core
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/cuda/*.cu csrc/cuda/*.hpp)
+
+.PHONY: demo test check format bench clean
+
+demo: $(CORE)
+	$(BIN)/python examples/quickstart/collect.py
+	$(BIN)/demix run examples/quickstart/study.yaml
+
+test: $(CORE)
+	$(BIN)/python -m pytest tests
+
+check: $(CORE)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/contract/test_import_layers.py
+
+format: $(CORE)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(CORE)
+	$(BIN)/python benchmarks/run_all.py
+
+$(READY): pyproject.toml
+	@command -v g++ >/dev/null || { echo "g++ is missing: install a C++17 compiler (apt-get install g++)"; exit 2; }
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
+	 else $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --retries 1 --extra-index-url $(TORCH_INDEX) "$(TORCH)"; fi
+	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=2.13"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# pip leaves an unchanged core alone, so this costs seconds; a changed csrc/ is rebuilt in place.
+$(CORE): $(READY) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info megatron_demix/*.so .pytest_cache .mypy_cache .ruff_cache runs examples/*/corpus

@@ -1,0 +1,197 @@
+"""Artifacts: folders that either exist whole, under the key of what made them, or do not exist.
+
+An artifact is written into a temporary folder beside its target, every file is fsynced, `manifest.json` is written last, and
+the folder is renamed into place. Its manifest holds the key, the settings, and each file's size and digest: nothing that
+depends on the time, the machine or the path, so that two runs of one study can be compared byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+
+
+def fingerprint(value: Any) -> str:
+    """12 hex digits naming a JSON-able value. Equal values (whatever the order of their keys) give equal fingerprints."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_jsonable, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"cannot fingerprint a {type(value).__name__}")
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE2b-128 of a file's bytes, as hex."""
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Replace one small file so that a reader sees the old text or the new, whatever happens. Raises StorageError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with storage_errors(f"writing {path}"):
+            with open(temporary, "wb") as file:
+                file.write(text.encode() if isinstance(text, str) else text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """write_atomic of indented JSON; NaN is refused rather than written."""
+    write_atomic(path, json.dumps(value, indent=1, default=_jsonable, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of `path`. Raises CorruptInput naming the file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise CorruptInput(f"{path}: not readable as JSON ({e}).") from e
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact says of itself. `files` maps a relative path to {"bytes": int, "blake2b": hex}."""
+
+    key: str
+    kind: str
+    settings: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest of a finished artifact, or None where there is none. Raises CorruptInput where it is damaged."""
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            return None
+        data = read_json(path)
+        try:
+            return cls(data["key"], data["kind"], data["settings"], data["files"])
+        except (KeyError, TypeError) as e:
+            raise CorruptInput(f"{path}: not an artifact manifest ({e!r}).") from e
+
+    def problems(self, folder: Path, *, digests: bool = False) -> list[str]:
+        """What is wrong with the files on disk; empty if they are all there with the right size (and digest, if asked)."""
+        found = []
+        for name, facts in self.files.items():
+            path = Path(folder) / name
+            if not path.is_file():
+                found.append(f"{path} is missing")
+            elif path.stat().st_size != facts["bytes"]:
+                found.append(f"{path} has {path.stat().st_size} bytes, expected {facts['bytes']}")
+            elif digests and hash_file(path) != facts["blake2b"]:
+                found.append(f"{path} has other bytes than when it was published")
+        return found
+
+
+def is_done(folder: Path, key: str | None = None) -> bool:
+    """True if and only if `folder` holds a whole artifact (of this key, if one is given).
+
+    Raises CorruptInput if its manifest or a file's size is wrong, OutputExists if it holds something else.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputExists(
+                f"{folder} exists and is not an artifact of this project. Move it away or choose another output."
+            )
+        return False
+    if key is not None and manifest.key != key:
+        raise OutputExists(
+            f"{folder} holds an artifact with key {manifest.key}, expected {key}: it was made from other inputs or settings. "
+            "Move it away or choose another output; nothing is overwritten."
+        )
+    if found := manifest.problems(folder):
+        raise CorruptInput(f"artifact {folder} is damaged: {found[0]}. Delete the folder to have it made again.")
+    return True
+
+
+@contextmanager
+def publish(target: Path, key: str, kind: str, settings: Mapping[str, Any], *, work: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success publish it as `target`, on any error remove it and leave nothing.
+
+    `work`: a folder that already holds the files (a trainer's working folder), used instead of a fresh temporary one; it is
+    kept when an error occurs. Files whose names start with a dot and temporary ending are not expected. Raises OutputExists
+    if another writer published a different artifact meanwhile; if it published the same one, ours is dropped.
+    """
+    target = Path(target)
+    if is_done(target, key):
+        raise OutputExists(f"{target} is already done (key {key}); check is_done() before making it.")
+    with storage_errors(f"writing {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = work or target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+        temporary.mkdir(exist_ok=work is not None)
+        try:
+            yield temporary
+            _seal(temporary, key, kind, settings)
+            _rename_into_place(temporary, target, key)
+        except BaseException:
+            if work is None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _seal(folder: Path, key: str, kind: str, settings: Mapping[str, Any]) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
+    for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
+        _fsync(path)
+    write_json(folder / MANIFEST, {"kind": kind, "key": key, "settings": dict(settings), "files": files})
+
+
+def _rename_into_place(temporary: Path, target: Path, key: str) -> None:
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        # Someone else's folder is there: the same artifact is as good as ours, anything else is refused by is_done.
+        if not is_done(target, key):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+    _fsync(target.parent)
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the temporary folders and files that killed processes of this machine left directly in `folder`."""
+    removed = []
+    for path in Path(folder).glob(f".*{_TEMPORARY}*"):
+        pid = path.name.rsplit(_TEMPORARY, 1)[1].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed

@@ -1,0 +1,85 @@
+"""The exception tree. Each class knows the exit code its command ends with.
+
+Codes 16 and 17 are Megatron's own and pass through unchanged; 1 is left to unexpected errors (bugs).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class DemixError(Exception):
+    """Root of every error a user can cause or meet. The message names the object, what was seen, what was expected,
+    and what to do next."""
+
+    exit_code = 1
+
+
+class ConfigError(DemixError):
+    """A flag, a study file or the machine's set-up is wrong."""
+
+    exit_code = 2
+
+
+class IncompatibleInputs(DemixError):
+    """Inputs that are each sound do not fit one another: shapes, dtypes, vocabularies, tokenizers, domain names."""
+
+    exit_code = 3
+
+
+class MixtureError(DemixError):
+    """A mixture is malformed (does not sum to 1, negative, unknown domain) or cannot be met by the data at hand."""
+
+    exit_code = 4
+
+
+class VerificationFailed(DemixError):
+    """An output was written, read again, and is not what was planned. It has not been published."""
+
+    exit_code = 5
+
+
+class OutputExists(DemixError):
+    """The output path holds something else. Nothing is ever overwritten."""
+
+    exit_code = 6
+
+
+class CorruptInput(DemixError):
+    """An input file is truncated, foreign, unreadable or unsafe to read (a pickle that names forbidden classes)."""
+
+    exit_code = 7
+
+
+class StageFailed(DemixError):
+    """A stage's process died, or training diverged. The log is named in the message; finished artifacts are intact."""
+
+    exit_code = 8
+
+
+class StorageError(DemixError):
+    """The disk is full or refuses to be written. What was half written has been removed."""
+
+    exit_code = 74
+
+
+class Incomplete(DemixError):
+    """Stopped early on request (signal, time limit) with its state saved: run the same command again."""
+
+    exit_code = 75
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn the operating system's "disk full" family into StorageError naming `what` was being written."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise StorageError(
+                f"{what}: {e.strerror or e} ({e.filename or 'no path'}). Free space or choose another disk, then run again; "
+                "nothing that was finished is lost."
+            ) from e
+        raise

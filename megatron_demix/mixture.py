@@ -1,0 +1,134 @@
+"""Mixtures: weights by domain name on the simplex, and the exact arithmetic between weights, shares and token budgets.
+
+Two kinds of numbers describe one proxy. Its *merge weights* a say how the components' parameters are averaged. Its
+*actual shares* s say which data it stands for: every component was trained on b parts of the anchor mixture q and 1-b parts
+of its own domain, so  s = b * q + (1 - b) * a.  Only actual shares may be used to build data. (DeMix, section 3.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+
+from megatron_demix.errors import MixtureError
+
+TOLERANCE = 1e-6
+
+
+class Mixture(Mapping[str, float]):
+    """Weights by domain name: finite, non-negative, summing to 1 within TOLERANCE (then divided by their exact sum).
+
+    Immutable, keeps the order of the domains. Raises MixtureError naming `label` and the offending domain.
+    """
+
+    __slots__ = ("_weights",)
+
+    def __init__(self, weights: Mapping[str, float], *, label: str = "mixture") -> None:
+        if not weights:
+            raise MixtureError(f"{label}: no domains. Give at least one domain with a weight.")
+        for name, weight in weights.items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+                raise MixtureError(f"{label}: weight of domain {name!r} is {weight!r}, expected a finite number >= 0.")
+        total = math.fsum(weights.values())
+        if abs(total - 1) > TOLERANCE:
+            listed = ", ".join(f"{n} {w:g}" for n, w in weights.items())
+            raise MixtureError(
+                f"{label}: weights sum to {total:.6g}, expected 1 (tolerance {TOLERANCE:g}): {listed}. "
+                "Correct them, or add the domain that is absent; weights are never normalised silently."
+            )
+        self._weights = {name: float(weight) / total for name, weight in weights.items()}
+
+    @classmethod
+    def proportional(cls, amounts: Mapping[str, float], *, label: str = "mixture") -> Mixture:
+        """The mixture in proportion to non-negative amounts (the natural mixture, from sizes). Asked for, so not silent."""
+        total = math.fsum(amounts.values())
+        if not amounts or not math.isfinite(total) or total <= 0:
+            raise MixtureError(f"{label}: amounts {dict(amounts)} have no positive finite sum.")
+        return cls({name: amount / total for name, amount in amounts.items()}, label=label)
+
+    @classmethod
+    def uniform(cls, domains: Iterable[str]) -> Mixture:
+        return cls.proportional({name: 1.0 for name in domains})
+
+    @classmethod
+    def one_hot(cls, domains: Iterable[str], chosen: str) -> Mixture:
+        names = list(domains)
+        if chosen not in names:
+            raise MixtureError(f"domain {chosen!r} is not among {names}.")
+        return cls({name: float(name == chosen) for name in names})
+
+    def __getitem__(self, domain: str) -> float:
+        return self._weights[domain]
+
+    def __iter__(self):
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._weights.items()))
+
+    def __repr__(self) -> str:
+        return f"Mixture({self})"
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={weight:.4g}" for name, weight in self.items())
+
+    def over(self, domains: Sequence[str], *, label: str = "mixture") -> Mixture:
+        """The same mixture listed over exactly `domains`, absent ones at 0. Raises MixtureError on a name not in them."""
+        unknown = [name for name in self if name not in domains]
+        if unknown:
+            raise MixtureError(f"{label}: unknown domain {unknown[0]!r}; the domains are {', '.join(domains)}.")
+        return Mixture({name: self.get(name, 0.0) for name in domains}, label=label)
+
+
+def actual_shares(merge_weights: Mixture, anchor: Mixture, anchor_share: float) -> Mixture:
+    """The data a proxy stands for: b * q + (1 - b) * a. Domains are those of merge_weights; anchor must lie within them."""
+    _check_share(anchor_share)
+    anchor = anchor.over(list(merge_weights), label="anchor")
+    return Mixture({n: anchor_share * anchor[n] + (1 - anchor_share) * a for n, a in merge_weights.items()})
+
+
+def merge_weights_for(shares: Mixture, anchor: Mixture, anchor_share: float) -> Mixture:
+    """The merge weights whose proxy stands for `shares`: (s - b * q) / (1 - b).
+
+    Raises MixtureError naming the domain whose share lies below what the anchor alone gives it (no proxy can reach it).
+    """
+    _check_share(anchor_share)
+    anchor = anchor.over(list(shares), label="anchor")
+    weights = {}
+    for name, share in shares.items():
+        weight = (share - anchor_share * anchor[name]) / (1 - anchor_share)
+        if weight < -TOLERANCE:
+            raise MixtureError(
+                f"share of domain {name!r} is {share:.4g}, but the anchor alone gives it {anchor_share * anchor[name]:.4g}: "
+                "no proxy stands for less. Raise the share, or train components with a smaller anchor share."
+            )
+        weights[name] = max(weight, 0.0)
+    return Mixture.proportional(weights)
+
+
+def _check_share(anchor_share: float) -> None:
+    if not 0 <= anchor_share < 1:
+        raise MixtureError(f"anchor share is {anchor_share}, expected 0 <= share < 1.")
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Split `total` indivisible units by weight, exactly: the parts sum to `total`, each within 1 of its quota.
+
+    Largest remainder (Hamilton) in exact rational arithmetic; ties go to the earlier entry. A zero weight gets zero.
+    """
+    if total < 0:
+        raise MixtureError(f"cannot apportion {total} units, expected >= 0.")
+    exact = [Fraction(w) for w in weights]
+    if any(w < 0 for w in exact) or sum(exact) <= 0:
+        raise MixtureError(f"cannot apportion by weights {list(weights)}: expected all >= 0 and a positive sum.")
+    whole = sum(exact)
+    quotas = [w * total / whole for w in exact]
+    parts = [int(q) for q in quotas]
+    by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - quotas[i], i))
+    for i in by_remainder[: total - sum(parts)]:
+        parts[i] += 1
+    return parts

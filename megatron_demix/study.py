@@ -1,0 +1,382 @@
+"""The study: one YAML file that describes a whole run. Unknown keys are refused, and the nearest known key is named.
+
+Model, parallelism and optimiser keys carry Megatron's own argument names, so that a study reads like a launch script.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.mixture import Mixture
+from megatron_demix.units import parse_duration, parse_tokens
+
+
+def _or_value_error(parse):
+    """pydantic collects ValueErrors; our parsers raise ConfigError."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return parse(value)
+        except DemixError as e:
+            raise ValueError(str(e)) from e
+
+    return BeforeValidator(validate)
+
+
+Tokens = Annotated[int, Field(gt=0), _or_value_error(parse_tokens)]
+Seconds = Annotated[int, Field(gt=0), _or_value_error(parse_duration)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
+MixtureSpec = Literal["natural", "uniform"] | dict[str, float]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TokenizerSpec(_Section):
+    type: Literal["byte", "bpe", "huggingface", "sentencepiece", "tiktoken"] = "bpe"
+    """byte: 256 bytes and EOD, no training. bpe: a byte-level BPE trained on the study's text. The rest load `model`."""
+    model: Path | None = None
+    """The tokenizer's file or folder, for the types that load one."""
+    train_vocab_size: int = Field(4096, ge=300)
+    """bpe: number of ids, EOD included."""
+    train_bytes: int = Field(8_000_000, ge=10_000)
+    """bpe: text it is trained on, spread evenly over the domains."""
+
+    @model_validator(mode="after")
+    def _model_given(self) -> TokenizerSpec:
+        if (self.model is None) != (self.type in ("byte", "bpe")):
+            raise ValueError(f"type {self.type!r} {'needs' if self.model is None else 'takes no'} `model`")
+        return self
+
+
+class DomainSpec(_Section):
+    name: Name
+    inputs: list[str] = []
+    """Files or globs: .jsonl, .txt, ... relative to the study file."""
+    prefixes: dict[Literal["train", "valid", "test"], list[Path]] | None = None
+    """Already tokenized data instead of `inputs`: Megatron path prefixes (without .bin/.idx), by split."""
+    json_key: str = "text"
+    max_epochs: float = Field(4.0, gt=0)
+    """The search and the blend never repeat this domain more often than this in the final run."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DomainSpec:
+        if bool(self.inputs) == bool(self.prefixes):
+            raise ValueError(f"domain {self.name!r} needs either `inputs` (text) or `prefixes` (.bin/.idx)")
+        return self
+
+
+class PrepareSpec(_Section):
+    split: tuple[float, float, float] = (0.94, 0.03, 0.03)
+    """Shares of the documents for train, valid (scores the search) and test (scores the final run only)."""
+    workers: int = Field(2, ge=1)
+
+
+class ModelSpec(_Section):
+    """megatron.core TransformerConfig and GPTModel, by Megatron's argument names."""
+
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int | None = Field(None, ge=1)
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    """Default: 4 x hidden_size, or 8/3 of it rounded up to a multiple of 64 with swiglu."""
+    kv_channels: int | None = Field(None, ge=1)
+    max_position_embeddings: int | None = Field(None, ge=1)
+    """Default: train.seq_length."""
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    rotary_base: int = 10000
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    swiglu: bool = True
+    qk_layernorm: bool = False
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    untie_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    make_vocab_size_divisible_by: int = Field(128, ge=1)
+    num_experts: int | None = Field(None, ge=2)
+    moe_router_topk: int = Field(2, ge=1)
+    moe_ffn_hidden_size: int | None = None
+    moe_aux_loss_coeff: float = 1e-2
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """auto: Transformer Engine where it works, the local layer spec elsewhere."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelSpec:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+            )
+        return self
+
+
+class ParallelSpec(_Section):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    data: int = Field(1, ge=1)
+    context: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data * self.context
+
+
+class TrainSpec(_Section):
+    """Settings every training run of the study shares, by Megatron's argument names."""
+
+    seq_length: int = Field(ge=8)
+    micro_batch_size: int = Field(1, ge=1)
+    global_batch_size: int = Field(ge=1)
+    """Sequences in one optimiser step."""
+    lr: float = Field(3e-4, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    lr_warmup_fraction: float = Field(0.01, ge=0, lt=1)
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    use_distributed_optimizer: bool = False
+    recompute_granularity: Literal["full"] | None = None
+    save_interval: int = Field(500, ge=1)
+    """Optimiser steps between the checkpoints a killed run resumes from."""
+    log_interval: int = Field(10, ge=1)
+    eval_interval: int | None = Field(None, ge=1)
+    eval_iters: int = Field(4, ge=1)
+    timeout: Seconds = 1800
+    """A collective that waits longer than this has lost a rank: the run is stopped."""
+
+
+class Phase(_Section):
+    """One kind of training run; its settings override `train`."""
+
+    tokens: Tokens
+    lr: float | None = Field(None, gt=0)
+    min_lr: float | None = Field(None, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] | None = None
+    lr_warmup_fraction: float | None = Field(None, ge=0, lt=1)
+
+
+class BaseSpec(Phase):
+    tokens: Tokens | None = None  # type: ignore[assignment]
+    mixture: MixtureSpec = "natural"
+    checkpoint: Path | None = None
+    """A Megatron torch_dist checkpoint to start from instead of training a base."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> BaseSpec:
+        if (self.tokens is None) == (self.checkpoint is None):
+            raise ValueError("base needs either `tokens` (train one) or `checkpoint` (start from one)")
+        return self
+
+
+class AnchorSpec(_Section):
+    mixture: MixtureSpec = "uniform"
+    share: Share = 0.5
+    """Part of every component's data that is the anchor mixture; the rest is its own domain. The paper: 0.5."""
+
+
+class ComponentSpec(Phase):
+    anchor: AnchorSpec = AnchorSpec()
+
+
+class MergeSpec(_Section):
+    method: Literal["linear"] = "linear"
+    threads: int | None = Field(None, ge=1)
+
+
+class SearchSpec(_Section):
+    rounds: list[Annotated[int, Field(ge=1)]] = Field([64, 32, 16], min_length=1)
+    """Proxies evaluated in each round."""
+    objective: dict[str, float] = Field(min_length=1)
+    """Weight of each score. A domain's name means its validation loss in bits per byte; the weights are relative."""
+    surrogate: Literal["auto", "gaussian_process", "quadratic", "ridge", "log_linear", "lightgbm"] = "auto"
+    candidates: int = Field(200_000, ge=100)
+    """Feasible mixtures the surrogate scores in each round."""
+    top: int = Field(128, ge=1)
+    """The final mixture is the mean of this many best predicted candidates."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> SearchSpec:
+        if any(w < 0 for w in self.objective.values()) or sum(self.objective.values()) <= 0:
+            raise ValueError("objective: weights must be >= 0 and not all 0")
+        return self
+
+
+class EvaluateSpec(_Section):
+    losses: Literal["all"] | list[str] = "all"
+    """Domains whose validation loss is measured for each proxy."""
+    tokens_per_domain: Tokens = 32768
+    micro_batch_size: int = Field(8, ge=1)
+
+
+class FinalSpec(Phase):
+    init: Literal["base", "scratch"] = "base"
+    baselines: list[Literal["uniform", "natural"]] = ["uniform", "natural"]
+    """Mixtures trained at the same budget, to compare the found one with. Empty: train the found mixture only."""
+    seeds: int = Field(1, ge=1)
+    """Runs of each mixture: how else would one know the noise?"""
+    blend: Literal["view", "materialise"] = "view"
+
+
+class LaunchSpec(_Section):
+    backend: Literal["local"] = "local"
+    jobs: int = Field(1, ge=1)
+    """Stages that may run side by side."""
+    threads_per_rank: int = Field(1, ge=1)
+
+
+class Study(_Section):
+    name: Name
+    seed: int = Field(1234, ge=0)
+    tokenizer: TokenizerSpec = TokenizerSpec()
+    prepare: PrepareSpec = PrepareSpec()
+    domains: list[DomainSpec] = Field(min_length=2)
+    model: ModelSpec
+    parallel: ParallelSpec = ParallelSpec()
+    train: TrainSpec
+    base: BaseSpec
+    component: ComponentSpec
+    merge: MergeSpec = MergeSpec()
+    search: SearchSpec
+    evaluate: EvaluateSpec = EvaluateSpec()
+    final: FinalSpec
+    launch: LaunchSpec = LaunchSpec()
+
+    @property
+    def domain_names(self) -> list[str]:
+        return [d.name for d in self.domains]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        names = self.domain_names
+        if repeated := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"domains: {sorted(repeated)[0]!r} is named twice")
+        scores = names if self.evaluate.losses == "all" else self.evaluate.losses
+        for what, used in (
+            ("evaluate.losses", scores),
+            ("search.objective", self.search.objective),
+            ("base.mixture", self.base.mixture),
+            ("component.anchor.mixture", self.component.anchor.mixture),
+        ):
+            allowed = scores if what == "search.objective" else names
+            for name in () if isinstance(used, str) else used:
+                if name not in allowed:
+                    raise ValueError(f"{what}: {name!r} is not one of {', '.join(allowed)}{_nearest(name, allowed)}")
+        batch = self.train.micro_batch_size * self.parallel.data
+        if self.train.global_batch_size % batch:
+            raise ValueError(
+                f"train.global_batch_size {self.train.global_batch_size} is not a multiple of micro_batch_size x parallel.data = {batch}"
+            )
+        if self.model.num_layers % self.parallel.pipeline:
+            raise ValueError(
+                f"model.num_layers {self.model.num_layers} is not a multiple of parallel.pipeline {self.parallel.pipeline}"
+            )
+        if self.model.num_attention_heads % self.parallel.tensor:
+            raise ValueError(
+                f"model.num_attention_heads {self.model.num_attention_heads} is not a multiple of parallel.tensor {self.parallel.tensor}"
+            )
+        return self
+
+    def phase(self, name: Literal["base", "component", "final"]) -> TrainSpec:
+        """`train` with the overrides of one phase applied."""
+        section: Phase = getattr(self, name)
+        overrides = {
+            k: v for k in ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction") if (v := getattr(section, k)) is not None
+        }
+        return self.train.model_copy(update=overrides)
+
+    def mixture(self, spec: MixtureSpec, natural: dict[str, float], label: str) -> Mixture:
+        """A MixtureSpec as a Mixture over all domains. natural: training tokens by domain."""
+        if spec == "natural":
+            return Mixture.proportional({n: natural[n] for n in self.domain_names}, label=label)
+        if spec == "uniform":
+            return Mixture.uniform(self.domain_names)
+        return Mixture(dict(spec), label=label).over(self.domain_names, label=label)  # type: ignore[arg-type]
+
+
+def load_study(path: Path, overrides: list[str] | None = None) -> Study:
+    """Read and check a study file. overrides: "a.b=value" as YAML, lists by index. Raises ConfigError."""
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"study {path}: cannot be read: {e}") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"study {path}: expected a mapping with name, domains, model, ...; found {type(data).__name__}.")
+    for override in overrides or []:
+        _override(data, override)
+    try:
+        return Study.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError(f"study {path}:\n" + "\n".join(f"  {_explain(d)}" for d in e.errors())) from e
+
+
+def _override(data: dict, text: str) -> None:
+    import yaml
+
+    dotted, equals, value = text.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {text!r}: expected key.subkey=value.")
+    *parents, last = dotted.split(".")
+    node: Any = data
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+    except (ValueError, IndexError, TypeError, AttributeError) as e:
+        raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e
+
+
+def _explain(error: dict) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        seen = f", found {error['input']!r}" if isinstance(error["input"], (str, int, float, bool, type(None))) else ""
+        return f"{where or 'study'}: {message}{seen}"
+    section = _section_at(error["loc"][:-1])
+    known = list(section.model_fields) if section else []
+    return f"{where}: unknown key{_nearest(str(error['loc'][-1]), known)}" + (
+        f" Known here: {', '.join(known)}." if known else ""
+    )
+
+
+def _section_at(location: tuple) -> type[BaseModel] | None:
+    section: Any = Study
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        inner = field.annotation
+        inner = getattr(inner, "__args__", (inner,))[0] if getattr(inner, "__origin__", None) is list else inner
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        section = inner
+    return section
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
