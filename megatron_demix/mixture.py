@@ -49,7 +49,7 @@ class Mixture(Mapping[str, float]):
 
     @classmethod
     def uniform(cls, domains: Iterable[str]) -> Mixture:
-        return cls.proportional({name: 1.0 for name in domains})
+        return cls.proportional(dict.fromkeys(domains, 1.0))
 
     @classmethod
     def one_hot(cls, domains: Iterable[str], chosen: str) -> Mixture:

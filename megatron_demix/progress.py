@@ -1,4 +1,4 @@
-"""Telling people and tools how far a long job is: bars on a terminal, lines in a log, heartbeat files, JSONL metrics, TensorBoard.
+"""How far a long job is: bars on a terminal, lines in a log, heartbeat files, JSONL metrics.
 
 A worker process writes a heartbeat file; whoever waits for it (a bar on this machine, `demix status` elsewhere) reads it.
 """
@@ -45,7 +45,8 @@ def progress_bar(label: str, total: float, *, unit: str = "", enabled: bool = Tr
         task = bar.add_task(label, total=total, info="")
 
         def advance(units: float = 1, *, info: str | None = None) -> None:
-            bar.update(task, advance=units, **({} if info is None else {"info": info}))
+            fields: dict[str, Any] = {} if info is None else {"info": info}
+            bar.update(task, advance=units, **fields)
 
         yield advance
 
@@ -97,7 +98,7 @@ class Heartbeat:
 
 
 class MetricsLog:
-    """Appends one JSON object a line, with the time and the event's name. One write call a line, so that processes may share it."""
+    """Appends one JSON object a line, with the time and the event's name. One write a line, so processes may share the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.mixture import Mixture
@@ -284,7 +285,8 @@ class Study(_Section):
         batch = self.train.micro_batch_size * self.parallel.data
         if self.train.global_batch_size % batch:
             raise ValueError(
-                f"train.global_batch_size {self.train.global_batch_size} is not a multiple of micro_batch_size x parallel.data = {batch}"
+                f"train.global_batch_size {self.train.global_batch_size} "
+                f"is not a multiple of micro_batch_size x parallel.data = {batch}"
             )
         if self.model.num_layers % self.parallel.pipeline:
             raise ValueError(
@@ -292,7 +294,8 @@ class Study(_Section):
             )
         if self.model.num_attention_heads % self.parallel.tensor:
             raise ValueError(
-                f"model.num_attention_heads {self.model.num_attention_heads} is not a multiple of parallel.tensor {self.parallel.tensor}"
+                f"model.num_attention_heads {self.model.num_attention_heads} "
+                f"is not a multiple of parallel.tensor {self.parallel.tensor}"
             )
         return self
 
@@ -310,7 +313,7 @@ class Study(_Section):
             return Mixture.proportional({n: natural[n] for n in self.domain_names}, label=label)
         if spec == "uniform":
             return Mixture.uniform(self.domain_names)
-        return Mixture(dict(spec), label=label).over(self.domain_names, label=label)  # type: ignore[arg-type]
+        return Mixture(dict(spec), label=label).over(self.domain_names, label=label)
 
 
 def load_study(path: Path, overrides: list[str] | None = None) -> Study:
@@ -348,7 +351,7 @@ def _override(data: dict, text: str) -> None:
         raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e
 
 
-def _explain(error: dict) -> str:
+def _explain(error: ErrorDetails) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
