@@ -227,6 +227,8 @@ class EvaluateSpec(_Section):
     """Domains whose validation loss is measured for each proxy."""
     tokens_per_domain: Tokens = 32768
     micro_batch_size: int = Field(8, ge=1)
+    replicas: int = Field(1, ge=1)
+    """Data-parallel copies of the model that share the proxies out among themselves."""
 
 
 class FinalSpec(Phase):

@@ -1,0 +1,195 @@
+"""`demix`: the whole method, or one stage of it, from a study file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_demix import __version__
+from megatron_demix.errors import DemixError
+
+if TYPE_CHECKING:
+    from megatron_demix.pipeline.dag import Dag
+    from megatron_demix.pipeline.stage import Stage
+
+# Each command that runs a part of the study: the kinds of stages it asks for (with all they need) and its help.
+_PARTS = {
+    "prepare": ({"tokenizer", "data"}, "tokenize the domains into Megatron .bin/.idx, split into train, valid and test"),
+    "train": ({"base", "components"}, "train the base and one component per domain"),
+    "evaluate": ({"rounds"}, "merge and score proxies, round by round, and fit the surrogates"),
+    "search": ({"rounds"}, "the same as evaluate, ending with the chosen mixture on standard output"),
+    "merge": ({"merge"}, "write the chosen mixture's proxy as a checkpoint"),
+    "blend": ({"blend"}, "build the final run's indexed data at the chosen and the baseline mixtures"),
+    "final": ({"final"}, "train and score the final runs"),
+}
+_EPILOG = """\
+examples:
+  demix plan examples/quickstart/study.yaml          what would run, and what is already done
+  demix run examples/quickstart/study.yaml           all of it; run it again to go on after an interruption
+  demix run study.yaml --set final.tokens=20M        the same study with one setting changed; what is still valid is re-used
+  demix search study.yaml                            stop at the mixture
+
+exit codes: 0 done; 2 usage or configuration; 3 incompatible inputs; 4 infeasible mixture; 5 verification failed;
+6 output exists and differs; 7 corrupt or unsafe input; 8 a stage failed; 74 disk full; 75 incomplete, run again."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="demix", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_demix {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    study = argparse.ArgumentParser(add_help=False)
+    study.add_argument("study", type=Path, metavar="STUDY", help="the study's YAML file")
+    study.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as in model.num_layers=4"
+    )
+    study.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: ./runs)")
+    study.add_argument("--json", action="store_true", help="machine-readable result on standard output")
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("--dry-run", action="store_true", help="show what would run, and stop")
+    running.add_argument("--quiet", action="store_true", help="no progress; errors only")
+
+    def add(name: str, help: str, parents: list[argparse.ArgumentParser]) -> None:
+        commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=parents)
+
+    add("run", "the whole study, from text to the report", [study, running])
+    add("resume", "the same as run: what is done is skipped, what was interrupted goes on", [study, running])
+    add("plan", "the stages, their state and where their artifacts lie", [study])
+    add("status", "the same as plan, with the progress of what is under way", [study])
+    for name, (_, help) in _PARTS.items():
+        add(name, help, [study, running])
+    add("report", "the HTML report of whatever is done so far", [study])
+    doctor = commands.add_parser("doctor", help="what is installed, what it is used for, and what to do about each gap")
+    doctor.add_argument("--json", action="store_true", help="machine-readable result on standard output")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `demix`. Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "doctor":
+            return _doctor(options)
+        return _study_command(options)
+    except DemixError as e:
+        print(f"demix: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+def _study_command(options: argparse.Namespace) -> int:
+    from megatron_demix.pipeline.dag import build_dag
+    from megatron_demix.study import load_study
+
+    study = load_study(options.study, options.set)
+    run: Path = options.runs / study.name
+    dag = build_dag(study, options.study, run.resolve())
+    if options.command == "report":
+        _report(dag, options)
+        return 0
+    stages = dag.of_kinds(_PARTS[options.command][0]) if options.command in _PARTS else dag.all
+    if options.command in ("plan", "status") or options.dry_run:
+        _show(stages, options, live=options.command == "status")
+        return 0
+    _run(dag, stages, options)
+    return 0
+
+
+def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
+    from megatron_demix.launch.display import Display
+    from megatron_demix.launch.local import run_stages
+
+    launch = dag.study.launch
+    nothing_to_do = all(s.done() for s in stages)
+    if not nothing_to_do:
+        display = Display(quiet=options.quiet)
+        run_stages(stages, dag.run, jobs=launch.jobs, threads_per_rank=launch.threads_per_rank, display=display)
+    elif not options.quiet:
+        print(f"everything is already done ({len(stages)} stages)", file=sys.stderr)
+    if options.command in ("run", "resume"):
+        _report(dag, options)
+    elif options.command == "search":
+        from megatron_demix.pipeline.search_stages import CHOICE
+
+        print((dag.choice.folder / CHOICE).read_text(), end="")
+    elif options.json:
+        print(json.dumps({s.name: str(s.folder) for s in stages}, indent=1))
+    elif not options.quiet:
+        for stage in stages:
+            if stage.kind in _PARTS[options.command][0]:
+                print(f"{stage.name}: {_shown(stage.folder)}", file=sys.stderr)
+
+
+def _report(dag: Dag, options: argparse.Namespace) -> None:
+    from megatron_demix.pipeline.reporting import verdict, write_report
+
+    page = write_report(dag)
+    if options.json:
+        print(json.dumps({"report": str(page)}))
+    elif not getattr(options, "quiet", False):
+        print(f"{verdict(dag)}\nreport: {_shown(page)}")
+
+
+def _show(stages: list[Stage], options: argparse.Namespace, *, live: bool) -> None:
+    from megatron_demix.progress import Heartbeat
+
+    rows = []
+    for stage in stages:
+        row = {"stage": stage.name, "state": stage.state(), "ranks": stage.ranks, "key": stage.key, "path": str(stage.folder)}
+        if live and row["state"] == "partial" and (beat := Heartbeat.read(stage.heartbeat)):
+            row["progress"] = f"{100 * beat['done'] / max(beat['total'], 1):.0f} %"
+            row["log"] = str(stage.log)
+        rows.append(row)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "ranks", "artifact"):
+        table.add_column(column, no_wrap=True, justify="right" if column == "ranks" else "left")
+    colours = {"done": "green", "partial": "yellow", "to do": "dim"}
+    for stage, row in zip(stages, rows, strict=True):
+        state = f"[{colours[str(row['state'])]}]{row['state']}[/] {row.get('progress', '')}"
+        table.add_row(stage.name, state, str(stage.ranks or "-"), _shown(stage.folder))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    counts = {state: sum(r["state"] == state for r in rows) for state in colours}
+    console.print("  ".join(f"{n} {state}" for state, n in counts.items() if n), style="bold", highlight=False)
+
+
+def _shown(path: Path) -> str:
+    """Relative to where one stands, if that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_demix.launch.doctor import examine
+
+    findings = examine()
+    if options.json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("what", "found", "used for", "to do"):
+        table.add_column(column)
+    for f in findings:
+        table.add_row(f.name, f"[{'green' if f.ok else 'yellow'}]{f.found}[/]", f.purpose, f.advice)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Scoring many models in one process group: proxies merged in place, or checkpoints loaded one after another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.evaluate.windows import Windows, read_windows
+from megatron_demix.progress import Heartbeat
+from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+
+if TYPE_CHECKING:
+    from megatron_demix.checkpoint.live import LiveTensor
+
+SCORES = "scores.json"
+
+
+class EvaluateJob(BaseModel):
+    """One scoring run, as the JSON file its ranks read. Give `mixtures` over `components`, or `checkpoints`, or both."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["evaluate"] = "evaluate"
+    model: ModelSpec
+    train: TrainSpec
+    parallel: ParallelSpec
+    vocab_size: int
+    token_bytes: list[int]
+    """UTF-8 bytes each token id stands for."""
+    domains: dict[str, list[Path]]
+    """Indexed prefixes of the split to score on."""
+    tokens_per_domain: int
+    micro_batch_size: int
+    components: dict[str, Path] = {}
+    mixtures: dict[str, dict[str, float]] = {}
+    """Merge weights over `components`, by proxy name."""
+    checkpoints: dict[str, Path] = {}
+    work: Path
+    heartbeat: Path | None = None
+    threads_per_rank: int = 1
+
+
+class Merger(Protocol):
+    """Writes a proxy into the parameters it was made for (megatron_demix.merge.proxies.ProxyMerger)."""
+
+    def merge(self, weights: Mapping[str, float]) -> None: ...
+
+
+def evaluate(job: EvaluateJob, make_merger: Callable[[Mapping[str, Path], Sequence[LiveTensor]], Merger]) -> None:
+    """Run by every rank: score every model of the job and let rank 0 write work/scores.json.
+
+    Each data-parallel replica takes every n-th model. A finished row is appended to work/rows-<replica>.jsonl at once, so a
+    killed run goes on where it stopped, on any number of replicas.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_demix.train.checkpointing import load_weights
+    from megatron_demix.train.compat import cpu_compat
+    from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+
+    torch.set_num_threads(job.threads_per_rank)
+    with cpu_compat():
+        initialize_parallel(job.parallel, seed=0, timeout_s=job.train.timeout)
+        try:
+            known = _finished_rows(job.work)
+            replica = parallel_state.get_data_parallel_rank()
+            replicas = parallel_state.get_data_parallel_world_size()
+            pending = [n for n in (*job.mixtures, *job.checkpoints) if n not in known]
+            torch.distributed.barrier()  # everyone has read the rows before anyone appends to them
+            if pending:
+                windows = list(_windows(job))
+                model = build_model(job.model, job.train, job.parallel, job.vocab_size)
+                merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
+                writes = parallel_state.get_model_parallel_group().rank() == 0
+                heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
+                for done, name in enumerate(pending):
+                    if heartbeat:
+                        heartbeat.beat(len(known) + done, len(known) + len(pending), "models")
+                    if done % replicas != replica:
+                        continue
+                    if name in job.mixtures:
+                        assert merger is not None
+                        merger.merge(job.mixtures[name])
+                    else:
+                        load_weights(model, job.checkpoints[name])
+                    row = {w.name: _bits_per_byte(model, w, job.micro_batch_size) for w in windows}
+                    if writes:
+                        with open(job.work / f"rows-{replica}.jsonl", "a") as file:
+                            # The leading newline ends a line that a kill cut short.
+                            file.write("\n" + json.dumps({"model": name, "scores": row}) + "\n")
+            torch.distributed.barrier()
+            if torch.distributed.get_rank() == 0:
+                _collect(job)
+            torch.distributed.barrier()
+        finally:
+            destroy_parallel()
+
+
+def _bits_per_byte(model, windows: Windows, micro_batch_size: int) -> float:
+    from megatron_demix.evaluate.loss import bits_per_byte
+
+    return bits_per_byte(model, windows, micro_batch_size=micro_batch_size)
+
+
+def _windows(job: EvaluateJob) -> Iterator[Windows]:
+    table = np.asarray(job.token_bytes, dtype=np.int32)
+    for name, prefixes in job.domains.items():
+        yield read_windows(
+            name,
+            prefixes,
+            seq_length=job.train.seq_length,
+            num_tokens=job.tokens_per_domain,
+            token_bytes=table,
+            vocab_size=job.vocab_size,
+        )
+
+
+def _finished_rows(work: Path) -> dict[str, dict[str, float]]:
+    rows = {}
+    for path in sorted(work.glob("rows-*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # empty, or cut short by a kill: that model is scored again
+            rows[row["model"]] = row["scores"]
+    return rows
+
+
+def _collect(job: EvaluateJob) -> None:
+    rows = _finished_rows(job.work)
+    table = ScoreTable([Score(name, "bits/byte", "lower") for name in job.domains])
+    table.rows = {name: rows[name] for name in (*job.mixtures, *job.checkpoints)}
+    table.write(job.work / SCORES)
+    for path in job.work.glob("rows-*.jsonl"):
+        path.unlink()

@@ -1,0 +1,54 @@
+"""The score table: named numbers, each with a unit and a direction, a row per model. Missing scores are errors, never zeros."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_demix.artifact import read_json, write_json
+from megatron_demix.errors import CorruptInput
+
+
+@dataclass(frozen=True)
+class Score:
+    name: str
+    unit: str
+    direction: Literal["lower", "higher"]
+
+
+@dataclass
+class ScoreTable:
+    """rows: model name -> {score name -> value}, in the order the models were asked for."""
+
+    scores: list[Score]
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def column(self, score: str, models: Sequence[str] | None = None) -> list[float]:
+        """One score of the given models (all, by default). Raises CorruptInput on one that is missing or not finite."""
+        values = []
+        for model in models if models is not None else self.rows:
+            value = self.rows.get(model, {}).get(score)
+            if value is None or not math.isfinite(value):
+                raise CorruptInput(f"score {score!r} of model {model!r} is {value}; every model needs every score.")
+            values.append(value)
+        return values
+
+    def write(self, path: Path) -> None:
+        write_json(path, {"scores": [asdict(s) for s in self.scores], "rows": self.rows})
+
+    @classmethod
+    def read(cls, path: Path) -> ScoreTable:
+        data = read_json(path)
+        try:
+            return cls([Score(**s) for s in data["scores"]], {m: dict(r) for m, r in data["rows"].items()})
+        except (KeyError, TypeError, AttributeError) as e:
+            raise CorruptInput(f"{path}: not a score table ({e!r}).") from e
+
+
+def weighted_objective(values: Mapping[str, float], objective: Mapping[str, float]) -> float:
+    """The weighted mean of scores; weights are relative."""
+    total = math.fsum(objective.values())
+    return math.fsum(weight * values[name] for name, weight in objective.items() if weight) / total

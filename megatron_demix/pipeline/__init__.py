@@ -1,0 +1,1 @@
+"""The method as stages: a DAG of artifacts, each made once from the artifacts it needs."""

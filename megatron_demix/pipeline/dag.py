@@ -1,0 +1,62 @@
+"""The study as a DAG of stages: data -> train -> merge and evaluate -> search -> blend -> final -> report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_demix.pipeline import data_stages, final_stages, search_stages, train_stages
+from megatron_demix.pipeline.inputs import InputDigests
+from megatron_demix.pipeline.stage import Stage, with_needs
+from megatron_demix.study import Study
+
+
+@dataclass(frozen=True)
+class Dag:
+    """Every stage of a study, by role. `all` lists them in an order in which they can run."""
+
+    study: Study
+    run: Path
+    tokenizer: Stage
+    data: dict[str, Stage]
+    base: Stage
+    components: dict[str, Stage]
+    rounds: list[search_stages.Round]
+    blends: dict[str, Stage]
+    finals: dict[str, Stage]
+    proxies: Stage
+    final_scores: Stage
+
+    @property
+    def choice(self) -> Stage:
+        """The stage whose artifact holds mixture.json."""
+        return self.rounds[-1].fit
+
+    @property
+    def all(self) -> list[Stage]:
+        return with_needs([self.final_scores])
+
+    def of_kinds(self, kinds: set[str]) -> list[Stage]:
+        """The stages of these kinds and all they need."""
+        return with_needs(s for s in self.all if s.kind in kinds)
+
+
+def build_dag(study: Study, study_path: Path, run: Path) -> Dag:
+    """Wire the stages of `study` together. Reads the inputs once (their digests are part of the keys), runs nothing.
+
+    study_path: relative inputs are resolved from its folder. Raises ConfigError or CorruptInput for inputs that are missing.
+    """
+    root = study_path.resolve().parent
+    digests = InputDigests(run / "cache" / "input_digests.json")
+    inputs = {d.name: data_stages.resolve(d, root) for d in study.domains}
+    tokenizer = data_stages.tokenizer(study, run, inputs, digests)
+    data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests) for d in study.domains}
+    digests.save()
+    base = train_stages.base(study, root, run, tokenizer, data)
+    components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data}
+    rounds = search_stages.rounds(study, run, tokenizer, data, components)
+    blends = final_stages.blends(study, run, data, rounds[-1].fit)
+    finals = final_stages.finals(study, run, tokenizer, blends, base)
+    proxies = final_stages.proxies(study, run, data, components, rounds[-1].fit)
+    scores = final_stages.scores(study, run, tokenizer, data, base, finals, proxies)
+    return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores)

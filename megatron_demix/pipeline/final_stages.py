@@ -1,0 +1,117 @@
+"""After the search: blends of the chosen and the baseline mixtures, the final runs on them, and their scores on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.artifact import read_json
+from megatron_demix.mixture import Mixture
+from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.search_stages import CHOICE, scoring
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study import Study
+
+FOUND = "found"
+BLEND = "blend"
+
+
+def _mixtures(study: Study) -> list[str]:
+    return [FOUND, *study.final.baselines]
+
+
+def _shares(study: Study, name: str, data: Mapping[str, Stage], choice: Stage) -> Mixture:
+    """Actual data shares of one of the final mixtures."""
+    if name == FOUND:
+        return Mixture(read_json(choice.folder / CHOICE)["weights"], label=FOUND)
+    return study.mixture(name, data_stages.tokens(data, "train"), name)  # type: ignore[arg-type]
+
+
+def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) -> dict[str, Stage]:
+    """One indexed data set per final mixture, as large as the final run needs."""
+    # One token more than the samples hold: a sample's last target is the token after it.
+    target = train_stages.num_tokens(study, "final") + 1
+
+    def blend(name: str) -> Stage:
+        def make(folder: Path) -> None:
+            from megatron_demix.data.blend import Pool, Source, build_blend
+
+            pool = Pool(
+                {d.name: Source(tuple(data_stages.prefixes(data[d.name], "train")), d.max_epochs) for d in study.domains}
+            )
+            shares = _shares(study, name, data, choice)
+            build_blend(pool, shares, target, folder / BLEND, mode=study.final.blend, seed=study.seed, progress=False)
+
+        settings = {
+            "mixture": name,
+            "target_tokens": target,
+            "mode": study.final.blend,
+            "max_epochs": {d.name: d.max_epochs for d in study.domains},
+            "seed": study.seed,
+        }
+        return Stage(f"blend/{name}", run, settings, (*data.values(), *([choice] if name == FOUND else [])), make)
+
+    return {name: blend(name) for name in _mixtures(study)}
+
+
+def finals(study: Study, run: Path, tokenizer: Stage, blends: Mapping[str, Stage], base: Stage) -> dict[str, Stage]:
+    """Final runs by "<mixture>-seed<n>": every mixture, every seed, the same budget."""
+
+    def final(name: str, number: int) -> Stage:
+        from_base = study.final.init == "base"
+        return train_stages.training(
+            study,
+            f"final/{name}-seed{number}",
+            "final",
+            run,
+            needs=(tokenizer, blends[name], *([base] if from_base else [])),
+            tokenizer=tokenizer,
+            settings={"init": study.final.init},
+            blend=lambda: [(blends[name].folder / BLEND, 1.0)],
+            seed=study.seed + number,
+            init=lambda: train_stages.checkpoint_of(base) if from_base else None,
+        )
+
+    return {f"{name}-seed{n}": final(name, n) for n in range(study.final.seeds) for name in _mixtures(study)}
+
+
+def proxies(study: Study, run: Path, data: Mapping[str, Stage], components: Mapping[str, Stage], choice: Stage) -> Stage:
+    """The found mixture's proxy as a checkpoint on disk, by the engine behind tools/merge_dist_ckpt.py."""
+
+    def make(folder: Path) -> None:
+        from megatron_demix.merge.engine import merge_checkpoints
+
+        merge_checkpoints(
+            {n: c.folder for n, c in components.items()},
+            {FOUND: read_json(choice.folder / CHOICE)["merge_weights"]},
+            folder / "proxies",
+            threads=study.merge.threads,
+            progress=False,
+        )
+
+    return Stage("merge/proxies", run, {"method": study.merge.method}, (choice, *components.values()), make)
+
+
+def scores(
+    study: Study,
+    run: Path,
+    tokenizer: Stage,
+    data: Mapping[str, Stage],
+    base: Stage,
+    finals: Mapping[str, Stage],
+    proxies: Stage,
+) -> Stage:
+    """The final models, the base and the found proxy on the test split, which nothing before has looked at."""
+
+    def models() -> dict[str, Any]:
+        return {
+            "checkpoints": {
+                "base": train_stages.checkpoint_of(base),
+                "proxy": proxies.folder / "proxies" / FOUND,
+                **{name: stage.folder for name, stage in finals.items()},
+            }
+        }
+
+    needs = (base, proxies, *finals.values())
+    return scoring(study, "final/scores", run, tokenizer, data, "test", needs, models)

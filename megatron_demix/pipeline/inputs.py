@@ -1,0 +1,36 @@
+"""What a study's text consists of: its files, and a digest of their bytes for the keys of what is made from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_demix.artifact import fingerprint, hash_file, write_json
+
+
+class InputDigests:
+    """Digests of input files, remembered by path, size and modification time in a cache file, so that a second run reads none."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        try:
+            self._known: dict[str, list] = json.loads(cache.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def of(self, paths: Iterable[Path]) -> str:
+        """A fingerprint of the files' names and bytes, in the given order; where they lie does not count."""
+        entries = []
+        for path in paths:
+            facts = path.stat()
+            identity = [facts.st_size, facts.st_mtime_ns]
+            known = self._known.get(str(path.resolve()))
+            digest = known[2] if known and known[:2] == identity else hash_file(path)
+            self._known[str(path.resolve())] = [*identity, digest]
+            entries.append([path.name, digest])
+        return fingerprint(entries)
+
+    def save(self) -> None:
+        self._cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._cache, self._known)

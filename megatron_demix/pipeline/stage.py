@@ -1,0 +1,101 @@
+"""A stage: what it needs, what it makes, and where. Its key follows from its settings and its needs' keys alone, so the whole
+DAG is known, and can be shown, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_demix.artifact import fingerprint, is_done, publish
+
+State = Literal["done", "partial", "to do"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One artifact and how to make it.
+
+    name: unique in a run, a path such as "components/code"; the artifact lies at <run>/<name>-<key>.
+    settings: everything that decides the result, apart from `needs`; never where or how fast it runs.
+    make: fills a folder, in this process.
+    ranks: 0 for work done by `make` alone. Otherwise `make` writes the job file, and then this many ranks of
+        `megatron_demix.pipeline.worker` finish the folder; what they have done survives a kill.
+    """
+
+    name: str
+    run: Path
+    settings: Mapping[str, Any]
+    needs: tuple[Stage, ...]
+    make: Callable[[Path], None]
+    ranks: int = 0
+
+    @cached_property
+    def key(self) -> str:
+        return fingerprint({"stage": self.name, "settings": self.settings, "needs": [[s.name, s.key] for s in self.needs]})
+
+    @property
+    def kind(self) -> str:
+        """What the stage does: the first part of its name."""
+        return self.name.split("/")[0]
+
+    @property
+    def folder(self) -> Path:
+        return self.run / f"{self.name}-{self.key}"
+
+    @property
+    def work(self) -> Path:
+        """Where a stage with ranks keeps unfinished work between runs."""
+        return self.folder.with_name(f".{self.folder.name}.work")
+
+    @property
+    def job(self) -> Path:
+        """What the ranks of this stage are told. Not part of the artifact: it holds paths."""
+        return self.log.with_suffix(".json")
+
+    @property
+    def log(self) -> Path:
+        return self.run / "logs" / f"{self.name.replace('/', '.')}-{self.key}.log"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.log.with_suffix(".heartbeat")
+
+    def done(self) -> bool:
+        return is_done(self.folder, self.key)
+
+    def state(self) -> State:
+        return "done" if self.done() else "partial" if self.ranks and self.work.exists() else "to do"
+
+    def begin(self) -> Path:
+        """For a stage with ranks: the work folder and the job file, ready for the workers."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.make(self.work)
+        return self.work
+
+    def finish(self) -> None:
+        """Publish the artifact: make it, or take over what the ranks have finished."""
+        # Settings are stored as JSON; going through it here makes the manifest the same whatever Python types they had.
+        settings = json.loads(json.dumps(self.settings, default=str))
+        with publish(self.folder, self.key, self.kind, settings, work=self.work if self.ranks else None) as folder:
+            if not self.ranks:
+                self.make(folder)
+
+
+def with_needs(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages and everything they need, each once, needs first."""
+    ordered: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        if stage.name not in ordered:
+            for need in stage.needs:
+                visit(need)
+            ordered[stage.name] = stage
+
+    for stage in stages:
+        visit(stage)
+    return list(ordered.values())

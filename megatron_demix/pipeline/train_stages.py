@@ -1,0 +1,172 @@
+"""Stages that train: the base, one component per domain, and (see final_stages) the final runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_demix.artifact import fingerprint, hash_file, write_json
+from megatron_demix.mixture import Mixture, actual_shares
+from megatron_demix.pipeline import data_stages
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study import Study, TrainSpec
+
+PhaseName = Literal["base", "component", "final"]
+# How a run is spread over ranks, and how often it saves and speaks, does not decide what it learns.
+_NOT_IN_KEY = {"micro_batch_size", "use_distributed_optimizer", "recompute_granularity", "timeout"} | {
+    "save_interval",
+    "log_interval",
+    "eval_interval",
+    "eval_iters",
+}
+
+
+def num_iterations(study: Study, phase: PhaseName) -> int:
+    """Optimiser steps of a phase: its tokens, to the nearest whole step, at least one."""
+    tokens = getattr(study, phase).tokens
+    return max(1, round(tokens / (study.train.global_batch_size * study.train.seq_length)))
+
+
+def num_tokens(study: Study, phase: PhaseName) -> int:
+    """Tokens a phase really trains on."""
+    return num_iterations(study, phase) * study.train.global_batch_size * study.train.seq_length
+
+
+def training(
+    study: Study,
+    name: str,
+    phase: PhaseName,
+    run: Path,
+    *,
+    needs: Sequence[Stage],
+    tokenizer: Stage,
+    settings: Mapping[str, Any],
+    blend: Callable[[], list[tuple[Path, float]]],
+    seed: int,
+    init: Callable[[], Path | None],
+) -> Stage:
+    """A training stage. blend and init are asked when the stage begins, when what it needs is there."""
+    train: TrainSpec = study.phase(phase)
+    iterations = num_iterations(study, phase)
+    everything = {
+        "model": study.model.model_dump(exclude={"transformer_impl"}),
+        "train": train.model_dump(exclude=_NOT_IN_KEY),
+        "train_iters": iterations,
+        "seed": seed,
+        **settings,
+    }
+
+    def make(work: Path) -> None:
+        from megatron_demix.data.tokenizer import load_tokenizer
+        from megatron_demix.train.job import TrainJob
+
+        vocabulary = load_tokenizer(tokenizer.folder)
+        job = TrainJob(
+            name=name,
+            seed=seed,
+            model=study.model,
+            parallel=study.parallel,
+            train=train,
+            train_iters=iterations,
+            vocab_size=vocabulary.vocab_size,
+            eod_id=vocabulary.eod_id,
+            blend=blend(),
+            init_checkpoint=init(),
+            work=work,
+            index_cache=run / "cache" / "index" / stage.key,
+            tensorboard=run / "tensorboard" / f"{name.replace('/', '.')}-{stage.key}",
+            heartbeat=stage.heartbeat,
+            threads_per_rank=study.launch.threads_per_rank,
+        )
+        write_json(stage.job, job.model_dump(mode="json"))
+
+    stage = Stage(name, run, everything, tuple(needs), make, ranks=study.parallel.world_size)
+    return stage
+
+
+def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[str, Stage]) -> Stage:
+    spec = study.base
+    if spec.checkpoint is not None:
+        return _given_base(root / spec.checkpoint, run)
+
+    def blend() -> list[tuple[Path, float]]:
+        return sources(data, study.mixture(spec.mixture, data_stages.tokens(data, "train"), "base.mixture"))
+
+    return training(
+        study,
+        "base/base",
+        "base",
+        run,
+        needs=(tokenizer, *data.values()),
+        tokenizer=tokenizer,
+        settings={"mixture": spec.mixture},
+        blend=blend,
+        seed=study.seed,
+        init=lambda: None,
+    )
+
+
+def _given_base(checkpoint: Path, run: Path) -> Stage:
+    """A stage that only points at the user's checkpoint; nothing of it is copied."""
+    from megatron_demix.checkpoint.layout import find_checkpoint
+
+    found = find_checkpoint(checkpoint)
+    # The metadata names every tensor, file and offset; shards are too large to be read for a key.
+    digest = fingerprint([hash_file(found.path / ".metadata"), [p.stat().st_size for p in sorted(found.path.glob("*.distcp"))]])
+
+    def make(folder: Path) -> None:
+        write_json(folder / "pointer.json", {"checkpoint": str(found.path.resolve())})
+
+    return Stage("base/base", run, {"checkpoint": digest}, (), make)
+
+
+def checkpoint_of(stage: Stage) -> Path:
+    """The checkpoint a finished training stage (or a given base) stands for."""
+    from megatron_demix.artifact import read_json
+
+    pointer = stage.folder / "pointer.json"
+    return Path(read_json(pointer)["checkpoint"]) if pointer.is_file() else stage.folder
+
+
+def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage) -> Stage:
+    anchor = study.component.anchor
+    # An anchor on named domains does not need the others: adding a domain then leaves this component valid.
+    used = list(data) if isinstance(anchor.mixture, str) else [n for n in data if n == name or anchor.mixture.get(n)]
+    if not anchor.share:
+        used = [name]
+
+    def blend() -> list[tuple[Path, float]]:
+        natural = data_stages.tokens(data, "train")
+        mixture = study.mixture(anchor.mixture, natural, "component.anchor.mixture")
+        return sources(data, actual_shares(Mixture.one_hot(data, name), mixture, anchor.share))
+
+    return training(
+        study,
+        f"components/{name}",
+        "component",
+        run,
+        needs=(tokenizer, *(data[n] for n in used), base),
+        tokenizer=tokenizer,
+        settings={"anchor": anchor.model_dump()},
+        blend=blend,
+        seed=study.seed,
+        init=lambda: checkpoint_of(base),
+    )
+
+
+def sources(data: Mapping[str, Stage], mixture: Mixture) -> list[tuple[Path, float]]:
+    """A mixture as Megatron blend sources: train prefixes and weights, zero weights left out.
+
+    A domain of several prefixes spreads its weight over them in proportion to their tokens.
+    """
+    from megatron_demix.indexed.reader import read_index
+
+    result = []
+    for name, share in mixture.items():
+        if share == 0:
+            continue
+        own = data_stages.prefixes(data[name], "train")
+        sizes = [int(read_index(p).lengths.sum()) if len(own) > 1 else 1 for p in own]
+        result += [(p, share * size / sum(sizes)) for p, size in zip(own, sizes, strict=True)]
+    return result

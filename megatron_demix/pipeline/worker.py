@@ -1,0 +1,41 @@
+"""What each rank of a stage runs: `torchrun -m megatron_demix.pipeline.worker JOB.json`.
+
+Exit codes are those of errors.py; an error is printed once, by the rank that met it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from megatron_demix.artifact import read_json
+from megatron_demix.errors import DemixError
+from megatron_demix.process import die_with_parent
+
+
+def main() -> int:
+    die_with_parent()
+    warnings.filterwarnings("ignore")  # megatron.core warns about every package it can do without
+    job = read_json(Path(sys.argv[1]))
+    try:
+        if job["kind"] == "train":
+            from megatron_demix.train.job import TrainJob
+            from megatron_demix.train.trainer import train
+
+            train(TrainJob.model_validate(job))
+        else:
+            from megatron_demix.evaluate.job import EvaluateJob, evaluate
+            from megatron_demix.merge.proxies import ProxyMerger
+
+            evaluation = EvaluateJob.model_validate(job)
+            evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=evaluation.threads_per_rank))
+    except DemixError as e:
+        print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

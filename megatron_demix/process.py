@@ -1,0 +1,23 @@
+"""Child processes that do not outlive the one that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+
+def die_with_parent(signum: int = signal.SIGTERM) -> None:
+    """Ask the kernel to send this process `signum` when its parent dies, even by SIGKILL. Linux only; elsewhere nothing.
+
+    For use in a child (subprocess's preexec_fn, or the start of a worker): an orphaned trainer would go on writing into the
+    folder that the resumed run works in.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the request took effect
+        os.kill(os.getpid(), signum)
