@@ -1,0 +1,82 @@
+// Bindings of index_file and blend_index. As in bindings.cpp, arguments are addresses that native.py has checked.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "blend_index.hpp"
+#include "index_file.hpp"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+using SourceTuple = std::tuple<Address, Address, std::int64_t, std::int64_t>;  // lengths, pointers, documents, base
+using PartTuple = std::tuple<const demix::Stream*, std::int64_t, std::int64_t, std::int64_t>;  // stream, begin, documents, tokens
+using SpanTuple = std::tuple<Address, std::int64_t, std::int64_t>;  // data, base, bytes
+
+}  // namespace
+
+void bind_blend(py::module_& m) {
+    m.def("check_index", [](Address data, std::size_t size, std::uint64_t bin_bytes) {
+        demix::IndexCheck c;
+        {
+            py::gil_scoped_release nogil;
+            c = demix::check_index(at<const std::uint8_t>(data), size, bin_bytes);
+        }
+        return py::make_tuple(static_cast<int>(c.problem), c.at, c.seen, c.expected, c.dtype_code, c.sequences, c.boundaries,
+                              c.modes, c.tokens);
+    });
+    py::class_<demix::Stream>(m, "Stream")
+        .def(py::init([](const std::vector<SourceTuple>& sources, std::uint64_t seed) {
+            std::vector<demix::Source> list;
+            for (const auto& [lengths, pointers, documents, base] : sources)
+                list.push_back({at<const std::uint8_t>(lengths), at<const std::uint8_t>(pointers), documents, base});
+            return demix::Stream(std::move(list), seed);
+        }))
+        .def_property_readonly("documents", &demix::Stream::documents)
+        .def("fill", [](const demix::Stream& s, std::int64_t begin, std::int64_t count, Address lengths, Address pointers,
+                        int threads) {
+            py::gil_scoped_release nogil;
+            s.fill(begin, count, at<std::int32_t>(lengths), at<std::int64_t>(pointers), threads);
+        })
+        .def("advance", [](const demix::Stream& s, std::int64_t begin, std::int64_t budget, std::int64_t epoch_tokens,
+                           int threads) {
+            demix::Advance a;
+            {
+                py::gil_scoped_release nogil;
+                a = demix::advance(s, begin, budget, epoch_tokens, threads);
+            }
+            return py::make_tuple(a.documents, a.tokens, a.next_length);
+        });
+    m.def("interleave", [](const std::vector<PartTuple>& parts, Address lengths, Address pointers, Address part_of, int threads) {
+        std::vector<demix::Part> list;
+        for (const auto& [stream, begin, documents, tokens] : parts) list.push_back({stream, begin, documents, tokens});
+        {
+            py::gil_scoped_release nogil;
+            demix::interleave(list, at<std::uint8_t>(lengths), at<std::uint8_t>(pointers), at<std::uint16_t>(part_of), threads);
+        }
+        std::vector<std::pair<std::int64_t, std::int64_t>> drift;
+        for (const auto& p : list) drift.emplace_back(p.ahead, p.behind);
+        return drift;
+    });
+    m.def("gather", [](Address lengths, Address pointers, std::int64_t begin, std::int64_t end, int item_bytes,
+                       const std::vector<SpanTuple>& spans, int descriptor, std::int64_t offset, int threads) {
+        std::vector<demix::Span> list;
+        for (const auto& [data, base, bytes] : spans) list.push_back({at<const std::uint8_t>(data), base, bytes});
+        py::gil_scoped_release nogil;
+        return demix::gather(at<const std::uint8_t>(lengths), at<const std::uint8_t>(pointers), begin, end, item_bytes, list,
+                             descriptor, offset, threads);
+    });
+    m.def("hash_documents", [](Address content, Address offsets, std::int64_t documents, std::uint64_t seed, Address out) {
+        py::gil_scoped_release nogil;
+        demix::hash_documents(at<const std::uint8_t>(content), at<const std::int64_t>(offsets), documents, seed,
+                              at<std::uint64_t>(out));
+    });
+}
