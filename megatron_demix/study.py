@@ -6,6 +6,7 @@ Model, parallelism and optimiser keys carry Megatron's own argument names, so th
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.mixture import Mixture
-from megatron_demix.units import parse_duration, parse_tokens
+from megatron_demix.units import parse_bytes, parse_duration, parse_tokens
 
 
 def _or_value_error(parse):
@@ -30,6 +31,7 @@ def _or_value_error(parse):
 
 
 Tokens = Annotated[int, Field(gt=0), _or_value_error(parse_tokens)]
+Bytes = Annotated[int, Field(gt=0), _or_value_error(parse_bytes)]
 Seconds = Annotated[int, Field(gt=0), _or_value_error(parse_duration)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -47,7 +49,7 @@ class TokenizerSpec(_Section):
     """The tokenizer's file or folder, for the types that load one."""
     train_vocab_size: int = Field(4096, ge=300)
     """bpe: number of ids, EOD included."""
-    train_bytes: int = Field(8_000_000, ge=10_000)
+    train_bytes: Bytes = 8_000_000
     """bpe: text it is trained on, spread evenly over the domains."""
 
     @model_validator(mode="after")
@@ -309,7 +311,7 @@ class Study(_Section):
         }
         return self.train.model_copy(update=overrides)
 
-    def mixture(self, spec: MixtureSpec, natural: dict[str, float], label: str) -> Mixture:
+    def mixture(self, spec: MixtureSpec, natural: Mapping[str, float], label: str) -> Mixture:
         """A MixtureSpec as a Mixture over all domains. natural: training tokens by domain."""
         if spec == "natural":
             return Mixture.proportional({n: natural[n] for n in self.domain_names}, label=label)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.progress import Heartbeat
 from megatron_demix.units import format_count, format_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Display:
@@ -16,8 +20,8 @@ class Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._bars = None
-        self._tasks: dict[str, int] = {}
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._spoken: dict[str, float] = {}
         self._num_stages = self._num_done = 0
 
@@ -52,7 +56,7 @@ class Display:
                 continue
             info = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in _facts(beat).items())
             if self._bars:
-                self._bars.update(self._tasks[stage.name], completed=beat["done"], total=beat["total"], info=info)  # type: ignore[arg-type]
+                self._bars.update(self._tasks[stage.name], completed=beat["done"], total=beat["total"], info=info)
             elif time.monotonic() - self._spoken[stage.name] >= 15:
                 self._spoken[stage.name] = time.monotonic()
                 share = f"{format_count(int(beat['done']))} of {format_count(int(beat['total']))} {beat['unit']}"
@@ -61,7 +65,7 @@ class Display:
     def finished(self, stage: Stage, wall_s: float) -> None:
         self._num_done += 1
         if self._bars and stage.name in self._tasks:
-            self._bars.remove_task(self._tasks.pop(stage.name))  # type: ignore[arg-type]
+            self._bars.remove_task(self._tasks.pop(stage.name))
         self._say(f"[{self._num_done:>2}/{self._num_stages}] {stage.name} ({format_duration(wall_s)})")
 
     def end(self) -> None:

@@ -142,8 +142,8 @@ def _failure(stage: Stage, code: int) -> DemixError:
     reason = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
     excerpt = "".join(f"\n    {line}" for line in tail)
     return StageFailed(
-        f"stage {stage.name}: a rank {reason}. Finished artifacts are intact; run the same command again to go on from its last "
-        f"checkpoint. Log: {stage.log}, which ends{excerpt or ' empty'}"
+        f"stage {stage.name}: a rank {reason}. Finished artifacts are intact; run the same command again to "
+        f"go on from its last checkpoint. Log: {stage.log}, which ends{excerpt or ' empty'}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.errors import CorruptInput
@@ -13,7 +13,7 @@ from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import DomainSpec, Study
 
 STATS = "stats.json"
-SPLITS = ("train", "valid", "test")
+SPLITS: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
 
 
 def resolve(spec: DomainSpec, root: Path) -> list[Path]:
@@ -87,7 +87,7 @@ def _stats_of_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, Any]:
     prefixes = iter([file.with_suffix("") for file in files if file.suffix == ".idx"])
     stats: dict[str, Any] = {"splits": {}, "prefixes": {}}
     for split in SPLITS:
-        own = [next(prefixes) for _ in spec.prefixes[split]]  # type: ignore[index]
+        own = [next(prefixes) for _ in (spec.prefixes or {})[split]]
         indexes = [read_index(prefix) for prefix in own]
         stats["prefixes"][split] = [str(prefix.resolve()) for prefix in own]
         stats["splits"][split] = {

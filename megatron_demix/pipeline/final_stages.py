@@ -1,4 +1,4 @@
-"""After the search: blends of the chosen and the baseline mixtures, the final runs on them, and their scores on the test split."""
+"""After the search: blends of the chosen and the baseline mixtures, final runs on them, and their scores on the test split."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from megatron_demix.artifact import fingerprint, hash_file, write_json
 
 
 class InputDigests:
-    """Digests of input files, remembered by path, size and modification time in a cache file, so that a second run reads none."""
+    """Digests of input files, remembered by path, size and modification time, so that a second run reads none of them."""
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache

@@ -116,7 +116,7 @@ def scoring(
     needs: Sequence[Stage],
     models: Callable[[], dict[str, Any]],
 ) -> Stage:
-    """A stage that scores models on one split of every scored domain. models: EvaluateJob's components, mixtures, checkpoints."""
+    """A stage that scores models on one split of the scored domains. models: EvaluateJob's components, mixtures, checkpoints."""
     domains = list(data) if study.evaluate.losses == "all" else study.evaluate.losses
     settings = {
         "split": split,
