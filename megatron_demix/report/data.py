@@ -1,0 +1,140 @@
+"""What the report is made from: plain data, filled by the pipeline from artifacts. Whatever is absent is left out of the page.
+
+Every score is a loss in bits per byte: lower is better. Shares and weights are dictionaries by domain name that sum to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_demix.errors import ConfigError
+
+FOUND = "found"
+"""The name of the searched mixture among the final runs; every other name is a baseline."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One corpus, as prepared. tokens: those of the train split."""
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    natural_share: float
+    epochs: float | None = None
+    """How often the final run repeats it at the found mixture."""
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """One merged model. weights: of the components in the merge. shares: the data it stands for."""
+
+    name: str
+    weights: Mapping[str, float]
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A surrogate of one score, cross-validated: `predicted` never saw the proxy it predicts (out of fold)."""
+
+    kind: str
+    spearman: float
+    rmse: float
+    measured: Sequence[float]
+    predicted: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One sample-merge-evaluate-fit iteration. scores: by proxy name, then score. fit: by score, on all rounds so far."""
+
+    mixtures: Sequence[Proxy]
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    fit: Mapping[str, Fit] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The found mixture. predicted: (mean, standard deviation) by score; objective: the same of the weighted mean."""
+
+    shares: Mapping[str, float]
+    weights: Mapping[str, float]
+    predicted: Mapping[str, tuple[float, float]]
+    objective: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class FinalRun:
+    """One final run, scored on the split the search never saw. mixture: FOUND, "uniform" or "natural"."""
+
+    mixture: str
+    seed: int
+    scores: Mapping[str, float]
+    objective: float
+
+
+@dataclass(frozen=True)
+class BlendRow:
+    """Tokens of one domain in the found mixture's final data."""
+
+    requested_tokens: int
+    planned_tokens: int
+    realised_tokens: int
+    epochs: float
+    documents: int
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """A whole study, or as much of it as is done."""
+
+    study: str
+    settings: Mapping[str, Any]
+    """The study file as data, shown as it is."""
+    objective: Mapping[str, float]
+    """Relative weight of each score."""
+    domains: Sequence[Domain] = ()
+    losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """Loss curves: {run name: {"iteration": [...], "lm loss": [...]}}, in nats per token."""
+    rounds: Sequence[Round] = ()
+    choice: Choice | None = None
+    final: Sequence[FinalRun] = ()
+    blend: Mapping[str, BlendRow] = field(default_factory=dict)
+    """By domain."""
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock seconds by stage."""
+
+    def __post_init__(self) -> None:
+        if not self.objective or sum(self.objective.values()) <= 0:
+            raise ConfigError(f"report of {self.study!r}: objective is {dict(self.objective)}, expected a positive weight.")
+        for run in self.final:
+            missing = [name for name, weight in self.objective.items() if weight and name not in run.scores]
+            if missing:
+                raise ConfigError(
+                    f"report of {self.study!r}: final run {run.mixture!r}, seed {run.seed}, has no score {missing[0]!r}, "
+                    f"which the objective needs; it has {', '.join(run.scores) or 'none'}. Score it again."
+                )
+
+    @property
+    def score_names(self) -> list[str]:
+        """Every score there is, in the order of first appearance."""
+        tables = [row for r in self.rounds for row in r.scores.values()] + [run.scores for run in self.final]
+        return list(dict.fromkeys(name for table in tables for name in table))
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Names of the domains, from whichever part of the data has them."""
+        if self.domains:
+            return [d.name for d in self.domains]
+        mixtures = [self.choice.shares] if self.choice else [p.shares for r in self.rounds for p in r.mixtures]
+        return list(dict.fromkeys(name for mixture in mixtures for name in mixture))
+
+    def objective_of(self, scores: Mapping[str, float]) -> float:
+        """The weighted mean of `scores` that the search minimises; NaN where one is missing."""
+        total = math.fsum(self.objective.values())
+        return math.fsum(w * scores.get(name, math.nan) for name, w in self.objective.items() if w) / total
