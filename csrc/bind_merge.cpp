@@ -1,0 +1,87 @@
+// Python's view of the merge plan, the CRC and the processor.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "crc32.hpp"
+#include "kernels.hpp"
+#include "merge.hpp"
+
+namespace py = pybind11;
+
+namespace demix {
+namespace {
+
+using Weights = py::array_t<float, py::array::c_style>;
+
+// weights_SMK; to_addresses: [T * M] addresses, or [] with descriptors [T * M] and offsets [T].
+py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uintptr_t>& to_addresses, std::vector<int> descriptors,
+             std::vector<std::uint64_t> offsets, int threads, const std::string& isa, std::size_t tile_bytes, bool check_sources) {
+    if (weights.ndim() != 3 || weights.shape(2) != plan.num_sources()) throw std::invalid_argument("weights must be [sets, M, K]");
+    Settings settings;
+    settings.num_sets = int(weights.shape(0));
+    settings.num_mixtures = int(weights.shape(1));
+    settings.weights = weights.data();
+    settings.threads = threads;
+    settings.isa = isa;
+    settings.tile_bytes = tile_bytes;
+    settings.check_sources = check_sources;
+    Destinations to;
+    for (const std::uintptr_t address : to_addresses) to.addresses.push_back(reinterpret_cast<char*>(address));
+    to.descriptors = std::move(descriptors);
+    to.offsets = std::move(offsets);
+    Outcome outcome;
+    {
+        py::gil_scoped_release release;
+        outcome = plan.run(settings, to);
+    }
+    py::list damaged;
+    for (std::size_t i = 0; i < outcome.damaged.size(); ++i)
+        if (outcome.damaged[i]) damaged.append(i);
+    py::dict result;
+    result["crcs"] = outcome.crcs;
+    result["damaged"] = damaged;
+    result["error"] = outcome.error;
+    result["failed_target"] = outcome.failed_target;
+    return result;
+}
+
+}  // namespace
+}  // namespace demix
+
+void bind_merge(py::module_& m) {
+    using namespace demix;
+    py::enum_<DType>(m, "DType")
+        .value("f32", DType::f32)
+        .value("bf16", DType::bf16)
+        .value("f16", DType::f16)
+        .value("raw8", DType::raw8);
+    py::class_<MergePlan>(m, "MergePlan")
+        .def(py::init<int>(), py::arg("num_sources"))
+        .def("add_record",
+             [](MergePlan& plan, std::uintptr_t base, std::uint64_t bytes, std::uint32_t crc) {
+                 return plan.add_record(reinterpret_cast<const void*>(base), bytes, crc);
+             },
+             py::arg("address"), py::arg("bytes"), py::arg("crc"))
+        .def("add_target", &MergePlan::add_target, py::arg("shape"), py::arg("dtype_in"), py::arg("dtype_out"))
+        .def("add_region", &MergePlan::add_region, py::arg("target"), py::arg("lo"), py::arg("hi"), py::arg("weight_set"),
+             py::arg("records"), py::arg("byte_offsets"), py::arg("strides"))
+        .def("run", &run, py::arg("weights"), py::arg("to_addresses"), py::arg("descriptors"), py::arg("offsets"),
+             py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"), py::arg("check_sources"))
+        .def("done_bytes", &MergePlan::done_bytes)
+        .def("cancel", &MergePlan::cancel);
+    m.def("crc32",
+          [](const py::buffer& buffer) {
+              const py::buffer_info info = buffer.request();
+              const std::size_t n = std::size_t(info.size) * std::size_t(info.itemsize);
+              py::gil_scoped_release release;
+              return crc32(info.ptr, n);
+          },
+          py::arg("contiguous_buffer"));
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names = {"scalar"};
+        if (avx2_kernels()) names.emplace_back("avx2");
+        if (avx512_kernels()) names.emplace_back("avx512");
+        return names;
+    });
+}

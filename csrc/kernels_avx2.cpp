@@ -1,0 +1,70 @@
+// Eight lanes: AVX2, FMA and F16C.
+#include <cmath>
+
+#include "kernels.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace demix {
+namespace {
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+
+struct V {
+    static constexpr std::size_t lanes = 8;
+    using Float = __m256;
+
+    INLINE Float splat(float f) { return _mm256_set1_ps(f); }
+    INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+    INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+    INLINE void store_raw(float* dst, std::size_t i, Float f) { _mm256_storeu_ps(dst + i, f); }
+
+    template <DType In>
+    INLINE Float load(const void* base, std::size_t i) {
+        const char* at = static_cast<const char*>(base) + item_size(In) * i;
+        if constexpr (In == DType::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+        const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        if constexpr (In == DType::f16) return _mm256_cvtph_ps(h);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+    }
+
+    template <DType Out>
+    INLINE void store(void* base, std::size_t i, Float f) {
+        char* at = static_cast<char*>(base) + item_size(Out) * i;
+        const __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
+        if constexpr (Out == DType::bf16) {
+            // In integers: the hardware convert of newer processors flushes denormals.
+            const __m256i u = _mm256_castps_si256(f);
+            const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+            __m256i h = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+            h = _mm256_blendv_epi8(h, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
+            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0b1000);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_castsi256_si128(packed));
+        } else {
+            f = _mm256_blendv_ps(f, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
+            if constexpr (Out == DType::f32) {
+                _mm256_storeu_ps(reinterpret_cast<float*>(at), f);
+            } else {
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+            }
+        }
+    }
+};
+
+#include "kernels_simd.hpp"
+
+}  // namespace
+
+const Kernels* avx2_kernels() {
+    static const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return here ? &table("avx2") : nullptr;
+}
+
+}  // namespace demix
+#else
+namespace demix {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace demix
+#endif

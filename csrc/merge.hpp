@@ -1,0 +1,97 @@
+// The merge itself: a plan of which bytes of which source make which bytes of which target, and its execution by threads.
+//
+// A target is one contiguous block of elements (a chunk of an output checkpoint, or a parameter of a live model), seen as a box of
+// up to `max_dims` dimensions. Its regions tile that box; in a region each of the K sources is one strided view. One execution
+// produces M mixtures of every target, reading each source once.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dtype.hpp"
+
+namespace demix {
+
+inline constexpr int max_dims = 8;
+
+// Bytes that sources point into: one payload of one checkpoint, with the CRC its container promises.
+struct Record {
+    const char* base;
+    std::uint64_t bytes;
+    std::uint32_t crc;
+};
+
+struct Region {
+    std::int64_t lo[max_dims], hi[max_dims];   // within the target
+    int weight_set;                            // which M x K weights apply
+    std::vector<const char*> sources;          // [K] address of the element at `lo`
+    std::vector<std::int32_t> records;         // [K] the record each lies in
+    std::vector<std::int64_t> strides;         // [K][dims] in elements
+    int run_dims;                              // trailing dimensions (at least 1) that form one run in the target and all sources
+};
+
+struct Target {
+    int dims;
+    std::int64_t shape[max_dims];
+    DType in, out;
+    std::vector<Region> regions;
+    std::uint64_t elements() const;
+};
+
+// Where the M results of the targets go: to addresses, or to files (descriptor, and the same offset in every mixture's files).
+struct Destinations {
+    std::vector<char*> addresses;        // [T][M], or empty
+    std::vector<int> descriptors;        // [T][M], or empty
+    std::vector<std::uint64_t> offsets;  // [T]
+};
+
+struct Settings {
+    int num_mixtures = 1, num_sets = 1;
+    const float* weights = nullptr;  // [sets][M][K]; a weight of exactly 0 leaves its source out, a lone 1 copies bits
+    int threads = 1;
+    std::string isa;
+    std::size_t tile_bytes = 256 << 10;
+    bool check_sources = false;  // compare the CRC of every record that is read; each must be covered exactly once
+};
+
+struct Outcome {
+    std::vector<std::uint32_t> crcs;      // [T][M] of what was written; empty for addresses
+    std::vector<std::uint8_t> damaged;    // [records] 1 where check_sources found other bytes than the CRC promises
+    int error = 0;                        // errno of a failed write, 0 if none
+    std::int64_t failed_target = -1;
+};
+
+class MergePlan {
+public:
+    explicit MergePlan(int num_sources) : num_sources_(num_sources) {}
+
+    int add_record(const void* base, std::uint64_t bytes, std::uint32_t crc);
+    int add_target(const std::vector<std::int64_t>& shape, DType in, DType out);
+    // lo, hi: [dims]; records, byte_offsets: [K] where the element at `lo` lies; strides: [K][dims], in elements.
+    // Throws std::invalid_argument if the region leaves its target or a source leaves its record.
+    void add_region(int target, const std::vector<std::int64_t>& lo, const std::vector<std::int64_t>& hi, int weight_set,
+                    const std::vector<std::int32_t>& records, const std::vector<std::uint64_t>& byte_offsets,
+                    const std::vector<std::int64_t>& strides);
+
+    int num_sources() const { return num_sources_; }
+    const std::vector<Target>& targets() const { return targets_; }
+    const std::vector<Record>& records() const { return records_; }
+
+    // Blocks until done, cancelled, or a write failed. The result does not depend on threads or tile_bytes.
+    Outcome run(const Settings& settings, const Destinations& destinations);
+
+    // For another thread, while run() works: bytes of targets finished (all mixtures together), and a request to stop.
+    std::uint64_t done_bytes() const { return done_bytes_.load(std::memory_order_relaxed); }
+    void cancel() { cancelled_.store(true); }
+
+private:
+    int num_sources_;
+    std::vector<Record> records_;
+    std::vector<Target> targets_;
+    std::atomic<std::uint64_t> done_bytes_{0};
+    std::atomic<bool> cancelled_{false};
+};
+
+}  // namespace demix
