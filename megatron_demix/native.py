@@ -1,180 +1,153 @@
-"""The compiled core, and what this machine can do. The only importer of megatron_demix._core.
+"""The only importer of the compiled core. Checks what the core takes for granted (dtype, contiguity, bounds), passes addresses.
 
-Everything that crosses into C++ is checked here: dtype, contiguity, size, and that the memory outlives its use.
+Everything here is safe to call with any arguments of the annotated types; the core behind it is not.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_demix.errors import ConfigError
-
-try:
-    from megatron_demix import _core
-except ImportError as e:
-    raise ConfigError(
-        f"the compiled core of megatron_demix cannot be loaded ({e}). Build it with `make`, or `pip install .` where a C++17 "
-        "compiler is installed."
-    ) from e
+from megatron_demix import _core
 
 
-# --- this machine ---------------------------------------------------------------------------------------------------
-
-
-def instruction_sets() -> list[str]:
-    """The instruction sets with kernels that this processor has, the fastest last."""
-    return _core.instruction_sets()
-
-
-def instruction_set() -> str:
-    """The one in use: the fastest here, or what MEGATRON_DEMIX_ISA names. Raises ConfigError if it is not available."""
-    wanted = os.environ.get("MEGATRON_DEMIX_ISA", "")
-    if wanted and wanted not in instruction_sets():
-        raise ConfigError(
-            f"MEGATRON_DEMIX_ISA is {wanted!r}; this processor has {', '.join(instruction_sets())}. Unset it or choose one."
-        )
-    return wanted or instruction_sets()[-1]
-
-
-def default_threads() -> int:
-    """The processors this process may run on."""
+def num_threads() -> int:
+    """Processors this process may use (its affinity mask, as SLURM and containers set it)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- checksums ------------------------------------------------------------------------------------------------------
+# ---- indexed data and blends (csrc/index_file, csrc/blend_index) -----------------------------------------------------------
 
 
-def crc32(buffer: Any) -> int:
-    """The CRC-32 of zip files, of any contiguous buffer (bytes, memoryview, array)."""
-    return _core.crc32(np.frombuffer(buffer, np.uint8) if memoryview(buffer).nbytes else b"")
+@dataclass(frozen=True)
+class IndexCheck:
+    """What the core found in an .idx. problem 0: sound; else an IndexProblem of csrc/index_file.hpp, at entry `at`."""
+
+    problem: int
+    at: int
+    seen: int
+    expected: int
+    dtype_code: int
+    sequences: int
+    boundaries: int
+    modes: bool
+    tokens: int
 
 
-# --- merging --------------------------------------------------------------------------------------------------------
-
-_DTYPES = {
-    "float32": _core.DType.f32,
-    "bfloat16": _core.DType.bf16,
-    "float16": _core.DType.f16,
-    "raw8": _core.DType.raw8,
-}
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "raw8": 1}
+def _address(array: np.ndarray, dtype: type | None = None) -> int:
+    if not array.flags.c_contiguous or (dtype is not None and array.dtype != dtype):
+        raise TypeError(f"expected a contiguous {np.dtype(dtype)} array, got {array.dtype}, strides {array.strides}")
+    return array.__array_interface__["data"][0]
 
 
-class MergePlan:
-    """Which bytes of K sources make which bytes of which targets: built once, run for any weights (csrc/merge.hpp).
+def check_index(data: np.ndarray, bin_bytes: int) -> IndexCheck:
+    """Check the bytes of an .idx (uint8) whose pointers lead into a .bin of bin_bytes."""
+    return IndexCheck(*_core.check_index(_address(data, np.uint8), data.size, bin_bytes))
 
-    A target is a contiguous box of elements; its regions tile it; in a region each source is one strided view of a record
-    (the payload of one chunk of one checkpoint). dtype names: float32, bfloat16, float16, and raw8 for bytes that are copied
-    from the first source.
+
+class DocumentStream:
+    """A domain's documents without end: all of them once in a seeded order, then all again in another, and so on.
+
+    sources: (lengths int32[n], pointers int64[n], base) of each indexed data set; base is where its .bin begins in the pool,
+    in bytes. Takes no memory per document; keeps the arrays alive.
     """
 
-    def __init__(self, num_sources: int) -> None:
-        self.num_sources = num_sources
-        self._plan = _core.MergePlan(num_sources)
-        self._records: list[np.ndarray] = []
-        self._targets: list[tuple[int, str]] = []
+    def __init__(self, sources: Sequence[tuple[np.ndarray, np.ndarray, int]], seed: int) -> None:
+        self._sources = list(sources)
+        table = []
+        for lengths, pointers, base in self._sources:
+            if len(lengths) != len(pointers):
+                raise ValueError(f"{len(lengths)} lengths but {len(pointers)} pointers")
+            table.append((_address(lengths, np.int32), _address(pointers, np.int64), len(lengths), base))
+        self.native = _core.Stream(table, seed)
+        if self.documents < 1:
+            raise ValueError("a stream needs at least one document")
 
     @property
-    def target_bytes(self) -> list[int]:
-        """[T] size of each target, in its output dtype."""
-        return [n * _ITEM_BYTES[dtype] for n, dtype in self._targets]
+    def documents(self) -> int:
+        """Documents of one epoch."""
+        return self.native.documents
 
-    def add_record(self, data: np.ndarray, crc: int) -> int:
-        """data: contiguous uint8, kept alive by the plan. crc: the CRC-32 its container promises. Returns its index."""
-        if data.dtype != np.uint8 or not data.flags.c_contiguous:
-            raise ValueError("a record is a contiguous uint8 array")
-        self._records.append(data)
-        return self._plan.add_record(data.ctypes.data, data.nbytes, crc)
+    def read(self, begin: int, count: int, *, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths (int32) and pool pointers (int64) of stream positions [begin, begin + count)."""
+        if begin < 0 or count < 0:
+            raise ValueError(f"stream positions [{begin}, {begin + count}) are not positions")
+        lengths, pointers = np.empty(count, np.int32), np.empty(count, np.int64)
+        self.native.fill(begin, count, _address(lengths), _address(pointers), threads)
+        return lengths, pointers
 
-    def add_target(self, shape: Sequence[int], dtype_in: str, dtype_out: str) -> int:
-        """A box of 1 to 8 dimensions. Returns its index."""
-        index = self._plan.add_target(list(shape), _DTYPES[dtype_in], _DTYPES[dtype_out])
-        self._targets.append((int(np.prod(shape, dtype=np.int64)), dtype_out))
-        return index
+    def advance(self, begin: int, budget: int, epoch_tokens: int, *, threads: int = 1) -> tuple[int, int, int]:
+        """How far `budget` tokens reach from position `begin`: (documents, their tokens, tokens of the next document).
 
-    def add_region(
-        self,
-        target: int,
-        lo: Sequence[int],
-        hi: Sequence[int],
-        records: Sequence[int],
-        byte_offsets: Sequence[int],
-        strides: Sequence[Sequence[int]],
-        *,
-        weight_set: int = 0,
-    ) -> None:
-        """[lo, hi) of a target. records, byte_offsets: [K] where the source's element at `lo` lies; strides: [K][dims], elements."""
-        self._plan.add_region(
-            target, list(lo), list(hi), weight_set, list(records), list(byte_offsets), [s for row in strides for s in row]
-        )
-
-    def run(
-        self,
-        weights_SMK: np.ndarray,
-        *,
-        addresses_TM: np.ndarray | None = None,
-        descriptors_TM: np.ndarray | None = None,
-        offsets_T: Sequence[int] = (),
-        threads: int | None = None,
-        tile_bytes: int = 256 << 10,
-        check_sources: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> dict[str, Any]:
-        """Write all M mixtures of all targets, to memory or to files (at offsets_T of descriptors_TM), in one read.
-
-        A weight of exactly 0 leaves its source out and a lone weight of 1 copies bits, so a one-hot mixture is its component.
-        progress: called with the bytes done so far, about ten times a second. Returns {"crcs": [T * M], "damaged": [record
-        indices whose bytes differ from their CRC, if check_sources]}. Raises OSError when a write fails, and passes on
-        KeyboardInterrupt after the threads have stopped.
+        epoch_tokens: the tokens of all documents together, which the caller knows; it must be true and positive.
         """
-        weights = np.ascontiguousarray(weights_SMK, np.float32)
-        if not np.isfinite(weights).all():
-            raise ValueError("merge weights must be finite in float32")
-        num_results = (len(self._targets), weights.shape[1])
-        for name, given in (("addresses", addresses_TM), ("descriptors", descriptors_TM)):
-            if given is not None and given.shape != num_results:
-                raise ValueError(f"{name} have shape {given.shape}, expected {num_results}")
-        if (addresses_TM is None) == (descriptors_TM is None):
-            raise ValueError("give either addresses or descriptors")
-        arguments = (
-            weights,
-            [] if addresses_TM is None else addresses_TM.ravel().tolist(),
-            [] if descriptors_TM is None else descriptors_TM.ravel().tolist(),
-            list(offsets_T),
-            threads or default_threads(),
-            instruction_set(),
-            tile_bytes,
-            check_sources,
-        )
-        outcome = self._watched(arguments, progress) if progress else self._plan.run(*arguments)
-        if outcome["error"]:
-            raise OSError(outcome["error"], os.strerror(outcome["error"]), f"target {outcome['failed_target']}")
-        return outcome
+        if begin < 0 or budget < 0 or epoch_tokens < 1:
+            raise ValueError(f"cannot advance by {budget} tokens from {begin} with {epoch_tokens} tokens an epoch")
+        return self.native.advance(begin, budget, epoch_tokens, threads)
 
-    def _watched(self, arguments: tuple, progress: Callable[[int], None]) -> dict[str, Any]:
-        outcome: dict[str, Any] = {}
 
-        def work() -> None:
-            try:
-                outcome.update(self._plan.run(*arguments))
-            except BaseException as e:  # handed to the waiting thread below
-                outcome["exception"] = e
+@dataclass(frozen=True)
+class StreamPart:
+    """`documents` documents of a stream from position `begin` on, `tokens` tokens in all."""
 
-        worker = threading.Thread(target=work)
-        worker.start()
-        try:
-            while worker.is_alive():
-                worker.join(0.1)
-                progress(self._plan.done_bytes())
-        except BaseException:
-            self._plan.cancel()
-            worker.join()
-            raise
-        if "exception" in outcome:
-            raise outcome["exception"]
-        return outcome
+    stream: DocumentStream
+    begin: int
+    documents: int
+    tokens: int
+
+
+def interleave(
+    parts: Sequence[StreamPart], lengths: np.ndarray, pointers: np.ndarray, part_of: np.ndarray, *, threads: int = 1
+) -> list[tuple[int, int]]:
+    """Write the parts' documents in an order that is even at every scale; see csrc/blend_index.hpp.
+
+    lengths int32[n], pointers int64[n], part_of uint16[n], n = all documents. Returns, for each part, how many tokens any
+    prefix is ahead of and behind its share, at most.
+    """
+    total = sum(p.documents for p in parts)
+    if not (len(lengths) == len(pointers) == len(part_of) == total):
+        raise ValueError(f"{total} documents do not fit arrays of {len(lengths)}, {len(pointers)}, {len(part_of)}")
+    if len(parts) > 65536:
+        raise ValueError(f"{len(parts)} parts; at most 65536 fit a uint16")
+    table = [(p.stream.native, p.begin, p.documents, p.tokens) for p in parts]
+    return _core.interleave(
+        table, _address(lengths, np.int32), _address(pointers, np.int64), _address(part_of, np.uint16), threads
+    )
+
+
+def gather(
+    lengths: np.ndarray,
+    pointers: np.ndarray,
+    begin: int,
+    end: int,
+    item_bytes: int,
+    pool: Sequence[tuple[np.ndarray, int]],
+    descriptor: int,
+    offset: int,
+    *,
+    threads: int = 1,
+) -> None:
+    """Copy documents [begin, end) of an index over the pool to an open file, one after another, from byte `offset` on.
+
+    pool: (bytes of a .bin as uint8, its base), in order of base, end to end. The pointers must have been checked. OSError.
+    """
+    if not 0 <= begin <= end <= len(lengths) == len(pointers):
+        raise ValueError(f"documents [{begin}, {end}) of {len(lengths)}")
+    spans = [(_address(data, np.uint8), base, data.size) for data, base in pool]
+    code = _core.gather(
+        _address(lengths, np.int32), _address(pointers, np.int64), begin, end, item_bytes, spans, descriptor, offset, threads
+    )
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def hash_documents(content: np.ndarray, offsets: np.ndarray, seed: int) -> np.ndarray:
+    """uint64[n]: a seeded hash of each document content[offsets[i]:offsets[i + 1]] (uint8; int64[n + 1])."""
+    if len(offsets) < 1 or offsets[0] < 0 or offsets[-1] > content.size or np.any(np.diff(offsets) < 0):
+        raise ValueError("offsets do not lie within the content")
+    out = np.empty(len(offsets) - 1, np.uint64)
+    _core.hash_documents(_address(content, np.uint8), _address(offsets, np.int64), len(out), seed, _address(out))
+    return out
