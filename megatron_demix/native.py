@@ -313,3 +313,31 @@ def hash_documents(content: np.ndarray, offsets: np.ndarray, seed: int) -> np.nd
     out = np.empty(len(offsets) - 1, np.uint64)
     _core.hash_documents(_address(content, np.uint8), _address(offsets, np.int64), len(out), seed, _address(out))
     return out
+
+
+def pack_tokens(
+    ids: np.ndarray, offsets: np.ndarray, dtype: np.dtype, eod: int | None, route: np.ndarray | None = None, which: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The documents ids[offsets[i]:offsets[i + 1]] (uint32; int64[D + 1]) with route[i] == which (uint8[D]; all without one),
+    end to end, each followed by eod unless that is None. Returns (tokens of `dtype`, lengths int32). The ids must fit."""
+    if dtype not in (np.uint16, np.int32):
+        raise TypeError(f"tokens are uint16 or int32, not {dtype}")
+    lengths = np.diff(offsets) + (eod is not None)
+    if len(lengths) and (offsets[0] < 0 or lengths.min() < 0 or offsets[-1] > ids.size):
+        raise ValueError("offsets do not lie within the ids")
+    if route is not None:
+        if len(route) != len(lengths):
+            raise ValueError(f"{len(route)} routes for {len(lengths)} documents")
+        lengths = lengths[route == which]
+    out = np.empty(int(lengths.sum()), dtype)
+    _core.pack_tokens(
+        _address(ids, np.uint32),
+        _address(offsets, np.int64),
+        len(offsets) - 1,
+        0 if route is None else _address(route, np.uint8),
+        which,
+        -1 if eod is None else eod,
+        out.itemsize,
+        _address(out),
+    )
+    return out, lengths.astype(np.int32)

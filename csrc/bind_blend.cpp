@@ -79,4 +79,10 @@ void bind_blend(py::module_& m) {
         demix::hash_documents(at<const std::uint8_t>(content), at<const std::int64_t>(offsets), documents, seed,
                               at<std::uint64_t>(out));
     });
+    m.def("pack_tokens", [](Address ids, Address offsets, std::int64_t documents, Address route, std::uint8_t which,
+                            std::int64_t eod, int item_bytes, Address out) {
+        py::gil_scoped_release nogil;
+        demix::pack_tokens(at<const std::uint32_t>(ids), at<const std::int64_t>(offsets), documents,
+                           at<const std::uint8_t>(route), which, eod, item_bytes, at<std::uint8_t>(out));
+    });
 }
