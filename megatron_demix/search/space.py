@@ -1,0 +1,270 @@
+"""The feasible mixtures: bounds on the data a mixture stands for, and the way from any weights to the nearest feasible ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from megatron_demix.errors import MixtureError
+from megatron_demix.mixture import Mixture
+from megatron_demix.search.waterfill import GRID, ceil_to_grid, floor_to_grid, waterfill
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Group:
+    """Bounds on the summed actual shares of some domains (all code, say). A domain belongs to one group at most."""
+
+    domains: tuple[str, ...]
+    lowest: float = 0.0
+    highest: float = 1.0
+
+
+def epoch_caps(tokens: Mapping[str, float], max_epochs: Mapping[str, float], target_tokens: float) -> dict[str, float]:
+    """The largest actual share of each domain: max_epochs x available tokens / final budget, at most 1.
+
+    A domain absent from max_epochs has no cap. Raises MixtureError on a budget or a size that is not positive.
+    """
+    if target_tokens <= 0:
+        raise MixtureError(f"target tokens are {target_tokens}, expected > 0: the final run's budget.")
+    for name, count in tokens.items():
+        if count <= 0:
+            raise MixtureError(f"domain {name!r} has {count} tokens, expected > 0. Drop it, or prepare its data.")
+    return {name: min(1.0, max_epochs.get(name, np.inf) * count / target_tokens) for name, count in tokens.items()}
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The mixtures a search may propose.
+
+    natural: shares of the data at hand; its order is the order of the columns D everywhere. anchor, anchor_share: what every
+    component was trained on beside its own domain. All bounds are on *actual* shares, s = b * anchor + (1 - b) * weights:
+    max_shares (epoch_caps), min_shares, groups, and max_kl, a leash KL(s || natural) in nats. A domain with
+    min_shares == max_shares is fixed. Domains without a bound are free.
+    Raises MixtureError, naming the constraint and by how much it fails, when nothing is feasible.
+    """
+
+    natural: Mixture
+    anchor: Mixture
+    anchor_share: float
+    max_shares: Mapping[str, float] = field(default_factory=dict)
+    min_shares: Mapping[str, float] = field(default_factory=dict)
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.anchor_share < 1:
+            raise MixtureError(f"anchor share is {self.anchor_share}, expected 0 <= share < 1.")
+        object.__setattr__(self, "anchor", self.anchor.over(self.domains, label="anchor"))
+        self._check_names()
+        self._check_domains()
+        self._check_sums()
+        if self.max_kl is not None and (closest := float(self.kl(self.centre_D[None])[0])) > self.max_kl + TOLERANCE:
+            raise MixtureError(
+                f"max_kl: no feasible mixture lies within {self.max_kl:g} nats of the natural shares; the closest is at "
+                f"{closest:.4g} ({self.mixture(self.centre_D, actual=True)}). Set max_kl above that, or "
+                "loosen the other bounds."
+            )
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self.natural)
+
+    @cached_property
+    def _floor_D(self) -> np.ndarray:
+        """The share the anchor alone gives each domain."""
+        return self.anchor_share * np.array([self.anchor[name] for name in self.domains])
+
+    @cached_property
+    def bounds_D2(self) -> np.ndarray:
+        """Lowest and highest actual share of each domain, the anchor's part included."""
+        low = [max(self.min_shares.get(name, 0.0), self._floor_D[d]) for d, name in enumerate(self.domains)]
+        high = [
+            min(self.max_shares.get(name, 1.0), self._floor_D[d] + 1 - self.anchor_share) for d, name in enumerate(self.domains)
+        ]
+        return np.stack([np.array(low), np.array(high)], axis=1)
+
+    @cached_property
+    def _blocks(self) -> list[tuple[np.ndarray, float, float]]:
+        """The groups, and every other domain as a group of one: (columns, lowest, highest actual share)."""
+        blocks = [
+            (np.array([self.domains.index(name) for name in group.domains]), group.lowest, group.highest)
+            for group in self.groups.values()
+        ]
+        grouped = {d for columns, _, _ in blocks for d in columns}
+        return blocks + [(np.array([d]), 0.0, 1.0) for d in range(len(self.domains)) if d not in grouped]
+
+    @cached_property
+    def _grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Bounds on merge weights as grid counts: lows_D, highs_D of domains, lows_G, highs_G of blocks.
+
+        Rounded inwards, so that no cap is passed; outwards where the bounds leave no more than a point to choose from.
+        """
+        grid = self._grid_rounded(inwards=True)
+        lows_D, highs_D, lows_G, highs_G = grid
+        roomy = (lows_D <= highs_D).all() and (lows_G <= highs_G).all() and lows_G.sum() <= GRID <= highs_G.sum()
+        return grid if roomy else self._grid_rounded(inwards=False)
+
+    def _grid_rounded(self, *, inwards: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        round_low, round_high = (ceil_to_grid, floor_to_grid) if inwards else (floor_to_grid, ceil_to_grid)
+        lows_D, highs_D = (self._weights_of_shares(self.bounds_D2[:, i]) for i in (0, 1))
+        lows_D, highs_D = round_low(lows_D), round_high(highs_D)
+        lows, highs = [], []
+        for columns, lowest, highest in self._blocks:
+            low, high = (np.clip((x - self._floor_D[columns].sum()) / (1 - self.anchor_share), 0, 1) for x in (lowest, highest))
+            lows.append(max(int(round_low(low)), int(lows_D[columns].sum())))
+            highs.append(min(int(round_high(high)), int(highs_D[columns].sum())))
+        return lows_D, highs_D, np.array(lows), np.array(highs)
+
+    @cached_property
+    def centre_D(self) -> np.ndarray:
+        """Merge weights of the feasible mixture whose actual shares are closest to the natural ones."""
+        return self._fill(self._weights_of_shares(self._nearest_shares())[None])[0]
+
+    def _weights_of_shares(self, shares_D: np.ndarray) -> np.ndarray:
+        return np.clip((shares_D - self._floor_D) / (1 - self.anchor_share), 0.0, 1.0)
+
+    def _nearest_shares(self) -> np.ndarray:
+        lows_D, highs_D = floor_to_grid(self.bounds_D2[:, 0]), ceil_to_grid(self.bounds_D2[:, 1])
+        natural_D = np.array([self.natural[name] for name in self.domains])
+        return waterfill(natural_D[None], lows_D, highs_D, np.array([GRID]))[0] / GRID
+
+    def shares(self, weights_MD: np.ndarray) -> np.ndarray:
+        """Actual data shares of merge weights: shares_MD = b * anchor + (1 - b) * weights_MD."""
+        return self._floor_D + (1 - self.anchor_share) * np.asarray(weights_MD, np.float64)
+
+    def kl(self, weights_MD: np.ndarray) -> np.ndarray:
+        """KL(actual shares || natural shares) of each row, in nats."""
+        shares_MD = self.shares(weights_MD)
+        natural_D = np.maximum([self.natural[name] for name in self.domains], 1e-12)
+        return np.where(shares_MD > 0, shares_MD * np.log(np.maximum(shares_MD, 1e-300) / natural_D), 0.0).sum(axis=1)
+
+    def feasible(self, weights_MD: np.ndarray) -> np.ndarray:
+        """bool_M: rows that lie on the simplex and within every bound (tolerance 1e-9 of a share)."""
+        weights_MD = np.asarray(weights_MD, np.float64)
+        shares_MD = self.shares(weights_MD)
+        good_M = (weights_MD >= -TOLERANCE).all(axis=1) & (np.abs(weights_MD.sum(axis=1) - 1) <= TOLERANCE)
+        good_M &= (shares_MD >= self.bounds_D2[:, 0] - TOLERANCE).all(axis=1)
+        good_M &= (shares_MD <= self.bounds_D2[:, 1] + TOLERANCE).all(axis=1)
+        for group in self.groups.values():
+            sums_M = shares_MD[:, [self.domains.index(name) for name in group.domains]].sum(axis=1)
+            good_M &= (sums_M >= group.lowest - TOLERANCE) & (sums_M <= group.highest + TOLERANCE)
+        if self.max_kl is not None:
+            good_M &= self.kl(weights_MD) <= self.max_kl + TOLERANCE
+        return good_M
+
+    def nearest(self, amounts_MD: np.ndarray) -> np.ndarray:
+        """Feasible merge weights_MD close to `amounts_MD` (finite, >= 0, any scale): bounded entries are set to their bound and
+        what they lack or lose is spread over the others in proportion; a row beyond the leash is pulled towards the centre.
+
+        Rows sum to exactly 1 in float64, whatever the order of summation. Rows that are feasible already stay as they are.
+        """
+        weights_MD = self._fill(np.asarray(amounts_MD, np.float64))
+        if self.max_kl is None:
+            return weights_MD
+        far_M = self.kl(weights_MD) > self.max_kl
+        if far_M.any():
+            weights_MD[far_M] = self._pull_in(weights_MD[far_M])
+        return weights_MD
+
+    def _fill(self, amounts_MD: np.ndarray) -> np.ndarray:
+        lows_D, highs_D, lows_G, highs_G = self._grid
+        sums_MG = np.stack([amounts_MD[:, columns].sum(axis=1) for columns, _, _ in self._blocks], axis=1)
+        counts_MG = waterfill(sums_MG, lows_G, highs_G, np.full(len(amounts_MD), GRID))
+        counts_MD = np.empty(amounts_MD.shape, np.int64)
+        for g, (columns, _, _) in enumerate(self._blocks):
+            if len(columns) == 1:
+                counts_MD[:, columns[0]] = counts_MG[:, g]
+            else:
+                counts_MD[:, columns] = waterfill(amounts_MD[:, columns], lows_D[columns], highs_D[columns], counts_MG[:, g])
+        return counts_MD / GRID
+
+    def _pull_in(self, weights_MD: np.ndarray) -> np.ndarray:
+        """The last feasible point on the way from the centre to each row. KL is convex, so bisection finds it."""
+        low_M, high_M = np.zeros(len(weights_MD)), np.ones(len(weights_MD))
+        for _ in range(40):
+            middle_M = (low_M + high_M) / 2
+            inside_M = self.kl(self.centre_D + middle_M[:, None] * (weights_MD - self.centre_D)) <= self.max_kl
+            low_M, high_M = np.where(inside_M, middle_M, low_M), np.where(inside_M, high_M, middle_M)
+        return self._fill(self.centre_D + low_M[:, None] * (weights_MD - self.centre_D))
+
+    def mixture(self, weights_D: np.ndarray, *, actual: bool = False) -> Mixture:
+        """One row of merge weights as a Mixture, or the actual shares it stands for."""
+        row_D = self.shares(weights_D) if actual else weights_D
+        return Mixture(dict(zip(self.domains, map(float, row_D), strict=True)))
+
+    def _check_names(self) -> None:
+        for what, names in (("max_shares", self.max_shares), ("min_shares", self.min_shares)):
+            for name, share in names.items():
+                self._check_name(what, name)
+                if not 0 <= share <= 1:
+                    raise MixtureError(f"{what} of domain {name!r} is {share}, expected a share between 0 and 1.")
+        owner: dict[str, str] = {}
+        for label, group in self.groups.items():
+            if not 0 <= group.lowest <= group.highest <= 1:
+                raise MixtureError(
+                    f"group {label!r} has bounds {group.lowest} to {group.highest}, expected 0 <= lowest <= highest <= 1."
+                )
+            for name in group.domains:
+                self._check_name(f"group {label!r}", name)
+                if name in owner:
+                    raise MixtureError(f"domain {name!r} is in the groups {owner[name]!r} and {label!r}; one group at most.")
+                owner[name] = label
+
+    def _check_name(self, what: str, name: str) -> None:
+        if name not in self.natural:
+            raise MixtureError(f"{what}: unknown domain {name!r}; the domains are {', '.join(self.domains)}.")
+
+    def _check_domains(self) -> None:
+        for d, name in enumerate(self.domains):
+            low, high = self.bounds_D2[d]
+            if low <= high + TOLERANCE:
+                continue
+            if self._floor_D[d] > high + TOLERANCE:
+                raise MixtureError(
+                    f"domain {name!r}: its share may be at most {high:.4g} (epochs x available tokens / final budget), but "
+                    f"the anchor alone gives it {self._floor_D[d]:.4g} (anchor share "
+                    f"{self.anchor_share:g} x {self.anchor[name]:g}): "
+                    f"{self._floor_D[d] - high:.4g} too much. Allow it more epochs, prepare more of its data, train fewer "
+                    "final tokens, or lower its part in the anchor."
+                )
+            reachable = self._floor_D[d] + 1 - self.anchor_share
+            limit = "the components reach" if reachable <= high + TOLERANCE else "max_shares allows"
+            raise MixtureError(
+                f"domain {name!r}: min_shares asks for {low:.4g}, but {limit} {high:.4g}: {low - high:.4g} short. "
+                "Lower the minimum, or raise the other bound."
+            )
+
+    def _check_sums(self) -> None:
+        _, _, lows_G, highs_G = self._grid
+        for (columns, lowest, highest), label in zip(self._blocks, self.groups, strict=False):
+            low, high = self.bounds_D2[columns].sum(axis=0)
+            if low > highest + TOLERANCE:
+                raise MixtureError(
+                    f"group {label!r} may have at most {highest:.4g}, but its domains' minimums and the anchor already give "
+                    f"{low:.4g}: {low - highest:.4g} too much. Raise the group's bound, or lower its domains'."
+                )
+            if high < lowest - TOLERANCE:
+                raise MixtureError(
+                    f"group {label!r} must have at least {lowest:.4g}, but its domains' maximums sum to {high:.4g}: "
+                    f"{lowest - high:.4g} short. Lower the group's bound, or raise its domains'."
+                )
+        low, high = (self.anchor_share + (1 - self.anchor_share) * int(counts_G.sum()) / GRID for counts_G in (lows_G, highs_G))
+        if highs_G.sum() < GRID:
+            tightest = min(
+                range(len(self.domains)), key=lambda d: self.bounds_D2[d, 1] / max(self.natural[self.domains[d]], 1e-12)
+            )
+            listed = ", ".join(f"{name} {share:.4g}" for name, share in zip(self.domains, self.bounds_D2[:, 1], strict=True))
+            raise MixtureError(
+                f"the largest allowed shares sum to {high:.4g}, expected at least 1: {1 - high:.4g} short ({listed}). Tightest "
+                f"for its size: {self.domains[tightest]!r}. Allow more epochs, prepare more data, or train fewer final tokens."
+            )
+        if lows_G.sum() > GRID:
+            raise MixtureError(
+                f"the smallest allowed shares sum to {low:.4g}, expected at most 1: {low - 1:.4g} too much. Lower min_shares "
+                "or the groups' lowest shares."
+            )

@@ -1,0 +1,83 @@
+"""The search space as a YAML file of its own, for those who use the search without a study.
+
+domains: {code: {tokens: 30B, max_epochs: 4}, general: {tokens: 2T, min_share: 0.2}}
+target_tokens: 100B
+anchor: {mixture: uniform, share: 0.5}
+groups: {languages: {domains: [code, general], highest: 0.9}}
+max_kl: 1.0
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.mixture import Mixture
+from megatron_demix.search.space import Group, SearchSpace, epoch_caps
+from megatron_demix.study import Share, Tokens
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _Domain(_Section):
+    tokens: Tokens
+    """Distinct tokens at hand."""
+    max_epochs: float | None = Field(None, gt=0)
+    """How often the final run may repeat them; no limit if absent."""
+    min_share: float = Field(0.0, ge=0, le=1)
+    max_share: float = Field(1.0, ge=0, le=1)
+
+
+class _Anchor(_Section):
+    mixture: Literal["natural", "uniform"] | dict[str, float] = "uniform"
+    share: Share = 0.5
+
+
+class _Group(_Section):
+    domains: list[str] = Field(min_length=1)
+    lowest: float = Field(0.0, ge=0, le=1)
+    highest: float = Field(1.0, ge=0, le=1)
+
+
+class _SpaceFile(_Section):
+    domains: dict[str, _Domain] = Field(min_length=2)
+    target_tokens: Tokens
+    """Tokens of the final run."""
+    anchor: _Anchor = _Anchor(share=0.0)
+    """What every component is trained on beside its own domain. Absent: components are pure, and weights are shares."""
+    groups: dict[str, _Group] = {}
+    max_kl: float | None = Field(None, gt=0)
+
+
+def load_space(path: Path) -> SearchSpace:
+    """The space of a domains file. Raises ConfigError (unreadable, unknown key) and MixtureError (nothing feasible)."""
+    import yaml
+
+    path = Path(path)
+    try:
+        file = _SpaceFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from e
+    except ValidationError as e:
+        lines = (f"  {'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']}, found {d['input']!r}" for d in e.errors())
+        raise ConfigError(f"{path}: not a domains file:\n" + "\n".join(lines)) from e
+    tokens = {name: float(domain.tokens) for name, domain in file.domains.items()}
+    epochs = {name: domain.max_epochs for name, domain in file.domains.items() if domain.max_epochs is not None}
+    caps = epoch_caps(tokens, epochs, file.target_tokens)
+    natural = Mixture.proportional(tokens)
+    anchor = {"natural": natural, "uniform": Mixture.uniform(tokens)}
+    chosen = file.anchor.mixture
+    return SearchSpace(
+        natural,
+        anchor[chosen] if isinstance(chosen, str) else Mixture(chosen, label="anchor"),
+        file.anchor.share,
+        {name: min(caps[name], domain.max_share) for name, domain in file.domains.items()},
+        {name: domain.min_share for name, domain in file.domains.items() if domain.min_share > 0},
+        {name: Group(tuple(group.domains), group.lowest, group.highest) for name, group in file.groups.items()},
+        file.max_kl,
+    )

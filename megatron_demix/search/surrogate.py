@@ -1,0 +1,229 @@
+"""A surrogate predicts one score of any mixture from the proxies measured so far, and says how sure it is.
+
+Every surrogate is cross-validated: the out-of-fold errors choose the family (`auto`), weigh the stack, and scale the standard
+deviations so that a nominal 90 % interval held 90 % of the proxies that the fit had not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.mixture import TOLERANCE
+from megatron_demix.search.regressors import REGRESSORS, Regressor
+from megatron_demix.search.tables import Table, as_mixtures
+
+KINDS = ("auto", *REGRESSORS, "stack")
+MIN_PROXIES = 8
+_FOLDS = 5
+_Z90 = 1.6448536269514722
+_LIGHTGBM_PROXIES = 100
+"""auto leaves the trees out below this: they were the weakest family there in every study seen."""
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A fitted score. `kind` is the family chosen; `members` its weighted regressors (one, unless it is a stack).
+
+    cross_validation: {"rmse", "spearman", "measured_M", "predicted_M", "std_M", "kinds": {kind: rmse}}, all out of fold.
+    """
+
+    kind: str
+    members: tuple[tuple[float, Regressor], ...]
+    shares_MD: np.ndarray
+    scores_M: np.ndarray
+    cross_validation: dict[str, Any]
+    centre: float
+    spread: float
+    widen: float
+    """Factor on the raw standard deviations, from cross-validation."""
+
+    def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean_N and standard deviation_N of the score that would be measured at actual shares_ND, in the score's unit."""
+        mean_N, std_N = _mix(self.members, np.asarray(shares_ND, np.float64))
+        return self.centre + self.spread * mean_N, self.spread * self.widen * std_N
+
+    def refit(self, rows: np.ndarray) -> Surrogate:
+        """The same family with the same hyperparameters on other rows (a bootstrap sample) of the same proxies."""
+        standard_M = (self.scores_M[rows] - self.centre) / self.spread
+        members = tuple((weight, regressor.refit(self.shares_MD[rows], standard_M)) for weight, regressor in self.members)
+        return Surrogate(
+            self.kind, members, self.shares_MD, self.scores_M, self.cross_validation, self.centre, self.spread, self.widen
+        )
+
+
+def _mix(members: tuple[tuple[float, Regressor], ...], shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    predictions = [(weight, *regressor.predict(shares_ND)) for weight, regressor in members]
+    return sum(w * mean for w, mean, _ in predictions), sum(w * std for w, _, std in predictions)  # type: ignore[return-value]
+
+
+@dataclass
+class _Trial:
+    """One family's out-of-fold predictions of the standardised scores."""
+
+    kind: str
+    mean_M: np.ndarray
+    std_M: np.ndarray
+    parts: list[tuple[float, str]] = field(default_factory=list)
+
+    def rmse(self, scores_M: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(np.square(self.mean_M - scores_M))))
+
+
+def fit_surrogate(
+    shares_MD: np.ndarray, scores_M: np.ndarray, kind: str = "auto", *, seed: int = 0, name: str = "score"
+) -> Surrogate:
+    """Fit scores_M of M proxies against their actual shares_MD.
+
+    auto takes the family, or the stack of them all, with the least cross-validated error; lightgbm takes part where it is
+    installed and there are at least 100 proxies. name labels the errors.
+    Raises ConfigError (unknown kind), IncompatibleInputs (fewer than 8 proxies, NaN, constant scores, shapes).
+    """
+    shares_MD, scores_M = np.asarray(shares_MD, np.float64), np.asarray(scores_M, np.float64)
+    _check(shares_MD, scores_M, kind, name)
+    centre, spread = float(scores_M.mean()), float(scores_M.std())
+    standard_M = (scores_M - centre) / spread
+    folds_M = _folds(len(scores_M), seed)
+    fitted: dict[str, Regressor] = {}
+    trials: list[_Trial] = []
+    for candidate in _candidates(kind, len(scores_M)):
+        fitted[candidate] = REGRESSORS[candidate](seed)
+        fitted[candidate].fit(shares_MD, standard_M)
+        trials.append(_cross_validate(candidate, fitted[candidate], shares_MD, standard_M, folds_M))
+    if kind in ("auto", "stack"):
+        trials.append(_stack(trials, standard_M, folds_M))
+    chosen = trials[-1] if kind == "stack" else min(trials, key=lambda trial: trial.rmse(standard_M))
+    widen = _calibration(standard_M - chosen.mean_M, chosen.std_M)
+    return Surrogate(
+        chosen.kind,
+        tuple((weight, fitted[part]) for weight, part in chosen.parts),
+        shares_MD,
+        scores_M,
+        {
+            "rmse": spread * chosen.rmse(standard_M),
+            "spearman": _spearman(chosen.mean_M, standard_M),
+            "measured_M": scores_M,
+            "predicted_M": centre + spread * chosen.mean_M,
+            "std_M": spread * widen * chosen.std_M,
+            "kinds": {trial.kind: spread * trial.rmse(standard_M) for trial in trials},
+        },
+        centre,
+        spread,
+        widen,
+    )
+
+
+def _check(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"surrogate kind {kind!r} is unknown; expected one of {', '.join(KINDS)}.")
+    if shares_MD.ndim != 2 or scores_M.shape != shares_MD.shape[:1]:
+        raise IncompatibleInputs(
+            f"{name}: {shares_MD.shape} shares do not go with {scores_M.shape} scores; expected (M, D) and (M,)."
+        )
+    if len(scores_M) < MIN_PROXIES:
+        raise IncompatibleInputs(
+            f"{name}: {len(scores_M)} proxies are too few for a surrogate, expected at least {MIN_PROXIES}. "
+            "Evaluate more mixtures."
+        )
+    for what, bad_M in (("shares", ~np.isfinite(shares_MD).all(axis=1)), ("score", ~np.isfinite(scores_M))):
+        if bad_M.any():
+            raise IncompatibleInputs(
+                f"{name}: {what} of proxy {int(bad_M.argmax())} is not a finite number "
+                f"({int(bad_M.sum())} of {len(bad_M)} such). "
+                "A missing score is never filled in: evaluate the proxy again, or leave it out."
+            )
+    if np.ptp(scores_M) <= 1e-12 * max(1.0, float(np.abs(scores_M).max())):
+        raise IncompatibleInputs(
+            f"{name}: all {len(scores_M)} scores are {scores_M[0]:g}: nothing to learn. Drop the score from the objective, or "
+            "use a finer one (a loss instead of an accuracy)."
+        )
+
+
+def _candidates(kind: str, num: int) -> list[str]:
+    if kind not in ("auto", "stack"):
+        return [kind]
+    trees = num >= _LIGHTGBM_PROXIES and find_spec("lightgbm") is not None
+    return [name for name in REGRESSORS if name != "lightgbm" or trees]
+
+
+def _folds(num: int, seed: int) -> np.ndarray:
+    """The fold of each proxy: a seeded shuffle into 5 equal parts."""
+    return np.random.default_rng(seed).permutation(num) % _FOLDS
+
+
+def _cross_validate(
+    kind: str, regressor: Regressor, shares_MD: np.ndarray, scores_M: np.ndarray, folds_M: np.ndarray
+) -> _Trial:
+    trial = _Trial(kind, np.empty(len(scores_M)), np.empty(len(scores_M)), [(1.0, kind)])
+    for fold in range(_FOLDS):
+        out_M = folds_M == fold
+        again = regressor.refit(shares_MD[~out_M], scores_M[~out_M])
+        trial.mean_M[out_M], trial.std_M[out_M] = again.predict(shares_MD[out_M])
+    return trial
+
+
+def _stack(trials: list[_Trial], scores_M: np.ndarray, folds_M: np.ndarray) -> _Trial:
+    """Non-negative weights of the families that fit the out-of-fold predictions best. The stack's own out-of-fold predictions
+    use, for each fold, the weights of the other folds."""
+    means_MK, stds_MK = np.stack([t.mean_M for t in trials], axis=1), np.stack([t.std_M for t in trials], axis=1)
+    stack = _Trial("stack", np.empty(len(scores_M)), np.empty(len(scores_M)))
+    for fold in range(_FOLDS):
+        out_M = folds_M == fold
+        weights_K = _stack_weights(means_MK[~out_M], scores_M[~out_M])
+        stack.mean_M[out_M], stack.std_M[out_M] = means_MK[out_M] @ weights_K, stds_MK[out_M] @ weights_K
+    weights_K = _stack_weights(means_MK, scores_M)
+    stack.parts = [(float(w), t.kind) for w, t in zip(weights_K, trials, strict=True) if w > 0]
+    return stack
+
+
+def _stack_weights(means_MK: np.ndarray, scores_M: np.ndarray) -> np.ndarray:
+    from scipy.optimize import nnls
+
+    # A heavy last row holds the sum at 1.
+    weight = 1e3 * len(scores_M)
+    weights_K, _ = nnls(np.vstack([means_MK, np.full(means_MK.shape[1], weight)]), np.append(scores_M, weight))
+    return weights_K / weights_K.sum()
+
+
+def _calibration(errors_M: np.ndarray, stds_M: np.ndarray) -> float:
+    """The factor with which 90 % of the errors lie within 1.645 standard deviations (split-conformal rank)."""
+    ratios_M = np.sort(np.abs(errors_M) / np.maximum(stds_M, 1e-12))
+    rank = min(len(ratios_M), int(np.ceil(0.9 * (len(ratios_M) + 1))))
+    return max(float(ratios_M[rank - 1]) / _Z90, 1e-6)
+
+
+def _spearman(left_M: np.ndarray, right_M: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(left_M, right_M).statistic)
+
+
+def predict_scores(
+    mixtures: Table, scores: Table, wanted: Table, *, kind: str = "auto", seed: int = 0, notice: Callable[[str], None] = print
+) -> Table:
+    """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured; tables join by id and name.
+
+    notice is told where rounded mixtures were divided by their sum, and which family each score got.
+    Raises MixtureError (a row is no mixture), IncompatibleInputs (ids or domains differ, missing scores).
+    """
+    measured_MD, gap = as_mixtures(mixtures)
+    wanted.select(wanted.ids, mixtures.columns, other=mixtures.path)
+    order = [wanted.columns.index(name) for name in mixtures.columns]
+    wanted_ND, wanted_gap = as_mixtures(wanted)
+    if (worst := max(gap, wanted_gap)) > TOLERANCE:
+        notice(f"mixtures miss a sum of 1 by up to {worst:.2g}, as rounded numbers do: each was divided by its sum.")
+    if extra := sorted(set(scores.ids) - set(mixtures.ids)):
+        raise IncompatibleInputs(f"{scores.path}: id {extra[0]!r} has no mixture in {mixtures.path} ({len(extra)} such).")
+    scores_MT = scores.select(mixtures.ids, scores.columns, other=mixtures.path)
+    columns: dict[str, np.ndarray] = {}
+    for t, name in enumerate(scores.columns):
+        surrogate = fit_surrogate(measured_MD, scores_MT[:, t], kind, seed=seed, name=name)
+        columns[name], columns[f"{name}_std"] = surrogate.predict(wanted_ND[:, order])
+        error = surrogate.cross_validation
+        notice(f"{name}: {surrogate.kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
+    return Table(wanted.path, wanted.id_name, wanted.ids, tuple(columns), np.stack(list(columns.values()), axis=1))

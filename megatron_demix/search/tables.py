@@ -1,0 +1,115 @@
+"""Tables of mixtures and scores as CSV: the first column is an id, the others are found by name and never by position."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_demix.artifact import write_atomic
+from megatron_demix.errors import CorruptInput, IncompatibleInputs, MixtureError
+
+ROUNDING = 0.02
+"""Mixtures printed with few digits miss 1 by less than this; a larger gap is a mistake."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """ids_M, column names and float64 values_MC of one CSV file. Missing cells are NaN."""
+
+    path: Path
+    id_name: str
+    ids: tuple[str, ...]
+    columns: tuple[str, ...]
+    values_MC: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """Raises CorruptInput naming the line: unreadable file, no header, repeated id or column, ragged row, not a number."""
+        path = Path(path)
+        try:
+            rows = [
+                (line, row) for line, row in enumerate(csv.reader(io.StringIO(path.read_text("utf-8-sig"))), start=1) if row
+            ]
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise CorruptInput(f"{path}: cannot be read as CSV ({e}).") from e
+        if not rows or len(rows[0][1]) < 2:
+            raise CorruptInput(f"{path}: expected a header of an id column and at least one more column, found none.")
+        header = [name.strip() for name in rows[0][1]]
+        if repeated := {name for name in header if header.count(name) > 1}:
+            raise CorruptInput(f"{path}: column {sorted(repeated)[0]!r} appears twice.")
+        ids: dict[str, int] = {}
+        values_MC = np.empty((len(rows) - 1, len(header) - 1))
+        for m, (line, row) in enumerate(rows[1:]):
+            if len(row) != len(header):
+                raise CorruptInput(f"{path}, line {line}: {len(row)} cells, expected {len(header)} as in the header.")
+            if (name := row[0].strip()) in ids:
+                raise CorruptInput(f"{path}, line {line}: id {name!r} was already on line {ids[name]}.")
+            ids[name] = line
+            values_MC[m] = [_number(cell, path, line, column) for cell, column in zip(row[1:], header[1:], strict=True)]
+        return cls(path, header[0], tuple(ids), tuple(header[1:]), values_MC)
+
+    def write(self, path: Path) -> None:
+        """Write as CSV, atomically; numbers with all their digits, NaN as an empty cell. Raises StorageError."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([self.id_name, *self.columns])
+        for name, row in zip(self.ids, self.values_MC, strict=True):
+            writer.writerow([name, *("" if np.isnan(value) else repr(float(value)) for value in row)])
+        write_atomic(Path(path), text.getvalue())
+
+    def column(self, name: str) -> np.ndarray:
+        """values_M of one column. Raises IncompatibleInputs listing the columns there are."""
+        if name not in self.columns:
+            raise IncompatibleInputs(f"{self.path}: no column {name!r}; the columns are {', '.join(self.columns)}.")
+        return self.values_MC[:, self.columns.index(name)]
+
+    def select(self, ids: Sequence[str], columns: Sequence[str], *, other: Path) -> np.ndarray:
+        """values of exactly these rows and columns, in this order, as `other` has them. Raises IncompatibleInputs naming what
+        is absent here, or there."""
+        for what, wanted, present in (("column", columns, self.columns), ("id", ids, self.ids)):
+            lacking, extra = ([x for x in a if x not in set(b)] for a, b in ((wanted, present), (present, wanted)))
+            if what == "column" and extra:
+                raise IncompatibleInputs(
+                    f"{self.path}: column {extra[0]!r} is not in {other} ({len(extra)} such). Name both sides alike."
+                )
+            if lacking:
+                raise IncompatibleInputs(
+                    f"{self.path}: {what} {lacking[0]!r} of {other} is missing ({len(lacking)} such). "
+                    "Nothing is filled in: add it here, or remove it there."
+                )
+        row_of, column_of = ({name: i for i, name in enumerate(names)} for names in (self.ids, self.columns))
+        return self.values_MC[np.ix_([row_of[name] for name in ids], [column_of[name] for name in columns])]
+
+
+def _number(cell: str, path: Path, line: int, column: str) -> float:
+    if not cell.strip():
+        return float("nan")
+    try:
+        return float(cell)
+    except ValueError as e:
+        raise CorruptInput(f"{path}, line {line}: {cell!r} in column {column!r} is not a number.") from e
+
+
+def as_mixtures(table: Table) -> tuple[np.ndarray, float]:
+    """shares_MD whose rows sum to 1, and by how much the worst row missed it (rounded numbers do; each row is then divided by
+    its sum). Raises MixtureError naming the first row that is not a mixture even so."""
+    sums_M = table.values_MC.sum(axis=1)
+    gaps_M = np.abs(sums_M - 1)
+    for m in np.flatnonzero(~(gaps_M <= ROUNDING) | ~(table.values_MC >= 0).all(axis=1)):
+        row = table.values_MC[m]
+        if np.isfinite(row).all() and (row >= 0).all():
+            raise MixtureError(
+                f"{table.path}: mixture {table.ids[m]!r} sums to {sums_M[m]:.6g}, expected 1 (tolerance {ROUNDING:g}, for "
+                "rounding). Correct the row."
+            )
+        c = int((~(row >= 0)).argmax())
+        raise MixtureError(
+            f"{table.path}: mixture {table.ids[m]!r} has weight {row[c]:g} for {table.columns[c]!r}, "
+            "expected a finite number >= 0."
+        )
+    return table.values_MC / sums_M[:, None], float(gaps_M.max(initial=0.0))

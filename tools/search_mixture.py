@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Sample mixtures, predict their scores, and compare proxies' ranking with references': CSV in, CSV or JSON out.
+
+Every CSV has an id in its first column, then one column a domain or a score. Rows are joined by id, columns by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_demix.errors import DemixError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except DemixError as e:
+        print(f"search_mixture.py: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    sample = commands.add_parser("sample", help="feasible mixtures of the domains, as merge weights")
+    sample.add_argument(
+        "--domains", type=Path, required=True, help="YAML: domains with tokens and max_epochs, target_tokens, anchor"
+    )
+    sample.add_argument("--num", type=int, required=True, help="mixtures to write")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--design", default="dirichlet", choices=("dirichlet", "sobol", "lattice", "optimal"))
+    sample.add_argument("--output", type=Path, required=True, help="CSV of merge weights")
+    sample.add_argument("--shares", type=Path, help="also write the actual data shares these weights stand for")
+    sample.set_defaults(run=_sample)
+
+    fit = commands.add_parser("fit", help="learn scores from measured mixtures and predict those of others")
+    fit.add_argument(
+        "--mixtures", type=Path, required=True, help="CSV of measured mixtures (shares; weights if nothing was anchored)"
+    )
+    fit.add_argument("--scores", type=Path, required=True, help="CSV of their scores")
+    fit.add_argument("--predict", type=Path, required=True, help="CSV of mixtures to predict")
+    fit.add_argument("--output", type=Path, required=True, help="CSV: each score and <score>_std at the mixtures to predict")
+    fit.add_argument(
+        "--surrogate", default="auto",
+        choices=("auto", "gaussian_process", "quadratic", "scheffe_log", "ridge", "log_linear", "lightgbm", "stack"),
+    )  # fmt: skip
+    fit.add_argument("--seed", type=int, default=0)
+    fit.set_defaults(run=_fit)
+
+    consistency = commands.add_parser("consistency", help="how well proxies rank mixtures, against truly trained references")
+    consistency.add_argument("--proxies", type=Path, required=True, help="CSV of the proxies' scores")
+    consistency.add_argument("--references", type=Path, required=True, help="CSV of the references' scores, same ids")
+    consistency.add_argument("--reseeded", type=Path, help="CSV of the references trained again with another seed: the ceiling")
+    consistency.add_argument("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses")
+    consistency.add_argument(
+        "--objective", nargs="*", default=[], metavar="SCORE=WEIGHT", help="also report this weighted mean"
+    )
+    consistency.add_argument("--seed", type=int, default=0)
+    consistency.add_argument("--output", type=Path, required=True, help="JSON report")
+    consistency.set_defaults(run=_consistency)
+    return parser
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from megatron_demix.search.sample import sample_mixtures
+    from megatron_demix.search.space_file import load_space
+    from megatron_demix.search.tables import Table
+
+    space = load_space(args.domains)
+    weights_MD = sample_mixtures(space, args.num, args.seed, design=args.design)
+    ids = tuple(f"mix_{m}" for m in range(args.num))
+    Table(args.output, "id", ids, space.domains, weights_MD).write(args.output)
+    if args.shares:
+        Table(args.shares, "id", ids, space.domains, space.shares(weights_MD)).write(args.shares)
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from megatron_demix.search.surrogate import predict_scores
+    from megatron_demix.search.tables import Table
+
+    mixtures, scores, wanted = (Table.read(path) for path in (args.mixtures, args.scores, args.predict))
+    predict_scores(mixtures, scores, wanted, kind=args.surrogate, seed=args.seed, notice=_notice).write(args.output)
+
+
+def _consistency(args: argparse.Namespace) -> None:
+    from megatron_demix.artifact import write_json
+    from megatron_demix.search.consistency import compare_tables, parse_objective
+    from megatron_demix.search.tables import Table
+
+    proxies, references = Table.read(args.proxies), Table.read(args.references)
+    reseeded = Table.read(args.reseeded) if args.reseeded else None
+    objective = parse_objective(args.objective)
+    report = compare_tables(proxies, references, reseeded, objective, set(args.higher_is_better), seed=args.seed)
+    write_json(args.output, report)
+
+
+def _notice(text: str) -> None:
+    print(f"search_mixture.py: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
