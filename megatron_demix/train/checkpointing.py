@@ -1,0 +1,340 @@
+"""Checkpoints of a run: torch_dist folders in Megatron's layout, published by rename, verified before they are resumed from.
+
+    work/iter_0000500/{.metadata, __0_0.distcp, ..., common.pt, metadata.json, checksums.json}
+    work/latest_checkpointed_iteration.txt
+
+Two runs that do the same work write the same bytes: no path, time or random id gets into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import random
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
+
+from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
+from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
+from megatron_demix.train.job import TrainJob
+from megatron_demix.train.model import ffn_hidden_size, padded_vocab_size
+from megatron_demix.train.optimizer import use_fused_kernel
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CHECKSUMS = "checksums.json"
+KEEP = 2
+"""Checkpoints kept while a run goes on: if the newest turns out damaged, the one before is resumed from."""
+_CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+class Checkpoints:
+    """Saves and resumes one run. All ranks call save() and resume() together; `work` is on storage that all of them see."""
+
+    def __init__(
+        self,
+        job: TrainJob,
+        model: GPTModel,
+        optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+    ) -> None:
+        """model: the GPTModel without wrappers."""
+        self._job, self._model, self._optimizer, self._schedule = job, model, optimizer, schedule
+        self._rank, self._num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def save(self, iteration: int) -> Path:
+        """Publish the state after `iteration` steps, then drop checkpoints beyond the newest KEEP. Raises StorageError."""
+        target = folder_of(self._job.work, iteration)
+        unfinished = target.with_name(f".unfinished-{target.name}")
+        if self._rank == 0:
+            with storage_errors(f"writing {target}"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+        torch.distributed.barrier()
+        _seed_results_queue()
+        try:
+            with storage_errors(f"writing {target}"):
+                dist_checkpointing.save(
+                    self._state(iteration),
+                    str(unfinished),
+                    TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                    content_metadata=_CONTENT,
+                )
+        except CheckpointException as e:  # a BaseException, raised on every rank when the writer of one of them failed
+            raise StorageError(f"writing {target}: {_first_line(e)}. Free space or choose another disk, then run again.") from e
+        if self._rank == 0:
+            with storage_errors(f"writing {target}"):
+                _forget_where_and_when(unfinished / ".metadata")
+        torch.distributed.barrier()
+        files = self._checksums(unfinished)
+        if self._rank == 0:
+            with storage_errors(f"writing {target}"):
+                write_json(unfinished / CHECKSUMS, files)
+                shutil.rmtree(target, ignore_errors=True)  # a damaged one that was not resumed from
+                os.rename(unfinished, target)
+                write_atomic(self._job.work / TRACKER, f"{iteration}\n")
+            self._drop([i for i in iterations_in(self._job.work) if i < iteration][: -(KEEP - 1)])
+        torch.distributed.barrier()
+        return target
+
+    def resume(self) -> int:
+        """Restore the newest sound checkpoint; its iteration, or 0 if there is none. Damaged ones are named in a warning."""
+        for iteration in reversed(self._agreed_iterations()):
+            folder = folder_of(self._job.work, iteration)
+            if problem := self._problem(folder):
+                if self._rank == 0:
+                    logger.warning("checkpoint %s is damaged: %s. Going back to the one before.", folder, problem)
+                continue
+            self._load(folder)
+            return iteration
+        return 0
+
+    def keep_only(self, iteration: int) -> None:
+        """Remove every checkpoint but this one, and what killed runs left: the run is finished."""
+        if self._rank == 0:
+            self._drop([i for i in iterations_in(self._job.work) if i != iteration])
+            for left in self._job.work.glob(".unfinished-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            write_atomic(self._job.work / TRACKER, f"{iteration}\n")
+        torch.distributed.barrier()
+
+    def _drop(self, iterations: list[int]) -> None:
+        for iteration in iterations:
+            shutil.rmtree(folder_of(self._job.work, iteration), ignore_errors=True)
+
+    def _state(self, iteration: int, *, loading: bool = False) -> dict[str, Any]:
+        """What a checkpoint holds, under the names Megatron-LM uses."""
+        model = self._model.sharded_state_dict(metadata=_with_group(_CONTENT))
+        consumed = iteration * self._job.train.global_batch_size
+        state = {
+            "args": _megatron_args(self._job, iteration, consumed),
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            "num_floating_point_operations_so_far": 0,
+            "model": model,
+            "optimizer": self._optimizer.sharded_state_dict(
+                {"model": model}, is_loading=loading, metadata=_with_group(_CONTENT)
+            ),
+            "opt_param_scheduler": self._schedule.state_dict(),
+            "rng_state": _rng_state(),
+        }
+        return _without_identity(state)
+
+    def _load(self, folder: Path) -> None:
+        state = self._state(0, loading=True)
+        saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
+        # Generator states belong to a (pipeline, tensor) rank: another layout starts from fresh ones.
+        same_layout = all(getattr(saved, name) == getattr(state["args"], name) for name in _RNG_LAYOUT)
+        if not same_layout:
+            del state["rng_state"]
+        try:
+            loaded = dist_checkpointing.load(state, str(folder))
+        except (CheckpointException, CheckpointingException) as e:
+            raise IncompatibleInputs(f"run {self._job.name}: cannot resume from {folder}: {_first_line(e)}") from e
+        self._model.load_state_dict(loaded["model"], strict=True)
+        self._optimizer.load_state_dict(loaded["optimizer"])
+        use_fused_kernel(self._optimizer)
+        self._schedule.load_state_dict(loaded["opt_param_scheduler"])
+        if same_layout:
+            _set_rng_state(loaded["rng_state"][0])
+
+    def _checksums(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Size and digest of every file, as a Manifest holds them. Each rank reads, and makes durable, its share."""
+        mine = {}
+        for path in sorted(folder.iterdir())[self._rank :: self._num_ranks]:
+            with storage_errors(f"writing {path}"), open(path, "rb") as file:
+                os.fsync(file.fileno())
+            mine[path.name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
+        return {name: facts for part in self._gather(mine) for name, facts in sorted(part.items())}
+
+    def _problem(self, folder: Path) -> str | None:
+        """The first thing wrong with a checkpoint on disk, found by all ranks together; None if it is sound."""
+        found: list[str] = []
+        try:
+            files = read_json(folder / CHECKSUMS)
+            mine = dict(sorted(files.items())[self._rank :: self._num_ranks])
+            found = Manifest("", "checkpoint", {}, mine).problems(folder, digests=True)
+        except (CorruptInput, AttributeError, KeyError, TypeError) as e:
+            found = [str(e)]
+        return next((problem for part in self._gather(found) for problem in part), None)
+
+    def _agreed_iterations(self) -> list[int]:
+        """Rank 0's listing: another node's view of a network file system may lag."""
+        return self._gather(iterations_in(self._job.work))[0]
+
+    def _gather(self, mine: Any) -> list[Any]:
+        if self._num_ranks == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self._num_ranks
+        torch.distributed.all_gather_object(everyone, mine)
+        return everyone
+
+
+def load_weights(model: GPTModel, folder: Path) -> None:
+    """Load the weights of a checkpoint, saved at any layout, into this rank's GPTModel (without wrappers).
+
+    folder: anything checkpoint.layout.find_checkpoint accepts. Raises IncompatibleInputs naming the tensor that is missing or
+    has another shape.
+    """
+    from megatron_demix.checkpoint.layout import find_checkpoint
+
+    path = find_checkpoint(folder).path
+    # Extra states carry nothing for these layer specs, and whoever converts checkpoints leaves them out.
+    wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
+    try:
+        loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
+    except (CheckpointException, CheckpointingException) as e:
+        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {_first_line(e)}") from e
+    absent = [k for k in model.load_state_dict(loaded, strict=False).missing_keys if not k.endswith("_extra_state")]
+    if absent:
+        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: it holds nothing for {', '.join(absent[:3])}")
+
+
+def folder_of(work: Path, iteration: int) -> Path:
+    return work / f"iter_{iteration:07d}"
+
+
+def iterations_in(work: Path) -> list[int]:
+    """Iterations of the published checkpoints in a run's folder, ascending."""
+    names = (p.name.removeprefix("iter_") for p in work.glob("iter_*"))
+    return sorted(int(n) for n in names if n.isdigit())
+
+
+def _with_group(metadata: dict[str, Any]) -> dict[str, Any]:
+    return metadata | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _megatron_args(job: TrainJob, iteration: int, consumed: int) -> Namespace:
+    """What Megatron-LM looks up in a checkpoint's saved arguments: it checks the shapes and takes the counters from here."""
+    model, parallel, train = job.model, job.parallel, job.train
+    return Namespace(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=ffn_hidden_size(model),
+        num_attention_heads=model.num_attention_heads,
+        group_query_attention=model.num_query_groups is not None,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        seq_length=train.seq_length,
+        max_position_embeddings=model.max_position_embeddings or train.seq_length,
+        add_position_embedding=True,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+        rotary_percent=1.0,
+        normalization=model.normalization,
+        norm_epsilon=model.norm_epsilon,
+        swiglu=model.swiglu,
+        qk_layernorm=model.qk_layernorm,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        padded_vocab_size=padded_vocab_size(model, parallel, job.vocab_size),
+        num_experts=model.num_experts,
+        moe_router_topk=model.moe_router_topk,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        data_parallel_size=parallel.data,
+        world_size=parallel.world_size,
+        data_parallel_random_init=False,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        train_iters=job.train_iters,
+        bf16=train.precision == "bf16",
+        fp16=False,
+        use_distributed_optimizer=train.use_distributed_optimizer,
+        ckpt_format="torch_dist",
+        seed=job.seed,
+        iteration=iteration,
+        consumed_train_samples=consumed,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+_RNG_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+
+
+def _rng_state() -> ShardedObject:
+    """Every generator's state, keyed by pipeline and tensor rank as Megatron-LM does; data parallel ranks share theirs."""
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    shape = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", [_without_identity(state)], shape, place, replica_id=replica)
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def _without_identity(value: Any) -> Any:
+    """Equal containers and strings whatever they share: pickle writes an object met twice as a reference, and what is one
+    object in a fresh run may be two in a resumed one."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if type(value) is dict:
+        return {_without_identity(k): _without_identity(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_identity(v) for v in value)
+    return value
+
+
+def _seed_results_queue() -> None:
+    """Spare every save a spawned manager process, which would import the main script again (2.5 to 8.5 s): megatron.core asks
+    for a queue between processes even where, as here, the save is synchronous and a plain one does."""
+    if getattr(filesystem_async, "_results_queue", False) is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def _forget_where_and_when(path: Path) -> None:
+    """Rewrite `.metadata` without the folder it was written to, its random save id, and the save plans that repeat it."""
+    metadata = pickle.loads(path.read_bytes())  # written a moment ago by this process
+    metadata.storage_meta = StorageMeta()
+    if hasattr(metadata, "all_local_plans"):
+        del metadata.all_local_plans
+    write_atomic(path, pickle.dumps(metadata))
+
+
+def _first_line(error: BaseException) -> str:
+    """The innermost message of an error that wraps a rank's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")

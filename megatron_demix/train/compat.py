@@ -1,0 +1,120 @@
+"""What megatron.core needs where there is no CUDA device: everything it addresses to "cuda" lands on the CPU.
+
+This is the one place for it. On a machine with CUDA, cpu_compat() does nothing at all.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Redirects `device="cuda"` to the CPU, makes `.cuda()` the identity and lets `.type()` say torch.cuda.*, which
+    megatron.core's optimizer compares with."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and str(device).startswith("cuda"):
+                kwargs = {**kwargs, "device": _CPU}
+            return func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1:
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _seed_cpu(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _get_cpu_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+_CUDA_STAND_INS: dict[str, Callable] = {
+    "current_device": lambda: _CPU,
+    "current_stream": _nothing,
+    "empty_cache": _nothing,
+    "set_device": _nothing,
+    "synchronize": _nothing,
+    "manual_seed": _seed_cpu,
+    "get_rng_state": _get_cpu_rng_state,
+    "set_rng_state": _set_cpu_rng_state,
+    "get_device_capability": lambda device=None: (0, 0),
+}
+
+
+def on_cpu() -> bool:
+    """True where torch sees no CUDA device, so that gloo and the local layer spec are used."""
+    return not torch.cuda.is_available()
+
+
+_active = False
+
+
+@contextmanager
+def cpu_compat() -> Iterator[None]:
+    """megatron.core works on this machine inside this context; everything replaced is restored at its end.
+
+    Import megatron.core inside it where possible: its fusers then stay plain functions on a CPU, which spares each process
+    the import of torch's compiler. Nesting is fine.
+    """
+    global _active
+    if _active or not on_cpu():
+        yield
+        return
+    _import_core_uncompiled()
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import torch._dynamo  # torch.optim does anyway, and dynamo must not first look at torch.cuda while it is replaced
+
+    with ExitStack() as stack:
+        for name, stand_in in _CUDA_STAND_INS.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        for name in ("range_push", "range_pop"):
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, _nothing))
+        stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", _get_cpu_rng_state))
+        stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", _set_cpu_rng_state))
+        if not hasattr(moe_utils, "te_general_gemm"):
+            stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
+        stack.enter_context(mock.patch.object(torch._dynamo.config, "disable", True))
+        stack.enter_context(_CudaMeansCpu())
+        _active = True
+        try:
+            yield
+        finally:
+            _active = False
+
+
+def _import_core_uncompiled() -> None:
+    """Import megatron.core so that its `jit_fuser` is the identity, as its own disable_jit_fuser() would make it.
+
+    Decorating with torch.compile imports inductor: 2.9 of the 4.9 s of CPU time that importing megatron.core takes.
+    """
+    if "megatron.core" in sys.modules:
+        return
+    with warnings.catch_warnings(), mock.patch.object(torch, "compile", lambda model=None, **_: model or (lambda f: f)):
+        warnings.simplefilter("ignore")  # one warning for every package that it can do without
+        import megatron.core
+        import megatron.core.optimizer
+        import megatron.core.transformer.moe.moe_utils  # noqa: F401

@@ -1,0 +1,130 @@
+"""Training samples: a blend of Megatron data sets through megatron.core's own builder, in an order that depends only on the
+seed and the batch size, never on the layout."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError, storage_errors
+from megatron_demix.train.job import TrainJob
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The part of a tokenizer that megatron.core's data sets ask for."""
+
+    eod: int
+    vocab_size: None = None  # known, it would override the dtype that the .idx itself states
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        return {"eod": self.eod}
+
+
+def training_data(job: TrainJob) -> torch.utils.data.Dataset:
+    """train_iters x global_batch_size samples of the blend. All ranks call it. Raises ConfigError, MixtureError,
+    IncompatibleInputs."""
+    sources = [(prefix, weight) for prefix, weight in job.blend if weight > 0]
+    if dropped := [str(prefix) for prefix, weight in job.blend if weight == 0]:
+        logger.warning("sources with weight 0 are left out: %s", ", ".join(dropped))
+    return _build(job, sources, job.train_iters * job.train.global_batch_size)
+
+
+def validation_data(job: TrainJob) -> dict[str, torch.utils.data.Dataset]:
+    """eval_iters x global_batch_size samples of every validation set, by name: the same ones at each evaluation."""
+    num_samples = job.train.eval_iters * job.train.global_batch_size
+    return {name: _build(job, [(prefix, 1.0)], num_samples) for name, prefix in sorted(job.valid.items())}
+
+
+def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: int) -> torch.utils.data.Dataset:
+    for prefix, _ in sources:
+        for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+            if not path.is_file():
+                raise ConfigError(f"run {job.name}: {path} is missing; the blend names the prefix {prefix}.")
+    prefixes, weights = [str(prefix) for prefix, _ in sources], [weight for _, weight in sources]
+    config = GPTDatasetConfig(
+        random_seed=job.seed,
+        sequence_length=job.train.seq_length,
+        blend_per_split=[(prefixes, weights if len(weights) > 1 else None), None, None],
+        path_to_cache=str(job.index_cache),
+        tokenizer=_Vocabulary(job.eod_id),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,  # causal masking is part of the layer spec
+        mid_level_dataset_surplus=_surplus(weights, num_samples),
+    )
+    with _building_alone(job.index_cache), storage_errors(f"writing sample indices into {job.index_cache}"):
+        try:
+            builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
+            dataset = builder.build()[0]
+        except IndexError as e:
+            raise MixtureError(f"run {job.name}: megatron.core cannot draw {num_samples} samples of this blend: {e}") from e
+    if dataset is None or len(dataset) < num_samples:
+        raise IncompatibleInputs(
+            f"run {job.name}: {', '.join(prefixes)} give {0 if dataset is None else len(dataset)} samples of "
+            f"{job.train.seq_length} tokens, expected {num_samples}."
+        )
+    return dataset
+
+
+def _surplus(weights: Sequence[float], num_samples: int) -> float:
+    """Spare samples a source is built with, as a share. Blending may ask for up to one more per source than its weight says,
+    which megatron.core's default share does not cover for a source of few samples."""
+    fewest = max(1.0, num_samples * min(weights) / sum(weights))
+    return max(0.005, (len(weights) + 1) / fewest)
+
+
+@contextmanager
+def _building_alone(cache: Path) -> Iterator[None]:
+    """Rank 0 holds a lock on the cache while it builds: megatron.core would read another run's half-written index."""
+    if torch.distributed.get_rank() != 0:
+        yield
+        return
+    with storage_errors(f"making {cache}"):
+        cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def micro_batches(
+    dataset: torch.utils.data.Dataset, first_sample: int, job: TrainJob, device: torch.device | int
+) -> Iterator[Batch]:
+    """This rank's part of the global batch of samples [first_sample, first_sample + global_batch_size), by micro-batch.
+
+    Yields tokens, labels, position_ids (int64) and loss_mask (float32), each [micro_batch_size, seq_length].
+    """
+    size = job.train.micro_batch_size
+    rank, stride = parallel_state.get_data_parallel_rank(), size * parallel_state.get_data_parallel_world_size()
+    for start in range(first_sample + rank * size, first_sample + job.train.global_batch_size, stride):
+        samples = [dataset[i] for i in range(start, start + size)]
+        yield {
+            name: torch.stack([sample[name] for sample in samples]).to(device, non_blocking=True)
+            for name in ("tokens", "labels", "position_ids", "loss_mask")
+        }
+
+
+def num_micro_batches(job: TrainJob) -> int:
+    """Micro-batches each data parallel rank runs in one step. Raises ConfigError if they do not come out whole."""
+    per_step = job.train.micro_batch_size * job.parallel.data
+    if job.train.global_batch_size % per_step:
+        raise ConfigError(
+            f"run {job.name}: global_batch_size {job.train.global_batch_size} is not a multiple of micro_batch_size "
+            f"{job.train.micro_batch_size} x data parallel {job.parallel.data} = {per_step}."
+        )
+    return job.train.global_batch_size // per_step

@@ -1,0 +1,72 @@
+"""TrainJob: one training run as plain data, written as JSON by whoever wants it trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_demix.artifact import read_json
+from megatron_demix.errors import ConfigError
+from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+
+
+class LossGuard(BaseModel):
+    """When a run counts as diverged. NaN and infinity always do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    window: int = Field(64, ge=2)
+    """Iterations whose median is the reference; the guard sleeps until that many have been seen."""
+    factor: float = Field(1.5, gt=1)
+    """A loss above factor x reference is a spike."""
+    patience: int = Field(32, ge=1)
+    """Consecutive spikes after which the run is stopped. Spikes do not enter the reference."""
+
+
+class TrainJob(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["train"] = "train"
+    name: str
+    seed: int = Field(ge=0)
+    model: ModelSpec
+    parallel: ParallelSpec = ParallelSpec()
+    train: TrainSpec
+    train_iters: int = Field(ge=1)
+    vocab_size: int = Field(ge=2)
+    """Number of token ids, before padding."""
+    eod_id: int = Field(ge=0)
+    blend: list[tuple[Path, Annotated[float, Field(ge=0)]]] = Field(min_length=1)
+    """Megatron path prefixes (without .bin/.idx) and their shares of the samples. A share of 0 drops the source."""
+    valid: dict[str, Path] = {}
+    """Validation prefixes by name; each is logged as `lm loss validation-<name>`."""
+    init_checkpoint: Path | None = None
+    """Weights to start from. Iteration, optimizer and schedule start afresh."""
+    work: Path
+    """Folder of this run: checkpoints, losses.jsonl. Starting again resumes from its newest good checkpoint."""
+    index_cache: Path
+    """Folder for megatron.core's sample indices."""
+    tensorboard: Path | None = None
+    heartbeat: Path | None = None
+    threads_per_rank: int = Field(1, ge=1)
+    loss_guard: LossGuard = LossGuard()
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> TrainJob:
+        if not any(weight > 0 for _, weight in self.blend):
+            raise ValueError("blend: every source has weight 0; give at least one a positive weight")
+        if self.eod_id >= self.vocab_size:
+            raise ValueError(f"eod_id {self.eod_id} is not below vocab_size {self.vocab_size}")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> TrainJob:
+        """The job in a JSON file. Raises ConfigError naming the field, CorruptInput if the file cannot be read."""
+        data = read_json(path)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            problems = "\n".join(f"  {'.'.join(map(str, d['loc'])) or 'job'}: {d['msg']}" for d in e.errors())
+            raise ConfigError(f"job {path}:\n{problems}") from e

@@ -1,0 +1,71 @@
+"""What a run tells the outside while it trains: losses.jsonl, TensorBoard, a heartbeat file, a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from megatron_demix.progress import Heartbeat
+from megatron_demix.train.job import TrainJob
+from megatron_demix.train.losses import FILE, LossLog
+from megatron_demix.units import format_count
+
+
+class Journal:
+    """Kept by rank 0 alone; on other ranks make none."""
+
+    def __init__(self, job: TrainJob, *, iteration: int) -> None:
+        """iteration: the last one that is done. Raises CorruptInput where losses.jsonl lacks what was done."""
+        self._job = job
+        self._losses = LossLog(job.work / FILE, iteration=iteration)
+        self._heartbeat = Heartbeat(job.heartbeat) if job.heartbeat else None
+        self._scalars = None
+        if job.tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._scalars = SummaryWriter(str(job.tensorboard), purge_step=iteration + 1)
+        self._since, self._seen = time.perf_counter(), iteration
+        self._beat(iteration)
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """One iteration is done. row: as losses.read_losses describes."""
+        iteration = int(row["iteration"])
+        self._losses.append(row)
+        self._beat(iteration, loss=row["lm loss"])
+        if self._scalars:
+            for name, value in row.items():
+                if name != "iteration":
+                    self._scalars.add_scalar(name, value, iteration)
+        if iteration % self._job.train.log_interval == 0 or iteration == self._job.train_iters:
+            self._speak(iteration, row)
+
+    def _speak(self, iteration: int, row: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        seconds = (now - self._since) / max(1, iteration - self._seen)
+        tokens_per_s = self._job.train.global_batch_size * self._job.train.seq_length / seconds
+        self._since, self._seen = now, iteration
+        if self._scalars:
+            self._scalars.add_scalar("iteration-time", seconds, iteration)
+            self._scalars.add_scalar("batch-size", self._job.train.global_batch_size, iteration)
+            self._scalars.add_scalar("demix/tokens-per-second", tokens_per_s, iteration)
+        parts = [f"{self._job.name} iteration {iteration}/{self._job.train_iters}"]
+        parts += [f"{name} {value:.4f}" for name, value in row.items() if name.startswith("lm loss")]
+        parts += [
+            f"lr {row['learning-rate']:.3e}",
+            f"grad norm {row['grad-norm']:.3f}",
+            f"{format_count(tokens_per_s)} tokens/s",
+        ]
+        print(" | ".join(parts), flush=True)
+
+    def _beat(self, iteration: int, **facts: float) -> None:
+        if self._heartbeat:
+            self._heartbeat.beat(iteration, self._job.train_iters, "iterations", **facts)
+
+    def sync(self) -> None:
+        """Make losses.jsonl durable up to here: called before the checkpoint that relies on it. Raises StorageError."""
+        self._losses.sync()
+
+    def close(self) -> None:
+        self._losses.close()
+        if self._scalars:
+            self._scalars.close()

@@ -1,0 +1,75 @@
+"""The training loop: step, guard, log, evaluate, save; between two steps it can stop and later go on as if it had not."""
+
+from __future__ import annotations
+
+from contextlib import closing, nullcontext
+
+import torch
+
+from megatron_demix.errors import ConfigError, Incomplete, storage_errors
+from megatron_demix.train.checkpointing import Checkpoints, load_weights
+from megatron_demix.train.data import training_data, validation_data
+from megatron_demix.train.job import TrainJob
+from megatron_demix.train.journal import Journal
+from megatron_demix.train.losses import FILE, DivergenceGuard, read_losses
+from megatron_demix.train.model import build_model
+from megatron_demix.train.optimizer import build_optimizer, build_schedule
+from megatron_demix.train.step import Stepper, data_parallel
+from megatron_demix.train.watch import Watchdog, stop_request
+
+
+def run(job: TrainJob) -> None:
+    """All of trainer.train() that happens inside initialized process groups."""
+    rank = torch.distributed.get_rank()
+    with storage_errors(f"making {job.work}"):
+        job.work.mkdir(parents=True, exist_ok=True)
+    with stop_request() as stop, Watchdog(job.name, rank, job.train.timeout) as watchdog:
+        data, valid = training_data(job), validation_data(job)
+        model = build_model(job.model, job.train, job.parallel, job.vocab_size)
+        wrapped = data_parallel(job, model)
+        optimizer = build_optimizer(job, wrapped)
+        schedule = build_schedule(job, optimizer)
+        checkpoints = Checkpoints(job, model, optimizer, schedule)
+        iteration = checkpoints.resume()
+        if iteration > job.train_iters:
+            raise ConfigError(
+                f"run {job.name}: {job.work} holds a checkpoint of iteration {iteration}, beyond train_iters "
+                f"{job.train_iters}. Choose another folder, or more iterations."
+            )
+        if iteration == 0 and job.init_checkpoint is not None:
+            load_weights(model, job.init_checkpoint)
+            optimizer.reload_model_params()
+        stepper = Stepper(job, wrapped, optimizer, schedule)
+        with closing(Journal(job, iteration=iteration)) if rank == 0 else nullcontext() as journal:
+            torch.distributed.barrier()  # rank 0 has cut losses.jsonl back to this iteration
+            guard = DivergenceGuard(job.loss_guard, job.name, [row["lm loss"] for row in read_losses(job.work / FILE)])
+            while iteration < job.train_iters:
+                watchdog.progress(f"iteration {iteration + 1}")
+                result = stepper.train(data, iteration, stop=bool(stop))
+                iteration += 1
+                guard.check(iteration, result.loss, result.grad_norm)
+                row = {
+                    "iteration": iteration,
+                    "lm loss": result.loss,
+                    "learning-rate": result.learning_rate,
+                    "grad-norm": result.grad_norm,
+                }
+                if _is_due(iteration, job.train.eval_interval, job.train_iters):
+                    row |= {f"lm loss validation-{name}": stepper.evaluate(samples) for name, samples in valid.items()}
+                if journal:
+                    journal.step(row)
+                if result.stop or _is_due(iteration, job.train.save_interval, job.train_iters):
+                    watchdog.progress(f"saving iteration {iteration}")
+                    if journal:
+                        journal.sync()
+                    checkpoints.save(iteration)
+                if result.stop and iteration < job.train_iters:
+                    raise Incomplete(
+                        f"run {job.name}: stopped by {stop.signal.name if stop.signal else 'another rank'} after iteration "
+                        f"{iteration} of {job.train_iters}, saved in {job.work}. Run the same command again to go on."
+                    )
+        checkpoints.keep_only(job.train_iters)
+
+
+def _is_due(iteration: int, interval: int | None, last: int) -> bool:
+    return iteration == last or (interval is not None and iteration % interval == 0)

@@ -1,0 +1,104 @@
+"""losses.jsonl: one line an iteration, without times, so that equal runs write equal files; and the guard that reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from megatron_demix.artifact import write_atomic
+from megatron_demix.errors import CorruptInput, StageFailed, storage_errors
+from megatron_demix.train.job import LossGuard
+
+FILE = "losses.jsonl"
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """The lines of a losses.jsonl: "iteration" (from 1), "lm loss", "learning-rate", "grad-norm", and where it was evaluated
+    "lm loss validation-<name>". A half-written last line is left out. Raises CorruptInput."""
+    rows = []
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise CorruptInput(f"{path} line {number}: not JSON ({e}).") from e
+    return rows
+
+
+class LossLog:
+    """The file, kept by rank 0 only. What has been sync()ed survives a crash."""
+
+    def __init__(self, path: Path, *, iteration: int) -> None:
+        """Continue after `iteration`: lines beyond it are cut off. Raises CorruptInput if lines up to it are missing."""
+        kept = [row for row in read_losses(path) if row["iteration"] <= iteration]
+        if [row["iteration"] for row in kept] != list(range(1, iteration + 1)):
+            raise CorruptInput(
+                f"{path} has {len(kept)} of the lines 1 to {iteration}, though the run was saved at iteration {iteration}. "
+                "Delete the folder to train again from the start."
+            )
+        self._path = path
+        write_atomic(path, "".join(_line(row) for row in kept))
+        self._file: IO[str] = open(path, "a")  # noqa: SIM115 (open as long as the run)
+
+    def append(self, row: Mapping[str, float]) -> None:
+        with storage_errors(f"writing {self._path}"):
+            self._file.write(_line(row))
+
+    def sync(self) -> None:
+        """Make all lines durable. Raises StorageError."""
+        with storage_errors(f"writing {self._path}"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def _line(row: Mapping[str, float]) -> str:
+    return json.dumps(row) + "\n"
+
+
+class DivergenceGuard:
+    """Stops a run whose loss is not finite, or has left its recent level for good."""
+
+    def __init__(self, guard: LossGuard, name: str, past_losses: list[float]) -> None:
+        """past_losses: those of a resumed run's earlier iterations, so that stopping and resuming changes nothing."""
+        self._guard, self._name = guard, name
+        self._recent: deque[float] = deque(maxlen=guard.window)
+        self._spikes = 0
+        for loss in past_losses[-(guard.window + guard.patience) :]:
+            self._see(loss)
+
+    def check(self, iteration: int, loss: float, grad_norm: float) -> None:
+        """Raises StageFailed, which leaves the last checkpoint as it is."""
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+            raise StageFailed(
+                f"run {self._name}: {what} at iteration {iteration}, expected a finite number. The last checkpoint is intact. "
+                "Lower the learning rate or the clipping threshold, lengthen the warm-up, or look at the data of this step."
+            )
+        if not self._see(loss):
+            return
+        if self._spikes >= self._guard.patience:
+            raise StageFailed(
+                f"run {self._name}: the loss has been above {self._guard.factor} x its recent median "
+                f"{statistics.median(self._recent):.4f} for {self._spikes} iterations, to {loss:.4f} at iteration {iteration}. "
+                "The last checkpoint is intact. Lower the learning rate, or raise loss_guard.factor if this is expected."
+            )
+
+    def _see(self, loss: float) -> bool:
+        """True if this loss is a spike; it then does not enter the reference."""
+        full = len(self._recent) == self._guard.window
+        if full and loss > self._guard.factor * statistics.median(self._recent):
+            self._spikes += 1
+            return True
+        self._spikes = 0
+        self._recent.append(loss)
+        return False

@@ -1,0 +1,216 @@
+"""Process groups, the GPT model of a study, and its parameters under their checkpoint names.
+
+Shared with evaluation. Call everything here inside compat.cpu_compat().
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.train.compat import on_cpu
+
+if TYPE_CHECKING:
+    from megatron_demix.checkpoint.live import LiveTensor
+
+
+def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) -> None:
+    """Join this process to its group (RANK, WORLD_SIZE, ... as torchrun sets them; one process needs none), then build
+    megatron.core's groups and seed every generator. Raises ConfigError if the number of ranks is not the layout's."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size != parallel.world_size:
+        raise ConfigError(
+            f"{world_size} ranks were started, but tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+            f"{parallel.data} x context {parallel.context} needs {parallel.world_size}: torchrun --nproc-per-node {parallel.world_size} ..."
+        )
+    if not on_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.distributed.init_process_group(
+        "gloo" if on_cpu() else "nccl",
+        store=torch.distributed.HashStore() if world_size == 1 else None,
+        rank=rank if world_size == 1 else -1,
+        world_size=world_size if world_size == 1 else -1,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+    )
+    _seed_everything(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy_parallel() -> None:
+    """Leave all groups; a process may initialize again afterwards."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def transformer_engine_works() -> bool:
+    """True where megatron.core found Transformer Engine and there is a device for it."""
+    from megatron.core.extensions import transformer_engine
+
+    return not on_cpu() and getattr(transformer_engine, "HAVE_TE", False)
+
+
+def use_transformer_engine(model: ModelSpec) -> bool:
+    """Which layer spec `transformer_impl` means on this machine. Raises ConfigError if it is forced and cannot run."""
+    if model.transformer_impl == "auto":
+        return transformer_engine_works()
+    if model.transformer_impl == "transformer_engine" and not transformer_engine_works():
+        reason = "there is no CUDA device" if on_cpu() else "megatron.core cannot import it: pip install megatron-demix[te]"
+        raise ConfigError(f"model.transformer_impl is transformer_engine, but {reason}. Set it to auto or local.")
+    return model.transformer_impl == "transformer_engine"
+
+
+def padded_vocab_size(model: ModelSpec, parallel: ParallelSpec, vocab_size: int) -> int:
+    """Rows of the embedding: a multiple of make_vocab_size_divisible_by that tensor parallelism divides.
+
+    Megatron-LM pads to the product of the two, which changes the softmax with the layout; here layouts agree as long as
+    tensor parallelism divides make_vocab_size_divisible_by.
+    """
+    multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tensor)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def ffn_hidden_size(model: ModelSpec) -> int:
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if model.swiglu else 4 * model.hidden_size
+
+
+def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec) -> TransformerConfig:
+    """megatron.core's configuration of this model on this machine. Fused kernels are asked for only where they exist."""
+    te, gpu = use_transformer_engine(model), not on_cpu()
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    moe = {}
+    if model.num_experts is not None:
+        moe = {
+            "num_moe_experts": model.num_experts,
+            "moe_router_topk": model.moe_router_topk,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn_hidden_size(model),
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+            "moe_grouped_gemm": te,
+            "moe_token_dispatcher_type": "alltoall" if gpu else "allgather",
+        }
+    recompute = {}
+    if train.recompute_granularity is not None:
+        recompute = {
+            "recompute_granularity": train.recompute_granularity,
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=ffn_hidden_size(model),
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        qk_layernorm=model.qk_layernorm,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        init_method_std=model.init_method_std,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not gpu,
+        attention_softmax_in_fp32=True,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=gpu,
+        bias_dropout_fusion=gpu,
+        apply_rope_fusion=te,
+        batch_p2p_comm=True,
+        **moe,
+        **recompute,
+    )
+
+
+def _layer_spec(model: ModelSpec) -> ModuleSpec:
+    if use_transformer_engine(model):
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.num_experts, moe_grouped_gemm=model.num_experts is not None, qk_layernorm=model.qk_layernorm
+        )
+    return get_gpt_layer_local_spec(
+        num_experts=model.num_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=model.qk_layernorm,
+        normalization=model.normalization,
+    )
+
+
+def build_model(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec, vocab_size: int) -> GPTModel:
+    """This rank's pipeline stage, freshly initialised, in train.precision, on this rank's device."""
+    stage = GPTModel(
+        config=transformer_config(model, train, parallel),
+        transformer_layer_spec=_layer_spec(model),
+        vocab_size=padded_vocab_size(model, parallel, vocab_size),
+        max_sequence_length=model.max_position_embeddings or train.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+    )
+    for parameter in stage.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if train.precision == "bf16":
+        stage.bfloat16()  # the torch norms of the local spec start in float32
+    return stage.to(torch.cuda.current_device())
+
+
+def live_tensors(model: GPTModel) -> list[LiveTensor]:
+    """Every local parameter of `model` under its checkpoint key, as views.
+
+    Parameters that the checkpoint holds as several tensors (SwiGLU's fc1: gate and up) come as that many views. A tied
+    embedding's copy on the last pipeline stage comes under the embedding's key, so that writing all views keeps it equal.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from megatron_demix.checkpoint.live import LiveTensor
+
+    sharded = model.sharded_state_dict()
+    apply_factories(sharded)
+    return [
+        LiveTensor(t.key, tuple(t.global_shape), tuple(t.global_offset), t.data)
+        for t in nested_values(sharded)
+        if isinstance(t, ShardedTensor)
+    ]

@@ -1,0 +1,137 @@
+"""One optimiser step and one evaluation, over megatron.core's pipeline schedules, on any layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_demix.train.compat import on_cpu
+from megatron_demix.train.data import Batch, micro_batches, num_micro_batches
+from megatron_demix.train.job import TrainJob
+
+
+def data_parallel(job: TrainJob, model: GPTModel) -> DistributedDataParallel:
+    """`model` with gradient buffers in float32 that are averaged over the data parallel ranks."""
+    config = model.config
+    wrapped = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=not on_cpu() and job.parallel.data > 1,
+            use_distributed_optimizer=job.train.use_distributed_optimizer,
+        ),
+        Float16Module(config, model) if config.bf16 else model,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    if wrapped.ddp_config.overlap_grad_reduce:
+        config.no_sync_func = wrapped.no_sync
+    if job.parallel.data > 1:
+        wrapped.broadcast_params()
+    return wrapped
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    """Mean over the global batch's tokens, before the step."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    """Of this step."""
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+class Stepper:
+    """Runs steps of one job. Every rank calls every method at the same time and gets the same result."""
+
+    def __init__(
+        self, job: TrainJob, model: DistributedDataParallel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+    ) -> None:
+        self._job, self._model, self._optimizer, self._schedule = job, model, optimizer, schedule
+        self._forward_backward = get_forward_backward_func()
+        self._num_micro_batches = num_micro_batches(job)
+        self._device = torch.cuda.current_device()
+        # Embedding and loss are on the outer stages; the others are fed by their neighbours.
+        self._reads_data = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+
+    def train(self, dataset: torch.utils.data.Dataset, iteration: int, *, stop: bool) -> StepResult:
+        """Iteration number `iteration` (from 0). The weights are left alone if the loss is not finite."""
+        self._model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        first_sample = iteration * self._job.train.global_batch_size
+        loss, stop = self._agree(self._run(dataset, first_sample, forward_only=False), stop)
+        learning_rate = self._schedule.get_lr({})
+        if not math.isfinite(loss):
+            return StepResult(loss, math.nan, learning_rate, stop)
+        _, grad_norm, _ = self._optimizer.step()
+        self._schedule.step(increment=self._job.train.global_batch_size)
+        return StepResult(loss, float(grad_norm), learning_rate, stop)
+
+    def evaluate(self, dataset: torch.utils.data.Dataset) -> float:
+        """Mean loss over the first eval_iters global batches."""
+        batch = self._job.train.global_batch_size
+        self._model.eval()
+        with torch.no_grad():
+            sums = [self._run(dataset, i * batch, forward_only=True) for i in range(self._job.train.eval_iters)]
+        self._model.train()
+        return self._agree(torch.stack(sums).sum(0), False)[0]
+
+    def _run(self, dataset: torch.utils.data.Dataset, first_sample: int, *, forward_only: bool) -> torch.Tensor:
+        """float64 [2]: this rank's sum of token losses and its number of tokens (zeros off the last stage)."""
+        batches = micro_batches(dataset, first_sample, self._job, self._device) if self._reads_data else _endless()
+        sums = self._forward_backward(
+            forward_step_func=_forward_step,
+            data_iterator=batches,
+            model=[self._model],
+            num_microbatches=self._num_micro_batches,
+            seq_length=self._job.train.seq_length,
+            micro_batch_size=self._job.train.micro_batch_size,
+            forward_only=forward_only,
+        )
+        if not parallel_state.is_pipeline_last_stage():
+            return torch.zeros(2, dtype=torch.float64, device=self._device)
+        return torch.stack(sums).sum(0)
+
+    def _agree(self, sums: torch.Tensor, stop: bool) -> tuple[float, bool]:
+        """Mean loss over all ranks, and whether any rank asks to stop, in one collective."""
+        if self._job.parallel.world_size > 1:
+            # Tensor parallel ranks hold the same sums: each is added that many times to both, and the mean is the same.
+            message = torch.cat([sums, sums.new_tensor([float(stop)])])
+            torch.distributed.all_reduce(message)
+            sums, stop = message[:2], bool(message[2] > 0)
+        total, num_tokens = sums.tolist()
+        return total / num_tokens, stop
+
+
+def _endless() -> Iterator[None]:
+    while True:
+        yield None
+
+
+def _forward_step(batches: Iterator[Batch | None], model: torch.nn.Module):
+    batch = next(batches)
+    if batch is None:
+        return model(None, None, None), _no_loss
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def loss(token_losses: torch.Tensor):
+        mask = batch["loss_mask"]
+        total, num_tokens = (token_losses.float() * mask).sum(), mask.sum()
+        return total / num_tokens, torch.stack([total.detach(), num_tokens]).double()
+
+    return output, loss
+
+
+def _no_loss(output: torch.Tensor):
+    raise AssertionError("only the last pipeline stage computes a loss, and it reads data")

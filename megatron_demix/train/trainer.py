@@ -1,0 +1,48 @@
+"""train(job): one training run from start, or from its newest good checkpoint, to end. Every rank calls it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.train.compat import cpu_compat, on_cpu
+from megatron_demix.train.job import TrainJob
+
+
+def train(job: TrainJob) -> None:
+    """Train `job` on the ranks torchrun started (one plain process will do for one rank): gloo on CPUs, nccl on GPUs.
+
+    At the end job.work holds iter_<train_iters>/ (weights and optimizer, torch_dist), the tracker file and losses.jsonl, and
+    their bytes depend on nothing but the job and the layout, however often the run was killed and resumed on the way.
+
+    Raises ConfigError for what this machine cannot run, IncompatibleInputs, CorruptInput, StorageError, StageFailed if the
+    loss diverges, and Incomplete after SIGTERM or SIGUSR1, with everything saved.
+    """
+    check_machine(job)
+    torch.set_num_threads(job.threads_per_rank)
+    with cpu_compat():
+        # Here and not above: on a CPU these import megatron.core at less than half the cost inside cpu_compat().
+        from megatron_demix.train.loop import run
+        from megatron_demix.train.model import destroy_parallel, initialize_parallel
+
+        initialize_parallel(job.parallel, seed=job.seed, timeout_s=job.train.timeout)
+        try:
+            run(job)
+        finally:
+            destroy_parallel()
+
+
+def check_machine(job: TrainJob) -> None:
+    """Raises ConfigError naming the settings that need a GPU, where there is none."""
+    if not on_cpu():
+        return
+    refused = {
+        "parallel.context > 1 (needs Transformer Engine's attention)": job.parallel.context > 1,
+        "parallel.sequence_parallel (the local layer spec's norms do not support it)": job.parallel.sequence_parallel,
+    }
+    if found := [what for what, asked in refused.items() if asked]:
+        raise ConfigError(f"run {job.name}: there is no CUDA device, and on a CPU these cannot run: {'; '.join(found)}.")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and job.parallel.world_size > 1:
+        raise ConfigError(f"run {job.name}: needs {job.parallel.world_size} ranks; start it with torchrun.")
