@@ -1,0 +1,57 @@
+"""What a report must say against itself: what was not measured, and what was measured and looks weak."""
+
+from __future__ import annotations
+
+from megatron_demix.report.data import ReportData
+from megatron_demix.report.verdict import Verdict
+
+WEAK_RANK_CORRELATION = 0.7
+"""A surrogate below this out of fold is pointed out: it orders mixtures poorly."""
+
+
+def warnings(data: ReportData, verdict: Verdict | None) -> list[str]:
+    """Weak spots of what was measured, each with what to do about it."""
+    found = []
+    if data.rounds and (fits := data.rounds[-1].fit):
+        for score, weight in data.objective.items():
+            if weight and score in fits and fits[score].spearman < WEAK_RANK_CORRELATION:
+                found.append(
+                    f"The surrogate of {score} ranks proxies it has not seen with a correlation of only "
+                    f"{fits[score].spearman:.2f}: the search was close to guessing there. Use more proxies, or more tokens in "
+                    "their evaluation."
+                )
+    if verdict and verdict.seed_sd is None and verdict.comparisons:
+        found.append("Each final mixture was trained with one seed: no difference can be told from chance.")
+    elif verdict and (few := min((g.num_seeds for g in verdict.groups), default=0)) in (2, 3):
+        found.append(f"{few} seeds a mixture give a rough estimate of the noise: the intervals are wide for that reason.")
+    for name, row in data.blend.items():
+        if row.requested_tokens and abs(row.realised_tokens - row.requested_tokens) > 0.02 * row.requested_tokens:
+            found.append(
+                f"The blend holds {row.realised_tokens} tokens of {name}, {row.requested_tokens} were asked for: "
+                "its documents or its epoch limit did not allow more exactness."
+            )
+    return found
+
+
+def not_measured(data: ReportData, verdict: Verdict | None) -> list[str]:
+    """What this study does not show."""
+    items = []
+    if not data.choice:
+        items.append("The mixture: the search is not finished.")
+    if verdict is None:
+        items.append("Whether the found mixture is better than any other: no final run is finished.")
+    else:
+        items.append(
+            "Noise other than the final runs' seeds: base and components were trained once, and the validation and test "
+            "documents were drawn once."
+        )
+    items.append(
+        "Whether the merged proxies rank mixtures as models truly trained on them would: no such reference models were trained."
+    )
+    items.append(
+        "Whether merging predicts more than interpolating the components' own scores, or more than short trained proxies "
+        "at the same cost."
+    )
+    items.append("Anything but loss: no downstream task was run.")
+    items.append("Other model sizes, token budgets and learning rates: the result is for the settings below.")
+    return items

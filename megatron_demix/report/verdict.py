@@ -1,0 +1,152 @@
+"""Did the found mixture win? The final runs' objective, compared with the seed noise, and said in one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_demix.report.data import FOUND, FinalRun, ReportData
+
+Outcome = Literal["won", "lost", "within noise", "unknown"]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Group:
+    """The final runs of one mixture. objective: mean over seeds, in bits per byte. sd is None with one seed."""
+
+    mixture: str
+    num_seeds: int
+    objective: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Found minus baseline, in bits per byte (below 0: found is better), with its interval where the noise is known."""
+
+    baseline: str
+    difference: float
+    interval: tuple[float, float] | None
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.interval is None:
+            return "unknown"
+        low, high = self.interval
+        return "won" if high < 0 else "lost" if low > 0 else "within noise"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """outcome: won = better than every baseline beyond the noise; lost = worse than one beyond the noise."""
+
+    outcome: Outcome
+    headline: str
+    sentence: str
+    groups: Sequence[Group]
+    comparisons: Sequence[Comparison]
+    seed_sd: float | None
+    """Standard deviation of the objective from seed to seed, pooled over the mixtures."""
+
+
+def judge(data: ReportData) -> Verdict | None:
+    """The verdict on the final runs, or None where there are none.
+
+    The interval of a difference of means is Student's, with one standard deviation pooled over all mixtures (degrees of
+    freedom: runs less mixtures). It covers the noise of the final runs' seeds and nothing else.
+    """
+    groups = _groups(data.final)
+    if not groups:
+        return None
+    found = next((g for g in groups if g.mixture == FOUND), None)
+    baselines = [g for g in groups if g.mixture != FOUND]
+    if found is None or not baselines:
+        measured = groups[0] if found is None else found
+        sentence = f"Mixture {measured.mixture}: {measured.objective:.4f} bits per byte. There is nothing to compare it with."
+        return Verdict("unknown", "Not compared", sentence, groups, [], None)
+    freedom = sum(g.num_seeds - 1 for g in groups)
+    seed_sd = _pooled_sd(groups, freedom)
+    comparisons = [_compare(found, b, seed_sd, freedom) for b in baselines]
+    outcome = _overall(comparisons)
+    headline = {
+        "won": "The found mixture won",
+        "lost": "The found mixture lost",
+        "within noise": "No clear winner: within the seed noise",
+        "unknown": "Compared with one seed each: the noise is unknown",
+    }[outcome]
+    return Verdict(outcome, headline, _sentence(found, baselines, comparisons, seed_sd, freedom), groups, comparisons, seed_sd)
+
+
+def _groups(runs: Sequence[FinalRun]) -> list[Group]:
+    by_mixture: dict[str, list[float]] = {}
+    for run in runs:
+        by_mixture.setdefault(run.mixture, []).append(run.objective)
+    ordered = sorted(by_mixture, key=lambda name: name != FOUND)
+    return [Group(name, len(v), math.fsum(v) / len(v), _sd(v)) for name in ordered for v in [by_mixture[name]]]
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def _pooled_sd(groups: Sequence[Group], freedom: int) -> float | None:
+    if freedom == 0:
+        return None
+    return math.sqrt(math.fsum((g.num_seeds - 1) * g.sd**2 for g in groups if g.sd is not None) / freedom)
+
+
+def _compare(found: Group, baseline: Group, seed_sd: float | None, freedom: int) -> Comparison:
+    difference = found.objective - baseline.objective
+    if seed_sd is None:
+        return Comparison(baseline.mixture, difference, None)
+    from scipy.special import stdtrit  # scipy.stats takes over a second to import
+
+    half = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * seed_sd * math.sqrt(1 / found.num_seeds + 1 / baseline.num_seeds)
+    return Comparison(baseline.mixture, difference, (difference - half, difference + half))
+
+
+def _overall(comparisons: Sequence[Comparison]) -> Outcome:
+    outcomes = {c.outcome for c in comparisons}
+    if "lost" in outcomes:
+        return "lost"
+    if "unknown" in outcomes:
+        return "unknown"
+    return "won" if outcomes == {"won"} else "within noise"
+
+
+def _sentence(
+    found: Group, baselines: Sequence[Group], comparisons: Sequence[Comparison], seed_sd: float | None, freedom: int
+) -> str:
+    best = min(baselines, key=lambda g: g.objective)
+    against = " and ".join(f"{b.objective:.4f} ({b.mixture})" for b in baselines)
+    closest = next(c for c in comparisons if c.baseline == best.mixture)
+    percent = 100 * abs(closest.difference) / best.objective
+    side = "better" if closest.difference < 0 else "worse"
+    text = (
+        f"Objective on the test split: {found.objective:.4f} bits per byte with the found mixture, against {against}. "
+        f"That is {abs(closest.difference):.4f} ({percent:.2f} %) {side} than {best.mixture}, the best baseline; "
+    )
+    if closest.interval is None or seed_sd is None:
+        return text + "with one seed each nothing says how much of it is chance. Set final.seeds to 2 or more."
+    low, high = closest.interval
+    return text + (
+        f"the {CONFIDENCE:.0%} interval of that difference is {_signed(low)} to {_signed(high)}, from a seed standard "
+        f"deviation of {seed_sd:.4f} ({_seeds([found, *baselines])}, {freedom} degrees of freedom)."
+    )
+
+
+def _seeds(groups: Sequence[Group]) -> str:
+    counts: Mapping[str, int] = {g.mixture: g.num_seeds for g in groups}
+    if len(set(counts.values())) == 1:
+        return f"{groups[0].num_seeds} seeds a mixture"
+    return "seeds: " + ", ".join(f"{name} {n}" for name, n in counts.items())
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
