@@ -1,0 +1,131 @@
+"""The state a checkpoint holds once, not per rank: `common.pt`, or inside the .distcp files from megatron.core 0.19.
+
+It is read without running it, and what is carried into a merged checkpoint is rebuilt from plain values and a short list of
+names that Megatron itself treats as safe. Readers of every version prefer `common.pt` where it exists, so that is what we write.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.checkpoint.archive import read_archive, write_archive
+from megatron_demix.checkpoint.layout import COMMON
+from megatron_demix.checkpoint.pickles import Global, Inert, inert, plain_tuple, read_pickle, write_pickle
+from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.errors import CorruptInput
+
+_INSIDE = "common_state/shard_0_1"
+
+# Names that torch.load(weights_only=True) accepts once megatron.core has registered its own, and that model arguments use.
+_CLASSES = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "pathlib.PosixPath",
+    "signal.Signals",
+    "megatron.core.enums.ModelType",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphScope",
+)
+_VALUES = tuple(
+    f"torch.{name}" for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split()
+)
+_ALLOWED: dict[str, Any] = {
+    **{name: inert(name) for name in _CLASSES},
+    **{name: Global(name) for name in _VALUES},
+    "torch.Size": plain_tuple,
+    "collections.OrderedDict": OrderedDict,
+}
+
+# Counters that would make a run from the merged checkpoint skip data it has never seen.
+_ZEROED = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+
+
+class _Foreign(Inert):
+    """An instance of a class that is not carried over (optimizer settings, rerun state, tensors)."""
+
+    name = "foreign"
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, value: Any) -> None: ...
+    def extend(self, values: Any) -> None: ...
+
+
+def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The common state: plain values, Global for names, Inert for instances. {} where the checkpoint has none.
+
+    Raises CorruptInput if it is damaged. Nothing in it is executed; classes that are not known become inert placeholders.
+    """
+    path = checkpoint.location.path / COMMON
+    if path.is_file():
+        data, what = np.frombuffer(path.read_bytes(), np.uint8), str(path)
+    elif _INSIDE in checkpoint.metadata.objects:
+        data, what = checkpoint.blob(checkpoint.metadata.objects[_INSIDE], _INSIDE), f"{checkpoint.location.path} ({_INSIDE})"
+    else:
+        return {}
+    entries = read_archive(data, what)
+    names = [name for name in entries if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise CorruptInput(f"{what}: not a torch.save archive.")
+    state = read_pickle(
+        entries[names[0]][0].tobytes(), _ALLOWED, what, persistent=lambda pid: _Foreign(), other=lambda name: _Foreign
+    )
+    if not isinstance(state, dict):
+        raise CorruptInput(f"{what}: holds a {type(state).__name__}, expected a dictionary.")
+    return state
+
+
+def model_arguments(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's saved command-line arguments, {} where there are none."""
+    arguments = state.get("args")
+    return dict(arguments.state) if isinstance(arguments, Inert) and isinstance(arguments.state, dict) else {}
+
+
+def merged_common_state(state: Mapping[str, Any], iteration: int) -> tuple[dict[str, Any], list[str]]:
+    """(the common state of a merged checkpoint, names of what was left out).
+
+    Carries the arguments (with consumed samples at zero), the checkpoint version and the content metadata; leaves out optimizer,
+    scheduler and random state, and every value that is not plain.
+    """
+    left_out = sorted(str(k) for k in state if k not in ("args", "checkpoint_version", "content_metadata", "iteration"))
+    merged: dict[str, Any] = {"iteration": iteration, "checkpoint_version": state.get("checkpoint_version", 3.0)}
+    if arguments := model_arguments(state):
+        kept = {}
+        for name, value in arguments.items():
+            if _is_plain(value):
+                kept[name] = 0 if name in _ZEROED else value
+            else:
+                left_out.append(f"args.{name}")
+        kept["iteration"] = iteration
+        namespace = inert("argparse.Namespace")()
+        namespace.arguments, namespace.state = None, kept
+        merged["args"] = namespace
+    if _is_plain(state.get("content_metadata")) and state.get("content_metadata") is not None:
+        merged["content_metadata"] = state["content_metadata"]
+    return merged, left_out
+
+
+def write_common_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write common.pt so that torch.load reads it. state: as merged_common_state returns it."""
+    entries = {
+        "common/byteorder": b"little",
+        "common/version": b"3\n",
+        "common/data.pkl": write_pickle(dict(state)),
+    }
+    path.write_bytes(write_archive(entries))
+
+
+def _is_plain(value: Any) -> bool:
+    if value is None or isinstance(value, (bool, int, float, str, bytes, Global)):
+        return True
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, Inert):
+        return not isinstance(value, _Foreign) and _is_plain(value.arguments) and _is_plain(value.state)
+    return False

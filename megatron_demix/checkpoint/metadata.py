@@ -1,0 +1,175 @@
+"""`.metadata` of a torch_dist checkpoint: which tensors it holds, cut into which chunks, at which bytes of which files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.checkpoint.layout import BACKEND, METADATA
+from megatron_demix.checkpoint.pickles import Inert, inert, plain_tuple, read_pickle
+from megatron_demix.errors import CorruptInput
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Bytes of one item: a torch.save zip in a .distcp file. `file` is relative to the checkpoint's folder."""
+
+    file: str
+    position: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a global tensor, and where it lies."""
+
+    offset: Shape
+    shape: Shape
+    location: Location
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A global tensor. dtype as torch names it, without "torch."; the chunks lie within the shape, in offset order."""
+
+    key: str
+    dtype: str
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointMetadata:
+    """tensors by key; objects: pickled Python state (e.g. "decoder.layers.mlp.linear_fc1._extra_state/shard_0_4") by key."""
+
+    tensors: dict[str, TensorInfo]
+    objects: dict[str, Location]
+
+
+_DTYPES = (
+    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128 "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"
+).split()
+_DCP = "torch.distributed.checkpoint"
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_ALLOWED: dict[str, Any] = {
+    "torch.Size": plain_tuple,
+    "torch.serialization._get_layout": inert("layout"),
+    "collections.OrderedDict": OrderedDict,
+    **{f"torch.{name}": name for name in _DTYPES},
+    **{
+        name: inert(name)
+        for name in (
+            *(
+                f"{_DCP}.metadata.{n}"
+                for n in (
+                    "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+                    "StorageMeta _MEM_FORMAT_ENCODING"
+                ).split()
+            ),
+            f"{_DCP}.filesystem._StorageInfo",
+            *(f"{_DCP}.planner.{n}" for n in "SavePlan WriteItem WriteItemType TensorWriteData".split()),
+            "pathlib.PosixPath",
+            "pathlib._local.PosixPath",
+            f"{_MCORE}.MCoreMetadata",
+            f"{_MCORE}.MCoreSavePlan",
+        )
+    },
+}
+
+
+def read_metadata(folder: Path) -> CheckpointMetadata:
+    """Read and check `.metadata` (and metadata.json, where there is one) in a checkpoint's folder.
+
+    Raises CorruptInput naming the file: a forbidden class (nothing is executed), damage, another backend, or chunks that leave
+    their tensor, are stored nowhere, or point out of the folder.
+    """
+    folder = Path(folder)
+    _check_backend(folder / BACKEND)
+    path = folder / METADATA
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise CorruptInput(f"{path}: cannot be read ({e.strerror}).") from e
+    try:
+        return _interpret(read_pickle(data, _ALLOWED, str(path)), path)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e:
+        raise CorruptInput(f"{path}: is not the metadata of a torch_dist checkpoint ({type(e).__name__}: {e}).") from e
+
+
+def _check_backend(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        backend = json.loads(path.read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CorruptInput(f"{path}: cannot be read ({e!r}).") from e
+    if backend != "torch_dist":
+        raise CorruptInput(f"{path}: the checkpoint's format is {backend!r}, expected 'torch_dist'. Save it with --ckpt-format torch_dist.")
+
+
+def _interpret(root: Any, path: Path) -> CheckpointMetadata:
+    stored: dict[tuple[str, Shape | None], Location] = {}
+    for index, info in root["storage_data"].items():
+        offset = index.get("offset")
+        stored[index["fqn"], None if offset is None else _sizes(offset)] = _location(info, index["fqn"], path)
+    tensors, objects = {}, {}
+    for key, entry in root["state_dict_metadata"].items():
+        if not isinstance(key, str) or not isinstance(entry, Inert):
+            raise TypeError(f"entry {key!r}")
+        if entry.name.endswith("BytesStorageMetadata"):
+            if (key, None) not in stored:
+                raise CorruptInput(f"{path}: object {key!r} is listed but stored nowhere.")
+            objects[key] = stored[key, None]
+        else:
+            tensors[key] = _tensor(key, entry, stored, path)
+    return CheckpointMetadata(tensors, objects)
+
+
+def _tensor(key: str, entry: Inert, stored: dict[tuple[str, Shape | None], Location], path: Path) -> TensorInfo:
+    shape, properties = _sizes(entry["size"]), entry["properties"].state
+    dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype of {key!r}")
+    chunks = []
+    for chunk in entry["chunks"]:
+        offset, size = _sizes(chunk["offsets"]), _sizes(chunk["sizes"])
+        if len(offset) != len(shape) or len(size) != len(shape):
+            raise CorruptInput(f"{path}: a chunk of {key!r} has {len(offset)} dimensions, its tensor {len(shape)}.")
+        if any(o + s > g for o, s, g in zip(offset, size, shape, strict=True)):
+            raise CorruptInput(f"{path}: chunk {size} at {offset} of {key!r} leaves its tensor {shape}.")
+        if (key, offset) not in stored:
+            raise CorruptInput(f"{path}: chunk at {offset} of {key!r} is listed but stored nowhere.")
+        chunks.append(Chunk(offset, size, stored[key, offset]))
+    return TensorInfo(key, dtype, shape, tuple(sorted(chunks, key=lambda c: c.offset)))
+
+
+def _sizes(value: Any) -> Shape:
+    sizes = tuple(value)
+    if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in sizes):
+        raise ValueError(f"sizes {sizes}")
+    return sizes
+
+
+def _location(info: Inert, key: str, path: Path) -> Location:
+    if info.get("transform_descriptors"):
+        raise CorruptInput(
+            f"{path}: {key!r} is stored transformed ({info['transform_descriptors']}), which cannot be merged. Save it without "
+            "storage extensions (compression, encryption)."
+        )
+    file, position, length = info["relative_path"], info["offset"], info["length"]
+    if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+        raise CorruptInput(f"{path}: {key!r} lies in {file!r}, expected a file of the checkpoint's own folder.")
+    if not (isinstance(position, int) and isinstance(length, int) and 0 <= position < 1 << 62 and 0 <= length < 1 << 62):
+        raise CorruptInput(f"{path}: {key!r} lies at bytes {position!r}+{length!r} of {file}.")
+    return Location(file, position, length)

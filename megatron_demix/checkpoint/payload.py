@@ -1,0 +1,103 @@
+"""One chunk's elements inside the torch.save archive that holds them, found without torch and without a copy.
+
+torch stores a tensor's elements in the record `<archive>/data/0` and describes them in `<archive>/data.pkl`: a call that rebuilds the
+tensor from its storage, offset, sizes and strides. A saved view or transpose keeps its strides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.checkpoint.archive import read_archive
+from megatron_demix.checkpoint.pickles import plain_tuple, read_pickle
+from megatron_demix.errors import CorruptInput
+
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1,
+}  # fmt: skip
+_STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
+    "BoolStorage": "bool", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A tensor inside its record. record: uint8 view of the file; strides in elements; offset_bytes: of the first element."""
+
+    record: np.ndarray
+    crc: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset_bytes: int
+
+
+def read_payload(blob: np.ndarray, what: str) -> Payload:
+    """Find the tensor in a torch.save zip (uint8, [bytes]) without copying it. Raises CorruptInput naming `what`."""
+    entries = read_archive(blob, what)
+    names = [n for n in entries if n.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise CorruptInput(f"{what}: not a torch.save archive (it has {len(names)} data.pkl records, expected 1).")
+    archive = names[0].removesuffix("data.pkl")
+    try:
+        record_name, dtype, offset, shape, strides, num_elements = _describe(entries[names[0]][0].tobytes())
+    except CorruptInput as e:
+        raise CorruptInput(f"{what}: {e}") from e
+    if archive + "data/" + record_name not in entries:
+        raise CorruptInput(f"{what}: its record data/{record_name} is missing.")
+    if (order := entries.get(archive + "byteorder")) is not None and order[0].tobytes() != b"little":
+        raise CorruptInput(f"{what}: was written on a big-endian machine, which is not supported.")
+    record, crc = entries[archive + "data/" + record_name]
+    item = ITEM_BYTES[dtype]
+    extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if all(shape) else 0
+    if record.nbytes < num_elements * item or (offset + extent) * item > record.nbytes:
+        raise CorruptInput(
+            f"{what}: its record has {record.nbytes} bytes, but its description needs {max(num_elements, offset + extent) * item}."
+        )
+    return Payload(record, crc, dtype, shape, strides, offset * item)
+
+
+@lru_cache(maxsize=4096)
+def _describe(pickled: bytes) -> tuple[str, str, int, tuple[int, ...], tuple[int, ...], int]:
+    """(record name, dtype, offset, shape, strides, elements in storage) from data.pkl. Cached: most chunks look alike."""
+
+    def storage(pid: Any) -> tuple[str, str, int]:
+        _, dtype, name, _, elements = pid
+        return name, dtype, elements
+
+    def rebuild(stored: tuple, offset: int, shape: tuple, strides: tuple, _grad: Any, _hooks: Any, *rest: Any) -> tuple:
+        name, dtype, elements = stored
+        if dtype == "untyped":
+            dtype = rest[0]
+            elements //= ITEM_BYTES[dtype]
+        return name, dtype, offset, tuple(shape), tuple(strides), elements
+
+    allowed: dict[str, Any] = {
+        "torch._utils._rebuild_tensor_v2": rebuild,
+        "torch._utils._rebuild_tensor_v3": rebuild,
+        "torch._utils._rebuild_parameter": lambda data, *_: data,
+        "torch.Size": plain_tuple,
+        "torch.storage.UntypedStorage": "untyped",
+        "collections.OrderedDict": dict,
+        **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+        **{f"torch.{dtype}": dtype for dtype in ITEM_BYTES},
+    }
+    found = read_pickle(pickled, allowed, "data.pkl", persistent=storage)
+    try:
+        name, dtype, offset, shape, strides, elements = found
+        numbers = (offset, elements, *shape, *strides)
+        if not isinstance(name, str) or dtype not in ITEM_BYTES or len(shape) != len(strides):
+            raise ValueError
+        if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers):
+            raise ValueError
+    except (TypeError, ValueError) as e:
+        raise CorruptInput("data.pkl describes something else than one dense tensor.") from e
+    return name, dtype, offset, shape, strides, elements

@@ -1,0 +1,132 @@
+"""Reading pickles without running them: every class becomes an inert stand-in, and only allow-listed names are accepted.
+
+Neither torch nor Megatron is imported, and nothing the file names is ever called.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_demix.errors import CorruptInput
+
+
+@dataclass(frozen=True)
+class Global:
+    """A module-level name in a pickle, e.g. torch.bfloat16, that is neither imported nor called."""
+
+    name: str
+
+
+class Inert:
+    """Stands in for an instance of the class `name`: its constructor's arguments (None: created without a call) and its state."""
+
+    name = ""
+    arguments: tuple | None = None
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __getitem__(self, field: str) -> Any:
+        return self.state[field]
+
+    def get(self, field: str) -> Any:
+        return self.state.get(field) if isinstance(self.state, dict) else None
+
+
+def inert(name: str) -> type[Inert]:
+    """A class whose instances carry the name of what they stand for."""
+    return type(name.rsplit(".", 1)[-1], (Inert,), {"name": name})
+
+
+def instance(name: str, *arguments: Any, state: Any = None) -> Inert:
+    """An instance of the class or function `name`, to be written: called with arguments, or (without any) given its state."""
+    made = inert(name)(*arguments)
+    if not arguments:
+        made.arguments = None
+    made.state = state
+    return made
+
+
+def plain_tuple(*arguments: Any) -> tuple:
+    """torch.Size(iterable) as a tuple."""
+    return tuple(arguments[0]) if arguments else ()
+
+
+def read_pickle(
+    data: bytes | memoryview,
+    allowed: Mapping[str, Any],
+    what: str,
+    *,
+    persistent: Callable[[Any], Any] | None = None,
+    other: Callable[[str], Any] | None = None,
+) -> Any:
+    """The object of a pickle. allowed: "module.name" -> what to put there (a class or function of ours, or a value).
+
+    persistent: called for torch's persistent ids; other: called for names not allowed, instead of refusing. Raises
+    CorruptInput naming `what` and the forbidden name, or where the stream is damaged.
+    """
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            full = f"{module}.{name}"
+            if full in allowed:
+                return allowed[full]
+            if other is not None:
+                return other(full)
+            raise CorruptInput(
+                f"{what}: refused, its pickle names {full[:200]!r}, which has no place there. Nothing was executed. Do not load "
+                "this checkpoint with other tools before you know where it comes from."
+            )
+
+        def persistent_load(self, pid: Any) -> Any:
+            if persistent is None:
+                raise CorruptInput(f"{what}: its pickle refers to tensor storage, which has no place there.")
+            return persistent(pid)
+
+    try:
+        return Reader(io.BytesIO(data)).load()
+    except CorruptInput:
+        raise
+    except Exception as e:  # a damaged stream can make the reader raise almost anything
+        raise CorruptInput(f"{what}: its pickle is damaged ({type(e).__name__}: {str(e)[:200]}).") from e
+
+
+class _Writer(pickle._Pickler):  # type: ignore[name-defined]  # the Python implementation: the C one insists on importing
+    """Writes Global and Inert as what they stand for, without importing it."""
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if isinstance(obj, Global):
+            self._name(obj.name)
+        elif isinstance(obj, Inert):
+            self._name(obj.name)
+            if obj.arguments is None:
+                self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+            else:
+                super().save(obj.arguments)
+                self.write(pickle.REDUCE)
+            if obj.state is not None:
+                super().save(obj.state)
+                self.write(pickle.BUILD)
+        else:
+            super().save(obj, save_persistent_id)
+
+    def _name(self, name: str) -> None:
+        module, _, attribute = name.rpartition(".")
+        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
+
+
+def write_pickle(value: Any) -> bytes:
+    """A protocol-2 pickle of plain values (None, numbers, text, bytes, lists, tuples, dicts), Global and Inert."""
+    out = io.BytesIO()
+    writer = _Writer(out, 2)
+    writer.fast = True  # no sharing of equal objects: the bytes depend on the values only
+    writer.dump(value)
+    return out.getvalue()

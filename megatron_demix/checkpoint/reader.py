@@ -1,0 +1,70 @@
+"""An opened checkpoint: its metadata, and its bytes mapped into memory (nothing is copied or unpickled as tensors)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint
+from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, TensorInfo, read_metadata
+from megatron_demix.checkpoint.payload import Payload, read_payload
+from megatron_demix.errors import CorruptInput
+
+# What a training checkpoint holds beside the model. Distributed optimizers, chained optimizers, schedulers, random states.
+_NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|opt_param_scheduler|rng_state|rerun_state_machine|common_state|modelopt_state")
+
+
+def is_model_key(key: str) -> bool:
+    """Whether a key of `.metadata` belongs to the model, and not to optimizer, scheduler, random or rerun state."""
+    return _NOT_MODEL.match(key) is None
+
+
+class Checkpoint:
+    """Read-only view of one torch_dist checkpoint. Files are mapped when first used and stay mapped with their arrays."""
+
+    def __init__(self, path: Path) -> None:
+        """path: anything find_checkpoint accepts. Raises as find_checkpoint and read_metadata do."""
+        self.location: CheckpointDir = find_checkpoint(path)
+        self.metadata: CheckpointMetadata = read_metadata(self.location.path)
+        self._files: dict[str, np.ndarray] = {}
+
+    @property
+    def model_tensors(self) -> dict[str, TensorInfo]:
+        return {key: info for key, info in self.metadata.tensors.items() if is_model_key(key)}
+
+    @property
+    def model_objects(self) -> dict[str, Location]:
+        """Pickled objects of the model's layers (`_extra_state`)."""
+        return {k: v for k, v in self.metadata.objects.items() if is_model_key(k) and "_extra_state" in k}
+
+    def blob(self, location: Location, key: str) -> np.ndarray:
+        """The bytes of one stored item, uint8. Raises CorruptInput if the file is missing or too short."""
+        path = self.location.path / location.file
+        if location.file not in self._files:
+            self._files[location.file] = _map(path)
+        data = self._files[location.file]
+        if location.position + location.length > data.nbytes:
+            raise CorruptInput(
+                f"{path}: has {data.nbytes} bytes, but {key!r} lies at bytes {location.position} to "
+                f"{location.position + location.length}. The file is truncated: copy or save the checkpoint again."
+            )
+        return data[location.position : location.position + location.length]
+
+    def payload(self, info: TensorInfo, chunk: Chunk) -> Payload:
+        """The elements of one chunk. Raises CorruptInput if they are not what the metadata says."""
+        what = f"{self.location.path / chunk.location.file} ({info.key!r} at {chunk.offset})"
+        payload = read_payload(self.blob(chunk.location, info.key), what)
+        if payload.dtype != info.dtype or payload.shape != chunk.shape:
+            raise CorruptInput(
+                f"{what}: holds {payload.dtype} {payload.shape}, but .metadata promises {info.dtype} {chunk.shape}."
+            )
+        return payload
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    except OSError as e:
+        raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e

@@ -1,0 +1,187 @@
+"""Writing a torch_dist checkpoint: where every item lies in which file, and the files around the elements.
+
+The layout is a function of the items alone, so equal inputs give equal bytes whatever the machine and the number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.checkpoint.archive import Frame, frame_archive
+from megatron_demix.checkpoint.layout import BACKEND, METADATA
+from megatron_demix.checkpoint.metadata import Shape
+from megatron_demix.checkpoint.payload import ITEM_BYTES
+from megatron_demix.checkpoint.pickles import Global, Inert, instance, write_pickle
+
+_FILE_BYTES = 512 << 20  # several files let threads, and several workers, write side by side
+
+
+@dataclass(frozen=True, slots=True)
+class TensorItem:
+    """One chunk of a global tensor to be written; its elements come from the merge."""
+
+    key: str
+    dtype: str
+    global_shape: Shape
+    offset: Shape
+    shape: Shape
+
+    @property
+    def num_bytes(self) -> int:
+        n = ITEM_BYTES[self.dtype]
+        for size in self.shape:
+            n *= size
+        return n
+
+    def frame(self, position: int, crc: int = 0) -> Frame:
+        small = {
+            "archive/data.pkl": _describe_tensor(self.dtype, self.shape),
+            "archive/byteorder": b"little",
+            "archive/version": b"3\n",
+        }
+        return frame_archive(small, "archive/data/0", self.num_bytes, crc, position)
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedItem:
+    """A stored item taken over byte for byte: a pickled object (no shape), or a chunk of a tensor that is not merged."""
+
+    key: str
+    data: memoryview
+    dtype: str | None = None
+    global_shape: Shape = ()
+    offset: Shape | None = None
+    shape: Shape = ()
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an item's archive begins, and how long it is."""
+
+    item: TensorItem | CopiedItem
+    file: str
+    position: int
+    length: int
+
+
+def place(items: Sequence[TensorItem | CopiedItem]) -> list[Placement]:
+    """Lay items out in files of about 512 MiB, in the order given within each file."""
+    num_files = max(1, round(sum(item.num_bytes for item in items) / _FILE_BYTES))
+    filled = [0] * num_files
+    chosen: dict[int, int] = {}
+    for i in sorted(range(len(items)), key=lambda i: (-items[i].num_bytes, i)):
+        chosen[i] = filled.index(min(filled))
+        filled[chosen[i]] += items[i].num_bytes
+    ends = [0] * num_files
+    placements = []
+    for i, item in enumerate(items):
+        n = chosen[i]
+        length = item.frame(ends[n]).length if isinstance(item, TensorItem) else item.num_bytes
+        placements.append(Placement(item, f"__0_{n}.distcp", ends[n], length))
+        ends[n] += length
+    return placements
+
+
+def write_metadata(folder: Path, placements: Sequence[Placement]) -> None:
+    """Write `.metadata` and metadata.json for items that lie as placed."""
+    entries: dict[str, Inert] = {}
+    chunks: dict[str, list[Inert]] = {}
+    stored: dict[Any, Inert] = {}
+    for p in placements:
+        item = p.item
+        place_info = {"relative_path": p.file, "offset": p.position, "length": p.length}
+        index: dict[str, Any] = {"fqn": item.key, "index": None}
+        if item.offset is None:
+            entries[item.key] = instance(f"{_DCP}.metadata.BytesStorageMetadata", state={})
+        else:
+            assert item.dtype is not None
+            index["offset"] = _size(item.offset)
+            if item.key not in entries:
+                chunks[item.key] = []
+                entries[item.key] = instance(
+                    f"{_DCP}.metadata.TensorStorageMetadata",
+                    state={"properties": _properties(item.dtype), "size": _size(item.global_shape), "chunks": chunks[item.key]},
+                )
+            chunks[item.key].append(
+                instance(
+                    f"{_DCP}.metadata.ChunkStorageMetadata", state={"offsets": _size(item.offset), "sizes": _size(item.shape)}
+                )
+            )
+        stored[instance(f"{_DCP}.metadata.MetadataIndex", state=index)] = instance(
+            f"{_DCP}.filesystem._StorageInfo", state=place_info
+        )
+    root = {
+        "state_dict_metadata": entries,
+        "planner_data": None,
+        "storage_data": stored,
+        "storage_meta": None,
+        "version": "1.0.0",
+    }
+    (folder / METADATA).write_bytes(write_pickle(instance(f"{_DCP}.metadata.Metadata", state=root)))
+    backend = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    (folder / BACKEND).write_text(json.dumps(backend))
+
+
+_DCP = "torch.distributed.checkpoint"
+
+
+def _size(shape: Shape) -> Inert:
+    return instance("torch.Size", tuple(shape))
+
+
+def _properties(dtype: str) -> Inert:
+    layout = instance("torch.serialization._get_layout", "torch.strided")
+    contiguous = instance(f"{_DCP}.metadata._MEM_FORMAT_ENCODING", 0)
+    return instance(f"{_DCP}.metadata.TensorProperties", state=(Global(f"torch.{dtype}"), layout, False, contiguous, False))
+
+
+_STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
+
+
+def _describe_tensor(dtype: str, shape: Shape) -> bytes:
+    """data.pkl of a contiguous tensor, as torch.save writes it."""
+    elements, strides = 1, []
+    for size in reversed(shape):
+        strides.append(elements)
+        elements *= size
+    storage = ("storage", Global(f"torch.{_STORAGES[dtype]}"), "0", "cpu", elements)
+    # write_pickle has no persistent ids: the one that is needed is spelled out.
+    arguments = [_body(0), _body(tuple(shape)), _body(tuple(reversed(strides))), pickle.NEWFALSE]
+    hooks = _body(instance("collections.OrderedDict", state=None)).replace(pickle.NEWOBJ, pickle.REDUCE)
+    return b"".join(
+        (
+            pickle.PROTO,
+            b"\x02",
+            pickle.GLOBAL,
+            b"torch._utils\n_rebuild_tensor_v2\n",
+            pickle.MARK,
+            _body(storage),
+            pickle.BINPERSID,
+            *arguments,
+            hooks,
+            pickle.TUPLE,
+            pickle.REDUCE,
+            pickle.STOP,
+        )
+    )
+
+
+def _body(value: Any) -> bytes:
+    """A value's opcodes without the protocol header and the stop."""
+    return write_pickle(value)[2:-1]
+
+

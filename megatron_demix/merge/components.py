@@ -1,0 +1,104 @@
+"""The components of a merge, opened together and checked to be versions of one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+
+from megatron_demix.checkpoint.metadata import TensorInfo
+from megatron_demix.checkpoint.payload import Payload
+from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
+
+MERGEABLE = ("float32", "bfloat16", "float16")
+
+
+class Components:
+    """K checkpoints by name. `tensors`: the float tensors they share, by key. `copied`: those of other types, never averaged."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        """Raises ConfigError / CorruptInput as Checkpoint does, IncompatibleInputs where the components differ."""
+        if not paths:
+            raise ConfigError("no components to merge. Give at least one checkpoint.")
+        self.names = list(paths)
+        self.checkpoints = [Checkpoint(Path(path)) for path in paths.values()]
+        self._payloads: dict[tuple[int, str, tuple[int, ...]], Payload] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.copied: dict[str, TensorInfo] = {}
+        first = self.checkpoints[0].model_tensors
+        if not first:
+            raise CorruptInput(f"{self.checkpoints[0].location.path}: holds no model tensors.")
+        for name, checkpoint in zip(self.names, self.checkpoints, strict=True):
+            self._check_against_first(name, checkpoint)
+        for key, info in first.items():
+            self._check_type(info)
+            (self.tensors if info.dtype in MERGEABLE else self.copied)[key] = info
+
+    def infos(self, key: str) -> list[TensorInfo]:
+        """[K] the tensor in each component."""
+        return [checkpoint.metadata.tensors[key] for checkpoint in self.checkpoints]
+
+    def payload(self, k: int, info: TensorInfo, index: int) -> Payload:
+        """The elements of chunk `index` of a tensor of component k; read once."""
+        chunk = info.chunks[index]
+        at = (k, info.key, chunk.offset)
+        if at not in self._payloads:
+            self._payloads[at] = self.checkpoints[k].payload(info, chunk)
+        return self._payloads[at]
+
+    def digest(self, k: int) -> str:
+        """A fingerprint of component k's model: names, shapes, types, and the CRCs its archives promise for all elements."""
+        hashed = blake2b(digest_size=16)
+        for key in sorted(self.tensors):
+            info = self.checkpoints[k].metadata.tensors[key]
+            for i, chunk in enumerate(info.chunks):
+                hashed.update(repr((key, info.dtype, info.shape, chunk.offset, chunk.shape, self.payload(k, info, i).crc)).encode())
+        return hashed.hexdigest()
+
+    def _check_against_first(self, name: str, checkpoint: Checkpoint) -> None:
+        first_name, first = self.names[0], self.checkpoints[0].model_tensors
+        tensors = checkpoint.model_tensors
+        pair = f"components {first_name!r} and {name!r}"
+        if missing := sorted(first.keys() ^ tensors.keys()):
+            key = missing[0]
+            has, lacks = (first_name, name) if key in first else (name, first_name)
+            raise IncompatibleInputs(
+                f"{pair} are not versions of one model: {key!r} is in {has!r} but not in {lacks!r} ({len(missing)} such tensors). "
+                "Components must be trained from one base with one architecture."
+            )
+        for key, info in tensors.items():
+            if info.shape != first[key].shape:
+                padded = key.endswith(("word_embeddings.weight", "output_layer.weight"))
+                hint = (
+                    "The vocabularies differ (or --make-vocab-size-divisible-by padded them differently)."
+                    if padded
+                    else "Their architectures differ."
+                )
+                raise IncompatibleInputs(
+                    f"{pair}: {key!r} has shape {first[key].shape} in {first_name!r} and {info.shape} in {name!r}. {hint}"
+                )
+            if info.dtype != first[key].dtype:
+                raise IncompatibleInputs(
+                    f"{pair}: {key!r} is {first[key].dtype} in {first_name!r} and {info.dtype} in {name!r}. Save all components in "
+                    "one precision."
+                )
+            # Chunks that cover every element once are what a merge relies on; gaps are found when they are needed.
+            covered = sum(math.prod(chunk.shape) for chunk in info.chunks)
+            if covered != info.elements:
+                raise CorruptInput(
+                    f"{checkpoint.location.path}: the chunks of {key!r} have {covered} elements, its shape {info.shape} "
+                    f"{info.elements}. The checkpoint was not saved by all ranks, or saves some elements twice."
+                )
+
+    def _check_type(self, info: TensorInfo) -> None:
+        if info.dtype.startswith(("float8", "float4")):
+            raise IncompatibleInputs(
+                f"{info.key!r} is stored as {info.dtype}: scaled values cannot be averaged. Save the components' weights in bf16 "
+                "(Megatron writes them so unless --fp8-param-gather is on)."
+            )
+        if info.dtype in ("float64", "complex64", "complex128"):
+            raise IncompatibleInputs(
+                f"{info.key!r} is {info.dtype}; the types that are merged are {', '.join(MERGEABLE)}. Cast the components first."
+            )

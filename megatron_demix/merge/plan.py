@@ -1,0 +1,125 @@
+"""Which bytes of which component make which bytes of which target: the intersections of the components' chunks.
+
+A target is a box of a global tensor: a chunk of an output, or a parameter of a live model. Components may be cut differently (other
+tensor, pipeline or expert parallelism): the cuts of all of them together divide the target into regions in which each component is
+one strided view.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_demix.checkpoint.metadata import Shape, TensorInfo
+from megatron_demix.checkpoint.payload import ITEM_BYTES
+from megatron_demix.errors import CorruptInput
+from megatron_demix.merge.components import Components
+from megatron_demix.native import MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A target: where it lies in a global tensor, and the type its elements are written in."""
+
+    key: str
+    offset: Shape
+    shape: Shape
+    dtype: str
+
+
+class BytePlan:
+    """A native plan over components, and what its records are called in messages."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self.native = MergePlan(len(components.checkpoints))
+        self.boxes: list[Box] = []
+        self._records: dict[tuple[int, str, Shape], int] = {}
+        self._names: list[str] = []
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of components that one execution reads."""
+        return sum(self._source_bytes(box) for box in self.boxes)
+
+    def add(self, box: Box) -> None:
+        """Plan one more target. Raises CorruptInput if a component has no elements for a part of it."""
+        infos = self.components.infos(box.key)
+        shape = box.shape or (1,)
+        target = self.native.add_target(shape, infos[0].dtype, box.dtype)
+        self.boxes.append(box)
+        if not math.prod(shape):
+            return
+        grids = [_Grid(info) for info in infos]
+        for lo, hi in _cells(box, grids):
+            records, offsets, strides = [], [], []
+            for k, (info, grid) in enumerate(zip(infos, grids, strict=True)):
+                index = grid.holding(lo, hi)
+                if index is None:
+                    raise CorruptInput(
+                        f"{self.components.checkpoints[k].location.path}: no chunk of {box.key!r} holds elements {lo} to {hi}. The "
+                        "checkpoint was not saved by all ranks."
+                    )
+                record, offset, view = self._source(k, info, index, lo)
+                records.append(record)
+                offsets.append(offset)
+                strides.append(view)
+            local_lo = [a - o for a, o in zip(lo, box.offset, strict=True)] or [0]
+            local_hi = [b - o for b, o in zip(hi, box.offset, strict=True)] or [1]
+            self.native.add_region(target, local_lo, local_hi, records, offsets, strides)
+
+    def record_name(self, index: int) -> str:
+        """The file, tensor and chunk a record was read from."""
+        return self._names[index]
+
+    def _source(self, k: int, info: TensorInfo, index: int, lo: Shape) -> tuple[int, int, Shape]:
+        chunk, payload = info.chunks[index], self.components.payload(k, info, index)
+        at = (k, info.key, chunk.offset)
+        if at not in self._records:
+            self._records[at] = self.native.add_record(payload.record, payload.crc)
+            folder = self.components.checkpoints[k].location.path
+            self._names.append(f"{folder / chunk.location.file} ({info.key!r} at {chunk.offset})")
+        inside = sum((a - o) * s for a, o, s in zip(lo, chunk.offset, payload.strides, strict=True))
+        return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides or (1,)
+
+    def _source_bytes(self, box: Box) -> int:
+        info = self.components.infos(box.key)[0]
+        return math.prod(box.shape) * ITEM_BYTES[info.dtype] * len(self.components.checkpoints)
+
+
+class _Grid:
+    """A tensor's chunks, for finding the one that holds a box."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        dims = len(info.shape)
+        self.lo = np.array([c.offset for c in info.chunks], np.int64).reshape(len(info.chunks), dims)
+        self.hi = self.lo + np.array([c.shape for c in info.chunks], np.int64).reshape(len(info.chunks), dims)
+
+    def holding(self, lo: Shape, hi: Shape) -> int | None:
+        inside = ((self.lo <= np.array(lo, np.int64)) & (self.hi >= np.array(hi, np.int64))).all(axis=1)
+        found = np.flatnonzero(inside)
+        return int(found[0]) if found.size else None
+
+    def cuts(self, axis: int, lo: int, hi: int, touching: np.ndarray) -> set[int]:
+        edges = np.concatenate([self.lo[touching, axis], self.hi[touching, axis]])
+        return set(edges[(edges > lo) & (edges < hi)].tolist())
+
+    def touching(self, lo: Sequence[int], hi: Sequence[int]) -> np.ndarray:
+        return ((self.lo < np.array(hi, np.int64)) & (self.hi > np.array(lo, np.int64))).all(axis=1)
+
+
+def _cells(box: Box, grids: Sequence[_Grid]) -> list[tuple[Shape, Shape]]:
+    """The box cut wherever a chunk of any component ends: (lo, hi) in global coordinates, in order."""
+    lo = box.offset
+    hi = tuple(o + n for o, n in zip(box.offset, box.shape, strict=True))
+    touching = [grid.touching(lo, hi) for grid in grids]
+    spans = []
+    for axis in range(len(box.shape)):
+        cuts = set().union(*(g.cuts(axis, lo[axis], hi[axis], t) for g, t in zip(grids, touching, strict=True)))
+        edges = [lo[axis], *sorted(cuts), hi[axis]]
+        spans.append(list(itertools.pairwise(edges)))
+    return [(tuple(a for a, _ in cell), tuple(b for _, b in cell)) for cell in itertools.product(*spans)]

@@ -1,0 +1,93 @@
+"""Proxies in memory: mixtures of the components written straight into a live model's parameters, without touching disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.checkpoint.live import LiveTensor
+from megatron_demix.errors import IncompatibleInputs, VerificationFailed
+from megatron_demix.merge.components import MERGEABLE, Components
+from megatron_demix.merge.plan import Box, BytePlan
+from megatron_demix.merge.weights import Normalize, weight_matrix
+
+
+class ProxyMerger:
+    """Turns a live model into the proxy of any weights, in place. The components stay mapped; what goes where is planned once.
+
+    Each rank of a parallel model has its own merger and reads only what its own parameters need. Parameters that are shared (tied
+    embeddings) are given once. Elements are accumulated in float32 and rounded once to the parameter's type.
+    """
+
+    def __init__(self, components: Mapping[str, Path], live: Sequence[LiveTensor], *, threads: int | None = None) -> None:
+        """Raises IncompatibleInputs where a parameter is not in the components, or has another shape."""
+        self.components = Components(components)
+        self._plan = BytePlan(self.components)
+        self._threads = threads
+        self._live = list(live)
+        self._checked = False
+        for tensor in self._live:
+            self._plan.add(self._box(tensor))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of parameters that one merge writes on this rank."""
+        return sum(self._plan.native.target_bytes)
+
+    def merge(self, weights: Mapping[str, float], *, normalize: Normalize = "error") -> None:
+        """Write sum_k weights[k] * component_k into the parameters. Raises MixtureError; VerificationFailed on damaged bytes.
+
+        The components' checksums are compared in the first merge that reads all of them.
+        """
+        weights_SMK = weight_matrix({"proxy": weights}, self.components.names, normalize)[np.newaxis]
+        staged = [_Staged(tensor.tensor) for tensor in self._live]
+        addresses_TM = np.array([[s.address] for s in staged], np.int64).reshape(len(staged), 1)
+        # Only a rank that holds everything reads every record whole, which is what a checksum needs.
+        outcome = self._plan.native.run(weights_SMK, addresses_TM=addresses_TM, threads=self._threads)
+        if outcome["damaged"]:
+            raise VerificationFailed(f"{self._plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum.")
+        for s in staged:
+            s.finish()
+
+    def _box(self, live: LiveTensor) -> Box:
+        held = self.components.tensors.get(live.key)
+        first = self.components.names[0]
+        if held is None:
+            raise IncompatibleInputs(
+                f"the live model has parameter {live.key!r}, the components (first: {first!r}) do not. Build the model with the "
+                "arguments they were trained with."
+            )
+        if held.shape != tuple(live.global_shape):
+            raise IncompatibleInputs(
+                f"parameter {live.key!r} has global shape {tuple(live.global_shape)} in the live model and {held.shape} in component "
+                f"{first!r}."
+            )
+        dtype = str(live.tensor.dtype).removeprefix("torch.")
+        if dtype not in MERGEABLE:
+            raise IncompatibleInputs(f"parameter {live.key!r} is {dtype} in the live model, expected one of {', '.join(MERGEABLE)}.")
+        return Box(live.key, tuple(live.global_offset), live.box_shape, dtype)
+
+
+class _Staged:
+    """Where the merge writes a parameter: the parameter itself, or (on a GPU, or not contiguous) a copy that is then moved."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._target = tensor.detach()
+        direct = self._target.device.type == "cpu" and self._target.is_contiguous()
+        self._written = self._target
+        if not direct:
+            import torch
+
+            pin = self._target.device.type == "cuda"
+            self._written = torch.empty(self._target.shape, dtype=self._target.dtype, pin_memory=pin)
+
+    @property
+    def address(self) -> int:
+        return self._written.data_ptr()
+
+    def finish(self) -> None:
+        if self._written is not self._target:
+            self._target.copy_(self._written)
