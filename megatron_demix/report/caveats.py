@@ -9,7 +9,7 @@ WEAK_RANK_CORRELATION = 0.7
 """A surrogate below this out of fold is pointed out: it orders mixtures poorly."""
 
 
-def warnings(data: ReportData, verdict: Verdict | None) -> list[str]:
+def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     """Weak spots of what was measured, each with what to do about it."""
     found = []
     if data.rounds and (fits := data.rounds[-1].fit):
@@ -20,9 +20,9 @@ def warnings(data: ReportData, verdict: Verdict | None) -> list[str]:
                     f"{fits[score].spearman:.2f}: the search was close to guessing there. Use more proxies, or more tokens in "
                     "their evaluation."
                 )
-    if verdict and verdict.seed_sd is None and verdict.comparisons:
+    if verdict.comparisons and verdict.seed_sd is None:
         found.append("Each final mixture was trained with one seed: no difference can be told from chance.")
-    elif verdict and (few := min((g.num_seeds for g in verdict.groups), default=0)) in (2, 3):
+    elif (few := min((g.num_seeds for g in verdict.groups), default=0)) in (2, 3):
         found.append(f"{few} seeds a mixture give a rough estimate of the noise: the intervals are wide for that reason.")
     for name, row in data.blend.items():
         if row.requested_tokens and abs(row.realised_tokens - row.requested_tokens) > 0.02 * row.requested_tokens:
@@ -33,12 +33,12 @@ def warnings(data: ReportData, verdict: Verdict | None) -> list[str]:
     return found
 
 
-def not_measured(data: ReportData, verdict: Verdict | None) -> list[str]:
+def not_measured(data: ReportData, verdict: Verdict) -> list[str]:
     """What this study does not show."""
     items = []
     if not data.choice:
         items.append("The mixture: the search is not finished.")
-    if verdict is None:
+    if not verdict.groups:
         items.append("Whether the found mixture is better than any other: no final run is finished.")
     else:
         items.append(

@@ -52,15 +52,16 @@ class Verdict:
     """Standard deviation of the objective from seed to seed, pooled over the mixtures."""
 
 
-def judge(data: ReportData) -> Verdict | None:
-    """The verdict on the final runs, or None where there are none.
+def judge(data: ReportData) -> Verdict:
+    """The verdict on the final runs; "unknown" while there are none to compare.
 
     The interval of a difference of means is Student's, with one standard deviation pooled over all mixtures (degrees of
     freedom: runs less mixtures). It covers the noise of the final runs' seeds and nothing else.
     """
     groups = _groups(data.final)
     if not groups:
-        return None
+        sentence = "No final run is finished, so nothing is known about whether the found mixture is better than a baseline."
+        return Verdict("unknown", "No verdict yet", sentence, [], [], None)
     found = next((g for g in groups if g.mixture == FOUND), None)
     baselines = [g for g in groups if g.mixture != FOUND]
     if found is None or not baselines:

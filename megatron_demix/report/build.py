@@ -74,13 +74,13 @@ def render(data: ReportData) -> str:
     )
 
 
-def _figures(data: ReportData, verdict: Verdict | None) -> dict[str, list[str | None]]:
+def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:
     groups: dict[str, dict[str, Mapping[str, Sequence[float]]]] = {}
     for name, curve in data.losses.items():
         if curve.get("iteration"):
             groups.setdefault(name.split("/")[0], {})[name] = curve
     return {
-        "forest": [figures.forest(verdict.comparisons)] if verdict and verdict.comparisons else [],
+        "forest": [figures.forest(verdict.comparisons)] if verdict.comparisons else [],
         "parallel": [figures.parallel_coordinates(data)],
         "scores": [figures.score_against_share(data, score) for score in data.score_names],
         "fits": [figures.predicted_against_measured(score, fit) for score, fit in _last_fit(data).items()],
@@ -116,10 +116,10 @@ def _bars(data: ReportData, colours: Mapping[str, str]) -> list[Bar]:
     return [Bar(label, note, [(n, m.get(n, 0.0), colours[n]) for n in names]) for label, note, m in rows]
 
 
-def _tiles(data: ReportData, verdict: Verdict | None) -> list[tuple[str, str, str]]:
+def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
     """(what, value, remark): the figures at the top."""
     tiles = []
-    if verdict and verdict.groups[0].mixture == FOUND:
+    if verdict.groups and verdict.groups[0].mixture == FOUND:
         found = verdict.groups[0]
         remark = f"{found.num_seeds} seed{'s' * (found.num_seeds > 1)}, bits per byte, lower is better"
         tiles.append(("objective of the found mixture", _loss(found.objective), remark))
@@ -138,9 +138,9 @@ def _tiles(data: ReportData, verdict: Verdict | None) -> list[tuple[str, str, st
     return tiles
 
 
-def _final_table(data: ReportData, verdict: Verdict | None) -> dict[str, Any]:
+def _final_table(data: ReportData, verdict: Verdict) -> dict[str, Any]:
     """Columns, one row a run, and one row a mixture with the mean and standard deviation over its seeds."""
-    if verdict is None:
+    if not verdict.groups:
         return {}
     columns = list(dict.fromkeys(name for run in data.final for name in run.scores))
     means = []
