@@ -100,8 +100,8 @@ class ReportData:
     """Relative weight of each score."""
     domains: Sequence[Domain] = ()
     losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
-    """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose names
-    share the part before the slash are drawn together."""
+    """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose
+    names share the part before the slash are drawn together."""
     rounds: Sequence[Round] = ()
     choice: Choice | None = None
     final: Sequence[FinalRun] = ()
