@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class TextBatch:
 
     def raw(self) -> list[bytes]:
         content, offsets = self.content.tobytes(), self.offsets.tolist()
-        return [content[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+        return [content[a:b] for a, b in itertools.pairwise(offsets)]
 
     def strings(self) -> list[str]:
         return [document.decode() for document in self.raw()]

@@ -6,7 +6,6 @@ import base64
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 

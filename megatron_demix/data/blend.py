@@ -1,0 +1,189 @@
+"""A mixture and a token budget become what Megatron trains on.
+
+`view`: the pool's tokens as one .bin and a small .idx whose pointers pick, repeat and order documents; another mixture costs
+another .idx. `materialise`: plain .bin/.idx with the documents written out. `args`: weights and prefixes for Megatron's own
+blending. All three come from one plan, exact to the document.
+
+A blend with prefix P consists of P.bin, P.idx, P.domains.npy (uint16: the domain of each document, by its place in the
+manifest) and, written last, P.blend.json, the manifest. In mode args: P.args.txt, P.args.json and the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_demix import native
+from megatron_demix.artifact import fingerprint
+from megatron_demix.data.pool import Domain, OpenPool, Pool, Source, fingerprint_source, open_pool
+from megatron_demix.data.quota import OnShortfall, feasible_max_shares, quotas
+from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.mixture import Mixture, apportion
+
+Mode = Literal["view", "materialise", "args"]
+MODES: tuple[Mode, ...] = ("view", "materialise", "args")
+
+__all__ = ["BlendPlan", "Pool", "Source", "build_blend", "feasible_max_shares", "plan_blend"]
+
+
+@dataclass(frozen=True)
+class DomainPlan:
+    """What one domain gives: `documents` of its shuffled stream from position `begin` on.
+
+    share: as asked for; requested: that share of the target; planned: after limits, in tokens; tokens: of the documents.
+    """
+
+    domain: Domain
+    share: float
+    requested: int
+    planned: int
+    begin: int
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BlendPlan:
+    """Which documents make the blend. Domains without a document are not listed."""
+
+    pool: OpenPool
+    seed: int
+    target_tokens: int
+    parts: tuple[DomainPlan, ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def documents(self) -> int:
+        return sum(p.documents for p in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(p.tokens for p in self.parts)
+
+    def write(self, lengths: np.ndarray, pointers: np.ndarray, domain_of: np.ndarray, threads: int) -> list[tuple[int, int]]:
+        """Fill the arrays of an index over the pool; see native.interleave."""
+        parts = [native.StreamPart(p.domain.stream(self.seed), p.begin, p.documents, p.tokens) for p in self.parts]
+        return native.interleave(parts, lengths, pointers, domain_of, threads=threads)
+
+
+def plan_blend(
+    pool: OpenPool,
+    mixture: Mixture,
+    target_tokens: int,
+    *,
+    seed: int,
+    on_shortfall: OnShortfall = "error",
+    begin: Mapping[str, int] | None = None,
+    taken: Mapping[str, int] | None = None,
+    threads: int = 1,
+) -> BlendPlan:
+    """Choose whole documents: every domain within one document of its quota, the total at least the target (less only where
+    "cap" cut it), by less than one document.
+
+    begin, taken: documents and tokens of each domain that earlier stages used. Raises MixtureError, ConfigError.
+    """
+    planned = quotas(pool.domains, mixture, target_tokens, on_shortfall, taken=taken)
+    start = {name: (begin or {}).get(name, 0) for name in planned}
+    below = {
+        name: pool.domains[name].stream(seed).advance(start[name], quota, pool.domains[name].tokens, threads=threads)
+        for name, quota in planned.items()
+    }
+    chosen = {name: (documents, tokens) for name, (documents, tokens, _) in below.items()}
+    missing = sum(planned.values()) - sum(tokens for _, tokens in chosen.values())
+    # Largest remainder, in documents: who is owed most of its next document gets it, until the total is reached.
+    owed = {name: (planned[name] - tokens) / max(next_length, 1) for name, (_, tokens, next_length) in below.items()}
+    for name in sorted(owed, key=lambda n: (-owed[n], list(owed).index(n))):
+        if missing <= 0:
+            break
+        documents, tokens, next_length = below[name]
+        chosen[name] = (documents + 1, tokens + next_length)
+        missing -= next_length
+    shares = mixture.over(list(pool.domains))
+    requested = dict(zip(shares, apportion(target_tokens, list(shares.values())), strict=True))
+    parts = [
+        DomainPlan(pool.domains[n], shares[n], requested[n], planned[n], start[n], *chosen[n]) for n in planned if chosen[n][0]
+    ]
+    dropped = tuple(n for n in pool.domains if n not in planned or not chosen[n][0])
+    plan = BlendPlan(pool, seed, target_tokens, tuple(parts), dropped)
+    if plan.documents >= 2**31:
+        raise IncompatibleInputs(
+            f"the blend has {plan.documents:,} documents; Megatron's GPTDataset numbers documents with int32 and holds "
+            "2,147,483,647 at most. Build several blends and give Megatron their paths with equal weights."
+        )
+    return plan
+
+
+def build_blend(
+    pool: Mapping[str, Source],
+    mixture: Mixture,
+    target_tokens: int,
+    output: Path,
+    *,
+    mode: Mode = "view",
+    seed: int,
+    on_shortfall: OnShortfall = "error",
+    threads: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Build the blend with path prefix `output` and return its manifest.
+
+    mixture: actual data shares, in trained tokens. target_tokens: what the run consumes, plus one for the last target; the
+    blend has at least that many, by less than one document, so that GPTDataset starts no second epoch. Done before with the
+    same inputs and settings: returns at once. Raises MixtureError, ConfigError, IncompatibleInputs, CorruptInput,
+    OutputExists, StorageError; then nothing at `output` has changed.
+    """
+    from megatron_demix.data import blend_files
+
+    if mode not in MODES:
+        raise ConfigError(f"blend mode is {mode!r}, expected one of {', '.join(MODES)}.")
+    threads = threads or native.default_threads()
+    opened = open_pool(pool)
+    plan = plan_blend(opened, mixture, target_tokens, seed=seed, on_shortfall=on_shortfall, threads=threads)
+    manifest = _manifest(plan, Path(output), mode, on_shortfall)
+    return blend_files.write(plan, manifest, Path(output), mode, threads=threads, progress=progress)
+
+
+def _manifest(plan: BlendPlan, output: Path, mode: Mode, on_shortfall: OnShortfall) -> dict[str, Any]:
+    """What the blend is. No time and no absolute path: two runs of one study give the same bytes."""
+    domains = {
+        p.domain.name: {
+            "share": p.share,
+            "requested_tokens": p.requested,
+            "planned_tokens": p.planned,
+            "tokens": p.tokens,
+            "documents": p.documents,
+            "epochs": p.tokens / p.domain.tokens,
+            "max_epochs": p.domain.max_epochs,
+            "available_tokens": p.domain.tokens,
+            "available_documents": p.domain.documents,
+            "sources": [{"prefix": os.path.relpath(i.prefix, output.parent)} | fingerprint_source(i) for i in p.domain.indexes],
+        }
+        for p in plan.parts
+    }
+    identity = {
+        "mode": mode,
+        "seed": plan.seed,
+        "on_shortfall": on_shortfall,
+        "target_tokens": plan.target_tokens,
+        "domains": domains,
+    }
+    return {
+        "kind": "blend",
+        "key": fingerprint(identity | {"domains": [[n, d | {"sources": _contents(d)}] for n, d in domains.items()]}),
+        "unit": "tokens",
+        "tokens": plan.tokens,
+        "documents": plan.documents,
+        "dtype": str(plan.pool.dtype),
+        "tokenizer": plan.pool.tokenizer,
+        "dropped_domains": list(plan.dropped),
+    } | identity
+
+
+def _contents(domain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A domain's sources without their paths: moved data is the same data."""
+    return [{k: v for k, v in s.items() if k != "prefix"} for s in domain["sources"]]

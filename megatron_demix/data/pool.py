@@ -1,0 +1,211 @@
+"""The pool: every domain's indexed data, checked to fit together, laid end to end in one address space of bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix import native
+from megatron_demix.artifact import hash_file, read_json
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
+from megatron_demix.indexed.format import bin_path, idx_path
+from megatron_demix.indexed.reader import Index, read_index
+
+
+@dataclass(frozen=True)
+class Source:
+    """One domain's indexed data: path prefixes without .bin/.idx, and how often it may be repeated."""
+
+    prefixes: tuple[Path, ...]
+    max_epochs: float = 4.0
+
+
+class Pool(dict[str, Source]):
+    """Sources by domain."""
+
+    @classmethod
+    def read(cls, path: Path | str) -> Pool:
+        """From pool.yaml: {domains: {code: {prefixes: [...], max_epochs: 4}}}, paths relative to the file. ConfigError."""
+        import yaml
+
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise ConfigError(f"pool {path}: cannot be read: {e}") from e
+        domains = data.get("domains") if isinstance(data, dict) else None
+        if not isinstance(domains, dict) or not domains:
+            raise ConfigError(f"pool {path}: expected `domains: {{name: {{prefixes: [...], max_epochs: 4}}}}`.")
+        pool = cls()
+        for name, entry in domains.items():
+            known = {"prefixes", "max_epochs"}
+            if not isinstance(entry, dict) or not isinstance(entry.get("prefixes"), list) or set(entry) - known:
+                raise ConfigError(
+                    f"pool {path}: domain {name!r} is {entry!r}, expected {{prefixes: [path, ...], max_epochs: number}}."
+                )
+            limit = entry.get("max_epochs", Source.max_epochs)
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+                raise ConfigError(f"pool {path}: domain {name!r}: max_epochs is {limit!r}, expected a number > 0.")
+            pool[str(name)] = Source(tuple(path.parent / str(p) for p in entry["prefixes"]), float(limit))
+        return pool
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain of an opened pool. bases: where each index's .bin begins in the pool, in bytes."""
+
+    name: str
+    max_epochs: float
+    indexes: tuple[Index, ...]
+    bases: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(i.num_tokens for i in self.indexes)
+
+    @property
+    def documents(self) -> int:
+        return sum(i.num_documents for i in self.indexes)
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens a blend may take: one epoch times max_epochs, rounded down."""
+        return math.floor(self.tokens * Fraction(self.max_epochs))
+
+    def stream(self, seed: int) -> native.DocumentStream:
+        """Its documents in the order that (seed, domain name) alone decides."""
+        digest = hashlib.blake2b(f"{seed}/{self.name}".encode(), digest_size=8).digest()
+        sources = [(i.lengths, i.pointers, base) for i, base in zip(self.indexes, self.bases, strict=True)]
+        return native.DocumentStream(sources, int.from_bytes(digest, "little"))
+
+
+@dataclass(frozen=True)
+class OpenPool:
+    """domains in the pool's order; dtype: of all tokens; tokenizer: fingerprint of all prepared data, "" if none says."""
+
+    domains: dict[str, Domain]
+    dtype: np.dtype
+    tokenizer: str
+
+    @property
+    def indexes(self) -> list[tuple[Index, int]]:
+        """All indexes with their bases, in the pool's order."""
+        return [pair for d in self.domains.values() for pair in zip(d.indexes, d.bases, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(i.bin_bytes for i, _ in self.indexes)
+
+    def contents(self) -> list[tuple[np.ndarray, int]]:
+        """The mapped .bin files and their bases; empty ones are left out."""
+        return [(np.memmap(bin_path(i.prefix), np.uint8, mode="r"), base) for i, base in self.indexes if i.bin_bytes]
+
+
+def open_pool(pool: Mapping[str, Source]) -> OpenPool:
+    """Read and check every index.
+
+    Raises ConfigError (no prefix, one used twice, a bad limit), CorruptInput (an unreadable index), IncompatibleInputs
+    (dtypes, tokenizers, sentence-split data), MixtureError (an empty domain).
+    """
+    if not pool:
+        raise ConfigError("pool: no domains. Give at least one domain with its prefixes.")
+    domains: dict[str, Domain] = {}
+    seen: dict[str, str] = {}
+    base = 0
+    for name, source in pool.items():
+        if not source.prefixes:
+            raise ConfigError(f"pool: domain {name!r} has no prefixes. Name its indexed data, or remove it.")
+        if not (math.isfinite(source.max_epochs) and source.max_epochs > 0):
+            raise ConfigError(f"pool: domain {name!r}: max_epochs is {source.max_epochs}, expected a finite number > 0.")
+        indexes, bases = [], []
+        for prefix in source.prefixes:
+            real = os.path.realpath(f"{prefix}.bin")
+            if real in seen:
+                raise ConfigError(
+                    f"pool: {prefix} is given twice, in domain {seen[real]!r} and {name!r}: it would be repeated."
+                )
+            seen[real] = name
+            index = read_index(prefix)
+            _check_usable(index)
+            indexes.append(index)
+            bases.append(base)
+            base += index.bin_bytes
+        domains[name] = Domain(name, source.max_epochs, tuple(indexes), tuple(bases))
+        if domains[name].tokens == 0:
+            raise MixtureError(f"pool: domain {name!r} is empty ({', '.join(map(str, source.prefixes))} hold no tokens).")
+    return OpenPool(domains, _common_dtype(domains), _common_tokenizer(domains))
+
+
+def _check_usable(index: Index) -> None:
+    if index.dtype.kind not in "iu":
+        raise IncompatibleInputs(f"{index.prefix}.idx holds {index.dtype} values, expected token ids (integers).")
+    if not index.one_sequence_a_document:
+        raise IncompatibleInputs(
+            f"{index.prefix} is sentence-split: {index.num_sequences} sequences in {index.num_documents} documents. GPTDataset "
+            "shuffles sequences, so it would tear documents apart. Prepare the text again without --split-sentences."
+        )
+
+
+def _common_dtype(domains: Mapping[str, Domain]) -> np.dtype:
+    first = next(iter(domains.values())).indexes[0]
+    for domain in domains.values():
+        for index in domain.indexes:
+            if index.dtype != first.dtype:
+                raise IncompatibleInputs(
+                    f"domain {domain.name!r}: {index.prefix} holds {index.dtype} tokens, {first.prefix} {first.dtype}: "
+                    "they were made for vocabularies of different sizes. Prepare both with one tokenizer."
+                )
+    return first.dtype
+
+
+def describe_prefix(prefix: Path) -> dict[str, Any]:
+    """What the prepare step noted beside the data (`<prefix>.meta.json`); empty for data made elsewhere."""
+    path = Path(f"{prefix}.meta.json")
+    return read_json(path) if path.is_file() else {}
+
+
+def _common_tokenizer(domains: Mapping[str, Domain]) -> str:
+    found: tuple[str, Path] | None = None
+    for domain in domains.values():
+        for index in domain.indexes:
+            fingerprint = describe_prefix(index.prefix).get("tokenizer", "")
+            if not fingerprint:
+                continue
+            if found and found[0] != fingerprint:
+                raise IncompatibleInputs(
+                    f"domain {domain.name!r}: {index.prefix} was made with tokenizer {fingerprint}, {found[1]} with {found[0]}. "
+                    "Their ids mean different things: prepare both with one tokenizer."
+                )
+            found = (fingerprint, index.prefix)
+    return found[0] if found else ""
+
+
+def fingerprint_source(index: Index) -> dict[str, Any]:
+    """What identifies one source: its size, the digest of its .idx, and of 64 blocks spread over its .bin (not all of it: a
+    pool may be terabytes). Raises CorruptInput."""
+    path = bin_path(index.prefix)
+    digest = hashlib.blake2b(digest_size=16)
+    block = 1 << 16
+    try:
+        with open(path, "rb") as file:
+            for n in range(64):
+                file.seek(max(0, (index.bin_bytes - block) * n // 63))
+                digest.update(file.read(block))
+        idx_digest = hash_file(idx_path(index.prefix))
+    except OSError as e:
+        raise CorruptInput(f"{path} cannot be read: {e.strerror}.") from e
+    return {
+        "documents": index.num_documents,
+        "tokens": index.num_tokens,
+        "bin_bytes": index.bin_bytes,
+        "idx_blake2b": idx_digest,
+        "bin_sample_blake2b": digest.hexdigest(),
+    }
