@@ -1,0 +1,142 @@
+"""tools/search_mixture.py as its users call it: flags, files, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_demix.search.tables import Table
+
+TOOL = Path(__file__).parents[2] / "tools" / "search_mixture.py"
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Measured mixtures of three domains, printed with three digits, scores in another row and column order."""
+    rng = np.random.default_rng(0)
+    shares_MD = rng.dirichlet(np.ones(3), size=40).round(3)
+    ids = tuple(f"m{m}" for m in range(40))
+    Table(tmp_path, "index", ids, ("code", "math", "law"), shares_MD).write(tmp_path / "mixtures.csv")
+    scores_MT = np.stack([3 - shares_MD[:, 1], 2 + shares_MD[:, 0] ** 2], axis=1)
+    order = rng.permutation(40)
+    Table(tmp_path, "index", tuple(ids[m] for m in order), ("math_loss", "x"), scores_MT[order]).write(tmp_path / "scores.csv")
+    wanted = Table(tmp_path, "name", ("p", "q"), ("law", "code", "math"), np.array([[0.1, 0.2, 0.7], [0.1, 0.8, 0.1]]))
+    wanted.write(tmp_path / "wanted.csv")
+    return tmp_path
+
+
+def fit(study: Path, *more: object) -> subprocess.CompletedProcess:
+    files = (("--mixtures", "mixtures"), ("--scores", "scores"), ("--predict", "wanted"), ("--output", "predicted"))
+    return call(
+        "fit", *(part for flag, name in files for part in (flag, study / f"{name}.csv")), "--surrogate", "quadratic", *more
+    )
+
+
+def test_fit_joins_rows_by_id_and_columns_by_name(study: Path) -> None:
+    done = fit(study)
+    assert done.returncode == 0, done.stderr
+    assert "miss a sum of 1 by up to 0.001" in done.stderr
+    assert "math_loss: quadratic, out of fold rmse" in done.stderr
+    table = Table.read(study / "predicted.csv")
+    assert table.ids == ("p", "q")
+    assert table.columns == ("math_loss", "math_loss_std", "x", "x_std")
+    np.testing.assert_allclose(table.column("math_loss"), [2.3, 2.9], atol=0.02)
+    np.testing.assert_allclose(table.column("x"), [2.04, 2.64], atol=0.02)
+    assert (table.column("x_std") > 0).all()
+
+
+def test_fit_refuses_what_does_not_match_and_writes_nothing(study: Path) -> None:
+    rows = (study / "scores.csv").read_text().splitlines()
+    (study / "scores.csv").write_text("\n".join(rows[:-1]) + "\n")
+    done = fit(study)
+    assert done.returncode == 3
+    assert "scores.csv: id 'm" in done.stderr
+    assert "is missing (1 such)" in done.stderr
+    (study / "scores.csv").write_text("\n".join([*rows, "stray,1,2"]) + "\n")
+    done = fit(study)
+    assert done.returncode == 3
+    assert "id 'stray' has no mixture" in done.stderr
+    (study / "scores.csv").write_text("\n".join([*rows[:5], rows[5].split(",")[0] + ",,2", *rows[6:]]) + "\n")
+    done = fit(study)
+    assert done.returncode == 3
+    assert "math_loss: score of proxy" in done.stderr
+    wanted = (study / "wanted.csv").read_text().replace("law", "lore")
+    (study / "wanted.csv").write_text(wanted)
+    done = fit(study)
+    assert done.returncode == 3
+    assert "column 'lore' is not in" in done.stderr
+    assert not (study / "predicted.csv").exists()
+
+
+def test_sample_writes_weights_and_shares(tmp_path: Path) -> None:
+    (tmp_path / "domains.yaml").write_text(
+        "domains: {code: {tokens: 30B, max_epochs: 4}, math: {tokens: 5B, max_epochs: 4}, general: {tokens: 1T}}\n"
+        "target_tokens: 100B\nanchor: {mixture: {general: 1}, share: 0.5}\n"
+    )
+    flags = ("--domains", tmp_path / "domains.yaml", "--num", 30, "--seed", 3, "--shares", tmp_path / "shares.csv")
+    for name in ("one.csv", "two.csv"):
+        done = call("sample", *flags, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()
+    weights, shares = Table.read(tmp_path / "one.csv"), Table.read(tmp_path / "shares.csv")
+    assert weights.columns == ("code", "math", "general")
+    assert len(weights.ids) == 30
+    assert (weights.values_MC.sum(axis=1) == 1).all()
+    np.testing.assert_allclose(shares.column("math"), weights.column("math") / 2)
+    assert shares.column("math").max() <= 0.2
+    (tmp_path / "domains.yaml").write_text(
+        "domains: {a: {tokens: 1, max_epochs: 1}, b: {tokens: 1, max_epochs: 1}}\ntarget_tokens: 4\n"
+    )
+    done = call("sample", *flags, "--output", tmp_path / "three.csv")
+    assert done.returncode == 4
+    assert "0.5 short" in done.stderr
+    assert not (tmp_path / "three.csv").exists()
+
+
+def test_consistency_reports_every_metric_and_blocks_on_missing_scores(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    truth_MT = rng.normal(3, 0.1, size=(24, 2))
+    ids = tuple(f"m{m}" for m in range(24))
+    Table(tmp_path, "id", ids, ("code", "math"), truth_MT).write(tmp_path / "references.csv")
+    Table(tmp_path, "id", ids, ("code", "math"), truth_MT + rng.normal(0, 0.01, (24, 2))).write(tmp_path / "again.csv")
+    noisy_MT = truth_MT + rng.normal(0, 0.03, (24, 2))
+    Table(tmp_path, "id", ids[::-1], ("math", "code"), noisy_MT[::-1, ::-1]).write(tmp_path / "proxies.csv")
+    files = (
+        "--proxies",
+        tmp_path / "proxies.csv",
+        "--references",
+        tmp_path / "references.csv",
+        "--output",
+        tmp_path / "r.json",
+    )
+    done = call("consistency", *files, "--reseeded", tmp_path / "again.csv", "--objective", "code=0.7", "math=0.3")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["num_mixtures"] == 24
+    assert 0.9 < report["macro"]["spearman"]["value"] < report["ceiling"]["macro"]["spearman"]["value"]
+    assert set(report["scores"]["code"]) == {"spearman", "kendall", "top_spearman", "pairwise_accuracy", "recovery", "regret"}
+    assert report["objective"]["regret"]["value"] >= 0
+
+    Table(tmp_path, "id", ids[1:], ("code", "math"), noisy_MT[1:]).write(tmp_path / "proxies.csv")
+    done = call("consistency", *files)
+    assert done.returncode == 3
+    assert "id 'm0' of" in done.stderr
+    done = call("consistency", *files, "--higher-is-better", "speed")
+    assert done.returncode == 3
+    assert "no score 'speed'" in done.stderr
+    done = call("consistency", *files, "--objective", "code")
+    assert done.returncode == 2
+
+
+def test_help_is_quick_and_names_the_commands() -> None:
+    done = call("--help")
+    assert done.returncode == 0
+    for command in ("sample", "fit", "consistency"):
+        assert command in done.stdout

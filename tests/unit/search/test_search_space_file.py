@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.search.space_file import load_space
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "domains.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_domains_file_becomes_a_space(tmp_path: Path) -> None:
+    space = load_space(
+        written(
+            tmp_path,
+            """
+domains:
+  code: {tokens: 30B, max_epochs: 2}
+  math: {tokens: 10B, max_epochs: 4, max_share: 0.3}
+  general: {tokens: 60B, min_share: 0.2}
+target_tokens: 100B
+anchor: {mixture: {general: 1}, share: 0.25}
+groups: {skills: {domains: [code, math], highest: 0.7}}
+max_kl: 0.5
+""",
+        )
+    )
+    assert dict(space.natural) == {"code": 0.3, "math": 0.1, "general": 0.6}
+    assert space.max_shares == {"code": 0.6, "math": 0.3, "general": 1.0}
+    assert space.min_shares == {"general": 0.2}
+    assert space.anchor["general"] == 1
+    assert space.anchor_share == 0.25
+    assert space.groups["skills"].highest == 0.7
+    assert space.max_kl == 0.5
+
+
+def test_without_an_anchor_weights_are_shares(tmp_path: Path) -> None:
+    space = load_space(written(tmp_path, "domains: {a: {tokens: 1M}, b: {tokens: 1M}}\ntarget_tokens: 1M\n"))
+    assert space.anchor_share == 0
+    assert (space.bounds_D2 == [[0, 1], [0, 1]]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("domains: [", ConfigError, "cannot be read"),
+        ("domains: {a: {tokens: 1M}}\ntarget_tokens: 1M\n", ConfigError, "domains: Dictionary should have at least 2 items"),
+        (
+            "domains: {a: {tokens: 1M, epochs: 2}, b: {tokens: 1}}\ntarget_tokens: 1M\n",
+            ConfigError,
+            r"domains\.a\.epochs: Extra inputs",
+        ),
+        ("domains: {a: {tokens: lots}, b: {tokens: 1}}\ntarget_tokens: 1M\n", ConfigError, "'lots' is not understood"),
+        (
+            "domains: {a: {tokens: 1M, max_epochs: 1}, b: {tokens: 1M, max_epochs: 2}}\ntarget_tokens: 4M\n",
+            MixtureError,
+            r"sum to 0\.75, expected at least 1: 0\.25 short",
+        ),
+    ],
+)
+def test_bad_domains_files(tmp_path: Path, text: str, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_space(written(tmp_path, text))

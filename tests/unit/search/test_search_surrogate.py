@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+
+from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.mixture import Mixture
+from megatron_demix.search.sample import sample_mixtures
+from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.surrogate import KINDS, fit_surrogate
+
+DOMAINS = Mixture({"general": 0.5, "code": 0.3, "math": 0.2})
+SPACE = SearchSpace(DOMAINS, Mixture.uniform(DOMAINS), 0.3)
+FAMILIES = [kind for kind in KINDS if kind != "auto"]
+
+
+def mixtures(num: int, seed: int) -> np.ndarray:
+    return SPACE.shares(sample_mixtures(SPACE, num, seed))
+
+
+def loss(shares_MD: np.ndarray) -> np.ndarray:
+    """Like a validation loss: a power of the own share, with transfer from the first domain."""
+    return 1.5 + 0.3 * (shares_MD[:, 1] + 0.2 * shares_MD[:, 0] + 0.02) ** -0.4
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_ranks_unseen_mixtures(kind) -> None:
+    shares_MD, held_out_MD = mixtures(60, 1), mixtures(200, 2)
+    surrogate = fit_surrogate(shares_MD, loss(shares_MD) + 0.003 * np.random.default_rng(0).standard_normal(60), kind, seed=3)
+    mean_M, std_M = surrogate.predict(held_out_MD)
+    assert surrogate.kind == kind
+    assert mean_M.shape == std_M.shape == (200,)
+    assert (std_M > 0).all()
+    assert np.corrcoef(mean_M, loss(held_out_MD))[0, 1] > (0.9 if kind == "lightgbm" else 0.97)
+    errors = surrogate.cross_validation
+    assert errors["rmse"] == pytest.approx(np.sqrt(np.mean((errors["measured_M"] - errors["predicted_M"]) ** 2)))
+    assert errors["spearman"] > 0.85
+
+
+def test_auto_takes_the_family_with_the_least_cross_validated_error() -> None:
+    shares_MD = mixtures(48, 1)
+    surrogate = fit_surrogate(shares_MD, loss(shares_MD), seed=3)
+    kinds = surrogate.cross_validation["kinds"]
+    assert surrogate.kind == min(kinds, key=kinds.get)
+    assert {"gaussian_process", "quadratic", "ridge", "log_linear", "stack"} <= set(kinds)
+    assert "lightgbm" not in kinds
+
+
+def test_a_quadratic_score_is_found_exactly_by_the_quadratic() -> None:
+    shares_MD, held_out_MD = mixtures(40, 1), mixtures(50, 2)
+
+    def score(s: np.ndarray) -> np.ndarray:
+        return 2 + s[:, 0] - 3 * s[:, 1] * s[:, 2]
+
+    mean_M, _ = fit_surrogate(shares_MD, score(shares_MD), "quadratic").predict(held_out_MD)
+    np.testing.assert_allclose(mean_M, score(held_out_MD), atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["gaussian_process", "ridge"])
+def test_90_percent_intervals_hold_about_90_percent_of_new_measurements(kind) -> None:
+    rng, inside = np.random.default_rng(0), []
+    for seed in range(4):
+        shares_MD, held_out_MD = mixtures(48, 10 + seed), mixtures(150, 20 + seed)
+        surrogate = fit_surrogate(shares_MD, loss(shares_MD) + 0.01 * rng.standard_normal(48), kind, seed=seed)
+        mean_M, std_M = surrogate.predict(held_out_MD)
+        measured_M = loss(held_out_MD) + 0.01 * rng.standard_normal(150)
+        inside.append(np.mean(np.abs(measured_M - mean_M) <= 1.645 * std_M))
+    assert 0.83 <= np.mean(inside) <= 0.98
+
+
+def test_fits_are_reproducible_and_independent_of_the_scores_unit() -> None:
+    shares_MD, held_out_MD = mixtures(40, 1), mixtures(20, 2)
+    once, again = (fit_surrogate(shares_MD, loss(shares_MD), "stack", seed=5).predict(held_out_MD) for _ in range(2))
+    assert np.array_equal(once[0], again[0])
+    assert np.array_equal(once[1], again[1])
+    scaled = fit_surrogate(shares_MD, 1e4 * loss(shares_MD) - 7, "stack", seed=5).predict(held_out_MD)
+    np.testing.assert_allclose(scaled[0], 1e4 * once[0] - 7, rtol=1e-4)
+
+
+def test_refit_uses_only_the_given_rows() -> None:
+    shares_MD = mixtures(40, 1)
+    scores_M = loss(shares_MD)
+    scores_M[30:] += 5
+    surrogate = fit_surrogate(shares_MD, scores_M, "ridge")
+    mean_M, _ = surrogate.refit(np.arange(30)).predict(shares_MD[:30])
+    np.testing.assert_allclose(mean_M, scores_M[:30], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s, y: (s[:7], y[:7]), IncompatibleInputs, "code: 7 proxies are too few for a surrogate, expected at least 8"),
+        (lambda s, y: (s, np.full(20, 2.5)), IncompatibleInputs, r"code: all 20 scores are 2\.5: nothing to learn"),
+        (
+            lambda s, y: (s, np.where(np.arange(20) == 4, np.nan, y)),
+            IncompatibleInputs,
+            r"score of proxy 4 is not a finite number \(1 ",
+        ),
+        (lambda s, y: (np.where(s == s[3, 0], np.inf, s), y), IncompatibleInputs, "shares of proxy 3 is not a finite number"),
+        (lambda s, y: (s, y[:9]), IncompatibleInputs, r"\(20, 3\) shares do not go with \(9,\) scores"),
+    ],
+)
+def test_scores_that_teach_nothing_are_refused(change, error, message) -> None:
+    shares_MD = SPACE.shares(sample_mixtures(SPACE, 20, 1, landmarks=False))
+    with pytest.raises(error, match=message):
+        fit_surrogate(*change(shares_MD, loss(shares_MD)), "ridge", name="code")
+
+
+def test_an_unknown_kind_names_the_known_ones() -> None:
+    shares_MD = mixtures(20, 1)
+    with pytest.raises(ConfigError, match="surrogate kind 'forest' is unknown; expected one of auto, gaussian_process"):
+        fit_surrogate(shares_MD, loss(shares_MD), "forest")
