@@ -81,6 +81,10 @@ class MergePlan:
         self._targets: list[tuple[int, str]] = []
 
     @property
+    def records(self) -> list[np.ndarray]:
+        return self._records
+
+    @property
     def target_bytes(self) -> list[int]:
         """[T] size of each target, in its output dtype."""
         return [n * _ITEM_BYTES[dtype] for n, dtype in self._targets]
@@ -291,27 +295,29 @@ def gather(
     offset: int,
     *,
     threads: int = 1,
-) -> None:
+) -> int:
     """Copy documents [begin, end) of an index over the pool to an open file, one after another, from byte `offset` on.
 
+    Returns their content digest: the sum of hash_documents of document i with seed i, modulo 2^64.
     pool: (bytes of a .bin as uint8, its base), in order of base, end to end. The pointers must have been checked. OSError.
     """
     if not 0 <= begin <= end <= len(lengths) == len(pointers):
         raise ValueError(f"documents [{begin}, {end}) of {len(lengths)}")
     spans = [(_address(data, np.uint8), base, data.size) for data, base in pool]
-    code = _core.gather(
+    code, content = _core.gather(
         _address(lengths, np.int32), _address(pointers, np.int64), begin, end, item_bytes, spans, descriptor, offset, threads
     )
     if code:
         raise OSError(code, os.strerror(code))
+    return content
 
 
-def hash_documents(content: np.ndarray, offsets: np.ndarray, seed: int) -> np.ndarray:
-    """uint64[n]: a seeded hash of each document content[offsets[i]:offsets[i + 1]] (uint8; int64[n + 1])."""
+def hash_documents(content: np.ndarray, offsets: np.ndarray, seed: int, *, step: int = 0) -> np.ndarray:
+    """uint64[n]: a hash of each document content[offsets[i]:offsets[i + 1]] (uint8; int64[n + 1]), with seed + i * step."""
     if len(offsets) < 1 or offsets[0] < 0 or offsets[-1] > content.size or np.any(np.diff(offsets) < 0):
         raise ValueError("offsets do not lie within the content")
     out = np.empty(len(offsets) - 1, np.uint64)
-    _core.hash_documents(_address(content, np.uint8), _address(offsets, np.int64), len(out), seed, _address(out))
+    _core.hash_documents(_address(content, np.uint8), _address(offsets, np.int64), len(out), seed, step, _address(out))
     return out
 
 

@@ -158,7 +158,9 @@ def _local(name: str, crc: int, size: int, padding: int = 0) -> bytes:
     shown, extra = _sizes64(size)
     if padding:
         extra += struct.pack("<2sH", b"FB", padding - 4) + b"Z" * (padding - 4)
-    header = struct.pack("<4sHHHHHIIIHH", _LOCAL, 45 if size >= _FULL32 else 20, 0, 0, *_DATE, crc, shown, shown, len(name), len(extra))
+    header = struct.pack(
+        "<4sHHHHHIIIHH", _LOCAL, 45 if size >= _FULL32 else 20, 0, 0, *_DATE, crc, shown, shown, len(name), len(extra)
+    )
     return header + name.encode() + extra
 
 

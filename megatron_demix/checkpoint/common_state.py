@@ -32,7 +32,8 @@ _CLASSES = (
     "megatron.core.transformer.enums.CudaGraphScope",
 )
 _VALUES = tuple(
-    f"torch.{name}" for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split()
+    f"torch.{name}"
+    for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split()
 )
 _ALLOWED: dict[str, Any] = {
     **{name: inert(name) for name in _CLASSES},

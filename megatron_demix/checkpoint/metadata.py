@@ -115,7 +115,9 @@ def _check_backend(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CorruptInput(f"{path}: cannot be read ({e!r}).") from e
     if backend != "torch_dist":
-        raise CorruptInput(f"{path}: the checkpoint's format is {backend!r}, expected 'torch_dist'. Save it with --ckpt-format torch_dist.")
+        raise CorruptInput(
+            f"{path}: the checkpoint's format is {backend!r}, expected 'torch_dist'. Save it with --ckpt-format torch_dist."
+        )
 
 
 def _interpret(root: Any, path: Path) -> CheckpointMetadata:

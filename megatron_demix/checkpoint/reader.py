@@ -13,7 +13,9 @@ from megatron_demix.checkpoint.payload import Payload, read_payload
 from megatron_demix.errors import CorruptInput
 
 # What a training checkpoint holds beside the model. Distributed optimizers, chained optimizers, schedulers, random states.
-_NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|opt_param_scheduler|rng_state|rerun_state_machine|common_state|modelopt_state")
+_NOT_MODEL = re.compile(
+    r"(chained_\d+\.)?optimizer\.|opt_param_scheduler|rng_state|rerun_state_machine|common_state|modelopt_state"
+)
 
 
 def is_model_key(key: str) -> bool:

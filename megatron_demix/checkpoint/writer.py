@@ -183,5 +183,3 @@ def _describe_tensor(dtype: str, shape: Shape) -> bytes:
 def _body(value: Any) -> bytes:
     """A value's opcodes without the protocol header and the stop."""
     return write_pickle(value)[2:-1]
-
-

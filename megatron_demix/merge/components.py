@@ -54,7 +54,9 @@ class Components:
         for key in sorted(self.tensors):
             info = self.checkpoints[k].metadata.tensors[key]
             for i, chunk in enumerate(info.chunks):
-                hashed.update(repr((key, info.dtype, info.shape, chunk.offset, chunk.shape, self.payload(k, info, i).crc)).encode())
+                hashed.update(
+                    repr((key, info.dtype, info.shape, chunk.offset, chunk.shape, self.payload(k, info, i).crc)).encode()
+                )
         return hashed.hexdigest()
 
     def _check_against_first(self, name: str, checkpoint: Checkpoint) -> None:

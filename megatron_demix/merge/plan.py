@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_demix.checkpoint.metadata import Shape, TensorInfo
 from megatron_demix.checkpoint.payload import ITEM_BYTES
 from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.components import Components
-from megatron_demix.native import MergePlan
+from megatron_demix.native import MergePlan, crc32, default_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class BytePlan:
         self.boxes: list[Box] = []
         self._records: dict[tuple[int, str, Shape], int] = {}
         self._names: list[str] = []
+        self._crcs: list[int] = []
 
     @property
     def read_bytes(self) -> int:
@@ -72,6 +74,14 @@ class BytePlan:
             local_hi = [b - o for b, o in zip(hi, box.offset, strict=True)] or [1]
             self.native.add_region(target, local_lo, local_hi, records, offsets, strides)
 
+    def damaged(self, threads: int | None = None) -> str | None:
+        """The first record whose bytes differ from their checksum, by name, or None. Reads every record that is used, whole."""
+        with ThreadPoolExecutor(threads or default_threads()) as pool:
+            for index, crc in enumerate(pool.map(crc32, self.native.records)):
+                if crc != self._crcs[index]:
+                    return self._names[index]
+        return None
+
     def record_name(self, index: int) -> str:
         """The file, tensor and chunk a record was read from."""
         return self._names[index]
@@ -81,6 +91,7 @@ class BytePlan:
         at = (k, info.key, chunk.offset)
         if at not in self._records:
             self._records[at] = self.native.add_record(payload.record, payload.crc)
+            self._crcs.append(payload.crc)
             folder = self.components.checkpoints[k].location.path
             self._names.append(f"{folder / chunk.location.file} ({info.key!r} at {chunk.offset})")
         inside = sum((a - o) * s for a, o, s in zip(lo, chunk.offset, payload.strides, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.checkpoint.live import LiveTensor
-from megatron_demix.errors import IncompatibleInputs, VerificationFailed
+from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.merge.components import MERGEABLE, Components
 from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.weights import Normalize, weight_matrix
@@ -38,17 +38,18 @@ class ProxyMerger:
         return sum(self._plan.native.target_bytes)
 
     def merge(self, weights: Mapping[str, float], *, normalize: Normalize = "error") -> None:
-        """Write sum_k weights[k] * component_k into the parameters. Raises MixtureError; VerificationFailed on damaged bytes.
+        """Write sum_k weights[k] * component_k into the parameters. Raises MixtureError; CorruptInput on damaged components.
 
-        The components' checksums are compared in the first merge that reads all of them.
+        The first merge reads the components' checksums too; a file that changes later is not noticed.
         """
         weights_SMK = weight_matrix({"proxy": weights}, self.components.names, normalize)[np.newaxis]
+        if not self._checked:
+            if (name := self._plan.damaged(self._threads)) is not None:
+                raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
+            self._checked = True
         staged = [_Staged(tensor.tensor) for tensor in self._live]
         addresses_TM = np.array([[s.address] for s in staged], np.int64).reshape(len(staged), 1)
-        # Only a rank that holds everything reads every record whole, which is what a checksum needs.
-        outcome = self._plan.native.run(weights_SMK, addresses_TM=addresses_TM, threads=self._threads)
-        if outcome["damaged"]:
-            raise VerificationFailed(f"{self._plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum.")
+        self._plan.native.run(weights_SMK, addresses_TM=addresses_TM, threads=self._threads)
         for s in staged:
             s.finish()
 
@@ -67,7 +68,9 @@ class ProxyMerger:
             )
         dtype = str(live.tensor.dtype).removeprefix("torch.")
         if dtype not in MERGEABLE:
-            raise IncompatibleInputs(f"parameter {live.key!r} is {dtype} in the live model, expected one of {', '.join(MERGEABLE)}.")
+            raise IncompatibleInputs(
+                f"parameter {live.key!r} is {dtype} in the live model, expected one of {', '.join(MERGEABLE)}."
+            )
         return Box(live.key, tuple(live.global_offset), live.box_shape, dtype)
 
 

@@ -17,7 +17,9 @@ from megatron_demix.mixture import TOLERANCE
 Normalize = Literal["error", "warn", "apply", "off"]
 
 
-def weight_matrix(mixtures: Mapping[str, Mapping[str, float]], components: Sequence[str], normalize: Normalize = "error") -> np.ndarray:
+def weight_matrix(
+    mixtures: Mapping[str, Mapping[str, float]], components: Sequence[str], normalize: Normalize = "error"
+) -> np.ndarray:
     """weights_MK, float64. A component that a mixture does not name has weight 0.
 
     normalize: what to do with weights that do not sum to 1: error (also refuses negative ones), warn and normalise, apply

@@ -1,0 +1,252 @@
+"""Merging checkpoints on disk into checkpoints on disk: all mixtures from one read of the components."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from megatron_demix import __version__
+from megatron_demix.artifact import remove_leftovers
+from megatron_demix.checkpoint.common_state import merged_common_state, read_common_state
+from megatron_demix.checkpoint.layout import iteration_folder
+from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
+from megatron_demix.errors import ConfigError, CorruptInput, StorageError, storage_errors
+from megatron_demix.merge.components import Components
+from megatron_demix.merge.output import Output, is_published
+from megatron_demix.merge.plan import Box, BytePlan
+from megatron_demix.merge.verify import Verify, verify_linear
+from megatron_demix.merge.weights import Normalize, weight_matrix
+from megatron_demix.native import default_threads
+from megatron_demix.progress import progress_bar
+from megatron_demix.units import format_bytes
+
+Layout = Literal["release", "iter"]
+
+_MAX_MEMORY = 256 << 20
+_LARGEST_TILE, _SMALLEST_TILE = 1 << 20, 64 << 10
+
+
+def merge_checkpoints(
+    components: Mapping[str, Path],
+    mixtures: Mapping[str, Mapping[str, float]],
+    output: Path,
+    *,
+    layout: Layout = "release",
+    normalize: Normalize = "error",
+    threads: int | None = None,
+    progress: bool = True,
+    verify: Verify = "sample",
+    max_memory: int = _MAX_MEMORY,
+    into_output: bool = False,
+) -> list[Path]:
+    """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return their paths.
+
+    Elements are summed in float32 and rounded once to the components' type. The result is a Megatron run's root (tracker and
+    release/ or iter_*/) with the model only, and loads with a plain --load: optimizer and random state are not carried, consumed
+    samples are zero, `_extra_state` and tensors of other types come from the first component. demix_merge.json says what was merged.
+    Equal inputs give equal bytes, whatever the number of threads. A mixture that is already there is skipped.
+
+    layout: release starts at iteration 0; iter keeps the first component's iteration. into_output: write the only mixture to
+    output itself. max_memory: bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose
+    checksums are compared as they are read), OutputExists, VerificationFailed, StorageError; nothing is then published.
+    """
+    for name, value, allowed in (("layout", layout, get_args(Layout)), ("verify", verify, get_args(Verify))):
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(allowed)}.")
+    if into_output and len(mixtures) != 1:
+        raise ConfigError(f"{len(mixtures)} mixtures cannot be written to {output} itself: give it one, or a folder for all.")
+    parts = Components(components)
+    weights_MK = weight_matrix(mixtures, parts.names, normalize)
+    output = Path(output)
+    targets = [output if into_output else output / name for name in mixtures]
+    job = _Job(parts, layout)
+    provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
+    todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m])]
+    with storage_errors(f"writing {output}"):
+        for parent in {target.parent for target in targets}:
+            parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(parent)
+    _check_space(output if output.exists() else output.parent, job, len(todo))
+    threads = threads or default_threads()
+    per_pass = _outputs_per_pass(job, threads, max_memory)
+    for start in range(0, len(todo), per_pass):
+        group = todo[start : start + per_pass]
+        _merge_group(
+            job,
+            [targets[m] for m in group],
+            weights_MK[group],
+            [provenances[m] for m in group],
+            threads,
+            max_memory,
+            verify,
+            progress,
+        )
+    return targets
+
+
+class _Job:
+    """What all outputs of a merge have in common: targets, placement, copied items, common state."""
+
+    def __init__(self, parts: Components, layout: Layout) -> None:
+        self.parts = parts
+        first = parts.checkpoints[0]
+        iteration = first.location.iteration
+        self.common_state = read_common_state(first)
+        if layout == "iter" and iteration is None:
+            iteration = self.common_state.get("iteration")
+            if not isinstance(iteration, int) or iteration < 0:
+                raise ConfigError(f"layout iter: {first.location.path} does not say its iteration. Use --layout release.")
+        self.iteration = (iteration or 0) if layout == "iter" else 0
+        self.folder = iteration_folder(self.iteration) if layout == "iter" else "release"
+        self.tracker = str(self.iteration) if layout == "iter" else "release"
+        self.placements = place(self._items())
+        self.common, self.left_out = merged_common_state(self.common_state, self.iteration)
+        self.bytes_each = sum(p.length for p in self.placements)
+
+    @property
+    def tensor_placements(self) -> list[Placement]:
+        return [p for p in self.placements if isinstance(p.item, TensorItem)]
+
+    def plan(self) -> BytePlan:
+        """The byte plan, with one target for each tensor item in order."""
+        plan = BytePlan(self.parts)
+        for p in self.tensor_placements:
+            plan.add(Box(p.item.key, p.item.offset or (), p.item.shape, p.item.dtype or ""))
+        return plan
+
+    def provenance(self, name: str, weights: np.ndarray, normalize: Normalize) -> dict[str, Any]:
+        """Plain facts that do not depend on when, where or by how many threads the merge was made."""
+        return {
+            "format": 1,
+            "software": f"megatron_demix {__version__}",
+            "mixture": name,
+            "method": "linear",
+            "normalize": normalize,
+            "weights": dict(zip(self.parts.names, weights.tolist(), strict=True)),
+            "components": {
+                part: {"model": self._digest(k), "iteration": self.parts.checkpoints[k].location.iteration}
+                for k, part in enumerate(self.parts.names)
+            },
+            "copied_from_first": sorted({p.item.key for p in self.placements if isinstance(p.item, CopiedItem)}),
+            "left_out": self.left_out,
+        }
+
+    def _digest(self, k: int) -> str:
+        if not hasattr(self, "_digests"):
+            self._digests = [self.parts.digest(i) for i in range(len(self.parts.names))]
+        return self._digests[k]
+
+    def _items(self) -> list[TensorItem | CopiedItem]:
+        """In the order the first component stores them, so that reading it is sequential."""
+        first = self.parts.checkpoints[0]
+        located: list[tuple[tuple, TensorItem | CopiedItem]] = []
+        for info in self.parts.tensors.values():
+            for chunk in info.chunks:
+                item = TensorItem(info.key, info.dtype, info.shape, chunk.offset, chunk.shape)
+                located.append(((chunk.location.file, chunk.location.position), item))
+        for info in self.parts.copied.values():
+            for chunk in info.chunks:
+                data = memoryview(first.blob(chunk.location, info.key))
+                copied = CopiedItem(info.key, data, info.dtype, info.shape, chunk.offset, chunk.shape)
+                located.append(((chunk.location.file, chunk.location.position), copied))
+        for key, location in first.model_objects.items():
+            located.append(((location.file, location.position), CopiedItem(key, memoryview(first.blob(location, key)))))
+        return [item for _, item in sorted(located, key=lambda entry: entry[0])]
+
+
+def _merge_group(
+    job: _Job,
+    targets: list[Path],
+    weights_MK: np.ndarray,
+    provenances: list[dict[str, Any]],
+    threads: int,
+    max_memory: int,
+    verify: Verify,
+    progress: bool,
+) -> None:
+    outputs = [Output(target, job.folder) for target in targets]
+    plan = job.plan()
+    placed = job.tensor_placements
+    try:
+        for out in outputs:
+            out.create(job.placements)
+        descriptors_TM = np.array([[out.descriptors[p.file] for out in outputs] for p in placed], np.int64)
+        offsets_T = [p.position + p.item.frame(p.position).record_at for p in placed if isinstance(p.item, TensorItem)]
+        total = sum(plan.native.target_bytes) * len(outputs)
+        with (
+            storage_errors(f"writing {targets[0].parent}"),
+            progress_bar(
+                f"merging {len(job.parts.names)} into {len(outputs)}", total, unit="bytes", enabled=progress
+            ) as advance,
+        ):
+            outcome = plan.native.run(
+                weights_MK[np.newaxis],
+                descriptors_TM=descriptors_TM.reshape(len(placed), len(outputs)),
+                offsets_T=offsets_T,
+                threads=threads,
+                tile_bytes=_tile_bytes(len(outputs), threads, max_memory),
+                check_sources=True,
+                progress=_Increments(advance) if progress else None,
+            )
+        if outcome["damaged"]:
+            raise CorruptInput(
+                f"{plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum. Copy or save the component again; "
+                "nothing was published."
+            )
+        crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(len(placed), len(outputs))
+        for m, out in enumerate(outputs):
+            out.seal(job.placements, crcs_TM[:, m].tolist(), job.common, provenances[m], job.tracker)
+            verify_linear(out.folder, job.parts, weights_MK[m], verify, str(out.target))
+        for out in outputs:
+            out.publish()
+    except BaseException:
+        for out in outputs:
+            out.discard()
+        raise
+
+
+class _Increments:
+    """Turns bytes done so far into steps of a progress bar."""
+
+    def __init__(self, advance: Any) -> None:
+        self._advance, self._seen = advance, 0
+
+    def __call__(self, done: int) -> None:
+        self._advance(done - self._seen)
+        self._seen = done
+
+
+def _tile_bytes(num_outputs: int, threads: int, max_memory: int) -> int:
+    return max(_SMALLEST_TILE, min(_LARGEST_TILE, max_memory // (num_outputs * threads) // 4096 * 4096))
+
+
+def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
+    """As many outputs as the buffers' memory and the open files allow; more are made in further reads."""
+    if max_memory < threads * _SMALLEST_TILE:
+        raise ConfigError(
+            f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({format_bytes(threads * _SMALLEST_TILE)})."
+        )
+    files = len({p.file for p in job.placements})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files * 1024 + 256
+    if soft < wanted:
+        soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    return max(1, min(max_memory // (threads * _SMALLEST_TILE), (soft - in_use - 32) // files))
+
+
+def _check_space(folder: Path, job: _Job, num_outputs: int) -> None:
+    needed = num_outputs * job.bytes_each
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{folder}: {num_outputs} merged checkpoints of {format_bytes(job.bytes_each)} need {format_bytes(needed)}, but "
+            f"{format_bytes(free)} are free. Free {format_bytes(needed - free)}, or choose another disk. Nothing was written."
+        )
