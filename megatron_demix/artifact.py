@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ def _jsonable(value: Any) -> Any:
         return dict(value)
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"cannot fingerprint a {type(value).__name__}")
+    raise TypeError(f"a {type(value).__name__} is not JSON")
 
 
 def hash_file(path: Path) -> str:
@@ -44,10 +45,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def temporary_beside(path: Path) -> Path:
+    """A fresh hidden name in the folder of `path`; it says whose it is, so that remove_leftovers knows if its writer lives."""
+    return path.with_name(f".{path.name}{_TEMPORARY}{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def write_atomic(path: Path, text: str | bytes) -> None:
     """Replace one small file so that a reader sees the old text or the new, whatever happens. Raises StorageError."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = temporary_beside(path)
     try:
         with storage_errors(f"writing {path}"):
             with open(temporary, "wb") as file:
@@ -68,7 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parsed JSON of `path`. Raises CorruptInput naming the file."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise CorruptInput(f"{path}: not readable as JSON ({e}).") from e
 
@@ -144,7 +150,7 @@ def publish(target: Path, key: str, kind: str, settings: Mapping[str, Any], *, w
         raise OutputExists(f"{target} is already done (key {key}); check is_done() before making it.")
     with storage_errors(f"writing {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = work or target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+        temporary = work or temporary_beside(target)
         temporary.mkdir(exist_ok=work is not None)
         try:
             yield temporary
@@ -158,7 +164,7 @@ def publish(target: Path, key: str, kind: str, settings: Mapping[str, Any], *, w
 
 def _seal(folder: Path, key: str, kind: str, settings: Mapping[str, Any]) -> None:
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
@@ -187,11 +193,14 @@ def _fsync(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary folders and files that killed processes of this machine left directly in `folder`."""
+    """Delete the temporary folders and files that killed processes of this machine left directly in `folder`.
+
+    Those of other machines, which may share the disk, are left: whether their writers live cannot be seen from here.
+    """
     removed = []
     for path in Path(folder).glob(f".*{_TEMPORARY}*"):
-        pid = path.name.rsplit(_TEMPORARY, 1)[1].split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        host, _, pid = path.name.rsplit(_TEMPORARY, 1)[1].rpartition("-")[0].rpartition("-")
+        if host == platform.node() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(path)
     return removed

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 
 from megatron_demix.errors import MixtureError
 
@@ -28,7 +29,7 @@ class Mixture(Mapping[str, float]):
         if not weights:
             raise MixtureError(f"{label}: no domains. Give at least one domain with a weight.")
         for name, weight in weights.items():
-            if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+            if not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
                 raise MixtureError(f"{label}: weight of domain {name!r} is {weight!r}, expected a finite number >= 0.")
         total = math.fsum(weights.values())
         if abs(total - 1) > TOLERANCE:
@@ -68,7 +69,7 @@ class Mixture(Mapping[str, float]):
         return len(self._weights)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._weights.items()))
+        return hash(frozenset(self._weights.items()))  # as equality: whatever the order
 
     def __repr__(self) -> str:
         return f"Mixture({self})"
@@ -122,9 +123,9 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """
     if total < 0:
         raise MixtureError(f"cannot apportion {total} units, expected >= 0.")
-    exact = [Fraction(w) for w in weights]
-    if any(w < 0 for w in exact) or sum(exact) <= 0:
-        raise MixtureError(f"cannot apportion by weights {list(weights)}: expected all >= 0 and a positive sum.")
+    exact = [Fraction(w) for w in weights if math.isfinite(w)]
+    if len(exact) < len(weights) or any(w < 0 for w in exact) or sum(exact) <= 0:
+        raise MixtureError(f"cannot apportion by weights {list(weights)}: expected all finite and >= 0, and a positive sum.")
     whole = sum(exact)
     quotas = [w * total / whole for w in exact]
     parts = [int(q) for q in quotas]

@@ -81,6 +81,12 @@ class PrepareSpec(_Section):
     """Shares of the documents for train, valid (scores the search) and test (scores the final run only)."""
     workers: int = Field(2, ge=1)
 
+    @model_validator(mode="after")
+    def _whole(self) -> PrepareSpec:
+        if min(self.split) <= 0 or abs(sum(self.split) - 1) > 1e-6:
+            raise ValueError(f"split {list(self.split)}: expected three shares above 0 that sum to 1 (train, valid, test)")
+        return self
+
 
 class ModelSpec(_Section):
     """megatron.core TransformerConfig and GPTModel, by Megatron's argument names."""
@@ -286,6 +292,9 @@ class Study(_Section):
             for name in () if isinstance(used, str) else used:
                 if name not in allowed:
                     raise ValueError(f"{what}: {name!r} is not one of {', '.join(allowed)}{_nearest(name, allowed)}")
+        for what, spec in (("base.mixture", self.base.mixture), ("component.anchor.mixture", self.component.anchor.mixture)):
+            if not isinstance(spec, str):
+                Mixture(spec, label=f"study {self.name!r}: {what}")
         batch = self.train.micro_batch_size * self.parallel.data
         if self.train.global_batch_size % batch:
             raise ValueError(
@@ -321,7 +330,7 @@ class Study(_Section):
 
 
 def load_study(path: Path, overrides: list[str] | None = None) -> Study:
-    """Read and check a study file. overrides: "a.b=value" as YAML, lists by index. Raises ConfigError."""
+    """Read and check a study file. overrides: "a.b=value" as YAML, lists by index. Raises ConfigError, MixtureError."""
     import yaml
 
     path = Path(path)
@@ -336,7 +345,12 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
     try:
         return Study.model_validate(data)
     except ValidationError as e:
-        raise ConfigError(f"study {path}:\n" + "\n".join(f"  {_explain(d)}" for d in e.errors())) from e
+        # A value that fits no form of a field gives one error a form: shown as one line a field.
+        reasons: dict[str, list[str]] = {}
+        for error in e.errors():
+            reasons.setdefault(_place(error), []).append(_explain(error))
+        lines = (f"  {where}: {', or '.join(found)}" if where else f"  {found[0]}" for where, found in reasons.items())
+        raise ConfigError(f"study {path}:\n" + "\n".join(lines)) from e
 
 
 def _override(data: dict, text: str) -> None:
@@ -353,19 +367,24 @@ def _override(data: dict, text: str) -> None:
         node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
     except (ValueError, IndexError, TypeError, AttributeError) as e:
         raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"--set {text!r}: {value!r} is not YAML ({' '.join(str(e).split())}).") from e
+
+
+def _place(error: ErrorDetails) -> str:
+    """Dotted path of the offending key; pydantic's names for the forms of a union, as in "dict[str,float]", are left out."""
+    return ".".join(str(part) for part in error["loc"] if "[" not in str(part))
 
 
 def _explain(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
     if error["type"] != "extra_forbidden":
-        message = error["msg"].removeprefix("Value error, ")
         seen = f", found {error['input']!r}" if isinstance(error["input"], (str, int, float, bool, type(None))) else ""
-        return f"{where or 'study'}: {message}{seen}"
+        return f"{error['msg']}{seen}"
     section = _section_at(error["loc"][:-1])
     known = list(section.model_fields) if section else []
-    return f"{where}: unknown key{_nearest(str(error['loc'][-1]), known)}" + (
-        f" Known here: {', '.join(known)}." if known else ""
-    )
+    return f"unknown key{_nearest(str(error['loc'][-1]), known)}" + (f" Known here: {', '.join(known)}." if known else "")
 
 
 def _section_at(location: tuple) -> type[BaseModel] | None:

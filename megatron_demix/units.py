@@ -17,7 +17,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def _parse(text: str | int | float, table: dict[str, int], what: str, examples: str) -> int:
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]{1,2})?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].lower() not in table:
         raise ConfigError(f"{what}: {text!r} is not understood. Write it like {examples}.")
     value = Decimal(match[1].replace("_", "")) * table[match[2].lower()]
@@ -51,24 +51,28 @@ def format_count(value: float) -> str:
     """1234567 -> "1.23M". Three significant digits, decimal multiples."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale * 0.9995:
-            return f"{value / scale:.3g}{letter}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+            return f"{_three_digits(value / scale)}{letter}"
+    return _three_digits(value) if isinstance(value, float) else str(value)
 
 
 def format_bytes(value: float) -> str:
     """268435456 -> "256 MiB"."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if abs(value) >= 1024**power * 0.9995:
-            return f"{value / 1024**power:.3g} {unit}"
+            return f"{_three_digits(value / 1024**power)} {unit}"
     return f"{value:.0f} B"
 
 
 def format_duration(seconds: float) -> str:
     """75.2 -> "1m15s"; 3700 -> "1h02m"; below a minute one decimal."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     minutes = whole // 60
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes < 1440 else f"{minutes // 1440}d{minutes % 1440 // 60:02d}h"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"

@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import read_json, write_json
+from megatron_demix.artifact import read_json, temporary_beside, write_json
 from megatron_demix.checkpoint.common_state import write_common_state
 from megatron_demix.checkpoint.layout import COMMON, TRACKER
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
@@ -47,7 +46,7 @@ class Output:
     def __init__(self, target: Path, folder: str) -> None:
         """target: a run's root. folder: "release" or "iter_0001000"."""
         self.target = Path(target)
-        self.temporary = self.target.with_name(f".{self.target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        self.temporary = temporary_beside(self.target)
         self.folder = self.temporary / folder
         self.descriptors: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
