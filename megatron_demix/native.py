@@ -16,7 +16,7 @@ import numpy as np
 from megatron_demix.errors import ConfigError
 
 try:
-    from megatron_demix import _core
+    from megatron_demix import _core  # type: ignore[attr-defined]
 except ImportError as e:
     raise ConfigError(
         f"the compiled core of megatron_demix cannot be loaded ({e}). Build it with `make`, or `pip install .` where a C++17 "
@@ -113,7 +113,7 @@ class MergePlan:
         *,
         weight_set: int = 0,
     ) -> None:
-        """[lo, hi) of a target. records, byte_offsets: [K] where the source's element at `lo` lies; strides: [K][dims], elements."""
+        """[lo, hi) of a target. records, byte_offsets: [K] where the element at `lo` lies; strides: [K][dims], in elements."""
         self._plan.add_region(
             target, list(lo), list(hi), weight_set, list(records), list(byte_offsets), [s for row in strides for s in row]
         )

@@ -97,7 +97,7 @@ _DATE = (0, 0x21)  # 1980-01-01 00:00, the zip epoch: archives do not depend on 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """An archive around one record: `head`, then record_bytes of data at record_at, then `tail`. All sizes are known beforehand."""
+    """An archive around one record: `head`, then record_bytes of data at record_at, then `tail`. Sizes are known beforehand."""
 
     head: bytes
     tail: bytes

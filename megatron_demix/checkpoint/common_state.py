@@ -1,7 +1,8 @@
 """The state a checkpoint holds once, not per rank: `common.pt`, or inside the .distcp files from megatron.core 0.19.
 
 It is read without running it, and what is carried into a merged checkpoint is rebuilt from plain values and a short list of
-names that Megatron itself treats as safe. Readers of every version prefer `common.pt` where it exists, so that is what we write.
+names that Megatron itself treats as safe. Readers of every version prefer `common.pt` where it exists, so that is what we
+write.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.checkpoint.archive import read_archive, write_archive
+from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.pickles import Global, Inert, inert, plain_tuple, read_pickle, write_pickle
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -31,10 +33,7 @@ _CLASSES = (
     "megatron.core.transformer.enums.AttnBackend",
     "megatron.core.transformer.enums.CudaGraphScope",
 )
-_VALUES = tuple(
-    f"torch.{name}"
-    for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split()
-)
+_VALUES = tuple(f"torch.{name}" for name in ITEM_BYTES)
 _ALLOWED: dict[str, Any] = {
     **{name: inert(name) for name in _CLASSES},
     **{name: Global(name) for name in _VALUES},
@@ -89,8 +88,8 @@ def model_arguments(state: Mapping[str, Any]) -> dict[str, Any]:
 def merged_common_state(state: Mapping[str, Any], iteration: int) -> tuple[dict[str, Any], list[str]]:
     """(the common state of a merged checkpoint, names of what was left out).
 
-    Carries the arguments (with consumed samples at zero), the checkpoint version and the content metadata; leaves out optimizer,
-    scheduler and random state, and every value that is not plain.
+    Carries the arguments (with consumed samples at zero), the checkpoint version and the content metadata; leaves out
+    optimizer, scheduler and random state, and every value that is not plain.
     """
     left_out = sorted(str(k) for k in state if k not in ("args", "checkpoint_version", "content_metadata", "iteration"))
     merged: dict[str, Any] = {"iteration": iteration, "checkpoint_version": state.get("checkpoint_version", 3.0)}

@@ -23,7 +23,7 @@ COMMON = "common.pt"
 
 @dataclass(frozen=True)
 class CheckpointDir:
-    """One checkpoint on disk. `path` holds `.metadata`; `root` is what Megatron's --load takes (`path` itself for a bare one)."""
+    """One checkpoint on disk. `path` holds `.metadata`; `root` is what --load takes (`path` itself for a bare one)."""
 
     path: Path
     root: Path
@@ -65,8 +65,8 @@ def _tracked(root: Path, tracker: Path) -> CheckpointDir:
     folder = root / ("release" if text == "release" else iteration_folder(int(text)))
     if not (folder / METADATA).is_file():
         raise CorruptInput(
-            f"{tracker}: names {text}, but {folder / METADATA} is missing: that checkpoint was not finished or is not torch_dist. "
-            "Give the folder of another iteration."
+            f"{tracker}: names {text}, but {folder / METADATA} is missing: that checkpoint was not finished or is not "
+            "torch_dist. Give the folder of another iteration."
         )
     return _describe(folder)
 

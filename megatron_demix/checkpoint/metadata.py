@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import BACKEND, METADATA
 from megatron_demix.checkpoint.pickles import Inert, inert, plain_tuple, read_pickle
 from megatron_demix.errors import CorruptInput
@@ -56,35 +57,32 @@ class CheckpointMetadata:
     objects: dict[str, Location]
 
 
-_DTYPES = (
-    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128 "
-    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"
-).split()
 _DCP = "torch.distributed.checkpoint"
-_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_CLASSES = (
+    f"{_DCP}.metadata.Metadata",
+    f"{_DCP}.metadata.MetadataIndex",
+    f"{_DCP}.metadata.TensorStorageMetadata",
+    f"{_DCP}.metadata.BytesStorageMetadata",
+    f"{_DCP}.metadata.ChunkStorageMetadata",
+    f"{_DCP}.metadata.TensorProperties",
+    f"{_DCP}.metadata.StorageMeta",
+    f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
+    f"{_DCP}.filesystem._StorageInfo",
+    f"{_DCP}.planner.SavePlan",
+    f"{_DCP}.planner.WriteItem",
+    f"{_DCP}.planner.WriteItemType",
+    f"{_DCP}.planner.TensorWriteData",
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "torch.serialization._get_layout",
+)
 _ALLOWED: dict[str, Any] = {
     "torch.Size": plain_tuple,
-    "torch.serialization._get_layout": inert("layout"),
     "collections.OrderedDict": OrderedDict,
-    **{f"torch.{name}": name for name in _DTYPES},
-    **{
-        name: inert(name)
-        for name in (
-            *(
-                f"{_DCP}.metadata.{n}"
-                for n in (
-                    "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
-                    "StorageMeta _MEM_FORMAT_ENCODING"
-                ).split()
-            ),
-            f"{_DCP}.filesystem._StorageInfo",
-            *(f"{_DCP}.planner.{n}" for n in "SavePlan WriteItem WriteItemType TensorWriteData".split()),
-            "pathlib.PosixPath",
-            "pathlib._local.PosixPath",
-            f"{_MCORE}.MCoreMetadata",
-            f"{_MCORE}.MCoreSavePlan",
-        )
-    },
+    **{f"torch.{name}": name for name in ITEM_BYTES},
+    **{name: inert(name) for name in _CLASSES},
 }
 
 
@@ -141,7 +139,7 @@ def _interpret(root: Any, path: Path) -> CheckpointMetadata:
 def _tensor(key: str, entry: Inert, stored: dict[tuple[str, Shape | None], Location], path: Path) -> TensorInfo:
     shape, properties = _sizes(entry["size"]), entry["properties"].state
     dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
-    if dtype not in _DTYPES:
+    if dtype not in ITEM_BYTES:
         raise TypeError(f"dtype of {key!r}")
     chunks = []
     for chunk in entry["chunks"]:

@@ -1,7 +1,7 @@
 """One chunk's elements inside the torch.save archive that holds them, found without torch and without a copy.
 
-torch stores a tensor's elements in the record `<archive>/data/0` and describes them in `<archive>/data.pkl`: a call that rebuilds the
-tensor from its storage, offset, sizes and strides. A saved view or transpose keeps its strides.
+torch stores a tensor's elements in the record `<archive>/data/0` and describes them in `<archive>/data.pkl`: a call that
+rebuilds the tensor from its storage, offset, sizes and strides. A saved view or transpose keeps its strides.
 """
 
 from __future__ import annotations
@@ -13,19 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.checkpoint.archive import read_archive
+from megatron_demix.checkpoint.dtypes import ITEM_BYTES, STORAGES
 from megatron_demix.checkpoint.pickles import plain_tuple, read_pickle
 from megatron_demix.errors import CorruptInput
-
-ITEM_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
-    "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1,
-}  # fmt: skip
-_STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
-    "BoolStorage": "bool", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +50,8 @@ def read_payload(blob: np.ndarray, what: str) -> Payload:
     extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if all(shape) else 0
     if record.nbytes < num_elements * item or (offset + extent) * item > record.nbytes:
         raise CorruptInput(
-            f"{what}: its record has {record.nbytes} bytes, but its description needs {max(num_elements, offset + extent) * item}."
+            f"{what}: its record has {record.nbytes} bytes, but its description needs "
+            f"{max(num_elements, offset + extent) * item}."
         )
     return Payload(record, crc, dtype, shape, strides, offset * item)
 
@@ -87,7 +78,7 @@ def _describe(pickled: bytes) -> tuple[str, str, int, tuple[int, ...], tuple[int
         "torch.Size": plain_tuple,
         "torch.storage.UntypedStorage": "untyped",
         "collections.OrderedDict": dict,
-        **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+        **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
         **{f"torch.{dtype}": dtype for dtype in ITEM_BYTES},
     }
     found = read_pickle(pickled, allowed, "data.pkl", persistent=storage)

@@ -22,7 +22,7 @@ class Global:
 
 
 class Inert:
-    """Stands in for an instance of the class `name`: its constructor's arguments (None: created without a call) and its state."""
+    """Stands in for an instance of the class `name`: its constructor's arguments (None: made without a call) and its state."""
 
     name = ""
     arguments: tuple | None = None
@@ -82,8 +82,8 @@ def read_pickle(
             if other is not None:
                 return other(full)
             raise CorruptInput(
-                f"{what}: refused, its pickle names {full[:200]!r}, which has no place there. Nothing was executed. Do not load "
-                "this checkpoint with other tools before you know where it comes from."
+                f"{what}: refused, its pickle names {full[:200]!r}, which has no place there. Nothing was executed. Do not "
+                "load this checkpoint with other tools before you know where it comes from."
             )
 
         def persistent_load(self, pid: Any) -> Any:
@@ -99,7 +99,10 @@ def read_pickle(
         raise CorruptInput(f"{what}: its pickle is damaged ({type(e).__name__}: {str(e)[:200]}).") from e
 
 
-class _Writer(pickle._Pickler):  # type: ignore[name-defined]  # the Python implementation: the C one insists on importing
+_Pickler: Any = pickle._Pickler  # the Python one: the C one insists on importing what it names
+
+
+class _Writer(_Pickler):
     """Writes Global and Inert as what they stand for, without importing it."""
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.archive import Frame, frame_archive
+from megatron_demix.checkpoint.dtypes import ITEM_BYTES, STORAGE_OF
 from megatron_demix.checkpoint.layout import BACKEND, METADATA
 from megatron_demix.checkpoint.metadata import Shape
-from megatron_demix.checkpoint.payload import ITEM_BYTES
 from megatron_demix.checkpoint.pickles import Global, Inert, instance, write_pickle
 
 _FILE_BYTES = 512 << 20  # several files let threads, and several workers, write side by side
@@ -149,16 +149,13 @@ def _properties(dtype: str) -> Inert:
     return instance(f"{_DCP}.metadata.TensorProperties", state=(Global(f"torch.{dtype}"), layout, False, contiguous, False))
 
 
-_STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
-
-
 def _describe_tensor(dtype: str, shape: Shape) -> bytes:
     """data.pkl of a contiguous tensor, as torch.save writes it."""
     elements, strides = 1, []
     for size in reversed(shape):
         strides.append(elements)
         elements *= size
-    storage = ("storage", Global(f"torch.{_STORAGES[dtype]}"), "0", "cpu", elements)
+    storage = ("storage", Global(f"torch.{STORAGE_OF[dtype]}"), "0", "cpu", elements)
     # write_pickle has no persistent ids: the one that is needed is spelled out.
     arguments = [_body(0), _body(tuple(shape)), _body(tuple(reversed(strides))), pickle.NEWFALSE]
     hooks = _body(instance("collections.OrderedDict", state=None)).replace(pickle.NEWOBJ, pickle.REDUCE)

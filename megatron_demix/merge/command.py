@@ -112,10 +112,9 @@ def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]],
     weight_matrix(mixtures, parts.names, arguments.normalize)
     size = sum(c.location.length for info in parts.tensors.values() for c in info.chunks)
     print(f"{len(parts.names)} components, {len(parts.tensors)} tensors, {format_bytes(size)} each")
-    for name, path in components.items():
-        location = parts.checkpoints[parts.names.index(name)].location
-        print(
-            f"  {name}: {location.path} ({location.kind}{'' if location.iteration is None else f', iteration {location.iteration}'})"
-        )
+    for name, checkpoint in zip(parts.names, parts.checkpoints, strict=True):
+        location = checkpoint.location
+        iteration = "" if location.iteration is None else f", iteration {location.iteration}"
+        print(f"  {name}: {location.path} ({location.kind}{iteration})")
     print(f"{len(mixtures)} mixtures, {format_bytes(size * len(mixtures))} to write under {arguments.output}")
     return 0

@@ -16,7 +16,7 @@ MERGEABLE = ("float32", "bfloat16", "float16")
 
 
 class Components:
-    """K checkpoints by name. `tensors`: the float tensors they share, by key. `copied`: those of other types, never averaged."""
+    """K checkpoints by name. `tensors`: the float tensors they share, by key. `copied`: those of other types, not averaged."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         """Raises ConfigError / CorruptInput as Checkpoint does, IncompatibleInputs where the components differ."""
@@ -67,8 +67,8 @@ class Components:
             key = missing[0]
             has, lacks = (first_name, name) if key in first else (name, first_name)
             raise IncompatibleInputs(
-                f"{pair} are not versions of one model: {key!r} is in {has!r} but not in {lacks!r} ({len(missing)} such tensors). "
-                "Components must be trained from one base with one architecture."
+                f"{pair} are not versions of one model: {key!r} is in {has!r} but not in {lacks!r} ({len(missing)} such "
+                "tensors). Components must be trained from one base with one architecture."
             )
         for key, info in tensors.items():
             if info.shape != first[key].shape:
@@ -83,8 +83,8 @@ class Components:
                 )
             if info.dtype != first[key].dtype:
                 raise IncompatibleInputs(
-                    f"{pair}: {key!r} is {first[key].dtype} in {first_name!r} and {info.dtype} in {name!r}. Save all components in "
-                    "one precision."
+                    f"{pair}: {key!r} is {first[key].dtype} in {first_name!r} and {info.dtype} in {name!r}. Save all "
+                    "components in one precision."
                 )
             # Chunks that cover every element once are what a merge relies on; gaps are found when they are needed.
             covered = sum(math.prod(chunk.shape) for chunk in info.chunks)
@@ -97,10 +97,10 @@ class Components:
     def _check_type(self, info: TensorInfo) -> None:
         if info.dtype.startswith(("float8", "float4")):
             raise IncompatibleInputs(
-                f"{info.key!r} is stored as {info.dtype}: scaled values cannot be averaged. Save the components' weights in bf16 "
-                "(Megatron writes them so unless --fp8-param-gather is on)."
+                f"{info.key!r} is stored as {info.dtype}: scaled values cannot be averaged. Save the components' weights "
+                "in bf16 (Megatron writes them so unless --fp8-param-gather is on)."
             )
         if info.dtype in ("float64", "complex64", "complex128"):
             raise IncompatibleInputs(
-                f"{info.key!r} is {info.dtype}; the types that are merged are {', '.join(MERGEABLE)}. Cast the components first."
+                f"{info.key!r} is {info.dtype}; only {', '.join(MERGEABLE)} are merged. Cast the components first."
             )

@@ -48,13 +48,13 @@ def merge_checkpoints(
     """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return their paths.
 
     Elements are summed in float32 and rounded once to the components' type. The result is a Megatron run's root (tracker and
-    release/ or iter_*/) with the model only, and loads with a plain --load: optimizer and random state are not carried, consumed
-    samples are zero, `_extra_state` and tensors of other types come from the first component. demix_merge.json says what was merged.
-    Equal inputs give equal bytes, whatever the number of threads. A mixture that is already there is skipped.
+    release/ or iter_*/) with the model only, and loads with a plain --load: optimizer and random state are not carried,
+    consumed samples are zero, `_extra_state` and tensors of other types come from the first component. demix_merge.json says
+    what was merged. Equal inputs give equal bytes, whatever the number of threads. A mixture that is already there is skipped.
 
     layout: release starts at iteration 0; iter keeps the first component's iteration. into_output: write the only mixture to
-    output itself. max_memory: bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose
-    checksums are compared as they are read), OutputExists, VerificationFailed, StorageError; nothing is then published.
+    output itself. max_memory: bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components,
+    whose checksums are compared as they are read), OutputExists, VerificationFailed, StorageError; nothing is then published.
     """
     for name, value, allowed in (("layout", layout, get_args(Layout)), ("verify", verify, get_args(Verify))):
         if value not in allowed:
@@ -152,11 +152,11 @@ class _Job:
                 located.append(((chunk.location.file, chunk.location.position), item))
         for info in self.parts.copied.values():
             for chunk in info.chunks:
-                data = memoryview(first.blob(chunk.location, info.key))
+                data = first.blob(chunk.location, info.key).data
                 copied = CopiedItem(info.key, data, info.dtype, info.shape, chunk.offset, chunk.shape)
                 located.append(((chunk.location.file, chunk.location.position), copied))
         for key, location in first.model_objects.items():
-            located.append(((location.file, location.position), CopiedItem(key, memoryview(first.blob(location, key)))))
+            located.append(((location.file, location.position), CopiedItem(key, first.blob(location, key).data)))
         return [item for _, item in sorted(located, key=lambda entry: entry[0])]
 
 
@@ -196,8 +196,8 @@ def _merge_group(
             )
         if outcome["damaged"]:
             raise CorruptInput(
-                f"{plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum. Copy or save the component again; "
-                "nothing was published."
+                f"{plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum. Copy or save the component "
+                "again; nothing was published."
             )
         crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(len(placed), len(outputs))
         for m, out in enumerate(outputs):
@@ -229,9 +229,8 @@ def _tile_bytes(num_outputs: int, threads: int, max_memory: int) -> int:
 def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
     """As many outputs as the buffers' memory and the open files allow; more are made in further reads."""
     if max_memory < threads * _SMALLEST_TILE:
-        raise ConfigError(
-            f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({format_bytes(threads * _SMALLEST_TILE)})."
-        )
+        needed = format_bytes(threads * _SMALLEST_TILE)
+        raise ConfigError(f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({needed}).")
     files = len({p.file for p in job.placements})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files * 1024 + 256

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_demix.checkpoint.payload import ITEM_BYTES, Payload
+from megatron_demix.checkpoint.dtypes import ITEM_BYTES
+from megatron_demix.checkpoint.payload import Payload
 
 # Half a unit in the last place, relative; and the smallest positive number, of each type.
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

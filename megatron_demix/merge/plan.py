@@ -1,8 +1,8 @@
 """Which bytes of which component make which bytes of which target: the intersections of the components' chunks.
 
-A target is a box of a global tensor: a chunk of an output, or a parameter of a live model. Components may be cut differently (other
-tensor, pipeline or expert parallelism): the cuts of all of them together divide the target into regions in which each component is
-one strided view.
+A target is a box of a global tensor: a chunk of an output, or a parameter of a live model. Components may be cut differently
+(other tensor, pipeline or expert parallelism): the cuts of all of them together divide the target into regions in which each
+component is one strided view.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.metadata import Shape, TensorInfo
-from megatron_demix.checkpoint.payload import ITEM_BYTES
 from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.components import Components
 from megatron_demix.native import MergePlan, crc32, default_threads
@@ -63,8 +63,8 @@ class BytePlan:
                 index = grid.holding(lo, hi)
                 if index is None:
                     raise CorruptInput(
-                        f"{self.components.checkpoints[k].location.path}: no chunk of {box.key!r} holds elements {lo} to {hi}. The "
-                        "checkpoint was not saved by all ranks."
+                        f"{self.components.checkpoints[k].location.path}: no chunk of {box.key!r} holds elements {lo} to {hi}. "
+                        "The checkpoint was not saved by all ranks."
                     )
                 record, offset, view = self._source(k, info, index, lo)
                 records.append(record)
@@ -120,7 +120,7 @@ class _Grid:
         return set(edges[(edges > lo) & (edges < hi)].tolist())
 
     def touching(self, lo: Sequence[int], hi: Sequence[int]) -> np.ndarray:
-        return ((self.lo < np.array(hi, np.int64)) & (self.hi > np.array(lo, np.int64))).all(axis=1)
+        return np.asarray(((self.lo < np.array(hi, np.int64)) & (self.hi > np.array(lo, np.int64))).all(axis=1))
 
 
 def _cells(box: Box, grids: Sequence[_Grid]) -> list[tuple[Shape, Shape]]:

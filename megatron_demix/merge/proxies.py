@@ -18,8 +18,8 @@ from megatron_demix.merge.weights import Normalize, weight_matrix
 class ProxyMerger:
     """Turns a live model into the proxy of any weights, in place. The components stay mapped; what goes where is planned once.
 
-    Each rank of a parallel model has its own merger and reads only what its own parameters need. Parameters that are shared (tied
-    embeddings) are given once. Elements are accumulated in float32 and rounded once to the parameter's type.
+    Each rank of a parallel model has its own merger and reads only what its own parameters need. Parameters that are shared
+    (tied embeddings) are given once. Elements are accumulated in float32 and rounded once to the parameter's type.
     """
 
     def __init__(self, components: Mapping[str, Path], live: Sequence[LiveTensor], *, threads: int | None = None) -> None:
@@ -58,13 +58,13 @@ class ProxyMerger:
         first = self.components.names[0]
         if held is None:
             raise IncompatibleInputs(
-                f"the live model has parameter {live.key!r}, the components (first: {first!r}) do not. Build the model with the "
-                "arguments they were trained with."
+                f"the live model has parameter {live.key!r}, the components (first: {first!r}) do not. Build the model with "
+                "the arguments they were trained with."
             )
         if held.shape != tuple(live.global_shape):
             raise IncompatibleInputs(
-                f"parameter {live.key!r} has global shape {tuple(live.global_shape)} in the live model and {held.shape} in component "
-                f"{first!r}."
+                f"parameter {live.key!r} has global shape {tuple(live.global_shape)} in the live model and {held.shape} in "
+                f"component {first!r}."
             )
         dtype = str(live.tensor.dtype).removeprefix("torch.")
         if dtype not in MERGEABLE:

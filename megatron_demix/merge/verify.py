@@ -25,8 +25,8 @@ _ELEMENTS_SAMPLED = 256
 def verify_linear(folder: Path, components: Components, weights_K: np.ndarray, how: Verify, label: str) -> None:
     """Compare a merged checkpoint with its components. Raises VerificationFailed naming the tensor.
 
-    sample: 24 chunks: checksum, and 256 elements against the oracle. full: every chunk's checksum, 256 elements of each, and a read
-    of every chunk through torch's own loader.
+    sample: 24 chunks: checksum, and 256 elements against the oracle. full: every chunk's checksum, 256 elements of each, and a
+    read of every chunk through torch's own loader.
     """
     if how == "none":
         return

@@ -63,7 +63,7 @@ def _normalized(row: np.ndarray, name: str, shown: Mapping[str, float], normaliz
 
 
 def read_weights(path: Path) -> dict[str, dict[str, float]]:
-    """Mixtures of a weights.jsonl: one {"name": ..., "weights": {component: weight}} a line. Raises ConfigError naming the line."""
+    """Mixtures of a weights.jsonl: one {"name": ..., "weights": {component: weight}} a line. Raises ConfigError."""
     mixtures: dict[str, dict[str, float]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -77,7 +77,8 @@ def read_weights(path: Path) -> dict[str, dict[str, float]]:
             name, weights = row["name"], dict(row["weights"])
         except (ValueError, KeyError, TypeError) as e:
             raise ConfigError(
-                f'{path}, line {number}: expected {{"name": ..., "weights": {{component: weight}}}}, found {line[:80]!r} ({e!r}).'
+                f'{path}, line {number}: expected {{"name": ..., "weights": {{component: weight}}}}, found {line[:80]!r} '
+                f"({e!r})."
             ) from e
         if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\0" in name:
             raise ConfigError(f"{path}, line {number}: {name!r} cannot name an output folder.")

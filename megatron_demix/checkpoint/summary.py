@@ -1,0 +1,81 @@
+"""What a checkpoint holds, as plain data and as text; nothing of it is unpickled or loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
+from megatron_demix.checkpoint.dtypes import ITEM_BYTES
+from megatron_demix.checkpoint.metadata import TensorInfo
+from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
+from megatron_demix.units import format_bytes, format_count
+
+_SHOWN_ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "seq_length",
+    "padded_vocab_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "consumed_train_samples",
+)
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    """JSON-able facts: location, iteration, kind, totals, the model's tensors and objects, what else is there, saved arguments.
+
+    Raises as Checkpoint does. Every payload of the model is located (truncated files are found), none is read.
+    """
+    checkpoint = Checkpoint(path)
+    model = checkpoint.model_tensors
+    for info in model.values():
+        for chunk in info.chunks:
+            checkpoint.payload(info, chunk)
+    others = [info for key, info in checkpoint.metadata.tensors.items() if not is_model_key(key)]
+    arguments = model_arguments(read_common_state(checkpoint))
+    return {
+        "path": str(checkpoint.location.path),
+        "kind": checkpoint.location.kind,
+        "iteration": checkpoint.location.iteration,
+        "parameters": sum(info.elements for info in model.values()),
+        "model_bytes": sum(_bytes(info) for info in model.values()),
+        "other_tensors": len(others),
+        "other_bytes": sum(_bytes(info) for info in others),
+        "files": len({c.location.file for info in checkpoint.metadata.tensors.values() for c in info.chunks}),
+        "tensors": [_describe(info) for info in model.values()],
+        "objects": sorted(checkpoint.metadata.objects),
+        "arguments": {k: arguments[k] for k in _SHOWN_ARGUMENTS if isinstance(arguments.get(k), (int, float, str))},
+    }
+
+
+def format_summary(facts: dict[str, Any]) -> str:
+    """The facts of summarize() as a table."""
+    at = "" if facts["iteration"] is None else f", iteration {facts['iteration']}"
+    lines = [
+        f"{facts['path']} ({facts['kind']}{at})",
+        f"{format_count(facts['parameters'])} parameters, {format_bytes(facts['model_bytes'])} in {len(facts['tensors'])} tensors; "
+        f"beside the model {facts['other_tensors']} tensors ({format_bytes(facts['other_bytes'])}), "
+        f"{len(facts['objects'])} objects",
+    ]
+    if facts["arguments"]:
+        lines.append(", ".join(f"{k} {v}" for k, v in facts["arguments"].items()))
+    width = max((len(t["key"]) for t in facts["tensors"]), default=0)
+    for t in facts["tensors"]:
+        cut = " x ".join(map(str, t["grid"]))
+        lines.append(f"{t['key']:{width}}  {t['dtype']:9} {t['shape']!s:24} {t['chunks']} chunks ({cut})")
+    return "\n".join(lines)
+
+
+def _describe(info: TensorInfo) -> dict[str, Any]:
+    grid = [len({c.offset[axis] for c in info.chunks}) for axis in range(len(info.shape))]
+    return {"key": info.key, "dtype": info.dtype, "shape": list(info.shape), "chunks": len(info.chunks), "grid": grid}
+
+
+def _bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * ITEM_BYTES[info.dtype]
