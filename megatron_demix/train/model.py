@@ -21,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.train.attention import CausalAttention
 from megatron_demix.train.compat import on_cpu
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) ->
     if world_size != parallel.world_size:
         raise ConfigError(
             f"{world_size} ranks were started, but tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
-            f"{parallel.data} x context {parallel.context} needs {parallel.world_size}: torchrun --nproc-per-node {parallel.world_size} ..."
+            f"{parallel.data} x context {parallel.context} needs {parallel.world_size}: "
+            f"torchrun --nproc-per-node {parallel.world_size} ..."
         )
     if not on_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -168,12 +170,15 @@ def _layer_spec(model: ModelSpec) -> ModuleSpec:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=model.num_experts is not None, qk_layernorm=model.qk_layernorm
         )
-    return get_gpt_layer_local_spec(
+    spec = get_gpt_layer_local_spec(
         num_experts=model.num_experts,
         moe_grouped_gemm=False,
         qk_layernorm=model.qk_layernorm,
         normalization=model.normalization,
     )
+    if on_cpu():
+        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return spec
 
 
 def build_model(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec, vocab_size: int) -> GPTModel:

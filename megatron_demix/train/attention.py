@@ -1,0 +1,57 @@
+"""Causal attention for the local layer spec on a CPU, by torch's fused kernel.
+
+megatron.core's own local attention builds the scores, the mask and the probabilities of every head as tensors, and saves and
+restores a generator's state around dropout.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+
+class CausalAttention(MegatronModule):
+    """Stands where a layer spec asks for `core_attention`; has no parameters, so checkpoints are the same with and without."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """The arguments are those megatron.core passes to every core attention; only causal self-attention is built here."""
+        super().__init__(config=config)
+        self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self._scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> torch.Tensor:
+        """query [seq, batch, heads, head_dim]; key and value [seq, batch, groups, head_dim]. Returns [seq, batch, heads x head_dim].
+
+        Computed in float32: the CPU kernel is several times slower in bfloat16.
+        """
+        heads_first = [x.float().permute(1, 2, 0, 3) for x in (query, key, value)]
+        context = torch.nn.functional.scaled_dot_product_attention(
+            *heads_first,
+            dropout_p=self._dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self._scale,
+            enable_gqa=key.size(2) != query.size(2),
+        )
+        return context.permute(2, 0, 1, 3).flatten(2).to(query.dtype)
