@@ -70,13 +70,18 @@ void bind_blend(py::module_& m) {
                        const std::vector<SpanTuple>& spans, int descriptor, std::int64_t offset, int threads) {
         std::vector<demix::Span> list;
         for (const auto& [data, base, bytes] : spans) list.push_back({at<const std::uint8_t>(data), base, bytes});
-        py::gil_scoped_release nogil;
-        return demix::gather(at<const std::uint8_t>(lengths), at<const std::uint8_t>(pointers), begin, end, item_bytes, list,
-                             descriptor, offset, threads);
+        demix::Gathered g;
+        {
+            py::gil_scoped_release nogil;
+            g = demix::gather(at<const std::uint8_t>(lengths), at<const std::uint8_t>(pointers), begin, end, item_bytes, list,
+                              descriptor, offset, threads);
+        }
+        return py::make_tuple(g.error, g.content);
     });
-    m.def("hash_documents", [](Address content, Address offsets, std::int64_t documents, std::uint64_t seed, Address out) {
+    m.def("hash_documents", [](Address content, Address offsets, std::int64_t documents, std::uint64_t seed,
+                               std::uint64_t step, Address out) {
         py::gil_scoped_release nogil;
-        demix::hash_documents(at<const std::uint8_t>(content), at<const std::int64_t>(offsets), documents, seed,
+        demix::hash_documents(at<const std::uint8_t>(content), at<const std::int64_t>(offsets), documents, seed, step,
                               at<std::uint64_t>(out));
     });
     m.def("pack_tokens", [](Address ids, Address offsets, std::int64_t documents, Address route, std::uint8_t which,

@@ -216,8 +216,8 @@ void interleave(std::vector<Part>& parts, std::uint8_t* out_lengths, std::uint8_
     }
 }
 
-int gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64_t begin, std::int64_t end, int item_bytes,
-           const std::vector<Span>& spans, int descriptor, std::int64_t offset, int threads) {
+Gathered gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64_t begin, std::int64_t end,
+                int item_bytes, const std::vector<Span>& spans, int descriptor, std::int64_t offset, int threads) {
     std::vector<std::int64_t> bases;
     for (const auto& s : spans) bases.push_back(s.base);
     // Where each piece of documents starts in the output.
@@ -230,10 +230,12 @@ int gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64
         at[static_cast<std::size_t>(p) + 1] = at[static_cast<std::size_t>(p)] + bytes;
     }
     std::atomic<int> error{0};
+    std::atomic<std::uint64_t> content{0};
     const auto work = [&](std::int64_t piece) {
         constexpr std::size_t kBuffer = 1 << 18;
         std::vector<std::uint8_t> buffer(kBuffer);
         std::size_t used = 0;
+        std::uint64_t sum = 0;
         std::int64_t position = at[static_cast<std::size_t>(piece)];
         const auto write = [&](const std::uint8_t* data, std::size_t bytes) {
             while (bytes > 0 && error == 0) {
@@ -255,6 +257,7 @@ int gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64
                 spans.size() == 1 ? spans[0]
                                   : spans[static_cast<std::size_t>(std::upper_bound(bases.begin(), bases.end(), pointer) - bases.begin() - 1)];
             const std::uint8_t* data = span.data + (pointer - span.base);
+            sum += hash_document(data, static_cast<std::int64_t>(bytes), static_cast<std::uint64_t>(i));
             if (used + bytes > kBuffer) {
                 write(buffer.data(), used);
                 used = 0;
@@ -267,27 +270,29 @@ int gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64
             }
         }
         write(buffer.data(), used);
+        content += sum;
     };
     std::vector<std::thread> others;
     for (std::int64_t p = 1; p < pieces; ++p) others.emplace_back(work, p);
     work(0);
     for (auto& t : others) t.join();
-    return error;
+    return {error, content};
+}
+
+std::uint64_t hash_document(const std::uint8_t* data, std::int64_t bytes, std::uint64_t seed) {
+    constexpr std::uint64_t kA = 0x2d358dccaa6c78a5ull, kB = 0x8bb84b93962eacc9ull;
+    std::uint64_t h = mix(seed ^ kA) ^ static_cast<std::uint64_t>(bytes);
+    for (; bytes >= 16; bytes -= 16, data += 16)
+        h = fold(load<std::uint64_t>(data) ^ kA ^ h, load<std::uint64_t>(data + 8) ^ kB);
+    std::uint8_t tail[16] = {};
+    std::memcpy(tail, data, static_cast<std::size_t>(bytes));
+    return mix(fold(load<std::uint64_t>(tail) ^ kA ^ h, load<std::uint64_t>(tail + 8) ^ kB));
 }
 
 void hash_documents(const std::uint8_t* content, const std::int64_t* offsets, std::int64_t documents, std::uint64_t seed,
-                    std::uint64_t* out) {
-    constexpr std::uint64_t kA = 0x2d358dccaa6c78a5ull, kB = 0x8bb84b93962eacc9ull;
-    for (std::int64_t i = 0; i < documents; ++i) {
-        const std::uint8_t* p = content + offsets[i];
-        std::int64_t left = offsets[i + 1] - offsets[i];
-        std::uint64_t h = mix(seed ^ kA) ^ static_cast<std::uint64_t>(left);
-        for (; left >= 16; left -= 16, p += 16) h = fold(load<std::uint64_t>(p) ^ kA ^ h, load<std::uint64_t>(p + 8) ^ kB);
-        std::uint8_t tail[16] = {};
-        std::memcpy(tail, p, static_cast<std::size_t>(left));
-        h = fold(load<std::uint64_t>(tail) ^ kA ^ h, load<std::uint64_t>(tail + 8) ^ kB);
-        out[i] = mix(h);
-    }
+                    std::uint64_t step, std::uint64_t* out) {
+    for (std::int64_t i = 0; i < documents; ++i)
+        out[i] = hash_document(content + offsets[i], offsets[i + 1] - offsets[i], seed + static_cast<std::uint64_t>(i) * step);
 }
 
 namespace {

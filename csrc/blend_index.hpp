@@ -74,14 +74,22 @@ struct Span {
     std::int64_t base = 0, bytes = 0;  // where it lies in the pool
 };
 
-// Copies documents [begin, end) of an index over the pool, one after another, to `descriptor` at byte `offset`.
-// Returns 0 or an errno. Spans are sorted by base and cover every pointer.
-int gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64_t begin, std::int64_t end, int item_bytes,
-           const std::vector<Span>& spans, int descriptor, std::int64_t offset, int threads);
+struct Gathered {
+    int error = 0;              // an errno
+    std::uint64_t content = 0;  // sum of hash_document(document, its number) modulo 2^64
+};
 
-// A 64-bit hash of each document content[offsets[i], offsets[i+1]). The same on every machine; not cryptographic.
+// Copies documents [begin, end) of an index over the pool, one after another, to `descriptor` at byte `offset`.
+// Spans are sorted by base and cover every pointer.
+Gathered gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64_t begin, std::int64_t end,
+                int item_bytes, const std::vector<Span>& spans, int descriptor, std::int64_t offset, int threads);
+
+// A 64-bit hash of bytes. The same on every machine; not cryptographic.
+std::uint64_t hash_document(const std::uint8_t* data, std::int64_t bytes, std::uint64_t seed);
+
+// hash_document of each content[offsets[i], offsets[i+1]), with seed + i * step.
 void hash_documents(const std::uint8_t* content, const std::int64_t* offsets, std::int64_t documents, std::uint64_t seed,
-                    std::uint64_t* out);
+                    std::uint64_t step, std::uint64_t* out);
 
 // Copies the documents whose route[i] == which (all of them where route is null) from ids[offsets[i], offsets[i+1]) end to end
 // to `out`, as uint16 or int32 (item_bytes 2 or 4), each followed by `eod` unless that is negative. The ids fit.
