@@ -70,7 +70,7 @@ def format_duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
-    minutes = whole // 60
+    minutes = round(whole / 60)
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes < 1440 else f"{minutes // 1440}d{minutes % 1440 // 60:02d}h"
 
 

@@ -1,0 +1,203 @@
+"""The study file: what it means, and what is said about each mistake."""
+
+import contextlib
+import copy
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_demix.errors import ConfigError, DemixError, MixtureError
+from megatron_demix.study import Study, load_study
+
+GOOD = {
+    "name": "tiny",
+    "domains": [{"name": "code", "inputs": ["code/*.jsonl"]}, {"name": "math", "inputs": ["math/*.jsonl"], "max_epochs": 2}],
+    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
+    "train": {"seq_length": 128, "global_batch_size": 8, "lr": 0.001},
+    "base": {"tokens": "4M"},
+    "component": {"tokens": "2M", "lr": 3e-4, "anchor": {"mixture": {"code": 0.25, "math": 0.75}, "share": 0.5}},
+    "search": {"rounds": [8, 4], "objective": {"code": 2, "math": 1}},
+    "final": {"tokens": "1e7"},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_changed(change=None, overrides=None) -> Study:
+        data = copy.deepcopy(GOOD)
+        if change:
+            change(data)
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return load_study(path, overrides)
+
+    return load_changed
+
+
+def test_a_study_is_read_with_its_defaults(load):
+    study = load()
+    assert study.domain_names == ["code", "math"]
+    assert (study.base.tokens, study.component.tokens, study.final.tokens) == (4_000_000, 2_000_000, 10_000_000)
+    assert study.phase("component").lr == 3e-4
+    assert study.phase("final").lr == study.train.lr == 1e-3
+    assert study.parallel.world_size == 1
+    assert study.final.baselines == ["uniform", "natural"]
+    assert Study.model_validate(study.model_dump(mode="json")) == study
+
+
+def test_a_study_cannot_be_changed_after_it_was_read(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load().train.lr = 1.0
+
+
+def test_mixtures_by_name_and_by_weight(load):
+    study = load()
+    natural = {"math": 10.0, "code": 30.0}
+    assert study.mixture("natural", natural, "base") == {"code": 0.75, "math": 0.25}
+    assert study.mixture("uniform", natural, "base") == {"code": 0.5, "math": 0.5}
+    assert list(study.mixture({"math": 1.0}, natural, "base").items()) == [("code", 0.0), ("math", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "look", "value"),
+    [
+        (["final.tokens=20M"], lambda s: s.final.tokens, 20_000_000),
+        (["search.rounds=[2, 1]"], lambda s: s.search.rounds, [2, 1]),
+        (["domains.1.max_epochs=7"], lambda s: s.domains[1].max_epochs, 7.0),
+        (["merge.threads=3", "merge.threads=4"], lambda s: s.merge.threads, 4),
+    ],
+)
+def test_overrides(load, overrides, look, value):
+    assert look(load(overrides=overrides)) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("final.tokens", r"--set 'final\.tokens': expected key\.subkey=value"),
+        ("=3", "expected key.subkey=value"),
+        ("domains.9.name=x", "the study has no such place"),
+        ("domains.first.name=x", "the study has no such place"),
+        ("train.lr.x=1", "the study has no such place"),
+        ("train.lr=[1,", r"'\[1,' is not YAML"),
+        ("trian.lr=1", "trian: unknown key; did you mean 'train'\\?"),
+    ],
+)
+def test_overrides_that_fit_nowhere(load, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(overrides=[override])
+
+
+def put(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(data):
+        for part in path:
+            data = data[part] if isinstance(part, int) else data.setdefault(part, {})
+        data[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            put("train", "seq_lenght", 5),
+            r"train\.seq_lenght: unknown key; did you mean 'seq_length'\? Known here: seq_length, ",
+        ),
+        (put("domains", 0, "inptus", []), r"domains\.0\.inptus: unknown key; did you mean 'inputs'\?"),
+        (put("component", "anchor", "shar", 0.1), r"component\.anchor\.shar: unknown key; did you mean 'share'\?"),
+        (put("zzz", 1), r"zzz: unknown key\. Known here: name, seed"),
+        (put("name", "../x"), "name: String should match pattern .*, found '../x'"),
+        (put("train", "lr", "fast"), r"train\.lr: Input should be a valid number.*, found 'fast'"),
+        (
+            put("final", "tokens", "lots"),
+            r"final\.tokens: tokens: 'lots' is not understood\. Write it like 250000, 4M or 30B\.$",
+        ),
+        (put("base", "mixture", "unifrom"), r"base\.mixture: Input should be 'natural' or 'uniform', found 'unifrom', or "),
+        (put("base", "mixture", {"cod": 1.0}), r"base\.mixture: 'cod' is not one of code, math; did you mean 'code'\?"),
+        (put("base", "checkpoint", "/x"), "base needs either `tokens` .* or `checkpoint`"),
+        (
+            put("search", "objective", {"maths": 1}),
+            r"search\.objective: 'maths' is not one of code, math; did you mean 'math'\?",
+        ),
+        (put("search", "objective", {"code": -1, "math": 2}), "objective: weights must be >= 0 and not all 0"),
+        (put("evaluate", "losses", ["code"]), r"search\.objective: 'math' is not one of code\."),
+        (put("domains", 0, "name", "math"), "domains: 'math' is named twice"),
+        (put("domains", 0, "prefixes", {"train": ["x"]}), "domain 'code' needs either `inputs` .* or `prefixes`"),
+        (put("tokenizer", {"type": "huggingface"}), "type 'huggingface' needs `model`"),
+        (put("tokenizer", {"type": "byte", "model": "x"}), "type 'byte' takes no `model`"),
+        (put("prepare", {"split": [0.5, 0.5, 0.5]}), "expected three shares above 0 that sum to 1"),
+        (put("prepare", {"split": [1, 0, 0]}), "expected three shares above 0 that sum to 1"),
+        (put("parallel", {"data": 3}), "train.global_batch_size 8 is not a multiple of micro_batch_size x parallel.data = 3"),
+        (put("parallel", {"pipeline": 3}), "model.num_layers 2 is not a multiple of parallel.pipeline 3"),
+        (put("parallel", {"tensor": 3}), "model.num_attention_heads 4 is not a multiple of parallel.tensor 3"),
+        (put("model", "hidden_size", 65), "hidden_size 65 is not a multiple of num_attention_heads 4"),
+        (put("model", "num_query_groups", 3), "num_attention_heads 4 is not a multiple of num_query_groups 3"),
+    ],
+)
+def test_each_mistake_is_named(load, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(change)
+
+
+def test_a_mixture_that_does_not_sum_to_one(load):
+    with pytest.raises(MixtureError, match=r"study 'tiny': component\.anchor\.mixture: weights sum to 0\.75, expected 1"):
+        load(put("component", "anchor", "mixture", {"math": 0.75}))
+
+
+def test_all_mistakes_are_named_at_once(load):
+    def two(data):
+        put("train", "lr", "fast")(data)
+        put("final", "tokens", 0)(data)
+
+    with pytest.raises(ConfigError, match=r"(?s)train\.lr: .*\n  final\.tokens: "):
+        load(two)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a mapping .*; found NoneType"),
+        (b"- a\n", "found list"),
+        (b"a: [", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_study(tmp_path, content, message):
+    (tmp_path / "study.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_study(tmp_path / "study.yaml")
+
+
+def test_a_study_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        load_study(tmp_path / "nowhere.yaml")
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["4M", "code", "natural", "", "x" * 50])
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+places = st.sampled_from(
+    [[k] for k in Study.model_fields] + [["train", "lr"], ["base", "mixture"], ["domains", 0], ["search", "objective"]]
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(place=places, value=values)
+def test_whatever_stands_in_a_study_it_is_read_or_refused(load, place, value):
+    def change(data):
+        put(*place, value)(data)
+
+    with contextlib.suppress(DemixError):
+        load(change)
