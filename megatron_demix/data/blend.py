@@ -49,7 +49,7 @@ class DomainPlan:
 
 @dataclass(frozen=True)
 class BlendPlan:
-    """Which documents make the blend. Domains without a document are not listed."""
+    """Which documents make the blend. pool: of the domains that give any; the others are `dropped`."""
 
     pool: OpenPool
     seed: int
@@ -105,11 +105,10 @@ def plan_blend(
         missing -= next_length
     shares = mixture.over(list(pool.domains))
     requested = dict(zip(shares, apportion(target_tokens, list(shares.values())), strict=True))
-    parts = [
-        DomainPlan(pool.domains[n], shares[n], requested[n], planned[n], start[n], *chosen[n]) for n in planned if chosen[n][0]
-    ]
-    dropped = tuple(n for n in pool.domains if n not in planned or not chosen[n][0])
-    plan = BlendPlan(pool, seed, target_tokens, tuple(parts), dropped)
+    used = pool.only(n for n in planned if chosen[n][0])
+    parts = tuple(DomainPlan(d, shares[n], requested[n], planned[n], start[n], *chosen[n]) for n, d in used.domains.items())
+    dropped = tuple(n for n in pool.domains if n not in used.domains)
+    plan = BlendPlan(used, seed, target_tokens, parts, dropped)
     if plan.documents >= 2**31:
         raise IncompatibleInputs(
             f"the blend has {plan.documents:,} documents; Megatron's GPTDataset numbers documents with int32 and holds "
@@ -156,6 +155,7 @@ def _manifest(plan: BlendPlan, output: Path, mode: Mode, on_shortfall: OnShortfa
             "requested_tokens": p.requested,
             "planned_tokens": p.planned,
             "tokens": p.tokens,
+            "begin": p.begin,
             "documents": p.documents,
             "epochs": p.tokens / p.domain.tokens,
             "max_epochs": p.domain.max_epochs,

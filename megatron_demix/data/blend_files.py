@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from megatron_demix.progress import Advance, progress_bar
 
 if TYPE_CHECKING:
     from megatron_demix.data.blend import BlendPlan
+    from megatron_demix.data.pool import Domain
 
 MANIFEST_SUFFIX, DOMAINS_SUFFIX = ".blend.json", ".domains.npy"
 SHARD_BYTES = 256 << 20
@@ -61,8 +62,8 @@ def write(
             if done is not None:
                 if done["key"] != manifest["key"]:
                     raise OutputExists(
-                        f"blend {output} exists with key {done['key']}, expected {manifest['key']}: it was built from other data "
-                        "or settings. Choose another output; nothing is overwritten."
+                        f"blend {output} exists with key {done['key']}, expected {manifest['key']}: it was built from other "
+                        "data or settings. Choose another output; nothing is overwritten."
                     )
                 return done
             work = output.parent / f".{output.name}.work-{manifest['key']}"
@@ -127,23 +128,23 @@ def _write_data(plan: BlendPlan, name: Path, mode: str, threads: int, progress: 
     domain_of = np.lib.format.open_memmap(f"{name}{DOMAINS_SUFFIX}", "w+", np.uint16, (plan.documents,))
     lengths, pointers = create_index(index, plan.pool.dtype, plan.documents)
     drift = plan.write(lengths, pointers, domain_of, threads)
-    longest = int(lengths.max()) if len(lengths) else 0
     for array in (lengths, pointers, domain_of):
         array.flush()
-    with progress_bar(f"blending {name.name}", plan.tokens, unit="tokens", enabled=progress) as advance:
-        if mode == "view":
-            _copy_pool(plan, bin_path(name), advance)
-        else:
-            _gather(plan, bin_path(name), lengths, pointers, threads, advance)
-            write_index(Path(f"{name}.idx"), plan.pool.dtype, lengths)
-            index.unlink()
-    return {
+    facts: dict[str, Any] = {
         "evenness": {
-            "longest_document_tokens": longest,
+            "longest_document_tokens": int(lengths.max(initial=0)),
             "tokens_ahead_of_share": {p.domain.name: ahead for p, (ahead, _) in zip(plan.parts, drift, strict=True)},
             "tokens_behind_share": {p.domain.name: behind for p, (_, behind) in zip(plan.parts, drift, strict=True)},
         }
     }
+    with progress_bar(f"blending {name.name}", plan.tokens, unit="tokens", enabled=progress) as advance:
+        if mode == "view":
+            _copy_pool(plan, bin_path(name), advance)
+        else:
+            facts["content"] = f"{_gather(plan, bin_path(name), lengths, pointers, threads, advance):016x}"
+            write_index(Path(f"{name}.idx"), plan.pool.dtype, lengths)
+            index.unlink()
+    return facts
 
 
 def create_index(path: Path, dtype: np.dtype, documents: int) -> tuple[np.memmap, np.memmap]:
@@ -177,14 +178,18 @@ def _copy_pool(plan: BlendPlan, target: Path, advance: Advance) -> None:
                     advance(plan.tokens * count / total)
 
 
-def _gather(plan: BlendPlan, target: Path, lengths: np.ndarray, pointers: np.ndarray, threads: int, advance: Advance) -> None:
+def _gather(plan: BlendPlan, target: Path, lengths: np.ndarray, pointers: np.ndarray, threads: int, advance: Advance) -> int:
+    """Write the documents out; returns the content digest that verify_blend computes again."""
     item = plan.pool.dtype.itemsize
     pool = plan.pool.contents()
+    content = 0
     with open(target, "wb") as out:
         os.posix_fallocate(out.fileno(), 0, plan.tokens * item)
         for begin, end, first_token, tokens in shards(lengths, max(1, SHARD_BYTES // item)):
-            native.gather(lengths, pointers, begin, end, item, pool, out.fileno(), first_token * item, threads=threads)
+            offset = first_token * item
+            content += native.gather(lengths, pointers, begin, end, item, pool, out.fileno(), offset, threads=threads)
             advance(tokens)
+    return content % 2**64
 
 
 def shards(lengths: np.ndarray, tokens_a_shard: int) -> Iterator[tuple[int, int, int, int]]:
@@ -199,12 +204,25 @@ def shards(lengths: np.ndarray, tokens_a_shard: int) -> Iterator[tuple[int, int,
 
 
 def _write_args(plan: BlendPlan, name: Path) -> None:
-    """Weights and prefixes as --data-args-path reads them. A weight is a share of samples; the indexes of one domain share its
-    weight in proportion to their tokens."""
-    pairs = []
-    for part in plan.parts:
-        for index in part.domain.indexes:
-            if index.num_tokens:
-                weight = part.planned / sum(p.planned for p in plan.parts) * index.num_tokens / part.domain.tokens
-                pairs.append((f"{weight:.17g}", str(Path(index.prefix).resolve())))
-    write_atomic(Path(f"{name}.args.txt"), "".join(f"{w} {p}\n" for w, p in pairs))
+    """The blend as Megatron's arguments: .args.txt for --data-args-path and, where every domain names valid and test data,
+    .args.json for --per-split-data-args-path. A weight is a share of samples; the data sets of one domain share its weight in
+    proportion to their tokens. None is zero: Megatron dies on those."""
+    total = sum(p.planned for p in plan.parts)
+    train = _weighted({p.domain.name: p.planned / total for p in plan.parts}, plan.pool.domains)
+    write_atomic(Path(f"{name}.args.txt"), "".join(f"{weight} {prefix}\n" for weight, prefix in train))
+    splits = {"train": train}
+    for split in ("valid", "test"):
+        held_out = {p.domain.name: getattr(p.domain, split) for p in plan.parts}
+        if not all(held_out.values()):
+            return
+        splits[split] = [(f"{1 / len(held_out) / len(ps):.17g}", str(q.resolve())) for ps in held_out.values() for q in ps]
+    write_json(Path(f"{name}.args.json"), {split: [word for pair in pairs for word in pair] for split, pairs in splits.items()})
+
+
+def _weighted(shares: Mapping[str, float], domains: Mapping[str, Domain]) -> list[tuple[str, str]]:
+    return [
+        (f"{share * index.num_tokens / domains[name].tokens:.17g}", str(Path(index.prefix).resolve()))
+        for name, share in shares.items()
+        for index in domains[name].indexes
+        if share * index.num_tokens > 0
+    ]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -105,7 +105,7 @@ def _blocks_of(file: Path, json_key: str, block_bytes: int) -> Iterator[tuple[An
         yield "text", data, 1, len(data)
 
 
-def _open(file: Path) -> IO[bytes]:
+def _open(file: Path) -> Any:
     if file.suffix == ".gz":
         return gzip.open(file, "rb")
     if file.suffix == ".zst":
@@ -138,7 +138,7 @@ class _Zstd:
         self._reader.close()
 
 
-def _lines(stream: IO[bytes], block_bytes: int) -> Iterator[tuple[str, bytes, int, int]]:
+def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[str, bytes, int, int]]:
     rest, first = b"", 1
     while chunk := stream.read(block_bytes):
         cut = chunk.rfind(b"\n") + 1

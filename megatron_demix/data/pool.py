@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from megatron_demix.indexed.reader import Index, read_index
 
 @dataclass(frozen=True)
 class Source:
-    """One domain's indexed data: path prefixes without .bin/.idx, and how often it may be repeated."""
+    """One domain's indexed data: path prefixes without .bin/.idx, and how often it may be repeated.
+
+    valid, test: held-out data, only passed on to Megatron by mode args.
+    """
 
     prefixes: tuple[Path, ...]
     max_epochs: float = 4.0
+    valid: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
 
 
 class Pool(dict[str, Source]):
@@ -46,15 +52,22 @@ class Pool(dict[str, Source]):
             raise ConfigError(f"pool {path}: expected `domains: {{name: {{prefixes: [...], max_epochs: 4}}}}`.")
         pool = cls()
         for name, entry in domains.items():
-            known = {"prefixes", "max_epochs"}
-            if not isinstance(entry, dict) or not isinstance(entry.get("prefixes"), list) or set(entry) - known:
+            lists = ("prefixes", "valid", "test")
+            if (
+                not isinstance(entry, dict)
+                or "prefixes" not in entry
+                or set(entry) - {*lists, "max_epochs"}
+                or not all(isinstance(entry.get(key, []), list) for key in lists)
+            ):
                 raise ConfigError(
-                    f"pool {path}: domain {name!r} is {entry!r}, expected {{prefixes: [path, ...], max_epochs: number}}."
+                    f"pool {path}: domain {name!r} is {entry!r}, expected {{prefixes: [path, ...], max_epochs: number}}, and "
+                    "perhaps valid: [...] and test: [...]."
                 )
             limit = entry.get("max_epochs", Source.max_epochs)
             if isinstance(limit, bool) or not isinstance(limit, (int, float)):
                 raise ConfigError(f"pool {path}: domain {name!r}: max_epochs is {limit!r}, expected a number > 0.")
-            pool[str(name)] = Source(tuple(path.parent / str(p) for p in entry["prefixes"]), float(limit))
+            train, valid, test = (tuple(path.parent / str(p) for p in entry.get(key, [])) for key in lists)
+            pool[str(name)] = Source(train, float(limit), valid, test)
         return pool
 
 
@@ -65,7 +78,9 @@ class Domain:
     name: str
     max_epochs: float
     indexes: tuple[Index, ...]
-    bases: tuple[int, ...]
+    bases: tuple[int, ...] = ()
+    valid: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -95,6 +110,10 @@ class OpenPool:
     dtype: np.dtype
     tokenizer: str
 
+    def only(self, names: Iterable[str]) -> OpenPool:
+        """The pool of some of its domains, laid end to end anew."""
+        return OpenPool(_laid_out([self.domains[name] for name in names]), self.dtype, self.tokenizer)
+
     @property
     def indexes(self) -> list[tuple[Index, int]]:
         """All indexes with their bases, in the pool's order."""
@@ -117,15 +136,14 @@ def open_pool(pool: Mapping[str, Source]) -> OpenPool:
     """
     if not pool:
         raise ConfigError("pool: no domains. Give at least one domain with its prefixes.")
-    domains: dict[str, Domain] = {}
+    opened: list[Domain] = []
     seen: dict[str, str] = {}
-    base = 0
     for name, source in pool.items():
         if not source.prefixes:
             raise ConfigError(f"pool: domain {name!r} has no prefixes. Name its indexed data, or remove it.")
         if not (math.isfinite(source.max_epochs) and source.max_epochs > 0):
             raise ConfigError(f"pool: domain {name!r}: max_epochs is {source.max_epochs}, expected a finite number > 0.")
-        indexes, bases = [], []
+        indexes = []
         for prefix in source.prefixes:
             real = os.path.realpath(f"{prefix}.bin")
             if real in seen:
@@ -136,12 +154,20 @@ def open_pool(pool: Mapping[str, Source]) -> OpenPool:
             index = read_index(prefix)
             _check_usable(index)
             indexes.append(index)
-            bases.append(base)
-            base += index.bin_bytes
-        domains[name] = Domain(name, source.max_epochs, tuple(indexes), tuple(bases))
-        if domains[name].tokens == 0:
+        opened.append(Domain(name, source.max_epochs, tuple(indexes), valid=source.valid, test=source.test))
+        if opened[-1].tokens == 0:
             raise MixtureError(f"pool: domain {name!r} is empty ({', '.join(map(str, source.prefixes))} hold no tokens).")
+    domains = _laid_out(opened)
     return OpenPool(domains, _common_dtype(domains), _common_tokenizer(domains))
+
+
+def _laid_out(domains: Sequence[Domain]) -> dict[str, Domain]:
+    base, placed = 0, {}
+    for domain in domains:
+        bases = list(accumulate((i.bin_bytes for i in domain.indexes), initial=base))
+        placed[domain.name] = replace(domain, bases=tuple(bases[:-1]))
+        base = bases[-1]
+    return placed
 
 
 def _check_usable(index: Index) -> None:
@@ -181,8 +207,8 @@ def _common_tokenizer(domains: Mapping[str, Domain]) -> str:
                 continue
             if found and found[0] != fingerprint:
                 raise IncompatibleInputs(
-                    f"domain {domain.name!r}: {index.prefix} was made with tokenizer {fingerprint}, {found[1]} with {found[0]}. "
-                    "Their ids mean different things: prepare both with one tokenizer."
+                    f"domain {domain.name!r}: {index.prefix} was made with tokenizer {fingerprint}, {found[1]} with "
+                    f"{found[0]}. Their ids mean different things: prepare both with one tokenizer."
                 )
             found = (fingerprint, index.prefix)
     return found[0] if found else ""

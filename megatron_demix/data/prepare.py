@@ -107,7 +107,7 @@ def prepare_domain(
     on_bad_document: BadDocuments = "error",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write train, valid and test (.bin/.idx/.meta.json), stats.json and rejected.jsonl into the existing folder `output`.
+    """Write train, valid and test (.bin, .idx, .meta.json each), stats.json and rejected.jsonl into the folder `output`.
 
     Returns the statistics: {"splits": {split: {documents, tokens, bytes}}, "rejected": n}. Raises ConfigError, CorruptInput,
     StorageError; what was written until then is the caller's to remove.
@@ -136,11 +136,18 @@ def prepare_domain(
             num_rejected += len(done.rejected)
             advance(done.block.size, info=f"{format_count(sum(t['tokens'] for t in totals.values()))} tokens")
         _check_documents(inputs, split, totals, num_rejected)
-        for writer in writers:
+        for name, writer in zip(SPLITS, writers, strict=True):
             writer.close()
+            write_json(output / f"{name}.meta.json", describe(tokenizer, totals[name], append_eod=append_eod))
     stats = {"splits": totals, "rejected": num_rejected, "tokenizer": tokenizer.fingerprint}
     write_json(output / STATS, stats)
     return stats
+
+
+def describe(tokenizer: Tokenizer, counts: dict[str, int], *, append_eod: bool) -> dict[str, Any]:
+    """What stands beside a prepared data set as `<prefix>.meta.json`; the blend refuses to mix tokenizers by it."""
+    facts = {"type": tokenizer.type, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "append_eod": append_eod}
+    return {"tokenizer": tokenizer.fingerprint} | facts | counts
 
 
 def _check_split(split: tuple[float, ...]) -> None:

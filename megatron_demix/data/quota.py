@@ -79,8 +79,8 @@ def _explain(
         d = domains[name]
         left = "" if limits[name] == d.most_tokens else f", {limits[name]:,} left after the earlier stages"
         lines.append(
-            f"domain {name!r} has {d.tokens:,} tokens x {d.max_epochs:g} epochs = {d.most_tokens:,} tokens{left}, but a share of "
-            f"{shares[name]:.4g} of {target:,} tokens is {wanted[name]:,}: {wanted[name] - limits[name]:,} short."
+            f"domain {name!r} has {d.tokens:,} tokens x {d.max_epochs:g} epochs = {d.most_tokens:,} tokens{left}, but a share "
+            f"of {shares[name]:.4g} of {target:,} tokens is {wanted[name]:,}: {wanted[name] - limits[name]:,} short."
         )
     fits = min(int(Fraction(limits[n]) / Fraction(shares[n])) for n in limits)
     lines.append(f"What would fit: a target of at most {fits:,} tokens at this mixture;")

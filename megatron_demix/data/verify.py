@@ -1,0 +1,135 @@
+"""Reading a finished blend again, through Megatron's own IndexedDataset, and counting everything anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix import native
+from megatron_demix.artifact import hash_file
+from megatron_demix.data.blend import BlendPlan, DomainPlan
+from megatron_demix.data.blend_files import DOMAINS_SUFFIX, manifest_path, read_manifest
+from megatron_demix.data.pool import Pool, Source, fingerprint_source, open_pool
+from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
+from megatron_demix.indexed.reader import Index, read_index
+from megatron_demix.progress import progress_bar
+
+_BATCH = 4096
+
+
+def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]:
+    """Count a view or materialised blend again and compare it with its manifest.
+
+    Checks: sizes, digests, every pointer; documents and tokens of each domain; that no document comes back before all others
+    of its domain have come; the content digest (materialised). Where the sources still lie where the manifest says, the plan
+    is made again from them and compared document by document. Returns the counts. Raises VerificationFailed naming the first
+    difference, CorruptInput or ConfigError where there is no blend to read.
+    """
+    prefix = Path(prefix)
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        raise ConfigError(f"{manifest_path(prefix)} does not exist: {prefix} is not the prefix of a finished blend.")
+    if manifest["mode"] == "args":
+        raise ConfigError(f"blend {prefix} consists of arguments for Megatron; it has no data of its own to verify.")
+    for suffix, facts in manifest["files"].items():
+        if "blake2b" in facts and hash_file(Path(f"{prefix}{suffix}")) != facts["blake2b"]:
+            raise VerificationFailed(f"{prefix}{suffix} has other bytes than when it was built. Build the blend again.")
+    index = read_index(prefix)
+    domain_of = np.load(f"{prefix}{DOMAINS_SUFFIX}", mmap_mode="r")
+    names = list(manifest["domains"])
+    if len(domain_of) != index.num_documents or (len(domain_of) and int(domain_of.max()) >= len(names)):
+        raise VerificationFailed(f"{prefix}{DOMAINS_SUFFIX}: {len(domain_of)} entries for {index.num_documents} documents.")
+    counted, content = _recount(prefix, domain_of, len(names), progress)
+    for n, name in enumerate(names):
+        expected = manifest["domains"][name]
+        if counted[n] != (expected["documents"], expected["tokens"]):
+            raise VerificationFailed(
+                f"blend {prefix}: domain {name!r} has {counted[n][0]:,} documents and {counted[n][1]:,} tokens, expected "
+                f"{expected['documents']:,} and {expected['tokens']:,}. Build the blend again."
+            )
+        if manifest["mode"] == "view":  # written-out documents have no identity of their own; the sources cover them below
+            _check_repeats(prefix, name, index.pointers[(domain_of == n) & (index.lengths > 0)], expected)
+    if manifest["mode"] == "materialise" and f"{content:016x}" != manifest["content"]:
+        raise VerificationFailed(
+            f"blend {prefix}: content digest {content:016x}, expected {manifest['content']}: tokens changed since it was built."
+        )
+    sources = _compare_with_sources(prefix, manifest, index, domain_of)
+    return {
+        "documents": index.num_documents,
+        "tokens": index.num_tokens,
+        "domains": {name: {"documents": counted[n][0], "tokens": counted[n][1]} for n, name in enumerate(names)},
+        "sources": sources,
+    }
+
+
+def _recount(prefix: Path, domain_of: np.ndarray, num_domains: int, progress: bool) -> tuple[list[tuple[int, int]], int]:
+    """Documents and tokens of each domain, and the content digest, as the stock reader sees them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    documents, tokens = np.zeros(num_domains, np.int64), np.zeros(num_domains, np.int64)
+    content = 0
+    with progress_bar(f"verifying {prefix.name}", len(dataset), unit="documents", enabled=progress) as advance:
+        for start in range(0, len(dataset), _BATCH):
+            batch = [dataset[i] for i in range(start, min(start + _BATCH, len(dataset)))]
+            lengths = np.array([len(document) for document in batch], np.int64)
+            owner = domain_of[start : start + len(batch)]
+            documents += np.bincount(owner, minlength=num_domains)
+            np.add.at(tokens, owner, lengths)
+            offsets = np.concatenate([[0], np.cumsum(lengths)]) * batch[0].itemsize
+            joined = np.concatenate(batch).view(np.uint8)
+            content += int(native.hash_documents(joined, offsets, start, step=1).sum(dtype=np.uint64))
+            advance(len(batch))
+    return list(zip(documents.tolist(), tokens.tolist(), strict=True)), content % 2**64
+
+
+def _check_repeats(prefix: Path, name: str, pointers: np.ndarray, expected: dict[str, Any]) -> None:
+    """In a view, one pointer is one document. Epoch after epoch, none may come more often than epochs were begun."""
+    begun = -(-(expected["begin"] % expected["available_documents"] + expected["documents"]) // expected["available_documents"])
+    times = np.unique(pointers, return_counts=True)[1]
+    if times.max(initial=0) > begun:
+        raise VerificationFailed(
+            f"blend {prefix}: a document of domain {name!r} comes {times.max()} times in {begun} epochs. Build the blend again."
+        )
+
+
+def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, domain_of: np.ndarray) -> str:
+    """ "compared", or why not: the sources are gone or have changed since."""
+    pool = Pool(
+        {
+            name: Source(tuple(Path(prefix.parent, s["prefix"]) for s in d["sources"]), d["max_epochs"])
+            for name, d in manifest["domains"].items()
+        }
+    )
+    try:
+        opened = open_pool(pool)
+        for name, d in manifest["domains"].items():
+            for i, s in zip(opened.domains[name].indexes, d["sources"], strict=True):
+                if fingerprint_source(i) != {k: v for k, v in s.items() if k != "prefix"}:
+                    return f"not compared: {i.prefix} has changed since"
+    except CorruptInput as e:
+        return f"not compared: {e}"
+    parts = tuple(
+        DomainPlan(
+            opened.domains[name],
+            d["share"],
+            d["requested_tokens"],
+            d["planned_tokens"],
+            d["begin"],
+            d["documents"],
+            d["tokens"],
+        )
+        for name, d in manifest["domains"].items()
+    )
+    plan = BlendPlan(opened, manifest["seed"], manifest["target_tokens"], parts, ())
+    lengths, pointers = np.empty(plan.documents, np.int32), np.empty(plan.documents, np.int64)
+    owners = np.empty(plan.documents, np.uint16)
+    plan.write(lengths, pointers, owners, native.default_threads())
+    same = np.array_equal(lengths, index.lengths) and np.array_equal(owners, domain_of)
+    if manifest["mode"] == "view":
+        same = same and np.array_equal(pointers, index.pointers)
+    if not same:
+        raise VerificationFailed(f"blend {prefix}: its order of documents is not the one its sources and seed give.")
+    return "compared"
