@@ -59,8 +59,8 @@ def format_summary(facts: dict[str, Any]) -> str:
     at = "" if facts["iteration"] is None else f", iteration {facts['iteration']}"
     lines = [
         f"{facts['path']} ({facts['kind']}{at})",
-        f"{format_count(facts['parameters'])} parameters, {format_bytes(facts['model_bytes'])} in {len(facts['tensors'])} tensors; "
-        f"beside the model {facts['other_tensors']} tensors ({format_bytes(facts['other_bytes'])}), "
+        f"{format_count(facts['parameters'])} parameters, {format_bytes(facts['model_bytes'])} in {len(facts['tensors'])} tensors",
+        f"beside the model: {facts['other_tensors']} tensors ({format_bytes(facts['other_bytes'])}), "
         f"{len(facts['objects'])} objects",
     ]
     if facts["arguments"]:
