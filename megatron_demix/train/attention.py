@@ -42,9 +42,9 @@ class CausalAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: object | None = None,
     ) -> torch.Tensor:
-        """query [seq, batch, heads, head_dim]; key and value [seq, batch, groups, head_dim]. Returns [seq, batch, heads x head_dim].
+        """query [seq, batch, heads, dim]; key and value [seq, batch, groups, dim]. Returns [seq, batch, heads x dim].
 
-        Computed in float32: the CPU kernel is several times slower in bfloat16.
+        Computed in float32: on CPUs without bfloat16 instructions the kernel is slower in bfloat16 than with the casts.
         """
         heads_first = [x.float().permute(1, 2, 0, 3) for x in (query, key, value)]
         context = torch.nn.functional.scaled_dot_product_attention(

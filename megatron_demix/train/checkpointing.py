@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
+from megatron_demix.checkpoint.layout import METADATA, TRACKER, find_checkpoint, iteration_folder
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.model import ffn_hidden_size, padded_vocab_size
@@ -40,7 +41,6 @@ from megatron_demix.train.optimizer import use_fused_kernel
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 KEEP = 2
 """Checkpoints kept while a run goes on: if the newest turns out damaged, the one before is resumed from."""
@@ -67,7 +67,7 @@ class Checkpoints:
 
     def save(self, iteration: int) -> Path:
         """Publish the state after `iteration` steps, then drop checkpoints beyond the newest KEEP. Raises StorageError."""
-        target = folder_of(self._job.work, iteration)
+        target = self._folder(iteration)
         unfinished = target.with_name(f".unfinished-{target.name}")
         if self._rank == 0:
             with storage_errors(f"writing {target}"):
@@ -87,7 +87,7 @@ class Checkpoints:
             raise StorageError(f"writing {target}: {_first_line(e)}. Free space or choose another disk, then run again.") from e
         if self._rank == 0:
             with storage_errors(f"writing {target}"):
-                _forget_where_and_when(unfinished / ".metadata")
+                _forget_where_and_when(unfinished / METADATA)
         torch.distributed.barrier()
         files = self._checksums(unfinished)
         if self._rank == 0:
@@ -95,7 +95,7 @@ class Checkpoints:
                 write_json(unfinished / CHECKSUMS, files)
                 shutil.rmtree(target, ignore_errors=True)  # a damaged one that was not resumed from
                 os.rename(unfinished, target)
-                write_atomic(self._job.work / TRACKER, f"{iteration}\n")
+                write_atomic(self._job.work / TRACKER, str(iteration))
             self._drop([i for i in iterations_in(self._job.work) if i < iteration][: -(KEEP - 1)])
         torch.distributed.barrier()
         return target
@@ -103,7 +103,7 @@ class Checkpoints:
     def resume(self) -> int:
         """Restore the newest sound checkpoint; its iteration, or 0 if there is none. Damaged ones are named in a warning."""
         for iteration in reversed(self._agreed_iterations()):
-            folder = folder_of(self._job.work, iteration)
+            folder = self._folder(iteration)
             if problem := self._problem(folder):
                 if self._rank == 0:
                     logger.warning("checkpoint %s is damaged: %s. Going back to the one before.", folder, problem)
@@ -118,12 +118,15 @@ class Checkpoints:
             self._drop([i for i in iterations_in(self._job.work) if i != iteration])
             for left in self._job.work.glob(".unfinished-*"):
                 shutil.rmtree(left, ignore_errors=True)
-            write_atomic(self._job.work / TRACKER, f"{iteration}\n")
+            write_atomic(self._job.work / TRACKER, str(iteration))
         torch.distributed.barrier()
+
+    def _folder(self, iteration: int) -> Path:
+        return self._job.work / iteration_folder(iteration)
 
     def _drop(self, iterations: list[int]) -> None:
         for iteration in iterations:
-            shutil.rmtree(folder_of(self._job.work, iteration), ignore_errors=True)
+            shutil.rmtree(self._folder(iteration), ignore_errors=True)
 
     def _state(self, iteration: int, *, loading: bool = False) -> dict[str, Any]:
         """What a checkpoint holds, under the names Megatron-LM uses."""
@@ -199,8 +202,6 @@ def load_weights(model: GPTModel, folder: Path) -> None:
     folder: anything checkpoint.layout.find_checkpoint accepts. Raises IncompatibleInputs naming the tensor that is missing or
     has another shape.
     """
-    from megatron_demix.checkpoint.layout import find_checkpoint
-
     path = find_checkpoint(folder).path
     # Extra states carry nothing for these layer specs, and whoever converts checkpoints leaves them out.
     wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
@@ -211,10 +212,6 @@ def load_weights(model: GPTModel, folder: Path) -> None:
     absent = [k for k in model.load_state_dict(loaded, strict=False).missing_keys if not k.endswith("_extra_state")]
     if absent:
         raise IncompatibleInputs(f"checkpoint {path} does not fit the model: it holds nothing for {', '.join(absent[:3])}")
-
-
-def folder_of(work: Path, iteration: int) -> Path:
-    return work / f"iter_{iteration:07d}"
 
 
 def iterations_in(work: Path) -> list[int]:
@@ -319,8 +316,8 @@ def _without_identity(value: Any) -> Any:
 
 
 def _seed_results_queue() -> None:
-    """Spare every save a spawned manager process, which would import the main script again (2.5 to 8.5 s): megatron.core asks
-    for a queue between processes even where, as here, the save is synchronous and a plain one does."""
+    """Spare the first save a spawned manager process, which would import the main script again: megatron.core asks for a
+    queue between processes even where, as here, the save is synchronous and a plain one does."""
     if getattr(filesystem_async, "_results_queue", False) is None:
         filesystem_async._results_queue = queue.Queue()
 

@@ -109,7 +109,7 @@ def cpu_compat() -> Iterator[None]:
 def _import_core_uncompiled() -> None:
     """Import megatron.core so that its `jit_fuser` is the identity, as its own disable_jit_fuser() would make it.
 
-    Decorating with torch.compile imports inductor: 2.9 of the 4.9 s of CPU time that importing megatron.core takes.
+    Decorating with torch.compile imports inductor, which takes longer than all the rest of megatron.core.
     """
     if "megatron.core" in sys.modules:
         return

@@ -39,7 +39,8 @@ def training_data(job: TrainJob) -> torch.utils.data.Dataset:
     """train_iters x global_batch_size samples of the blend. All ranks call it. Raises ConfigError, MixtureError,
     IncompatibleInputs."""
     sources = [(prefix, weight) for prefix, weight in job.blend if weight > 0]
-    if dropped := [str(prefix) for prefix, weight in job.blend if weight == 0]:
+    dropped = [str(prefix) for prefix, weight in job.blend if weight == 0]
+    if dropped and torch.distributed.get_rank() == 0:
         logger.warning("sources with weight 0 are left out: %s", ", ".join(dropped))
     return _build(job, sources, job.train_iters * job.train.global_batch_size)
 

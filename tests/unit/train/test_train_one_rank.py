@@ -1,0 +1,190 @@
+"""The trainer on one rank, in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_demix.artifact import hash_file, read_json
+from megatron_demix.errors import ConfigError, IncompatibleInputs, Incomplete, StageFailed, StorageError
+from megatron_demix.train.losses import read_losses
+from megatron_demix.train.trainer import train
+
+FAMILIES = {
+    "qwen3": {"qk_layernorm": True, "untie_embeddings_and_output_weights": True, "add_qkv_bias": True},
+    "gpt2": {
+        "normalization": "LayerNorm",
+        "swiglu": False,
+        "position_embedding_type": "learned_absolute",
+        "add_bias_linear": True,
+        "num_query_groups": None,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    },
+    "moe": {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32},
+}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stop_in_iteration(number: int):
+    """Send this process SIGUSR1 when step `number` (from 1) begins."""
+    import os
+    import signal
+
+    from megatron_demix.train.compat import cpu_compat
+
+    with cpu_compat():
+        from megatron_demix.train.step import Stepper
+    step = Stepper.train
+
+    def train_and_signal(self, dataset, iteration, *, stop):
+        if iteration == number - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, dataset, iteration, stop=stop or iteration == number - 1)
+
+    return mock.patch.object(Stepper, "train", train_and_signal)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path, make_train_job, family, precision):
+    """Loss, optimizer, generators (dropout), data order: everything. Also that the loss falls."""
+    options = {"model": FAMILIES[family], "train": {"precision": precision, "lr": 1e-2}, "train_iters": 8}
+    whole = make_train_job(tmp_path / "whole", **options)
+    train(whole)
+    parts = make_train_job(tmp_path / "parts", **options)
+    with stop_in_iteration(4), pytest.raises(Incomplete, match=r"stopped by SIGUSR1 after iteration 4 of 8, saved in"):
+        train(parts)
+    train(parts)
+    assert contents(whole.work) == contents(parts.work)
+    assert sorted(p.name for p in whole.work.iterdir()) == ["iter_0000008", "latest_checkpointed_iteration.txt", "losses.jsonl"]
+    losses = [row["lm loss"] for row in read_losses(whole.work / "losses.jsonl")]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_checkpoints_hold_what_megatron_lm_looks_up_and_no_paths(tmp_path, make_train_job):
+    import torch
+
+    job = make_train_job(tmp_path, valid={"b": tmp_path / "nowhere"}, train_iters=2)
+    with pytest.raises(ConfigError, match=r"nowhere.idx is missing; the blend names the prefix"):
+        train(job)
+    train(job.model_copy(update={"valid": {}}))
+    folder = job.work / "iter_0000002"
+    common = torch.load(folder / "common.pt", weights_only=False)
+    assert common["iteration"] == 2
+    assert common["args"].consumed_train_samples == 16
+    assert common["args"].padded_vocab_size == 384
+    assert common["checkpoint_version"] == 3.0
+    assert read_json(folder / "metadata.json")["sharded_backend"] == "torch_dist"
+    for path in folder.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, make_train_job, caplog):
+    whole = make_train_job(tmp_path / "whole")
+    train(whole)
+    job = make_train_job(tmp_path / "damaged")
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    newest = job.work / "iter_0000005"
+    assert sorted(p.name for p in job.work.glob("iter_*")) == ["iter_0000003", "iter_0000005"]
+    shard = newest / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    train(job)
+    assert f"checkpoint {newest} is damaged: {shard} has other bytes than when it was published" in caplog.text
+    assert contents(job.work) == contents(whole.work)
+    train(job)  # finished: nothing to do
+    assert contents(job.work) == contents(whole.work)
+
+
+def test_weights_start_a_new_run_and_must_fit(tmp_path, make_train_job):
+    base = make_train_job(tmp_path / "base", train={"precision": "bf16"}, train_iters=3)
+    train(base)
+    second = make_train_job(
+        tmp_path / "second", init_checkpoint=base.work, valid={"b": base.blend[1][0]}, train={"eval_interval": 3}
+    )
+    train(second)
+    rows = read_losses(second.work / "losses.jsonl")
+    assert rows[0]["lm loss"] < read_losses(base.work / "losses.jsonl")[0]["lm loss"] - 0.1
+    assert [row["iteration"] for row in rows if "lm loss validation-b" in row] == [3, 6]
+    other = make_train_job(tmp_path / "other", init_checkpoint=base.work, model={"hidden_size": 48})
+    with pytest.raises(IncompatibleInputs, match=r"iter_0000003 does not fit the model: .*shape"):
+        train(other)
+    deeper = make_train_job(tmp_path / "deeper", init_checkpoint=base.work, model={"qk_layernorm": True})
+    with pytest.raises(IncompatibleInputs, match=r"does not fit the model: .*layernorm"):
+        train(deeper)
+
+
+def test_sources_of_weight_zero_are_dropped_with_a_notice(tmp_path, make_train_job, byte_corpus, caplog):
+    job = make_train_job(tmp_path, blend=[(byte_corpus["a"], 1.0), (tmp_path / "absent", 0.0)], train_iters=1)
+    train(job)
+    assert f"sources with weight 0 are left out: {tmp_path / 'absent'}" in caplog.text
+    with pytest.raises(ValueError, match="every source has weight 0"):
+        make_train_job(tmp_path, blend=[(byte_corpus["a"], 0.0)])
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, make_train_job):
+    job = make_train_job(tmp_path, train={"lr": 1e30, "lr_warmup_fraction": 0.0, "clip_grad": 0.0, "save_interval": 1})
+    with pytest.raises(StageFailed, match=r"run tiny: (loss|gradient norm) is .* at iteration \d, expected a finite number"):
+        train(job)
+    assert (job.work / "latest_checkpointed_iteration.txt").read_text() in "12345"
+
+
+def test_what_a_cpu_cannot_run_is_refused(tmp_path, make_train_job):
+    with pytest.raises(ConfigError, match=r"on a CPU these cannot run: parallel.context > 1 .*; parallel.sequence_parallel"):
+        train(make_train_job(tmp_path, parallel={"context": 2, "sequence_parallel": True}))
+    with pytest.raises(ConfigError, match=r"needs 4 ranks; start it with torchrun"):
+        train(make_train_job(tmp_path, parallel={"tensor": 2, "pipeline": 2}))
+    with pytest.raises(ConfigError, match=r"transformer_impl is transformer_engine, but there is no CUDA device"):
+        train(make_train_job(tmp_path, model={"transformer_impl": "transformer_engine"}))
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, make_train_job):
+    import torch
+
+    job = make_train_job(tmp_path)
+    with stop_in_iteration(3), pytest.raises(Incomplete):
+        train(job)
+    before = contents(job.work)
+    # /dev/full in place of the shard: every write fails with ENOSPC, as on a full disk.
+    real_open = open
+
+    def full(path, mode="r", *args, **kwargs):
+        return real_open("/dev/full" if str(path).endswith(".distcp") and "w" in mode else path, mode, *args, **kwargs)
+
+    with (
+        mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async.open", full, create=True),
+        pytest.raises(StorageError, match=r"writing .*iter_0000006: .*No space left on device.*Free space"),
+    ):
+        train(job)
+    assert contents(job.work / "iter_0000003") == {
+        k.split("/", 1)[1]: v for k, v in before.items() if k.startswith("iter_0000003")
+    }
+    shutil.rmtree(job.work / ".unfinished-iter_0000006", ignore_errors=True)
+    train(job)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_job_file_names_its_bad_field(tmp_path, make_train_job):
+    from megatron_demix.train.job import TrainJob
+
+    path = tmp_path / "job.json"
+    job = make_train_job(tmp_path).model_dump(mode="json")
+    path.write_text(json.dumps(job | {"trainiters": 3}))
+    with pytest.raises(ConfigError, match=r"job .*job.json:\n  trainiters: Extra inputs are not permitted"):
+        TrainJob.read(path)
+    path.write_text(json.dumps(job | {"eod_id": 999}))
+    with pytest.raises(ConfigError, match="eod_id 999 is not below vocab_size 257"):
+        TrainJob.read(path)
+    path.write_text(json.dumps(job))
+    assert TrainJob.read(path) == make_train_job(tmp_path)
