@@ -1,4 +1,4 @@
-"""Training small enough for tests: real text as byte tokens, and jobs of a few iterations on it."""
+"""Settings of every test, and training small enough for tests: real text as byte tokens, and jobs of a few iterations on it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+
+# A deadline for each example would measure how busy the machine is, and a slow import would fail the first one.
+hypothesis.settings.register_profile("demix", deadline=None)
+hypothesis.settings.load_profile("demix")
 
 BYTE_VOCAB, EOD = 257, 256
 

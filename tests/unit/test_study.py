@@ -193,7 +193,7 @@ places = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(place=places, value=values)
 def test_whatever_stands_in_a_study_it_is_read_or_refused(load, place, value):
     def change(data):

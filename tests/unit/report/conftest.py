@@ -1,0 +1,51 @@
+"""A small invented study: nothing is trained, so every number is chosen by the test."""
+
+import random
+
+import pytest
+
+from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Fit, Proxy, ReportData, Round
+
+
+@pytest.fixture(scope="session")
+def whole() -> ReportData:
+    rng = random.Random(0)
+
+    def one_round(number: int) -> Round:
+        weights = [rng.random() for _ in range(6)]
+        proxies = [
+            Proxy(f"r{number}_{i}", {"code": w, "math": 1 - w}, {"code": 0.25 + w / 2, "math": 0.75 - w / 2})
+            for i, w in enumerate(weights)
+        ]
+        scores = {p.name: {"code": 2 - p.shares["code"], "math": 3 - p.shares["math"]} for p in proxies}
+        measured = [row["code"] for row in scores.values()]
+        fits = {"code": Fit("quadratic", 0.99, 0.01, measured, measured), "math": Fit("ridge", 0.31, 0.2, measured, measured)}
+        return Round(proxies, scores, fits)
+
+    losses = {
+        name: {"iteration": list(range(1, 30)), "lm loss": [7 / i + 2 for i in range(1, 30)]}
+        for name in ("base", "components/code", "components/math", "final/found-seed0")
+    }
+    return ReportData(
+        study="tiny <b>study</b>",
+        settings={
+            "name": "tiny",
+            "model": {"num_layers": 2},
+            "domains": [{"name": "code"}, {"name": "math"}],
+            "rounds": [6, 6],
+        },
+        objective={"code": 3, "math": 1},
+        domains=[Domain("code", 120, 30_000, 90_000, 0.75, 0.8), Domain("math", 60, 10_000, 31_000, 0.25, 1.6)],
+        losses=losses,
+        rounds=[one_round(1), one_round(2)],
+        choice=Choice(
+            {"code": 0.6, "math": 0.4}, {"code": 0.7, "math": 0.3}, {"code": (1.4, 0.01), "math": (2.5, 0.02)}, (1.675, 0.01)
+        ),
+        final=[
+            FinalRun(name, seed, {"code": loss + noise, "math": loss + noise}, loss + noise)
+            for name, loss in (("uniform", 1.3), ("found", 1.2), ("natural", 1.4))
+            for seed, noise in ((1234, 0.0), (1235, 0.004))
+        ],
+        blend={"code": BlendRow(600, 601, 601, 0.8, 12), "math": BlendRow(400, 300, 300, 1.6, 7)},
+        timings_s={"base": 10.0, "components/code": 61.0, "components/math": 62.0},
+    )

@@ -1,0 +1,131 @@
+"""The page: self-contained, whole or partial, and the same bytes from the same data."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.report.build import build_report, render
+from megatron_demix.report.data import ReportData
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects ids, links, sources and headings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href"):
+                self.links.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def text(whole) -> str:
+    return render(whole)
+
+
+def test_every_section_is_there(text):
+    assert Page(text).headings == [
+        "The found mixture won",
+        "The mixture",
+        "Final runs",
+        "The search",
+        "Predicted against measured",
+        "Training",
+        "The found mixture as data",
+        "Where the time went",
+        "How far to trust this",
+    ]
+
+
+def test_it_needs_nothing_from_outside(text):
+    page = Page(text)
+    assert all(link.startswith("#") for link in page.links)
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
+
+
+def test_ids_are_unique_and_every_link_leads_somewhere(text):
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    wanted = {link[1:] for link in page.links} | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert wanted <= set(page.ids)
+
+
+def test_plots_follow_the_theme(text):
+    """Every stand-in colour was replaced by a variable, and each variable is defined."""
+    assert not re.search(r"#010[0-9a-f]{3}", text)
+    defined = set(re.findall(r"(--[a-z0-9]+):", text))
+    assert set(re.findall(r"var\((--[a-z0-9]+)\)", text)) <= defined
+
+
+def test_numbers_and_names_are_in_it(text):
+    for expected in ("60.0 %", "70.0 %", "1.2020", "0.0028", "r2_5", "2m03s", "model.num_layers", "quadratic"):
+        assert expected in text, expected
+    assert not re.search(r">\s*-?(nan|inf)\b", text, re.IGNORECASE)
+
+
+def test_names_are_escaped(text):
+    assert "tiny &lt;b&gt;study&lt;/b&gt;" in text
+    assert "<b>study</b>" not in text
+
+
+def test_the_same_data_give_the_same_bytes(whole, text, tmp_path):
+    build_report(whole, tmp_path / "index.html")
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == text
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize(
+    ("present", "headings"),
+    [
+        ((), []),
+        (("domains",), ["The domains"]),
+        (("domains", "losses", "timings_s"), ["The domains", "Training", "Where the time went"]),
+        (("rounds", "choice"), ["The mixture", "The search", "Predicted against measured"]),
+        (("final",), ["Final runs"]),
+    ],
+)
+def test_a_partial_run_gives_a_partial_report(whole, present, headings):
+    data = ReportData("s", {}, whole.objective, **{name: getattr(whole, name) for name in present})
+    verdict = "The found mixture won" if "final" in present else "No verdict yet"
+    assert Page(render(data)).headings == [verdict, *headings, "How far to trust this"]
+
+
+def test_rounds_that_are_proposed_but_not_scored(whole):
+    proposed = dataclasses.replace(whole.rounds[1], scores={}, fit={})
+    page = render(ReportData("s", {}, whole.objective, rounds=[whole.rounds[0], proposed]))
+    assert "r2_3" in page
+    assert "Predicted against measured" in page
+
+
+def test_a_folder_is_no_place_for_the_page(whole, tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder, expected the path of the HTML file to write, as in .*/index\.html"):
+        build_report(whole, tmp_path)

@@ -1,0 +1,108 @@
+"""The verdict says what the numbers say, and no more."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.report.caveats import not_measured, warnings
+from megatron_demix.report.data import FinalRun, ReportData
+from megatron_demix.report.figures import spearman
+from megatron_demix.report.verdict import judge
+
+
+def final_runs(objectives):
+    """By mixture, the objective of each seed."""
+    return [FinalRun(name, s, {"code": v}, v) for name, values in objectives.items() for s, v in enumerate(values)]
+
+
+def verdict_on(**objectives):
+    return judge(ReportData("s", {}, {"code": 1}, final=final_runs(objectives)))
+
+
+def test_a_win_beyond_the_noise():
+    v = verdict_on(uniform=[1.300, 1.304], found=[1.200, 1.204])
+    assert (v.outcome, v.headline) == ("won", "The found mixture won")
+    assert [g.mixture for g in v.groups] == ["found", "uniform"]
+    assert v.seed_sd == pytest.approx(0.004 / np.sqrt(2))
+    (comparison,) = v.comparisons
+    assert comparison.difference == pytest.approx(-0.1)
+    # Student's t at 0.975 with 2 degrees of freedom is 4.302653; the standard error is sd * sqrt(1/2 + 1/2).
+    assert comparison.interval == pytest.approx((-0.1 - 4.302653 * v.seed_sd, -0.1 + 4.302653 * v.seed_sd), abs=1e-6)
+    assert "1.2020 bits per byte with the found mixture, against 1.3020 (uniform)" in v.sentence
+    assert "That is 0.1000 (7.68 %) better than uniform, the best baseline" in v.sentence
+    assert "95% interval of that difference is −0.1122 to −0.0878" in v.sentence
+    assert "seed standard deviation of 0.0028 (2 seeds a mixture, 2 degrees of freedom)" in v.sentence
+
+
+def test_a_small_difference_is_no_win():
+    v = verdict_on(found=[1.200, 1.210], uniform=[1.206, 1.216])
+    assert (v.outcome, v.headline) == ("within noise", "No clear winner: within the seed noise")
+
+
+def test_one_baseline_that_is_clearly_better_is_a_loss():
+    v = verdict_on(found=[1.200, 1.201], uniform=[1.300, 1.301], natural=[1.100, 1.101])
+    assert v.outcome == "lost"
+    assert [c.outcome for c in v.comparisons] == ["won", "lost"]
+    assert "worse than natural, the best baseline" in v.sentence
+
+
+def test_beating_only_some_baselines_is_no_win():
+    assert verdict_on(found=[1.200, 1.201], uniform=[1.300, 1.301], natural=[1.200, 1.202]).outcome == "within noise"
+
+
+def test_one_seed_says_nothing_about_noise():
+    v = verdict_on(found=[1.2], uniform=[1.3])
+    assert (v.outcome, v.seed_sd) == ("unknown", None)
+    assert v.headline == "Compared with one seed each: the noise is unknown"
+    assert "Set final.seeds to 2 or more" in v.sentence
+
+
+def test_unequal_numbers_of_seeds_are_told():
+    assert "(seeds: found 3, uniform 1, 2 degrees of freedom)" in verdict_on(found=[1.2, 1.21, 1.22], uniform=[1.3]).sentence
+
+
+def test_nothing_to_compare():
+    assert judge(ReportData("s", {}, {"code": 1})).headline == "No verdict yet"
+    assert verdict_on(found=[1.2, 1.3]).sentence == "Mixture found: 1.2500 bits per byte. There is nothing to compare it with."
+    assert verdict_on(uniform=[1.2]).outcome == "unknown"
+
+
+def test_a_run_without_a_score_of_the_objective_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"final run 'found', seed 1, has no score 'code', which the objective needs; it has math"
+    ):
+        ReportData("s", {}, {"code": 1}, final=[FinalRun("found", 1, {"math": 1.0}, 1.0)])
+    with pytest.raises(ConfigError, match=r"report of 's': objective is \{\}, expected a positive weight"):
+        ReportData("s", {}, {})
+
+
+def test_warnings_name_what_is_weak(whole):
+    found = warnings(whole, judge(whole))
+    assert any("surrogate of math ranks proxies it has not seen with a correlation of only 0.31" in w for w in found)
+    assert not any("surrogate of code" in w for w in found)
+    assert any("The blend holds 300 tokens of math, 400 were asked for" in w for w in found)
+    assert any(w.startswith("2 seeds a mixture give a rough estimate") for w in found)
+    one_seed = dataclasses.replace(whole, objective={"code": 1}, final=final_runs({"found": [1.2], "uniform": [1.3]}))
+    assert any("trained with one seed" in w for w in warnings(one_seed, judge(one_seed)))
+
+
+def test_what_was_not_measured_is_always_said(whole):
+    for data in (whole, ReportData("s", {}, {"code": 1})):
+        text = " ".join(not_measured(data, judge(data)))
+        assert "no such reference models were trained" in text
+        assert "interpolating the components' own scores" in text
+        assert "no downstream task was run" in text
+    assert "no final run is finished" in text
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=30))
+def test_rank_correlation_agrees_with_scipy(pairs):
+    from scipy.stats import spearmanr
+
+    x, y = zip(*pairs, strict=True)
+    expected = 0.0 if len(set(x)) == 1 or len(set(y)) == 1 else spearmanr(x, y).statistic
+    assert spearman(x, y) == pytest.approx(expected, abs=1e-12)
