@@ -35,7 +35,8 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
 
     def blend(name: str) -> Stage:
         def make(folder: Path) -> None:
-            from megatron_demix.data.blend import Pool, Source, build_blend
+            from megatron_demix.data.blend import build_blend
+            from megatron_demix.data.pool import Pool, Source
 
             pool = Pool(
                 {d.name: Source(tuple(data_stages.prefixes(data[d.name], "train")), d.max_epochs) for d in study.domains}

@@ -116,7 +116,7 @@ def scoring(
     needs: Sequence[Stage],
     models: Callable[[], dict[str, Any]],
 ) -> Stage:
-    """A stage that scores models on one split of the scored domains. models: EvaluateJob's components, mixtures, checkpoints."""
+    """A stage that scores models on one split. models: the components, mixtures and checkpoints of its EvaluateJob."""
     domains = list(data) if study.evaluate.losses == "all" else study.evaluate.losses
     settings = {
         "split": split,
@@ -153,6 +153,21 @@ def scoring(
     return stage
 
 
+def _fit_facts(surrogate: Any, models: list[str]) -> dict[str, Any]:
+    """What the report shows of a surrogate: all out of fold."""
+    facts = surrogate.cross_validation
+    return {
+        "kind": surrogate.kind,
+        "rmse": facts["rmse"],
+        "spearman": facts["spearman"],
+        "rmse_by_kind": facts["kinds"],
+        "models": models,
+        "measured": facts["measured_M"].tolist(),
+        "predicted": facts["predicted_M"].tolist(),
+        "std": facts["std_M"].tolist(),
+    }
+
+
 def _fit(
     study: Study, number: int, run: Path, data: Mapping[str, Stage], scores: Sequence[Stage], proposals: Sequence[Stage]
 ) -> Stage:
@@ -183,10 +198,8 @@ def _fit(
         surrogates = {}
         for score in merged.scores:
             values = np.array(merged.column(score.name, names))
-            surrogates[score.name] = fit_surrogate(shares_MD, values, study.search.surrogate, seed=study.seed)
-        write_json(
-            folder / FIT, {name: s.cross_validation | {"kind": s.kind, "models": names} for name, s in surrogates.items()}
-        )
+            surrogates[score.name] = fit_surrogate(shares_MD, values, study.search.surrogate, seed=study.seed, name=score.name)
+        write_json(folder / FIT, {name: _fit_facts(surrogate, names) for name, surrogate in surrogates.items()})
         wanted = {n: s for n, s in surrogates.items() if study.search.objective.get(n)}
         common = {"candidates": study.search.candidates, "seed": study.seed + number}
         if not last:

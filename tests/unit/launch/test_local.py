@@ -1,0 +1,94 @@
+"""The local backend: order, skipping, interruption, one process per run."""
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_demix.errors import Incomplete
+from megatron_demix.launch.display import Display
+from megatron_demix.launch.local import run_stages
+from megatron_demix.pipeline.stage import Stage
+
+
+def chain(run, made):
+    """Three stages, c needs b needs a; each records that it ran."""
+
+    def make(name):
+        def fill(folder):
+            made.append(name)
+            (folder / "out").write_text(name)
+
+        return fill
+
+    a = Stage("one/a", run, {}, (), make("a"))
+    b = Stage("two/b", run, {}, (a,), make("b"))
+    return [Stage("three/c", run, {}, (b,), make("c")), b, a]
+
+
+def run_all(stages, run):
+    run_stages(stages, run, jobs=1, threads_per_rank=1, display=Display(quiet=True))
+
+
+def test_needs_run_first_and_nothing_runs_twice(tmp_path):
+    made: list[str] = []
+    run_all(chain(tmp_path, made), tmp_path)
+    assert made == ["a", "b", "c"]
+    run_all(chain(tmp_path, made), tmp_path)
+    assert made == ["a", "b", "c"]
+    assert (tmp_path / "metrics.jsonl").read_text().count('"event": "stage"') == 3
+
+
+def test_a_failure_keeps_what_is_done(tmp_path):
+    made: list[str] = []
+    stages = chain(tmp_path, made)
+
+    def fail(folder):
+        raise ValueError("no")
+
+    broken = Stage("two/b", tmp_path, {}, (stages[2],), fail)
+    with pytest.raises(ValueError, match="no"):
+        run_all([stages[2], broken], tmp_path)
+    assert stages[2].done()
+    run_all(stages, tmp_path)
+    assert made == ["a", "b", "c"]
+
+
+def test_a_second_process_is_told_of_the_first(tmp_path):
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Incomplete, match="another demix process that works on"):
+            run_all(chain(tmp_path, []), tmp_path)
+
+
+def test_sigterm_ends_as_incomplete(tmp_path):
+    script = f"""
+import sys, time
+from pathlib import Path
+from megatron_demix.errors import DemixError
+from megatron_demix.launch.display import Display
+from megatron_demix.launch.local import run_stages
+from megatron_demix.pipeline.stage import Stage
+run = Path({str(tmp_path)!r})
+def slow(folder):
+    print("started", flush=True)
+    time.sleep(60)
+try:
+    run_stages([Stage("one/a", run, {{}}, (), slow)], run, jobs=1, threads_per_rank=1, display=Display(quiet=True))
+except DemixError as e:
+    print(e)
+    sys.exit(e.exit_code)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "stopped by SIGTERM; run the same command again" in rest
+    assert time.monotonic() - started < 20
+    assert not [p for p in tmp_path.rglob("*tmp-*")]

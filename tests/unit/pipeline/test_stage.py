@@ -1,0 +1,68 @@
+"""Stages: keys follow settings and needs; an artifact is there whole or not at all."""
+
+import pytest
+
+from megatron_demix.artifact import Manifest
+from megatron_demix.errors import CorruptInput
+from megatron_demix.pipeline.stage import Stage, with_needs
+
+
+def stage(run, name="data/a", settings=None, needs=(), text="hello", ranks=0):
+    return Stage(name, run, settings or {"x": 1}, needs, lambda folder: (folder / "out.txt").write_text(text), ranks)
+
+
+def test_key_follows_settings_and_needs(tmp_path):
+    a = stage(tmp_path)
+    assert a.key == stage(tmp_path / "elsewhere").key, "where a stage runs does not change what it makes"
+    assert a.key != stage(tmp_path, settings={"x": 2}).key
+    child = stage(tmp_path, "train/b", needs=(a,))
+    assert child.key != stage(tmp_path, "train/b", needs=(stage(tmp_path, settings={"x": 2}),)).key
+    assert child.kind == "train"
+
+
+def test_finish_publishes_under_the_key(tmp_path):
+    a = stage(tmp_path)
+    assert a.state() == "to do"
+    a.finish()
+    assert a.state() == "done"
+    assert (a.folder / "out.txt").read_text() == "hello"
+    manifest = Manifest.read(a.folder)
+    assert manifest is not None
+    assert manifest.key == a.key
+    assert list(tmp_path.rglob(".*tmp-*")) == []
+
+
+def test_a_failing_make_leaves_nothing(tmp_path):
+    def make(folder):
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError("broken")
+
+    broken = Stage("data/a", tmp_path, {}, (), make)
+    with pytest.raises(RuntimeError, match="broken"):
+        broken.finish()
+    assert broken.state() == "to do"
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_damage_is_noticed(tmp_path):
+    a = stage(tmp_path)
+    a.finish()
+    (a.folder / "out.txt").write_text("hello, world")
+    with pytest.raises(CorruptInput, match=r"damaged: .*out.txt has 12 bytes, expected 5"):
+        a.done()
+
+
+def test_ranks_keep_their_work_between_runs(tmp_path):
+    a = stage(tmp_path, ranks=2)
+    a.begin()
+    assert a.state() == "partial"
+    a.finish()
+    assert a.state() == "done"
+    assert not a.work.exists()
+
+
+def test_with_needs_lists_needs_first_and_once(tmp_path):
+    a = stage(tmp_path)
+    b = stage(tmp_path, "train/b", needs=(a,))
+    c = stage(tmp_path, "train/c", needs=(a, b))
+    assert [s.name for s in with_needs([c, b])] == ["data/a", "train/b", "train/c"]
