@@ -1,4 +1,4 @@
-// Python's view of the merge plan, the CRC and the processor.
+// Python's view of the merge plan, the CRC, the look at pickles, and the processor.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,6 +6,7 @@
 #include "crc32.hpp"
 #include "kernels.hpp"
 #include "merge.hpp"
+#include "pickle_scan.hpp"
 
 namespace py = pybind11;
 
@@ -78,6 +79,12 @@ void bind_merge(py::module_& m) {
               return crc32(info.ptr, n);
           },
           py::arg("contiguous_buffer"));
+    m.def("pickle_scan",
+          [](const py::bytes& data) {
+              const std::string_view view = data;
+              return pickle_scan(reinterpret_cast<const unsigned char*>(view.data()), view.size());
+          },
+          py::arg("data"));
     m.def("instruction_sets", [] {
         std::vector<std::string> names = {"scalar"};
         if (avx2_kernels()) names.emplace_back("avx2");

@@ -55,6 +55,14 @@ def crc32(buffer: Any) -> int:
     return _core.crc32(np.frombuffer(buffer, np.uint8) if memoryview(buffer).nbytes else b"")
 
 
+# --- pickles --------------------------------------------------------------------------------------------------------
+
+
+def scan_pickle(data: bytes) -> int:
+    """The offset of the first thing that no honest pickle holds (csrc/pickle_scan.hpp), or -1."""
+    return _core.pickle_scan(data)
+
+
 # --- merging --------------------------------------------------------------------------------------------------------
 
 _DTYPES = {

@@ -44,8 +44,8 @@ def write_checkpoint(
     transposed: Sequence[str] = (),
     common: dict | None = None,
 ) -> Path:
-    """Write a bare torch_dist folder. odd: put 1 byte before every chunk, so that payloads lie at any address. transposed: keys whose
-    chunks are stored column by column."""
+    """Write a bare torch_dist folder. odd: put 1 to 3 bytes before every chunk, so that payloads lie at any address.
+    transposed: keys whose chunks are stored column by column."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [io.BytesIO() for _ in range(num_files)]
     entries, stored = {}, {}

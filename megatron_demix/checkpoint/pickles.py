@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_demix.errors import CorruptInput
+from megatron_demix.native import scan_pickle
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ def read_pickle(
                 raise CorruptInput(f"{what}: its pickle refers to tensor storage, which has no place there.")
             return persistent(pid)
 
+    # Python's reader allocates memory for any memo index a stream names; a look at the opcodes first keeps that in bounds.
+    if (at := scan_pickle(bytes(data))) >= 0:
+        raise CorruptInput(f"{what}: its pickle is damaged (at byte {at}).")
     try:
         return Reader(io.BytesIO(data)).load()
     except CorruptInput:

@@ -59,7 +59,7 @@ def format_summary(facts: dict[str, Any]) -> str:
     at = "" if facts["iteration"] is None else f", iteration {facts['iteration']}"
     lines = [
         f"{facts['path']} ({facts['kind']}{at})",
-        f"{format_count(facts['parameters'])} parameters, {format_bytes(facts['model_bytes'])} in {len(facts['tensors'])} tensors",
+        f"{format_count(facts['parameters'])} parameters: {len(facts['tensors'])} tensors, {format_bytes(facts['model_bytes'])}",
         f"beside the model: {facts['other_tensors']} tensors ({format_bytes(facts['other_bytes'])}), "
         f"{len(facts['objects'])} objects",
     ]

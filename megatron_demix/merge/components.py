@@ -88,10 +88,10 @@ class Components:
                 )
             # Chunks that cover every element once are what a merge relies on; gaps are found when they are needed.
             covered = sum(math.prod(chunk.shape) for chunk in info.chunks)
-            if covered != info.elements:
+            if covered != info.elements or len({chunk.offset for chunk in info.chunks}) != len(info.chunks):
                 raise CorruptInput(
-                    f"{checkpoint.location.path}: the chunks of {key!r} have {covered} elements, its shape {info.shape} "
-                    f"{info.elements}. The checkpoint was not saved by all ranks, or saves some elements twice."
+                    f"{checkpoint.location.path}: the {len(info.chunks)} chunks of {key!r} have {covered} elements, its shape "
+                    f"{info.shape} {info.elements}. The checkpoint was not saved by all ranks, or saves some elements twice."
                 )
 
     def _check_type(self, info: TensorInfo) -> None:

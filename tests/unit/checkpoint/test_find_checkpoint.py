@@ -33,7 +33,7 @@ def test_folders_are_taken_as_they_are(run):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match=r"no such folder"):
         find_checkpoint(tmp_path / "absent")
     (tmp_path / "mp_rank_00").mkdir()
     with pytest.raises(ConfigError, match=r"found neither \.metadata .* nor latest_.* It holds mp_rank_00"):
@@ -43,11 +43,11 @@ def test_nothing_there(tmp_path):
 def test_damaged_tracker(tmp_path):
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("soon")
-    with pytest.raises(CorruptInput, match="holds 'soon', expected an iteration number or 'release'"):
+    with pytest.raises(CorruptInput, match=r"holds 'soon', expected an iteration number or 'release'"):
         find_checkpoint(tmp_path)
     tracker.write_text("7")
-    with pytest.raises(CorruptInput, match="names 7, but .*iter_0000007/.metadata is missing"):
+    with pytest.raises(CorruptInput, match=r"names 7, but .*iter_0000007/.metadata is missing"):
         find_checkpoint(tmp_path)
     tracker.write_bytes(b"\xff\xfe")
-    with pytest.raises(CorruptInput, match="cannot be read"):
+    with pytest.raises(CorruptInput, match=r"cannot be read"):
         find_checkpoint(tmp_path)

@@ -35,7 +35,9 @@ def test_every_chunk_is_found_with_its_bytes(tmp_path):
     write_checkpoint(tmp_path, tensors, parallel_cuts(2), num_files=3, odd=True, objects={"a._extra_state/shard_0_1": b"state"})
     checkpoint = Checkpoint(tmp_path)
     assert set(checkpoint.model_tensors) == set(tensors)
-    assert {k: checkpoint.blob(v, k).tobytes() for k, v in checkpoint.model_objects.items()} == {"a._extra_state/shard_0_1": b"state"}
+    assert {k: checkpoint.blob(v, k).tobytes() for k, v in checkpoint.model_objects.items()} == {
+        "a._extra_state/shard_0_1": b"state"
+    }
     for key, info in checkpoint.model_tensors.items():
         assert info.shape == tuple(tensors[key].shape)
         assert info.dtype == "bfloat16"
@@ -45,7 +47,9 @@ def test_every_chunk_is_found_with_its_bytes(tmp_path):
             assert payload.record.tobytes() == bits(tensors[key][box])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16, torch.float8_e4m3fn]
+)
 def test_payloads_of_every_type_of_storage(dtype):
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
     payload = read_payload(blob_of(tensor), "x")
@@ -62,7 +66,12 @@ def test_payloads_keep_views():
 
 
 def test_optimizer_and_random_state_are_not_the_model():
-    for key in ("optimizer.state.exp_avg.decoder.w", "chained_0.optimizer.param_groups", "rng_state/shard_0_1", "common_state/shard_0_1"):
+    for key in (
+        "optimizer.state.exp_avg.decoder.w",
+        "chained_0.optimizer.param_groups",
+        "rng_state/shard_0_1",
+        "common_state/shard_0_1",
+    ):
         assert not is_model_key(key)
     assert is_model_key("decoder.layers.mlp.linear_fc1.weight")
 
@@ -76,24 +85,26 @@ def test_truncated_distcp_is_named(tmp_path):
     os.truncate(file, file.stat().st_size - 10)
     checkpoint = Checkpoint(tmp_path)
     info = checkpoint.metadata.tensors["decoder.final_layernorm.weight"]
-    with pytest.raises(CorruptInput, match=r"__0_0\.distcp: has \d+ bytes, but 'decoder.final_layernorm.weight' lies at .* truncated"):
+    with pytest.raises(
+        CorruptInput, match=r"__0_0\.distcp: has \d+ bytes, but 'decoder.final_layernorm.weight' lies at .* truncated"
+    ):
         checkpoint.payload(info, info.chunks[0])
     file.unlink()
-    with pytest.raises(CorruptInput, match="cannot be read .* but .metadata refers to it"):
+    with pytest.raises(CorruptInput, match=r"cannot be read .* but .metadata refers to it"):
         Checkpoint(tmp_path).payload(info, info.chunks[0])
 
 
 @pytest.mark.parametrize("cut", [1, 21, 22, 60, 300, 700])
 def test_truncated_archive(cut):
     blob = blob_of(torch.zeros(4, 4))
-    with pytest.raises(CorruptInput, match="x: not a whole torch.save archive"):
+    with pytest.raises(CorruptInput, match=r"x: not a whole torch.save archive"):
         read_payload(blob[:-cut], "x")
 
 
 def test_archive_of_something_else():
-    with pytest.raises(CorruptInput, match="describes something else than one dense tensor"):
+    with pytest.raises(CorruptInput, match=r"describes something else than one dense tensor"):
         read_payload(blob_of([1, 2]), "x")  # type: ignore[arg-type]
-    with pytest.raises(CorruptInput, match="not a whole torch.save archive"):
+    with pytest.raises(CorruptInput, match=r"not a whole torch.save archive"):
         read_payload(np.zeros(0, np.uint8), "x")
 
 
@@ -150,8 +161,14 @@ def _edited(folder, edit):
     [
         (lambda m: m.storage_data.clear(), "is listed but stored nowhere"),
         (lambda m: setattr(m.state_dict_metadata["w"].chunks[0], "sizes", torch.Size((9, 9))), "leaves its tensor"),
-        (lambda m: setattr(m.state_dict_metadata["w"].chunks[0], "sizes", torch.Size((4,))), "has 2 dimensions, its tensor 2|dimensions"),
-        (lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "../../etc/passwd"), "expected a file of the checkpoint's"),
+        (
+            lambda m: setattr(m.state_dict_metadata["w"].chunks[0], "sizes", torch.Size((4,))),
+            "has 2 dimensions, its tensor 2|dimensions",
+        ),
+        (
+            lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "../../etc/passwd"),
+            "expected a file of the checkpoint's",
+        ),
         (lambda m: setattr(next(iter(m.storage_data.values())), "offset", -5), "lies at bytes -5"),
         (lambda m: setattr(next(iter(m.storage_data.values())), "transform_descriptors", ["zstd"]), "is stored transformed"),
         (lambda m: setattr(m, "state_dict_metadata", None), "is not the metadata of a torch_dist checkpoint"),
@@ -168,7 +185,7 @@ def test_inconsistent_metadata(tmp_path, edit, says):
 def test_other_backends_and_damaged_files(tmp_path):
     write_checkpoint(tmp_path, {"w": torch.zeros(4)})
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
-    with pytest.raises(CorruptInput, match="format is 'zarr', expected 'torch_dist'"):
+    with pytest.raises(CorruptInput, match=r"format is 'zarr', expected 'torch_dist'"):
         read_metadata(tmp_path)
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(CorruptInput, match=r"metadata\.json: cannot be read"):
@@ -176,16 +193,16 @@ def test_other_backends_and_damaged_files(tmp_path):
     (tmp_path / "metadata.json").unlink()
     data = (tmp_path / ".metadata").read_bytes()
     (tmp_path / ".metadata").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CorruptInput, match="its pickle is damaged"):
+    with pytest.raises(CorruptInput, match=r"its pickle is damaged"):
         read_metadata(tmp_path)
     (tmp_path / ".metadata").unlink()
-    with pytest.raises(CorruptInput, match="cannot be read"):
+    with pytest.raises(CorruptInput, match=r"cannot be read"):
         read_metadata(tmp_path)
 
 
 def test_a_pickle_cannot_ask_for_more_memory_than_it_has_bytes():
     bomb = b"\x80\x02" + b"N" + b"r\xff\xff\xff\x7f" + b"."  # remember one object under index 2^31
-    with pytest.raises(CorruptInput, match="its pickle is damaged"):
+    with pytest.raises(CorruptInput, match=r"its pickle is damaged"):
         read_pickle(bomb, {}, "bomb")
 
 
@@ -199,7 +216,12 @@ def test_common_state_keeps_the_arguments_and_forgets_the_counters(tmp_path):
     merged, _ = merged_common_state(state, 0)
     write_common_state(tmp_path / "common.pt", merged)
     loaded = torch.load(tmp_path / "common.pt", weights_only=False)
-    assert vars(loaded["args"]) == {"consumed_train_samples": 0, "hidden_size": 8, "params_dtype": torch.bfloat16, "iteration": 0}
+    assert vars(loaded["args"]) == {
+        "consumed_train_samples": 0,
+        "hidden_size": 8,
+        "params_dtype": torch.bfloat16,
+        "iteration": 0,
+    }
     assert loaded["checkpoint_version"] == 3.0
 
 
@@ -214,18 +236,28 @@ def test_common_state_of_core_0_19_lies_inside_the_distcp_files(tmp_path):
 def test_no_common_state_and_a_foreign_one(tmp_path):
     folder = write_checkpoint(tmp_path, small_model(0))
     torch.save([1], folder / "common.pt")
-    with pytest.raises(CorruptInput, match="holds a list, expected a dictionary"):
+    with pytest.raises(CorruptInput, match=r"holds a list, expected a dictionary"):
         read_common_state(Checkpoint(folder))
     (folder / "common.pt").write_bytes(b"PK")
-    with pytest.raises(CorruptInput, match="common.pt: not a whole torch.save archive"):
+    with pytest.raises(CorruptInput, match=r"common.pt: not a whole torch.save archive"):
         read_common_state(Checkpoint(folder))
     (folder / "common.pt").unlink()
     assert read_common_state(Checkpoint(folder)) == {}
 
 
 def test_written_pickles_are_what_pickle_reads():
-    value = {"a": [1, 2.5, "x", None, True, (1, 2)], "b": b"bytes", "dtype": Global("torch.bfloat16"), "size": instance("torch.Size", (2, 3))}
+    value = {
+        "a": [1, 2.5, "x", None, True, (1, 2)],
+        "b": b"bytes",
+        "dtype": Global("torch.bfloat16"),
+        "size": instance("torch.Size", (2, 3)),
+    }
     data = write_pickle(value)
     pickletools.dis(data, out=io.StringIO())
     loaded = pickle.loads(data)
-    assert loaded == {"a": [1, 2.5, "x", None, True, (1, 2)], "b": b"bytes", "dtype": torch.bfloat16, "size": torch.Size((2, 3))}
+    assert loaded == {
+        "a": [1, 2.5, "x", None, True, (1, 2)],
+        "b": b"bytes",
+        "dtype": torch.bfloat16,
+        "size": torch.Size((2, 3)),
+    }

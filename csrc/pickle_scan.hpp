@@ -1,0 +1,13 @@
+// A look at a pickle before it is read: opcodes and lengths only, nothing is built.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace demix {
+
+// The offset of the first thing that no honest pickle holds, or -1. Such are: an unknown opcode, an argument that runs past the end,
+// and a memo index larger than the pickle (Python's reader would allocate memory for all indices below it).
+std::int64_t pickle_scan(const unsigned char* data, std::size_t n);
+
+}  // namespace demix

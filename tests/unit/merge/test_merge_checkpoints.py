@@ -1,0 +1,310 @@
+"""Merging checkpoints on disk: what is written, what is refused, and that nothing wrong is ever published."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from dist_checkpoints import bits, parallel_cuts, read_checkpoint, small_model, write_checkpoint
+
+from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.errors import (
+    ConfigError,
+    CorruptInput,
+    IncompatibleInputs,
+    MixtureError,
+    OutputExists,
+    StorageError,
+    VerificationFailed,
+)
+from megatron_demix.merge.engine import merge_checkpoints
+
+WEIGHTS = {"a": 0.5, "b": 0.25, "c": 0.25}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Three components of one model, cut for different tensor parallelism, at odd addresses."""
+    return {
+        name: write_checkpoint(
+            tmp_path / name,
+            small_model(seed),
+            parallel_cuts(tp),
+            num_files=tp,
+            odd=True,
+            objects={"x._extra_state/shard_0_1": name.encode()},
+        )
+        for seed, (name, tp) in enumerate({"a": 1, "b": 2, "c": 4}.items())
+    }
+
+
+def files_of(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_one_hot_is_a_bit_identical_copy_across_layouts(parts, tmp_path):
+    written = merge_checkpoints(parts, {f"only_{k}": {k: 1.0} for k in parts}, tmp_path / "out", progress=False, verify="full")
+    assert written == [tmp_path / "out" / f"only_{k}" for k in parts]
+    for seed, path in enumerate(written):
+        merged, expected = read_checkpoint(path / "release"), small_model(seed)
+        assert merged.keys() == expected.keys()
+        assert all(bits(merged[k]) == bits(expected[k]) for k in expected)
+
+
+def test_output_is_a_run_that_loads_from_its_start(parts, tmp_path):
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "m", into_output=True, progress=False)
+    assert (path / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert sorted(p.name for p in (path / "release").iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "common.pt",
+        "demix_merge.json",
+        "metadata.json",
+    ]
+    merged = Checkpoint(path)
+    assert {k: merged.blob(v, k).tobytes() for k, v in merged.model_objects.items()} == {"x._extra_state/shard_0_1": b"a"}
+    common = torch.load(path / "release" / "common.pt", weights_only=False)
+    assert common["iteration"] == 0
+    assert common["args"].consumed_train_samples == 0
+    provenance = json.loads((path / "release" / "demix_merge.json").read_text())
+    assert provenance["weights"] == WEIGHTS
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_iteration_layout(parts, tmp_path):
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
+    assert (path / "latest_checkpointed_iteration.txt").read_text() == "100"
+    assert torch.load(path / "iter_0000100" / "common.pt", weights_only=False)["iteration"] == 100
+    (parts["a"] / "common.pt").unlink()
+    with pytest.raises(ConfigError, match=r"does not say its iteration. Use --layout release"):
+        merge_checkpoints(parts, {"n": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
+
+
+def test_payload_checksums_are_right(parts, tmp_path):
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    merged = Checkpoint(path)
+    for info in merged.model_tensors.values():
+        for chunk in info.chunks:
+            payload = merged.payload(info, chunk)
+            assert zlib.crc32(payload.record) == payload.crc
+
+
+def test_bytes_do_not_depend_on_threads_memory_or_company(parts, tmp_path):
+    def merged(name, mixtures, **settings):
+        merge_checkpoints(parts, mixtures, tmp_path / name, progress=False, **settings)
+        return files_of(tmp_path / name / "m")
+
+    alone = merged("alone", {"m": WEIGHTS}, threads=1)
+    assert merged("threads", {"m": WEIGHTS}, threads=5, max_memory=5 * 65536) == alone
+    many = {f"x{i}": {"a": i / 8, "b": 1 - i / 8} for i in range(9)} | {"m": WEIGHTS}
+    assert merged("many", many, threads=2) == alone
+
+
+def test_optimizer_state_is_not_carried(tmp_path):
+    tensors = small_model(0) | {"optimizer.state.exp_avg.w": torch.ones(4)}
+    a = write_checkpoint(tmp_path / "a", tensors, objects={"rng_state/shard_0_1": b"r"})
+    b = write_checkpoint(tmp_path / "b", small_model(1))
+    (path,) = merge_checkpoints({"a": a, "b": b}, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
+    assert read_checkpoint(path / "release").keys() == small_model(0).keys()
+    assert Checkpoint(path).metadata.objects == {}
+
+
+def test_tensors_that_are_not_floats_come_from_the_first(tmp_path):
+    parts = {n: write_checkpoint(tmp_path / n, {"w": torch.ones(4), "count": torch.tensor([i, 7])}) for i, n in enumerate("ab")}
+    (path,) = merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
+    assert read_checkpoint(path / "release")["count"].tolist() == [0, 7]
+
+
+def test_done_is_skipped_and_other_things_are_not_overwritten(parts, tmp_path):
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    before = os.stat(path / "release" / ".metadata").st_mtime_ns
+    merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    assert os.stat(path / "release" / ".metadata").st_mtime_ns == before
+    with pytest.raises(OutputExists, match=r"already holds another merge. Nothing is overwritten"):
+        merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", progress=False)
+    with pytest.raises(OutputExists, match=r"already holds something else than this merge"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, parts["a"], into_output=True, progress=False)
+    os.truncate(path / "release" / "__0_0.distcp", 100)
+    with pytest.raises(CorruptInput, match=r"missing or not .* bytes long.* merge again"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refuse(error, match, parts, tmp_path, mixtures=None, **settings):
+    with pytest.raises(error, match=match):
+        merge_checkpoints(
+            parts, mixtures or {"m": {k: 1 / len(parts) for k in parts}}, tmp_path / "out", progress=False, **settings
+        )
+    out = tmp_path / "out"
+    assert not out.exists() or not [p for p in out.rglob("*") if p.is_file()]
+
+
+def test_components_of_different_models(parts, tmp_path):
+    model = small_model(3)
+    narrow = write_checkpoint(tmp_path / "n", model | {"decoder.final_layernorm.weight": torch.ones(4).bfloat16()})
+    refuse(
+        IncompatibleInputs,
+        r"shape \(8,\) in 'a' and \(4,\) in 'n'. Their architectures differ",
+        parts | {"n": narrow},
+        tmp_path,
+    )
+    vocabulary = write_checkpoint(tmp_path / "v", model | {"embedding.word_embeddings.weight": torch.ones(128, 8).bfloat16()})
+    refuse(
+        IncompatibleInputs,
+        r"\(96, 8\) in 'a' and \(128, 8\) in 'v'. The vocabularies differ",
+        parts | {"v": vocabulary},
+        tmp_path,
+    )
+    wide = write_checkpoint(tmp_path / "f", small_model(3, torch.float32))
+    refuse(
+        IncompatibleInputs,
+        "is bfloat16 in 'a' and float32 in 'f'. Save all components in one precision",
+        parts | {"f": wide},
+        tmp_path,
+    )
+    more = write_checkpoint(tmp_path / "m", model | {"output_layer.weight": torch.ones(2)})
+    refuse(IncompatibleInputs, "'output_layer.weight' is in 'm' but not in 'a'", parts | {"m": more}, tmp_path)
+
+
+def test_types_that_cannot_be_averaged(tmp_path):
+    fp8 = write_checkpoint(tmp_path / "a", {"w": torch.ones(4).to(torch.float8_e4m3fn)})
+    refuse(IncompatibleInputs, "'w' is stored as float8_e4m3fn.*Save the components' weights in bf16", {"a": fp8}, tmp_path)
+    double = write_checkpoint(tmp_path / "b", {"w": torch.ones(4).double()})
+    refuse(IncompatibleInputs, "'w' is float64; only float32, bfloat16, float16 are merged", {"b": double}, tmp_path)
+    empty = write_checkpoint(tmp_path / "c", {"optimizer.w": torch.ones(4)})
+    refuse(CorruptInput, "holds no model tensors", {"c": empty}, tmp_path)
+
+
+def test_weights_are_never_normalised_silently(parts, tmp_path):
+    refuse(MixtureError, "mixture m: weights sum to 0.9, expected 1", parts, tmp_path, {"m": {"a": 0.9}})
+    refuse(MixtureError, "'d' is not a component; they are a, b, c", parts, tmp_path, {"m": {"d": 1.0}})
+    refuse(MixtureError, "weight of 'a' is nan, expected a finite number", parts, tmp_path, {"m": {"a": float("nan")}})
+    refuse(MixtureError, "a weight is negative", parts, tmp_path, {"m": {"a": 1.5, "b": -0.5}})
+    refuse(MixtureError, "sum to 0 and cannot be normalised", parts, tmp_path, {"m": {}}, normalize="apply")
+    with pytest.raises(MixtureError, match=r"no mixtures to merge"):
+        merge_checkpoints(parts, {}, tmp_path / "out", progress=False)
+    refuse(ConfigError, "normalize is 'always'", parts, tmp_path, normalize="always")
+    with pytest.warns(UserWarning, match=r"weights sum to 0.5; divided by the sum"):
+        merge_checkpoints(parts, {"w": {"a": 0.5}}, tmp_path / "ok", normalize="warn", progress=False)
+    merge_checkpoints(parts, {"x": {"a": 1.5, "b": -0.5}}, tmp_path / "ok", normalize="off", progress=False, verify="full")
+
+
+def test_settings_that_make_no_sense(parts, tmp_path):
+    refuse(ConfigError, "layout is 'flat', expected one of release, iter", parts, tmp_path, layout="flat")
+    refuse(ConfigError, "verify is 'maybe'", parts, tmp_path, verify="maybe")
+    refuse(ConfigError, "--max-memory 1 KiB is less than 2 threads need", parts, tmp_path, max_memory=1024, threads=2)
+    refuse(ConfigError, "2 mixtures cannot be written", parts, tmp_path, {"m": {"a": 1}, "n": {"b": 1}}, into_output=True)
+    refuse(ConfigError, "no components to merge", {}, tmp_path, {"m": {}})
+
+
+def test_missing_ranks_are_noticed(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", small_model(0), parallel_cuts(2))
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    del metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks[1]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuse(CorruptInput, "was not saved by all ranks", {"a": folder}, tmp_path)
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.append(
+        metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks[0]
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuse(CorruptInput, "or saves some elements twice", {"a": folder}, tmp_path)
+
+
+def test_chunks_with_a_hole(tmp_path):
+    a = write_checkpoint(tmp_path / "a", {"w": torch.ones(4, 4)})
+    b = write_checkpoint(tmp_path / "b", {"w": torch.ones(4, 4)}, {"w": [[2, 4], [4]]})
+    metadata = pickle.loads((b / ".metadata").read_bytes())
+    first, second = metadata.state_dict_metadata["w"].chunks
+    first.sizes, second.sizes = torch.Size((1, 4)), torch.Size((2, 4))
+    metadata.state_dict_metadata["w"].chunks.append(type(first)(torch.Size((2, 1)), torch.Size((2, 2))))
+    metadata.storage_data[type(next(iter(metadata.storage_data)))("w", (2, 1))] = next(iter(metadata.storage_data.values()))
+    (b / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuse(CorruptInput, "no chunk of .w. holds elements|but .metadata promises", {"a": a, "b": b}, tmp_path)
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_in_a_component(parts, tmp_path):
+    for name, path in list(parts.items()):
+        checkpoint = Checkpoint(path)
+        info = checkpoint.metadata.tensors["decoder.layers.mlp.linear_fc1.weight"]
+        chunk = info.chunks[-1]
+        record = checkpoint.payload(info, chunk).record
+        file = path / chunk.location.file
+        data = bytearray(file.read_bytes())
+        at = bytes(data).find(record.tobytes()) + 37
+        data[at] ^= 1
+        shutil.copytree(path, tmp_path / f"bad_{name}")
+        (tmp_path / f"bad_{name}" / file.name).write_bytes(data)
+        bad = parts | {name: tmp_path / f"bad_{name}"}
+        refuse(CorruptInput, "fc1.weight' at .*: its bytes differ from their checksum", bad, tmp_path)
+
+
+def test_a_component_that_is_not_used_is_not_read(parts, tmp_path):
+    file = parts["b"] / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    checkpoint = Checkpoint(parts["b"])
+    info = checkpoint.metadata.tensors["decoder.layers.mlp.linear_fc1.weight"]
+    at = bytes(data).find(checkpoint.payload(info, info.chunks[0]).record.tobytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    merge_checkpoints(parts, {"m": {"a": 0.5, "c": 0.5}}, tmp_path / "out", progress=False)
+
+
+def test_a_full_disk(parts, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    refuse(StorageError, "need .* but 100 B are free. .* Nothing was written", parts, tmp_path)
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    refuse(StorageError, "No space left on device", parts, tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_disk_that_fills_while_elements_are_written(parts, tmp_path, monkeypatch):
+    real = os.open
+
+    def on_full_disk(path, flags, *rest, **named):
+        return real("/dev/full", os.O_WRONLY) if str(path).endswith(".distcp") else real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", on_full_disk)
+    monkeypatch.setattr(os, "ftruncate", lambda *_: None)
+    refuse(StorageError, "No space left on device", parts, tmp_path)
+
+
+def test_a_byte_that_changes_on_its_way_to_disk(parts, tmp_path, monkeypatch):
+    from megatron_demix.merge.output import Output
+
+    seal = Output.seal
+
+    def seal_and_flip(self, placements, *rest):
+        seal(self, placements, *rest)
+        biggest = max(placements, key=lambda p: p.item.num_bytes)
+        with open(self.folder / biggest.file, "r+b") as file:
+            file.seek(biggest.position + biggest.item.frame(biggest.position).record_at + 5)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 8]))
+
+    monkeypatch.setattr(Output, "seal", seal_and_flip)
+    refuse(VerificationFailed, "its bytes on disk differ from their checksum", parts, tmp_path)
+
+
+def test_a_wrong_sum_is_noticed(parts, tmp_path, monkeypatch):
+    from megatron_demix import native
+
+    run = native.MergePlan.run
+    monkeypatch.setattr(native.MergePlan, "run", lambda self, weights, **kw: run(self, np.roll(weights, 1, axis=2), **kw))
+    refuse(VerificationFailed, "expected .* within .* Not published", parts, tmp_path, {"m": WEIGHTS}, verify="full")
