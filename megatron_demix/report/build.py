@@ -125,7 +125,7 @@ def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
         tiles.append(("objective of the found mixture", _loss(found.objective), remark))
     elif data.choice:
         mean, std = data.choice.objective
-        tiles.append(("predicted objective", _loss(mean), f"± {std:.4f} of the surrogate; bits per byte, lower is better"))
+        tiles.append(("predicted objective", _loss(mean), f"± {std:.2g} of the surrogate; bits per byte, lower is better"))
     if data.choice and data.domains:
         moves = {d.name: data.choice.shares.get(d.name, 0.0) - d.natural_share for d in data.domains}
         name = max(moves, key=lambda n: abs(moves[n]))

@@ -158,7 +158,7 @@ def predicted_against_measured(score: str, fit: Fit) -> str:
     axes.scatter(fit.measured, fit.predicted, s=14, color=_ACCENT, alpha=0.6, linewidths=0, gid="points")
     axes.set_xlim(ends)
     axes.set_ylim(ends)
-    axes.set_title(f"{score} · ρ {fit.spearman:.3f} · RMSE {fit.rmse:.4f}")
+    axes.set_title(f"{score} · ρ {fit.spearman:.3f} · RMSE {fit.rmse:.2g}")
     axes.set_xlabel("measured, bits per byte")
     axes.set_ylabel("predicted")
     tips = [f"measured {m:.4f}, predicted {p:.4f}" for m, p in zip(fit.measured, fit.predicted, strict=True)]
