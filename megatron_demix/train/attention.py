@@ -46,9 +46,10 @@ class CausalAttention(MegatronModule):
 
         Computed in float32: on CPUs without bfloat16 instructions the kernel is slower in bfloat16 than with the casts.
         """
-        heads_first = [x.float().permute(1, 2, 0, 3) for x in (query, key, value)]
         context = torch.nn.functional.scaled_dot_product_attention(
-            *heads_first,
+            query.float().permute(1, 2, 0, 3),
+            key.float().permute(1, 2, 0, 3),
+            value.float().permute(1, 2, 0, 3),
             dropout_p=self._dropout if self.training else 0.0,
             is_causal=True,
             scale=self._scale,

@@ -37,7 +37,7 @@ from megatron_demix.checkpoint.layout import METADATA, TRACKER, find_checkpoint,
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.model import ffn_hidden_size, padded_vocab_size
-from megatron_demix.train.optimizer import use_fused_kernel
+from megatron_demix.train.optimizer import loading, use_fused_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -147,18 +147,19 @@ class Checkpoints:
         return _without_identity(state)
 
     def _load(self, folder: Path) -> None:
-        state = self._state(0, loading=True)
-        saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
-        # Generator states belong to a (pipeline, tensor) rank: another layout starts from fresh ones.
-        same_layout = all(getattr(saved, name) == getattr(state["args"], name) for name in _RNG_LAYOUT)
-        if not same_layout:
-            del state["rng_state"]
-        try:
-            loaded = dist_checkpointing.load(state, str(folder))
-        except (CheckpointException, CheckpointingException) as e:
-            raise IncompatibleInputs(f"run {self._job.name}: cannot resume from {folder}: {_first_line(e)}") from e
-        self._model.load_state_dict(loaded["model"], strict=True)
-        self._optimizer.load_state_dict(loaded["optimizer"])
+        with loading(self._optimizer):
+            state = self._state(0, loading=True)
+            saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
+            # Generator states belong to a (pipeline, tensor) rank: another layout starts from fresh ones.
+            same_layout = all(getattr(saved, name) == getattr(state["args"], name) for name in _RNG_LAYOUT)
+            if not same_layout:
+                del state["rng_state"]
+            try:
+                loaded = dist_checkpointing.load(state, str(folder))
+            except (CheckpointException, CheckpointingException) as e:
+                raise IncompatibleInputs(f"run {self._job.name}: cannot resume from {folder}: {_first_line(e)}") from e
+            self._model.load_state_dict(loaded["model"], strict=True)
+            self._optimizer.load_state_dict(loaded["optimizer"])
         use_fused_kernel(self._optimizer)
         self._schedule.load_state_dict(loaded["opt_param_scheduler"])
         if same_layout:

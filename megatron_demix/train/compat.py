@@ -116,5 +116,6 @@ def _import_core_uncompiled() -> None:
     with warnings.catch_warnings(), mock.patch.object(torch, "compile", lambda model=None, **_: model or (lambda f: f)):
         warnings.simplefilter("ignore")  # one warning for every package that it can do without
         import megatron.core
+        import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer
         import megatron.core.transformer.moe.moe_utils  # noqa: F401

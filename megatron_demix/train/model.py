@@ -5,6 +5,7 @@ Shared with evaluation. Call everything here inside compat.cpu_compat().
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) -> None:
     """Join this process to its group (RANK, WORLD_SIZE, ... as torchrun sets them; one process needs none), then build
     megatron.core's groups and seed every generator. Raises ConfigError if the number of ranks is not the layout's."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != parallel.world_size:
         raise ConfigError(
             f"{world_size} ranks were started, but tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
@@ -42,9 +43,9 @@ def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) ->
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group(
         "gloo" if on_cpu() else "nccl",
-        store=torch.distributed.HashStore() if world_size == 1 else None,
-        rank=rank if world_size == 1 else -1,
-        world_size=world_size if world_size == 1 else -1,
+        store=_store(world_size),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
     parallel_state.initialize_model_parallel(
@@ -55,6 +56,18 @@ def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) ->
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     _seed_everything(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+
+_times_initialized = itertools.count()
+
+
+def _store(world_size: int) -> torch.distributed.Store:
+    """Where ranks find one another. Every initialization has its own keys: torchrun's store still holds the addresses of the
+    group before."""
+    if world_size == 1:
+        return torch.distributed.HashStore()
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    return torch.distributed.PrefixStore(f"megatron_demix/{next(_times_initialized)}", store)
 
 
 def _seed_everything(seed: int) -> None:

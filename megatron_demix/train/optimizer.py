@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -49,6 +54,42 @@ def use_fused_kernel(optimizer: MegatronOptimizer) -> None:
     if on_cpu():
         for group in optimizer.param_groups:
             group["fused"] = True
+
+
+@contextmanager
+def loading(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """A checkpoint's optimizer state is loaded inside this context, from making the state dict to load it into, to its end.
+
+    For most optimizers it does nothing. With torch's AdamW as its inner optimizer, megatron.core's distributed optimizer (0.16)
+    cannot make that state dict before the first step, looks for each parameter's `step` among the sharded tensors, and leaves
+    all parameters with one `step` tensor, which every one of them then advances.
+    """
+    parts = [
+        part
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
+    ]
+    if not parts:
+        yield
+        return
+    for part in parts:
+        part.init_state_fn(part.optimizer, part.config)
+        for state in part.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states_but_step(
+        part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        group, place = part.model_param_group_index_map[parameter]
+        own = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+        set_states(part, parameter, {"step": own["step"], **tensors})
+
+    with mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_but_step):
+        yield
+    for part in parts:
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
 
 def build_schedule(job: TrainJob, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -1,0 +1,72 @@
+"""What each rank of test_train_layouts runs: every job in the list, one after the other, in the same processes.
+
+torchrun run_train_jobs.py PLAN.json: {"jobs": [job, ...], "stop": {job name: iteration}, "live": {job name: folder}}
+stop: the job is stopped by a signal in that iteration, then resumed. live: afterwards, each rank writes its live tensors there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+from megatron_demix.errors import Incomplete
+from megatron_demix.process import die_with_parent
+from megatron_demix.train.compat import cpu_compat
+from megatron_demix.train.job import TrainJob
+from megatron_demix.train.trainer import train
+
+
+def main() -> None:
+    die_with_parent()
+    warnings.simplefilter("ignore")
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    for data in plan["jobs"]:
+        job = TrainJob.model_validate(data)
+        if job.name in plan["stop"]:
+            _train_and_stop(job, plan["stop"][job.name])
+        train(job)
+        if job.name in plan["live"]:
+            _write_live_tensors(job, Path(plan["live"][job.name]))
+
+
+def _train_and_stop(job: TrainJob, iteration: int) -> None:
+    """Only rank 1 is signalled: the others must hear of it."""
+    with cpu_compat():
+        from megatron_demix.train.step import Stepper
+    step = Stepper.train
+
+    def train_and_signal(self, dataset, number, *, stop):
+        if number == iteration - 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, dataset, number, stop=stop)
+
+    with mock.patch.object(Stepper, "train", train_and_signal):
+        try:
+            train(job)
+        except Incomplete:
+            return
+    raise AssertionError(f"{job.name} ran to its end")
+
+
+def _write_live_tensors(job: TrainJob, folder: Path) -> None:
+    import torch
+
+    with cpu_compat():
+        from megatron_demix.train.checkpointing import load_weights
+        from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+
+        initialize_parallel(job.parallel, seed=99, timeout_s=60)
+        model = build_model(job.model, job.train, job.parallel, job.vocab_size)
+        load_weights(model, job.work)
+        live = [(t.key, t.global_shape, t.global_offset, t.box_shape, t.tensor.clone()) for t in live_tensors(model)]
+        torch.save(live, folder / f"live_{os.environ['RANK']}.pt")
+        destroy_parallel()
+
+
+if __name__ == "__main__":
+    main()

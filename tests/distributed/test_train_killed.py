@@ -1,0 +1,69 @@
+"""A run killed without warning, then asked to stop, then left alone ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.artifact import hash_file
+from megatron_demix.train.trainer import train
+
+TOOL = Path(__file__).parents[2] / "tools" / "train_component.py"
+TIME_LIMIT_S = 60
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def start(path: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, TOOL, "--job", path], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_iteration(heartbeat: Path, iteration: int) -> None:
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while time.monotonic() < deadline:
+        if heartbeat.exists() and json.loads(heartbeat.read_text())["done"] >= iteration:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{heartbeat} did not reach iteration {iteration} within {TIME_LIMIT_S} s")
+
+
+def test_killed_stopped_and_undisturbed_runs_are_equal(tmp_path, make_train_job):
+    settings = {"train_iters": 200, "train": {"micro_batch_size": 8, "save_interval": 20, "log_interval": 100}}
+    whole = make_train_job(tmp_path / "whole", **settings)
+    train(whole)
+
+    heartbeat = tmp_path / "heartbeat.json"
+    job = make_train_job(tmp_path / "parts", heartbeat=heartbeat, tensorboard=tmp_path / "tensorboard", **settings)
+    path = tmp_path / "job.json"
+    path.write_text(job.model_dump_json())
+    process = start(path)
+    try:
+        wait_for_iteration(heartbeat, 30)
+        process.kill()
+        assert process.wait(TIME_LIMIT_S) == -signal.SIGKILL
+        saved = [int(p.name.removeprefix("iter_")) for p in job.work.glob("iter_*")]
+        assert saved
+        assert max(saved) < 180, "the run was too fast for this test"
+        heartbeat.unlink()
+
+        process = start(path)
+        wait_for_iteration(heartbeat, max(saved) + 10)
+        process.terminate()
+        _, errors = process.communicate(timeout=TIME_LIMIT_S)
+        assert process.returncode == 75
+        assert "error (rank 0): run tiny: stopped by SIGTERM after iteration" in errors
+    finally:
+        process.kill()
+    train(job)
+    assert contents(job.work) == contents(whole.work)
+    assert list((tmp_path / "tensorboard").iterdir())
