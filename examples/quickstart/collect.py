@@ -8,7 +8,8 @@
     c        C and C++ headers: the system's, Python's, NumPy's and PyTorch's
 
 One JSON object a line: {"text": ..., "source": ...}, in corpus/<domain>/documents.jsonl. Sources are parsed, never imported.
-Long files are cut at blank lines into documents of at most DOCUMENT_CHARS; exact duplicates are dropped. The order is fixed:
+Long files are cut at blank lines into documents of at most DOCUMENT_CHARS, so two splits may hold parts of one file, but never
+the same part; exact duplicates are dropped. The order is fixed:
 the same machine gives the same bytes, another machine (other versions of the packages) gives other documents of the same kinds.
 A domain that is already there is left as it is.
 """
