@@ -217,7 +217,9 @@ class SearchSpec(_Section):
     """Proxies evaluated in each round."""
     objective: dict[str, float] = Field(min_length=1)
     """Weight of each score. A domain's name means its validation loss in bits per byte; the weights are relative."""
-    surrogate: Literal["auto", "gaussian_process", "quadratic", "ridge", "log_linear", "lightgbm"] = "auto"
+    surrogate: Literal["auto", "gaussian_process", "quadratic", "scheffe_log", "ridge", "log_linear", "lightgbm", "stack"] = (
+        "auto"
+    )
     candidates: int = Field(200_000, ge=100)
     """Feasible mixtures the surrogate scores in each round."""
     top: int = Field(128, ge=1)

@@ -13,7 +13,7 @@ from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import ConfigError
 from megatron_demix.report import caveats, figures
 from megatron_demix.report.data import FOUND, Fit, ReportData
-from megatron_demix.report.verdict import Verdict, judge
+from megatron_demix.report.verdict import Verdict, judge, standard_deviation
 from megatron_demix.units import format_bytes, format_count, format_duration
 
 _HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def render(data: ReportData) -> str:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "loss": _loss, "count": format_count, "bytes": format_bytes}
+    environment.filters |= {"percent": _percent, "loss": _loss, "spread": _spread, "count": format_count, "bytes": format_bytes}
     environment.filters |= {"duration": format_duration}
     verdict = judge(data)
     svg = {name: [Markup(f) for f in found if f] for name, found in _figures(data, verdict).items()}
@@ -143,13 +143,13 @@ def _final_table(data: ReportData, verdict: Verdict) -> dict[str, Any]:
     if not verdict.groups:
         return {}
     columns = list(dict.fromkeys(name for run in data.final for name in run.scores))
-    means = []
+    rows = []
     for group in verdict.groups:
         runs = [run for run in data.final if run.mixture == group.mixture]
         scores = {c: [run.scores[c] for run in runs if c in run.scores] for c in columns}
-        means.append((group, {c: math.fsum(v) / len(v) for c, v in scores.items() if v}))
-    best = {c: min(row[c] for _, row in means if c in row) for c in columns}
-    return {"columns": columns, "means": means, "best": best, "best_objective": min(g.objective for g, _ in means)}
+        rows.append((group, {c: (math.fsum(v) / len(v), standard_deviation(v)) for c, v in scores.items() if v}))
+    best = {c: min(row[c][0] for _, row in rows if c in row) for c in columns}
+    return {"columns": columns, "rows": rows, "best": best, "best_objective": min(g.objective for g, _ in rows)}
 
 
 def _proxy_rows(data: ReportData) -> list[dict[str, Any]]:
@@ -183,6 +183,10 @@ def _flat(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 def _percent(share: float) -> str:
     return "–" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _spread(sd: float | None) -> str:
+    return "" if sd is None else f"± {sd:.4f}"
 
 
 def _loss(value: float | None) -> str:

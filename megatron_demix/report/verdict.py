@@ -86,10 +86,11 @@ def _groups(runs: Sequence[FinalRun]) -> list[Group]:
     for run in runs:
         by_mixture.setdefault(run.mixture, []).append(run.objective)
     ordered = sorted(by_mixture, key=lambda name: name != FOUND)
-    return [Group(name, len(v), math.fsum(v) / len(v), _sd(v)) for name in ordered for v in [by_mixture[name]]]
+    return [Group(name, len(v), math.fsum(v) / len(v), standard_deviation(v)) for name in ordered for v in [by_mixture[name]]]
 
 
-def _sd(values: Sequence[float]) -> float | None:
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """Of a sample (n - 1); None for fewer than two values."""
     if len(values) < 2:
         return None
     mean = math.fsum(values) / len(values)

@@ -52,3 +52,10 @@ def test_every_key_is_there_with_its_default(page):
         elif key not in EXAMPLES:
             default = field.get_default(call_default_factory=True)
             assert value == (list(default) if isinstance(default, tuple) else default), key
+
+
+def test_a_study_may_name_every_surrogate_there_is():
+    from megatron_demix.search.surrogate import KINDS
+    from megatron_demix.study import SearchSpec
+
+    assert set(SearchSpec.model_fields["surrogate"].annotation.__args__) == set(KINDS)  # type: ignore[union-attr]
