@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError, storage_errors
 from megatron_demix.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: in
         for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
             if not path.is_file():
                 raise ConfigError(f"run {job.name}: {path} is missing; the blend names the prefix {prefix}.")
+            if path.stat().st_size == 0:
+                raise CorruptInput(f"run {job.name}: {path} is empty, expected tokens. Prepare {prefix} again or leave it out.")
     prefixes, weights = [str(prefix) for prefix, _ in sources], [weight for _, weight in sources]
     config = GPTDatasetConfig(
         random_seed=job.seed,
@@ -114,10 +116,14 @@ def micro_batches(
     rank, stride = parallel_state.get_data_parallel_rank(), size * parallel_state.get_data_parallel_world_size()
     for start in range(first_sample + rank * size, first_sample + job.train.global_batch_size, stride):
         samples = [dataset[i] for i in range(start, start + size)]
-        yield {
-            name: torch.stack([sample[name] for sample in samples]).to(device, non_blocking=True)
-            for name in ("tokens", "labels", "position_ids", "loss_mask")
-        }
+        batch = {name: torch.stack([s[name] for s in samples]) for name in ("tokens", "labels", "position_ids", "loss_mask")}
+        largest = int(batch["tokens"].max())
+        if largest >= job.vocab_size:
+            raise IncompatibleInputs(
+                f"run {job.name}: samples {start} to {start + size - 1} hold token id {largest}, but the vocabulary has "
+                f"{job.vocab_size}. Was the data prepared with another tokenizer?"
+            )
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def num_micro_batches(job: TrainJob) -> int:

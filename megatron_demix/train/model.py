@@ -9,8 +9,9 @@ import itertools
 import math
 import os
 import random
+import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpe
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return TransformerConfig(
+    return _quiet_config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -192,6 +193,12 @@ def _layer_spec(model: ModelSpec) -> ModuleSpec:
     if on_cpu():
         spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec
+
+
+def _quiet_config(**settings: Any) -> TransformerConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of its own default for cuda_graph_scope
+        return TransformerConfig(**settings)
 
 
 def build_model(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec, vocab_size: int) -> GPTModel:

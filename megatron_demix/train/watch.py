@@ -1,4 +1,4 @@
-"""A run's surroundings: requests to stop, and the detection of a rank that hangs."""
+"""What a run watches for: requests to stop, and the detection of a rank that hangs."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class Watchdog:
     """Ends this process, after printing the stacks of its threads, when it makes no progress for `timeout_s`.
 
     A rank that waits in a collective for another that died or hangs would otherwise wait for ever, and hold its machine.
+    `kill -USR2 <pid>` prints the stacks at any time.
     """
 
     def __init__(self, name: str, rank: int, timeout_s: float) -> None:
@@ -57,12 +58,14 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        faulthandler.unregister(signal.SIGUSR2)
 
     def progress(self, what: str) -> None:
         """The process lives and now begins `what`."""
@@ -79,6 +82,5 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                sys.stderr.flush()
+                faulthandler.dump_traceback(file=2, all_threads=True)
                 os._exit(StageFailed.exit_code)

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from megatron_demix.artifact import hash_file, read_json
-from megatron_demix.errors import ConfigError, IncompatibleInputs, Incomplete, StageFailed, StorageError
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, Incomplete, StageFailed, StorageError
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
 
@@ -188,3 +188,30 @@ def test_a_job_file_names_its_bad_field(tmp_path, make_train_job):
         TrainJob.read(path)
     path.write_text(json.dumps(job))
     assert TrainJob.read(path) == make_train_job(tmp_path)
+
+
+def test_data_that_does_not_fit_is_named(tmp_path, make_train_job, byte_corpus):
+    with pytest.raises(IncompatibleInputs, match=r"samples 0 to 1 hold token id \d+, but the vocabulary has 60"):
+        train(make_train_job(tmp_path / "vocabulary", vocab_size=60, eod_id=0))
+    for suffix in (".idx", ".bin"):
+        shutil.copy(f"{byte_corpus['a']}{suffix}", tmp_path / f"empty{suffix}")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    with pytest.raises(CorruptInput, match=r"empty.bin is empty, expected tokens"):
+        train(make_train_job(tmp_path / "empty", blend=[(tmp_path / "empty", 1.0)]))
+    with pytest.raises(ConfigError, match=r"global_batch_size 8 is not a multiple of micro_batch_size 3 x data parallel 1 = 3"):
+        train(make_train_job(tmp_path / "batch", train={"micro_batch_size": 3}))
+    with pytest.raises(ConfigError, match=r"min_lr 1.0 is above lr 0.003"):
+        train(make_train_job(tmp_path / "rate", train={"min_lr": 1.0}))
+
+
+def test_a_tiny_weight_still_gets_its_samples(tmp_path, make_train_job, byte_corpus):
+    """megatron.core's default spare share leaves a source of few samples one short, and raises an IndexError."""
+    weights = [(byte_corpus["a"], 0.97), (byte_corpus["b"], 0.02), (byte_corpus["b"], 0.01)]
+    train(make_train_job(tmp_path, blend=weights, train_iters=5, train={"lr_decay_style": "WSD"}))
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, make_train_job):
+    job = make_train_job(tmp_path, train_iters=3)
+    train(job)
+    with pytest.raises(ConfigError, match=r"holds a checkpoint of iteration 3, beyond train_iters 2. Choose another folder"):
+        train(job.model_copy(update={"train_iters": 2}))

@@ -1,0 +1,56 @@
+"""cpu_compat: what it redirects, and that nothing of it is left afterwards."""
+
+import pytest
+import torch
+
+from megatron_demix.train.compat import cpu_compat, on_cpu
+
+pytestmark = pytest.mark.skipif(not on_cpu(), reason="does nothing where there is a CUDA device")
+
+
+def test_cuda_means_cpu_inside_and_nothing_outside():
+    with cpu_compat():
+        import megatron.core.tensor_parallel.random as core_random
+        import megatron.core.transformer.moe.moe_utils as moe_utils
+    places = [(torch.cuda, n) for n in ("current_device", "synchronize", "get_rng_state", "manual_seed", "current_stream")]
+    places += [(torch.cuda.nvtx, "range_push"), (core_random, "_get_cuda_rng_state"), (torch._dynamo.config, "disable")]
+    before = [getattr(module, name) for module, name in places]
+    had_gemm = hasattr(moe_utils, "te_general_gemm")
+    with cpu_compat():
+        with cpu_compat():  # nesting is fine
+            pass
+        x = torch.zeros(2, device="cuda")
+        assert x.device.type == "cpu"
+        assert x.cuda() is x
+        assert x.cuda(non_blocking=True) is x
+        assert torch.ones(1, device=torch.device("cuda", 0)).device.type == "cpu"
+        assert x.type() == "torch.cuda.FloatTensor"
+        assert x.type(torch.float64).dtype is torch.float64
+        assert torch.cuda.current_device() == torch.device("cpu")
+        torch.cuda.manual_seed(3)
+        state = torch.cuda.get_rng_state()
+        first = torch.rand(2)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(torch.rand(2), first)
+    assert [getattr(module, name) for module, name in places] == before
+    assert hasattr(moe_utils, "te_general_gemm") == had_gemm
+    assert x.type() == "torch.FloatTensor"
+    with pytest.raises((RuntimeError, AssertionError), match="CUDA"):
+        torch.zeros(2, device="cuda")
+
+
+def test_it_is_left_on_an_error_too():
+    with pytest.raises(ValueError, match="mine"), cpu_compat():
+        raise ValueError("mine")
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_core_is_imported_without_its_compiler():
+    with cpu_compat():
+        from megatron.core.jit import jit_fuser
+
+        def add(x):
+            return x + 1
+
+        if "inductor" not in repr(jit_fuser):  # megatron.core was first imported inside cpu_compat()
+            assert jit_fuser(add) is add

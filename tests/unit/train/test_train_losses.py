@@ -1,0 +1,64 @@
+"""losses.jsonl and the divergence guard."""
+
+import math
+
+import pytest
+
+from megatron_demix.errors import CorruptInput, StageFailed
+from megatron_demix.train.job import LossGuard
+from megatron_demix.train.losses import DivergenceGuard, LossLog, read_losses
+
+
+def row(iteration, loss=1.0):
+    return {"iteration": iteration, "lm loss": loss, "learning-rate": 1e-3, "grad-norm": 0.5}
+
+
+def test_lines_beyond_the_checkpoint_are_cut_off(tmp_path):
+    path = tmp_path / "losses.jsonl"
+    log = LossLog(path, iteration=0)
+    for i in range(1, 6):
+        log.append(row(i, 1 / i))
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"iteration": 6, "lm lo')  # killed while writing
+    assert [r["iteration"] for r in read_losses(path)] == [1, 2, 3, 4, 5]
+    log = LossLog(path, iteration=3)
+    log.append(row(4, 0.25))
+    log.close()
+    rows = read_losses(path)
+    assert [r["iteration"] for r in rows] == [1, 2, 3, 4]
+    assert rows[2]["lm loss"] == 1 / 3  # as exact as it was measured
+
+
+def test_missing_and_foreign_lines_are_corrupt(tmp_path):
+    path = tmp_path / "losses.jsonl"
+    log = LossLog(path, iteration=0)
+    log.append(row(1))
+    log.close()
+    with pytest.raises(CorruptInput, match=r"losses.jsonl has 1 of the lines 1 to 2, though the run was saved at iteration 2"):
+        LossLog(path, iteration=2)
+    path.write_text("iteration 1\n")
+    with pytest.raises(CorruptInput, match=r"losses.jsonl line 1: not JSON"):
+        read_losses(path)
+    assert read_losses(tmp_path / "absent.jsonl") == []
+
+
+@pytest.mark.parametrize(("loss", "norm", "said"), [(math.nan, 1.0, "loss is nan"), (1.0, math.inf, "gradient norm is inf")])
+def test_what_is_not_finite_stops_at_once(loss, norm, said):
+    guard = DivergenceGuard(LossGuard(), "r", [])
+    with pytest.raises(StageFailed, match=rf"run r: {said} at iteration 7, expected a finite number. The last checkpoint is"):
+        guard.check(7, loss, norm)
+
+
+def test_lasting_spikes_stop_short_ones_do_not():
+    settings = LossGuard(window=8, factor=1.5, patience=3)
+    guard = DivergenceGuard(settings, "r", [])
+    losses = [9.0, 2.0, 2.1, 1.9, 2.0, 2.0, 2.0, 2.0, 3.5, 3.5, 2.0, 3.5, 3.5]
+    for i, loss in enumerate(losses, start=1):
+        guard.check(i, loss, 1.0)
+    message = r"above 1.5 x its recent median 2.0000 for 3 iterations, to 9.0000 at iteration 14.*Lower the learning rate"
+    with pytest.raises(StageFailed, match=message):
+        guard.check(14, 9.0, 1.0)
+    resumed = DivergenceGuard(settings, "r", losses)
+    with pytest.raises(StageFailed, match=r"for 3 iterations, to 9.0000 at iteration 14"):
+        resumed.check(14, 9.0, 1.0)
