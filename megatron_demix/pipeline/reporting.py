@@ -87,10 +87,7 @@ def _rounds(dag: Dag) -> list[Round]:
         mixtures = [Proxy(m["name"], m["weights"], m["shares"]) for m in read_json(r.proposal.folder / MIXTURES)]
         scores = ScoreTable.read(r.scores.folder / "scores.json").rows if r.scores.done() else {}
         fits: dict[str, Any] = read_json(r.fit.folder / FIT) if r.fit.done() else {}
-        fit = {
-            name: Fit(f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"])
-            for name, f in fits.items()
-        }
+        fit = {name: Fit(f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"]) for name, f in fits.items()}
         rounds.append(Round(mixtures, scores, fit))
     return rounds
 

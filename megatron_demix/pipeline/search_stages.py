@@ -201,12 +201,12 @@ def _fit(
             surrogates[score.name] = fit_surrogate(shares_MD, values, study.search.surrogate, seed=study.seed, name=score.name)
         write_json(folder / FIT, {name: _fit_facts(surrogate, names) for name, surrogate in surrogates.items()})
         wanted = {n: s for n, s in surrogates.items() if study.search.objective.get(n)}
-        common = {"candidates": study.search.candidates, "seed": study.seed + number}
+        objective, candidates, seed = study.search.objective, study.search.candidates, study.seed + number
         if not last:
-            proposed = propose(space, wanted, study.search.objective, num=study.search.rounds[number], **common)
+            proposed = propose(space, wanted, objective, num=study.search.rounds[number], candidates=candidates, seed=seed)
             _write_mixtures(folder, number + 1, space, proposed)
             return
-        choice = choose_mixture(space, wanted, study.search.objective, top=study.search.top, **common)
+        choice = choose_mixture(space, wanted, objective, top=study.search.top, candidates=candidates, seed=seed)
         predicted = {
             n: [float(v[0]) for v in s.predict(np.array([[choice.shares[d] for d in space.domains]]))]
             for n, s in surrogates.items()

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import fingerprint, hash_file, write_json
+from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import Study, TrainSpec
+from megatron_demix.units import format_count
 
 PhaseName = Literal["base", "component", "final"]
 # How a run is spread over ranks, and how often it saves and speaks, does not decide what it learns.
@@ -91,7 +93,8 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
         return _given_base(root / spec.checkpoint, run)
 
     def blend() -> list[tuple[Path, float]]:
-        return sources(data, study.mixture(spec.mixture, data_stages.tokens(data, "train"), "base.mixture"))
+        mixture = study.mixture(spec.mixture, data_stages.tokens(data, "train"), "base.mixture")
+        return _sources(study, "base", "base", data, mixture)
 
     return training(
         study,
@@ -139,7 +142,8 @@ def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mappin
     def blend() -> list[tuple[Path, float]]:
         natural = data_stages.tokens(data, "train")
         mixture = study.mixture(anchor.mixture, natural, "component.anchor.mixture")
-        return sources(data, actual_shares(Mixture.one_hot(data, name), mixture, anchor.share))
+        shares = actual_shares(Mixture.one_hot(data, name), mixture, anchor.share)
+        return _sources(study, "component", f"component {name}", data, shares)
 
     return training(
         study,
@@ -155,18 +159,27 @@ def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mappin
     )
 
 
-def sources(data: Mapping[str, Stage], mixture: Mixture) -> list[tuple[Path, float]]:
+def _sources(study: Study, phase: PhaseName, run: str, data: Mapping[str, Stage], mixture: Mixture) -> list[tuple[Path, float]]:
     """A mixture as Megatron blend sources: train prefixes and weights, zero weights left out.
 
-    A domain of several prefixes spreads its weight over them in proportion to their tokens.
+    A domain of several prefixes spreads its weight over them in proportion to their tokens. Megatron would repeat a small
+    domain without a word: raises MixtureError where one would be read more often than its max_epochs.
     """
     from megatron_demix.indexed.reader import read_index
 
     result = []
-    for name, share in mixture.items():
+    for domain in study.domains:
+        share = mixture[domain.name]
         if share == 0:
             continue
-        own = data_stages.prefixes(data[name], "train")
-        sizes = [int(read_index(p).lengths.sum()) if len(own) > 1 else 1 for p in own]
+        own = data_stages.prefixes(data[domain.name], "train")
+        sizes = [read_index(p).num_tokens for p in own]
+        wanted, limit = share * num_tokens(study, phase), domain.max_epochs * sum(sizes)
+        if wanted > limit:
+            raise MixtureError(
+                f"{run}: its share {share:.4g} of domain {domain.name!r} is {format_count(wanted)} tokens, which repeats the "
+                f"{format_count(sum(sizes))} there are {wanted / sum(sizes):.3g} times; max_epochs is {domain.max_epochs:g}. "
+                f"Set {phase}.tokens to at most {format_count(limit / share)}, give it more text, or raise its max_epochs."
+            )
         result += [(p, share * size / sum(sizes)) for p, size in zip(own, sizes, strict=True)]
     return result

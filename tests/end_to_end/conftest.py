@@ -34,7 +34,12 @@ def study_folder(tmp_path_factory) -> Path:
     (folder / "corpus").mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = [p.read_text() for name in ("json", "email", "logging") for p in sorted((library / name).glob("*.py"))]
-    functions = [ast.get_source_segment(s, n) for s in sources for n in ast.parse(s).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    functions = [
+        ast.get_source_segment(s, n)
+        for s in sources
+        for n in ast.parse(s).body
+        if isinstance(n, ast.FunctionDef | ast.ClassDef)
+    ]
     topics = list(pydoc_data.topics.topics.values())
     for name, texts in (("code", functions), ("english", topics)):
         lines = [json.dumps({"text": text}) for text in texts if text and len(text) > 200]

@@ -1,0 +1,151 @@
+"""Scores do not depend on the layout, nor on merging in memory or reading from disk: real torchrun, gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_demix.artifact import write_json
+from megatron_demix.evaluate.job import EvaluateJob, evaluate
+from megatron_demix.evaluate.scores import ScoreTable
+from megatron_demix.evaluate.windows import read_windows
+from megatron_demix.merge.engine import merge_checkpoints
+from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.train.trainer import train
+
+TIME_LIMIT_S = 180
+MIXTURES = {"even": {"a": 0.5, "b": 0.5}, "only_a": {"a": 1.0, "b": 0.0}, "skewed": {"a": 0.2, "b": 0.8}}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, make_train_job, byte_corpus):
+    """Two components from one base, their merges on disk, and a job that scores both kinds."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = {"qk_layernorm": True}
+    base = make_train_job(folder / "base", name="base", model=model, train_iters=2)
+    train(base)
+    components = {}
+    for name in ("a", "b"):
+        job = make_train_job(
+            folder / name, name=name, model=model, train_iters=3, init_checkpoint=base.work, blend=[(byte_corpus[name], 1.0)]
+        )
+        train(job)
+        components[name] = job.work
+    merge_checkpoints(components, MIXTURES, folder / "proxies", progress=False)
+    job = EvaluateJob(
+        model=base.model,
+        train=base.train,
+        parallel=base.parallel,
+        vocab_size=base.vocab_size,
+        token_bytes=[1] * 256 + [0],
+        domains={"a": [byte_corpus["a"]], "b": [byte_corpus["b"]]},
+        tokens_per_domain=32 * 11,  # 11 windows: the last micro-batch of 4 is not full
+        micro_batch_size=4,
+        components=components,
+        mixtures=MIXTURES,
+        checkpoints={f"disk_{name}": folder / "proxies" / name for name in MIXTURES} | {"component_a": components["a"]},
+        work=folder / "scores",
+    )
+    return folder, job
+
+
+@pytest.fixture(scope="module")
+def reference(parts) -> dict:
+    """All scores from one rank in this process."""
+    _, job = parts
+    job.work.mkdir()
+    evaluate(job, ProxyMerger)
+    return ScoreTable.read(job.work / "scores.json").rows
+
+
+def test_memory_and_disk_are_the_same_model(reference):
+    assert list(reference) == [*MIXTURES, *(f"disk_{name}" for name in MIXTURES), "component_a"]
+    for name in MIXTURES:
+        assert reference[name] == reference[f"disk_{name}"]
+    assert reference["only_a"] == reference["component_a"]
+    assert len({tuple(reference[name].values()) for name in MIXTURES}) == 3
+
+
+def test_bits_per_byte_against_log_softmax(parts, reference):
+    """The same number from the model's logits, added up in float64."""
+    from megatron_demix.train.checkpointing import load_weights
+    from megatron_demix.train.compat import cpu_compat
+
+    _, job = parts
+    windows = read_windows(
+        "a",
+        job.domains["a"],
+        seq_length=32,
+        num_tokens=job.tokens_per_domain,
+        token_bytes=np.array(job.token_bytes),
+        vocab_size=job.vocab_size,
+    )
+    with cpu_compat():
+        from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel
+
+        initialize_parallel(job.parallel, seed=1, timeout_s=60)
+        model = build_model(job.model, job.train, job.parallel, job.vocab_size).eval()
+        load_weights(model, job.checkpoints["component_a"])
+        tokens = torch.from_numpy(windows.tokens)
+        with torch.no_grad():
+            logits = model(tokens[:, :-1], torch.arange(32).expand(len(tokens), -1), None)
+        destroy_parallel()
+    log_p = torch.log_softmax(logits.double(), -1).gather(-1, tokens[:, 1:, None])
+    expected = -log_p.sum().item() / math.log(2) / windows.target_bytes
+    assert reference["component_a"]["a"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2, "pipeline": 2}, {"data": 2}], ids=["tp2pp2", "dp2"])
+def test_every_layout_scores_alike(parts, reference, layout):
+    folder, job = parts
+    work = folder / "-".join(layout)
+    work.mkdir()
+    spread = job.model_copy(update={"work": work, "parallel": job.parallel.model_copy(update=layout)})
+    write_json(folder / "job.json", spread.model_dump(mode="json"))
+    # What a killed run left: one whole row, which is not measured again, and one cut short, which is.
+    (work / "rows-0.jsonl").write_text('\n{"model": "even", "scores": {"a": 1.0, "b": 2.0}}\n\n{"model": "only_a", "sco')
+    torchrun(folder / "job.json", ranks=spread.parallel.world_size)
+    rows = ScoreTable.read(work / "scores.json").rows
+    assert list(rows) == list(reference)
+    assert rows.pop("even") == {"a": 1.0, "b": 2.0}
+    for model, row in rows.items():
+        assert row == pytest.approx(reference[model], rel=2e-6), model
+    assert not list(work.glob("rows-*"))
+
+
+def test_ranks_end_with_the_error_s_code(parts):
+    folder, job = parts
+    broken = job.model_copy(update={"work": folder, "vocab_size": 100, "token_bytes": [1] * 100})
+    write_json(folder / "broken.json", broken.model_dump(mode="json"))
+    output = torchrun(folder / "broken.json", ranks=1, expected=3)
+    assert "error (rank 0): domain 'a': token id 256" in output
+    assert "Traceback" not in output
+
+
+def test_the_job_is_plain_json(parts):
+    _, job = parts
+    assert EvaluateJob.model_validate(json.loads(job.model_dump_json())) == job
+
+
+def torchrun(job: Path, *, ranks: int, expected: int = 0) -> str:
+    command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "megatron_demix.pipeline.worker", str(job)]
+    process = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=TIME_LIMIT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == expected, process.stdout[-4000:]
+    return process.stdout
