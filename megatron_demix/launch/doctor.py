@@ -10,6 +10,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from megatron_demix.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -92,14 +94,11 @@ def _package(distribution: str, module: str, purpose: str, advice: str) -> Findi
 
 
 def _compiled_core() -> Finding:
-    from megatron_demix import native
-
     try:
-        return Finding("compiled core", native.describe(), True, "merging, blending", "")
-    except ImportError as e:
-        return Finding(
-            "compiled core", f"does not load: {e}", False, "merging, blending", "build it: make, or pip install -e ."
-        )
+        from megatron_demix.native import default_threads, instruction_set
+    except ConfigError as e:
+        return Finding("compiled core", "does not load", False, "merging, blending", str(e))
+    return Finding("compiled core", f"{instruction_set()}, {default_threads()} threads", True, "merging, blending", "")
 
 
 def _probe(name: str, code: str, purpose: str, advice: str) -> Finding:

@@ -49,7 +49,7 @@ def build_dag(study: Study, study_path: Path, run: Path) -> Dag:
     root = study_path.resolve().parent
     digests = InputDigests(run / "cache" / "input_digests.json")
     inputs = {d.name: data_stages.resolve(d, root) for d in study.domains}
-    tokenizer = data_stages.tokenizer(study, run, inputs, digests)
+    tokenizer = data_stages.tokenizer(study, root, run, inputs, digests)
     data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests) for d in study.domains}
     digests.save()
     base = train_stages.base(study, root, run, tokenizer, data)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
-from megatron_demix.errors import CorruptInput
+from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import DomainSpec, Study
@@ -34,8 +34,14 @@ def resolve(spec: DomainSpec, root: Path) -> list[Path]:
     return files
 
 
-def tokenizer(study: Study, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests) -> Stage:
+def tokenizer(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests) -> Stage:
     spec = study.tokenizer
+    if spec.model is not None:
+        spec = spec.model_copy(update={"model": root / spec.model})
+        if not spec.model.exists():
+            raise ConfigError(
+                f"tokenizer.model: {spec.model} does not exist; a relative path starts at the study file's folder."
+            )
     settings: dict[str, Any] = spec.model_dump(exclude={"model"}, mode="json")
     samples = {d.name: inputs[d.name] for d in study.domains if d.prefixes is None}
     if spec.type == "bpe":
