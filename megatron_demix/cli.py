@@ -180,13 +180,14 @@ def _doctor(options: argparse.Namespace) -> int:
         print(json.dumps([vars(f) for f in findings], indent=1))
         return 0
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for column in ("what", "found", "used for", "to do"):
         table.add_column(column)
     for f in findings:
-        table.add_row(f.name, f"[{'green' if f.ok else 'yellow'}]{f.found}[/]", f.purpose, f.advice)
+        table.add_row(f.name, f"[{'green' if f.ok else 'yellow'}]{escape(f.found)}[/]", f.purpose, escape(f.advice))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 

@@ -76,7 +76,6 @@ def examine() -> list[Finding]:
         )
     )
     for program, purpose in (
-        ("torchrun", "starting ranks"),
         ("sbatch", "running on SLURM"),
         ("nvcc", "compiling the CUDA merge"),
     ):

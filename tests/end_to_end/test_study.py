@@ -140,7 +140,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(undisturbed, study_folder, 
     same, killed = artifacts(undisturbed), artifacts(run)
     assert killed.keys() == same.keys()
     assert dict(killed.items() - same.items()) == {}
-    assert not [p for p in run.rglob(".*tmp-*")]
+    assert not list(run.rglob(".*tmp-*"))
 
 
 def test_disk_full_is_one_clear_error(study_folder, tmp_path):
