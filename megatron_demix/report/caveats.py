@@ -12,18 +12,25 @@ WEAK_RANK_CORRELATION = 0.7
 def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     """Weak spots of what was measured, each with what to do about it."""
     found = []
+    for number, r in enumerate(data.rounds, start=1):
+        if r.scores and (lacking := len(r.mixtures) - len(data.measured(number - 1))):
+            found.append(
+                f"Round {number}: {lacking} of {len(r.mixtures)} proxies have no finite objective, and are not in the plots. "
+                "Look at their scores below."
+            )
     if data.rounds and (fits := data.rounds[-1].fit):
         for score, weight in data.objective.items():
-            if weight and score in fits and fits[score].spearman < WEAK_RANK_CORRELATION:
+            if weight and score in fits and not fits[score].spearman >= WEAK_RANK_CORRELATION:
                 found.append(
-                    f"The surrogate of {score} ranks proxies it has not seen with a correlation of only "
-                    f"{fits[score].spearman:.2f}: the search was close to guessing there. Use more proxies, or more tokens in "
+                    f"The surrogate of {score} orders proxies it has not seen with a rank correlation of "
+                    f"{fits[score].correlation}: the search was close to guessing there. Use more proxies, or more tokens in "
                     "their evaluation."
                 )
     if verdict.comparisons and verdict.seed_sd is None:
         found.append("Each final mixture was trained with one seed: no difference can be told from chance.")
-    elif (few := min((g.num_seeds for g in verdict.groups), default=0)) in (2, 3):
-        found.append(f"{few} seeds a mixture give a rough estimate of the noise: the intervals are wide for that reason.")
+    elif 0 < (few := min((g.num_seeds for g in verdict.groups), default=0)) <= 3:
+        seeds = f"{few} seed{'s' * (few > 1)}"
+        found.append(f"{seeds} a mixture give a rough estimate of the noise: the intervals are wide for that reason.")
     for name, row in data.blend.items():
         if row.requested_tokens and abs(row.realised_tokens - row.requested_tokens) > 0.02 * row.requested_tokens:
             found.append(

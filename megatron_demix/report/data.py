@@ -48,6 +48,11 @@ class Fit:
     measured: Sequence[float]
     predicted: Sequence[float]
 
+    @property
+    def correlation(self) -> str:
+        """The rank correlation as shown; constant predictions or scores have none."""
+        return f"{self.spearman:.3f}" if math.isfinite(self.spearman) else "undefined"
+
 
 @dataclass(frozen=True)
 class Round:
@@ -134,6 +139,12 @@ class ReportData:
             return [d.name for d in self.domains]
         mixtures = [self.choice.shares] if self.choice else [p.shares for r in self.rounds for p in r.mixtures]
         return list(dict.fromkeys(name for mixture in mixtures for name in mixture))
+
+    def measured(self, number: int) -> list[tuple[Proxy, float]]:
+        """The proxies of a round (counted from 0) that have a finite objective, with it."""
+        r = self.rounds[number]
+        values = ((proxy, self.objective_of(r.scores.get(proxy.name, {}))) for proxy in r.mixtures)
+        return [(proxy, value) for proxy, value in values if math.isfinite(value)]
 
     def objective_of(self, scores: Mapping[str, float]) -> float:
         """The weighted mean of `scores` that the search minimises; NaN where one is missing."""

@@ -59,11 +59,7 @@ def forest(comparisons: Sequence[Comparison]) -> str:
 
 def objective_by_round(data: ReportData) -> str | None:
     """Every proxy's objective, round by round, and the best so far."""
-    rounds = [
-        [(p.name, data.objective_of(r.scores[p.name])) for p in r.mixtures if p.name in r.scores]
-        for r in data.rounds
-        if r.scores
-    ]
+    rounds = [[(p.name, value) for p, value in data.measured(n)] for n, r in enumerate(data.rounds) if r.scores]
     if not any(rounds):
         return None
     figure, axes = _figure(*_CELL)
@@ -89,7 +85,7 @@ def objective_by_round(data: ReportData) -> str | None:
 
 def parallel_coordinates(data: ReportData) -> str | None:
     """Every scored proxy as a line over the domains' actual shares, ending at its objective (best on top)."""
-    proxies = [(p, data.objective_of(r.scores[p.name])) for r in data.rounds for p in r.mixtures if p.name in r.scores]
+    proxies = [pair for number in range(len(data.rounds)) for pair in data.measured(number)]
     domains = data.domain_names
     if not proxies or not domains:
         return None
@@ -129,14 +125,15 @@ def parallel_coordinates(data: ReportData) -> str | None:
 
 def score_against_share(data: ReportData, score: str) -> str | None:
     """One score of every proxy against the share of the domain that moves it most (by rank correlation)."""
-    found = [(r, p, row[score]) for r in data.rounds for p in r.mixtures if score in (row := r.scores.get(p.name, {}))]
+    pairs = [(p, r.scores.get(p.name, {}).get(score, math.nan)) for r in data.rounds for p in r.mixtures]
+    found = [(p, value) for p, value in pairs if math.isfinite(value)]
     if len(found) < 3 or not data.domain_names:
         return None
-    values = [value for _, _, value in found]
-    correlations = {d: spearman([p.shares.get(d, 0.0) for _, p, _ in found], values) for d in data.domain_names}
+    values = [value for _, value in found]
+    correlations = {d: spearman([p.shares.get(d, 0.0) for p, _ in found], values) for d in data.domain_names}
     domain = max(correlations, key=lambda d: abs(correlations[d]))
     figure, axes = _figure(*_CELL)
-    xs = [p.shares.get(domain, 0.0) for _, p, _ in found]
+    xs = [p.shares.get(domain, 0.0) for p, _ in found]
     index = data.domain_names.index(domain)
     axes.scatter(xs, values, s=14, color=_categorical(index), alpha=0.55, linewidths=0, gid="points")
     if data.choice and domain in data.choice.shares:
@@ -144,24 +141,28 @@ def score_against_share(data: ReportData, score: str) -> str | None:
     axes.set_title(f"{score} · rank correlation {_signed(correlations[domain])}")
     axes.set_xlabel(f"share of {domain}")
     axes.set_ylabel("bits per byte")
-    tips = {"points": [f"{p.name}: {v:.4f}  {_shares(p.shares)}" for _, p, v in found]}
+    tips = {"points": [f"{p.name}: {v:.4f}  {_shares(p.shares)}" for p, v in found]}
     return _render(figure, f"{score} against the share of {domain}", tips)
 
 
-def predicted_against_measured(score: str, fit: Fit) -> str:
+def predicted_against_measured(score: str, fit: Fit) -> str | None:
     """Out-of-fold predictions of one score's surrogate."""
+    pairs = [(m, p) for m, p in zip(fit.measured, fit.predicted, strict=True) if math.isfinite(m) and math.isfinite(p)]
+    if not pairs:
+        return None
     figure, axes = _figure(*_CELL)
-    both = [*fit.measured, *fit.predicted]
+    both = [value for pair in pairs for value in pair]
     margin = 0.04 * (max(both) - min(both)) or 0.01
     ends = (min(both) - margin, max(both) + margin)
     axes.plot(ends, ends, color=_MUTED, linewidth=1)
-    axes.scatter(fit.measured, fit.predicted, s=14, color=_ACCENT, alpha=0.6, linewidths=0, gid="points")
+    measured, predicted = zip(*pairs, strict=True)
+    axes.scatter(measured, predicted, s=14, color=_ACCENT, alpha=0.6, linewidths=0, gid="points")
     axes.set_xlim(ends)
     axes.set_ylim(ends)
-    axes.set_title(f"{score} · ρ {fit.spearman:.3f} · RMSE {fit.rmse:.2g}")
+    axes.set_title(f"{score} · ρ {fit.correlation} · RMSE {fit.rmse:.2g}")
     axes.set_xlabel("measured, bits per byte")
     axes.set_ylabel("predicted")
-    tips = [f"measured {m:.4f}, predicted {p:.4f}" for m, p in zip(fit.measured, fit.predicted, strict=True)]
+    tips = [f"measured {m:.4f}, predicted {p:.4f}" for m, p in pairs]
     return _render(figure, f"predicted against measured {score}", {"points": tips})
 
 
@@ -174,7 +175,7 @@ def loss_curves(group: str, curves: Mapping[str, Mapping[str, Sequence[float]]])
         colour = _categorical(index) if len(curves) > 1 else _ACCENT
         axes.plot(iterations, losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(iterations, _smooth(losses), color=colour, linewidth=1.6, label=name.removeprefix(f"{group}/"))
-        settled += losses[len(losses) // 20 :]
+        settled += [loss for loss in losses[len(losses) // 20 :] if math.isfinite(loss)]
     if settled:  # The first steps from random weights would flatten everything else.
         low, high = min(settled), sorted(settled)[int(0.98 * (len(settled) - 1))]
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)

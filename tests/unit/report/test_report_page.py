@@ -1,6 +1,7 @@
 """The page: self-contained, whole or partial, and the same bytes from the same data."""
 
 import dataclasses
+import math
 import re
 from html.parser import HTMLParser
 
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.report.build import build_report, render
-from megatron_demix.report.data import ReportData
+from megatron_demix.report.data import FinalRun, Fit, Proxy, ReportData, Round
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -124,6 +125,36 @@ def test_rounds_that_are_proposed_but_not_scored(whole):
     page = render(ReportData("s", {}, whole.objective, rounds=[whole.rounds[0], proposed]))
     assert "r2_3" in page
     assert "Predicted against measured" in page
+
+
+def test_losses_that_are_not_numbers_are_left_out_of_plots_and_said(whole):
+    first = whole.rounds[0]
+    scores = {name: {**row, "code": math.nan} if name == "r1_0" else row for name, row in first.scores.items()}
+    fit = {"code": Fit("ridge", math.nan, 0.1, [1.0, math.nan, 1.2], [1.1, 1.2, 1.3])}
+    losses = {"base": {"iteration": [1, 2, 3], "lm loss": [7.0, math.inf, math.nan]}}
+    page = render(
+        ReportData("s", {}, whole.objective, losses=losses, rounds=[dataclasses.replace(first, scores=scores, fit=fit)])
+    )
+    assert "Round 1: 1 of 6 proxies have no finite objective" in page
+    assert "code · ρ undefined" in page
+    assert not re.search(r">[^<]*\bnan\b[^<]*<", page.split("<script")[0], re.IGNORECASE)
+
+
+def test_the_smallest_data_of_every_kind(whole):
+    """One proxy, scores that are all the same, a curve of one step, final runs without any difference."""
+    alone = Proxy("p", {"code": 1.0}, {"code": 1.0})
+    same = Fit("ridge", 0.0, 0.0, [1.0, 1.0], [1.0, 1.0])
+    page = render(
+        ReportData(
+            "s",
+            {},
+            {"code": 1},
+            losses={"base": {"iteration": [1], "lm loss": [2.0]}, "empty": {"iteration": [], "lm loss": []}},
+            rounds=[Round([alone], {"p": {"code": 1.0}}, {"code": same})],
+            final=[FinalRun(name, seed, {"code": 1.0}, 1.0) for name in ("found", "uniform") for seed in (1, 2)],
+        )
+    )
+    assert "No clear winner: within the seed noise" in page
 
 
 def test_a_folder_is_no_place_for_the_page(whole, tmp_path):

@@ -82,7 +82,7 @@ def test_a_run_without_a_score_of_the_objective_is_refused():
 
 def test_warnings_name_what_is_weak(whole):
     found = warnings(whole, judge(whole))
-    assert any("surrogate of math ranks proxies it has not seen with a correlation of only 0.31" in w for w in found)
+    assert any("surrogate of math orders proxies it has not seen with a rank correlation of 0.310" in w for w in found)
     assert not any("surrogate of code" in w for w in found)
     assert any("The blend holds 300 tokens of math, 400 were asked for" in w for w in found)
     assert any(w.startswith("2 seeds a mixture give a rough estimate") for w in found)
