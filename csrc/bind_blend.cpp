@@ -1,11 +1,13 @@
-// Bindings of index_file and blend_index. As in bindings.cpp, arguments are addresses that native.py has checked.
+// Bindings of index_file, blend_index and json_lines. As in bindings.cpp, arguments are addresses that native.py has checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
 #include <tuple>
 
 #include "blend_index.hpp"
 #include "index_file.hpp"
+#include "json_lines.hpp"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -89,5 +91,15 @@ void bind_blend(py::module_& m) {
         py::gil_scoped_release nogil;
         demix::pack_tokens(at<const std::uint32_t>(ids), at<const std::int64_t>(offsets), documents,
                            at<const std::uint8_t>(route), which, eod, item_bytes, at<std::uint8_t>(out));
+    });
+    m.def("scan_json_lines", [](Address data, std::size_t size, const std::string& key, Address content, Address offsets,
+                                Address lines) {
+        demix::JsonLines r;
+        {
+            py::gil_scoped_release nogil;
+            r = demix::scan_json_lines(at<const char>(data), size, key.data(), key.size(), at<std::uint8_t>(content),
+                                       at<std::int64_t>(offsets), at<std::int64_t>(lines));
+        }
+        return py::make_tuple(r.documents, r.bytes, r.plain);
     });
 }

@@ -132,6 +132,7 @@ class MergePlan:
         *,
         addresses_TM: np.ndarray | None = None,
         descriptors_TM: np.ndarray | None = None,
+        direct_TM: np.ndarray | None = None,
         offsets_T: Sequence[int] = (),
         threads: int | None = None,
         tile_bytes: int = 256 << 10,
@@ -141,7 +142,7 @@ class MergePlan:
         """Write all M mixtures of all targets, to memory or to files (at offsets_T of descriptors_TM), in one read.
 
         A weight of exactly 0 leaves its source out and a lone weight of 1 copies bits, so a one-hot mixture is its component.
-        progress: called with the bytes done so far, about ten times a second. Returns {"crcs": [T * M], "damaged": [record
+        direct_TM: the same files opened with O_DIRECT (-1: not), for what is aligned. progress: called with the bytes done so far, about ten times a second. Returns {"crcs": [T * M], "damaged": [record
         indices whose bytes differ from their CRC, if check_sources]}. Raises OSError when a write fails, and passes on
         KeyboardInterrupt after the threads have stopped.
         """
@@ -149,7 +150,7 @@ class MergePlan:
         if not np.isfinite(weights).all():
             raise ValueError("merge weights must be finite in float32")
         num_results = (len(self._targets), weights.shape[1])
-        for name, given in (("addresses", addresses_TM), ("descriptors", descriptors_TM)):
+        for name, given in (("addresses", addresses_TM), ("descriptors", descriptors_TM), ("direct", direct_TM)):
             if given is not None and given.shape != num_results:
                 raise ValueError(f"{name} have shape {given.shape}, expected {num_results}")
         if (addresses_TM is None) == (descriptors_TM is None):
@@ -158,6 +159,7 @@ class MergePlan:
             weights,
             [] if addresses_TM is None else addresses_TM.ravel().tolist(),
             [] if descriptors_TM is None else descriptors_TM.ravel().tolist(),
+            [] if direct_TM is None else direct_TM.ravel().tolist(),
             list(offsets_T),
             threads or default_threads(),
             instruction_set(),
@@ -355,3 +357,18 @@ def pack_tokens(
         _address(out),
     )
     return out, lengths.astype(np.int32)
+
+
+def scan_json_lines(data: bytes, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The string under `key` of every non-blank line: (content uint8 [N], offsets int64 [D + 1], line numbers from 0 [D]).
+
+    None where a line is not UTF-8, not a JSON object with a string there, or one of the rarities csrc/json_lines.hpp lists:
+    the caller must then look at each line itself.
+    """
+    most = data.count(b"\n") + 1
+    raw = np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8)
+    content, offsets, lines = np.empty(len(data), np.uint8), np.empty(most + 1, np.int64), np.empty(most, np.int64)
+    documents, size, plain = _core.scan_json_lines(
+        _address(raw), len(data), key, _address(content), _address(offsets), _address(lines)
+    )
+    return (content[:size], offsets[: documents + 1], lines[:documents]) if plain else None

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
+from megatron_demix import native
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput
 
@@ -35,17 +37,15 @@ class Block:
     data: Any
     first: int
     """Of its first document: the line (json) or row (column), counted from 1."""
-    size: int
-    """Bytes it stands for in the progress bar."""
+    file_bytes: int
+    """How much of its file it took, as compressed as the file is: the blocks of a file add up to its size."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A parsed block. lines: the line or row of each document. rejected: ("file:line", reason)."""
+    """A parsed block. rejected: ("file:line", reason)."""
 
-    file: Path
     text: TextBatch
-    lines: np.ndarray
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -77,11 +77,12 @@ def read_blocks(files: Sequence[Path], *, json_key: str = "text", block_bytes: i
     """All blocks of all files, in order. Raises CorruptInput naming the file that cannot be read."""
     number = 0
     for file in files:
+        taken = 0
         try:
-            for kind, data, first, size in _blocks_of(file, json_key, block_bytes):
-                yield Block(number, file, kind, data, first, size)
-                number += 1
-        except (OSError, EOFError) as e:
+            for kind, data, first, position in _blocks_of(file, json_key, block_bytes):
+                yield Block(number, file, kind, data, first, position - taken)
+                number, taken = number + 1, position
+        except (OSError, EOFError, zlib.error) as e:
             raise CorruptInput(f"{file} cannot be read: {e}.") from e
 
 
@@ -93,35 +94,37 @@ def read_documents(
 
 
 def _blocks_of(file: Path, json_key: str, block_bytes: int) -> Iterator[tuple[Any, Any, int, int]]:
+    """(kind, data, first line or row, bytes of the file read so far)."""
+    if file.suffix == ".parquet":
+        yield from _rows(file, json_key)
+        return
     name = file.name.removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(_JSON_LINES):
-        with _open(file) as stream:
-            yield from _lines(stream, block_bytes)
-    elif file.suffix == ".parquet":
-        yield from _row_groups(file, json_key)
-    else:
-        with _open(file) as stream:
-            data = stream.read()
-        yield "text", data, 1, len(data)
+    with open(file, "rb") as raw:
+        stream = _decompressed(raw, file)
+        if name.endswith(_JSON_LINES):
+            for data, first in _lines(stream, block_bytes):
+                yield "json", data, first, raw.tell()
+        else:
+            yield "text", stream.read(), 1, raw.tell()
 
 
-def _open(file: Path) -> Any:
+def _decompressed(raw: IO[bytes], file: Path) -> Any:
     if file.suffix == ".gz":
-        return gzip.open(file, "rb")
+        return gzip.GzipFile(fileobj=raw)
     if file.suffix == ".zst":
         try:
             import zstandard
         except ImportError as e:
             raise ConfigError(f"{file}: zstandard is not installed: pip install 'megatron-demix[data]'.") from e
-        return _Zstd(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), read_across_frames=True, closefd=True), file)
-    return open(file, "rb")
+        return _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
 
 
 class _Zstd:
     """zstandard's reader, with its error as an OSError like those of the other formats."""
 
-    def __init__(self, reader: Any, file: Path) -> None:
-        self._reader, self._file = reader, file
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
 
     def read(self, size: int = -1) -> bytes:
         import zstandard
@@ -131,28 +134,24 @@ class _Zstd:
         except zstandard.ZstdError as e:
             raise OSError(f"not a Zstandard file, or a damaged one ({e})") from e
 
-    def __enter__(self) -> _Zstd:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._reader.close()
-
-
-def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[str, bytes, int, int]]:
-    rest, first = b"", 1
+def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+    rest: list[bytes] = []
+    first = 1
     while chunk := stream.read(block_bytes):
         cut = chunk.rfind(b"\n") + 1
         if cut == 0:
-            rest += chunk
+            rest.append(chunk)
             continue
-        data, rest = rest + chunk[:cut], chunk[cut:]
-        yield "json", data, first, len(data)
+        data = b"".join([*rest, chunk[:cut]])
+        rest = [chunk[cut:]]
+        yield data, first
         first += data.count(b"\n")
-    if rest:
-        yield "json", rest, first, len(rest)
+    if last := b"".join(rest):
+        yield last, first
 
 
-def _row_groups(file: Path, column: str) -> Iterator[tuple[str, Any, int, int]]:
+def _rows(file: Path, column: str) -> Iterator[tuple[str, Any, int, int]]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -163,12 +162,12 @@ def _row_groups(file: Path, column: str) -> Iterator[tuple[str, Any, int, int]]:
             if column not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names)
                 raise CorruptInput(f"{file}: no column {column!r}; it has {names}. Name the right one as the JSON key.")
-            row = 1
+            row, rows, size = 1, table.metadata.num_rows, file.stat().st_size
             for batch in table.iter_batches(batch_size=1 << 14, columns=[column]):
                 values = batch.column(0)
                 if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
                     raise CorruptInput(f"{file}: column {column!r} holds {values.type}, expected strings.")
-                yield "column", values, row, values.nbytes
+                yield "column", values, row, size * (row - 1 + len(values)) // max(rows, 1)
                 row += len(values)
     except pa.ArrowException as e:
         raise CorruptInput(f"{file}: not a Parquet file, or a damaged one ({e}).") from e
@@ -180,26 +179,34 @@ def parse(block: Block, *, json_key: str = "text", on_bad_document: BadDocuments
     An empty document is always rejected. A line that is not UTF-8, not a JSON object, or has no string under json_key raises
     CorruptInput, or is rejected with the same reason.
     """
+    scanned = native.scan_json_lines(block.data, json_key) if block.kind == "json" else None
+    if scanned is None:
+        return _parse_one_by_one(block, json_key, on_bad_document)
+    content, offsets, lines = scanned
+    empty = np.diff(offsets) == 0
+    rejected = [(f"{block.file.name}:{block.first + n}", "empty") for n in lines[empty].tolist()]
+    return Documents(TextBatch(content, np.append(offsets[:-1][~empty], offsets[-1])), rejected)
+
+
+def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments) -> Documents:
     texts: list[bytes] = []
-    lines: list[int] = []
     rejected: list[tuple[str, str]] = []
     for line, item in _items(block):
         try:
             text = _text(item, block.kind, json_key)
         except ValueError as e:
-            where = f"{block.file}:{line}"
             if on_bad_document == "error":
                 raise CorruptInput(
-                    f"{where}: {e}. Correct the file, or have such documents rejected and listed (--on-bad-document reject)."
+                    f"{block.file}:{line}: {e}. Correct the file, or have such documents rejected and listed "
+                    "(--on-bad-document reject)."
                 ) from e
             rejected.append((f"{block.file.name}:{line}", str(e)))
             continue
-        if not text:
+        if text:
+            texts.append(text)
+        else:
             rejected.append((f"{block.file.name}:{line}", "empty"))
-            continue
-        texts.append(text)
-        lines.append(line)
-    return Documents(block.file, TextBatch.of(texts), np.asarray(lines, np.int64), rejected)
+    return Documents(TextBatch.of(texts), rejected)
 
 
 def _items(block: Block) -> Iterator[tuple[int, Any]]:

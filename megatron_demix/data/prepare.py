@@ -2,96 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_demix import native
-from megatron_demix.artifact import write_json
-from megatron_demix.data.inputs import BadDocuments, Block, parse, read_blocks, resolve_inputs
+from megatron_demix.artifact import fingerprint, write_json
+from megatron_demix.data.inputs import BadDocuments, read_blocks, resolve_inputs
+from megatron_demix.data.outputs import REJECTED, Outputs
+from megatron_demix.data.recipe import Recipe, SentenceSplitter, tokenize
 from megatron_demix.data.tokenizer import Tokenizer
-from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
-from megatron_demix.indexed.format import token_dtype
-from megatron_demix.indexed.writer import IndexedWriter
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 from megatron_demix.progress import progress_bar
 from megatron_demix.units import format_count
 
 SPLITS = ("train", "valid", "test")
-STATS, REJECTED = "stats.json", "rejected.jsonl"
+STATS = "stats.json"
 
-__all__ = ["prepare_domain", "resolve_inputs"]
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """One block's documents, by output: tokens ready to be written, lengths int32 [D], and the bytes of text they stand for."""
-
-    block: Block
-    tokens: list[np.ndarray]
-    lengths: list[np.ndarray]
-    text_bytes: list[int]
-    rejected: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a block becomes tokens: everything that decides the bytes of the output."""
-
-    tokenizer: Tokenizer
-    json_key: str = "text"
-    append_eod: bool = True
-    on_bad_document: BadDocuments = "error"
-    split: tuple[float, ...] = (1.0,)
-    seed: int = 0
-
-    def __call__(self, block: Block) -> Tokenized:
-        documents = parse(block, json_key=self.json_key, on_bad_document=self.on_bad_document)
-        route = self.route(documents.text.content, documents.text.offsets)
-        ids, offsets = self.tokenizer.encode_batch(documents.text)
-        dtype = token_dtype(self.tokenizer.vocab_size)
-        eod = self.tokenizer.eod_id if self.append_eod else None
-        packed = [native.pack_tokens(ids, offsets, dtype, eod, route, n) for n in range(len(self.split))]
-        sizes = documents.text.lengths()
-        text_bytes = [int(sizes[route == n].sum()) for n in range(len(self.split))]
-        return Tokenized(block, [t for t, _ in packed], [n for _, n in packed], text_bytes, documents.rejected)
-
-    def route(self, content: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """uint8 [D]: the split of each document, from a seeded hash of its text: neither its place in the corpus nor the
-        tokenizer counts, and equal documents go the same way."""
-        if len(self.split) == 1:
-            return np.zeros(len(offsets) - 1, np.uint8)
-        # 53 bits, so that the comparison with the shares is exact.
-        uniform = (native.hash_documents(content, offsets, self.seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        edges = np.cumsum(self.split)[:-1] / sum(self.split)
-        return np.searchsorted(edges, uniform, side="right").astype(np.uint8)
-
-
-def tokenize(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Tokenized]:
-    """Blocks through the recipe in `workers` threads (parsing apart, the work lets go of the interpreter), in their order.
-
-    At most workers + 2 blocks are held in memory.
-    """
-    if workers <= 1:
-        yield from map(recipe, blocks)
-        return
-    pending: deque[Future[Tokenized]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
-        try:
-            for block in blocks:
-                pending.append(pool.submit(recipe, block))
-                if len(pending) > workers + 1:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+__all__ = ["prepare_domain", "preprocess", "resolve_inputs"]
 
 
 def prepare_domain(
@@ -109,62 +38,93 @@ def prepare_domain(
 ) -> dict[str, Any]:
     """Write train, valid and test (.bin, .idx, .meta.json each), stats.json and rejected.jsonl into the folder `output`.
 
-    Returns the statistics: {"splits": {split: {documents, tokens, bytes}}, "rejected": n}. Raises ConfigError, CorruptInput,
-    StorageError; what was written until then is the caller's to remove.
+    Returns the statistics: {"splits": {split: {documents, tokens, bytes}}, "rejected": n, "tokenizer": fingerprint}. A folder
+    in which an earlier call was interrupted is gone on with. Raises ConfigError, CorruptInput, StorageError.
     """
-    _check_split(split)
-    recipe = Recipe(tokenizer, json_key, append_eod, on_bad_document, tuple(split), seed)
-    output = Path(output)
-    dtype = token_dtype(tokenizer.vocab_size)
-    totals = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in SPLITS}
-    num_rejected = 0
-    size = sum(p.stat().st_size for p in inputs)
-    writers = [IndexedWriter(output / name, dtype) for name in SPLITS]
-    with (
-        storage_errors(f"writing {output}"),
-        open(output / REJECTED, "w", encoding="utf-8") as rejected,
-        progress_bar(f"tokenizing {output.name}", size, unit="bytes", enabled=progress) as advance,
-    ):
-        for done in tokenize(read_blocks(inputs, json_key=json_key), recipe, workers):
-            for n, name in enumerate(SPLITS):
-                writers[n].add(done.tokens[n], done.lengths[n])
-                totals[name]["documents"] += len(done.lengths[n])
-                totals[name]["tokens"] += len(done.tokens[n])
-                totals[name]["bytes"] += done.text_bytes[n]
-            for where, reason in done.rejected:
-                rejected.write(json.dumps({"document": where, "reason": reason}) + "\n")
-            num_rejected += len(done.rejected)
-            advance(done.block.size, info=f"{format_count(sum(t['tokens'] for t in totals.values()))} tokens")
-        _check_documents(inputs, split, totals, num_rejected)
-        for name, writer in zip(SPLITS, writers, strict=True):
-            writer.close()
-            write_json(output / f"{name}.meta.json", describe(tokenizer, totals[name], append_eod=append_eod))
-    stats = {"splits": totals, "rejected": num_rejected, "tokenizer": tokenizer.fingerprint}
-    write_json(output / STATS, stats)
-    return stats
-
-
-def describe(tokenizer: Tokenizer, counts: dict[str, int], *, append_eod: bool) -> dict[str, Any]:
-    """What stands beside a prepared data set as `<prefix>.meta.json`; the blend refuses to mix tokenizers by it."""
-    facts = {"type": tokenizer.type, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "append_eod": append_eod}
-    return {"tokenizer": tokenizer.fingerprint} | facts | counts
-
-
-def _check_split(split: tuple[float, ...]) -> None:
     if len(split) != len(SPLITS) or min(split) < 0 or abs(sum(split) - 1) > 1e-6 or split[0] == 0:
         raise ConfigError(
             f"split is {split}, expected three shares >= 0 for train, valid and test that sum to 1, with some train."
         )
+    recipe = Recipe(tokenizer, json_key, append_eod, on_bad_document, tuple(split), seed)
+    with _outputs(inputs, Path(output), SPLITS, recipe) as outputs:
+        _fill(outputs, inputs, recipe, workers, progress)
+        documents = _check_documents(inputs, outputs)
+        for name, share in zip(SPLITS, split, strict=True):
+            if share > 0 and outputs.counts[name]["documents"] == 0:
+                raise ConfigError(
+                    f"{_named(inputs)}: none of the {documents} documents fell into split {name!r} (share {share:g}). "
+                    f"Give the domain more documents, or {name} a larger share."
+                )
+        outputs.close()
+    stats = {"splits": outputs.counts, "rejected": outputs.num_rejected, "tokenizer": tokenizer.fingerprint}
+    write_json(Path(output) / STATS, stats)
+    return stats
 
 
-def _check_documents(inputs: Sequence[Path], split: Sequence[float], totals: dict[str, dict[str, int]], rejected: int) -> None:
-    documents = sum(t["documents"] for t in totals.values())
-    named = f"{inputs[0]}{f' and {len(inputs) - 1} more files' if len(inputs) > 1 else ''}" if inputs else "no files"
+def preprocess(
+    inputs: Sequence[Path],
+    tokenizer: Tokenizer,
+    prefix: Path,
+    *,
+    json_key: str = "text",
+    workers: int = 1,
+    append_eod: bool = True,
+    sentences: SentenceSplitter | None = None,
+    on_bad_document: BadDocuments = "error",
+    progress: bool = True,
+) -> dict[str, int]:
+    """All documents as one indexed data set, `prefix`.bin/.idx/.meta.json, and `prefix`.rejected.jsonl if any was rejected.
+
+    Interrupted, it goes on with its next call; nothing lies at `prefix` before it is whole. Returns {documents, tokens,
+    bytes, rejected}. Raises OutputExists, ConfigError, CorruptInput, StorageError.
+    """
+    prefix = Path(prefix)
+    suffixes = (".bin", ".idx", ".meta.json", f".{REJECTED}")
+    for suffix in suffixes:
+        if Path(f"{prefix}{suffix}").exists():
+            raise OutputExists(f"{prefix}{suffix} exists. Move it away or choose another output; nothing is overwritten.")
+    recipe = Recipe(tokenizer, json_key, append_eod, on_bad_document, sentences=sentences)
+    work = prefix.parent / f".{prefix.name}.work"
+    with storage_errors(f"writing {prefix}"):
+        work.mkdir(parents=True, exist_ok=True)
+        with _outputs(inputs, work, [prefix.name], recipe) as outputs:
+            _fill(outputs, inputs, recipe, workers, progress)
+            _check_documents(inputs, outputs)
+            outputs.close()
+        os.replace(work / REJECTED, work / f"{prefix.name}.{REJECTED}")
+        for suffix in suffixes[::-1]:  # the .bin last: without it nobody takes the rest for a data set
+            if suffix != f".{REJECTED}" or outputs.num_rejected:
+                os.rename(work / f"{prefix.name}{suffix}", f"{prefix}{suffix}")
+        shutil.rmtree(work)
+    return outputs.counts[prefix.name] | {"rejected": outputs.num_rejected}
+
+
+def _outputs(inputs: Sequence[Path], folder: Path, names: Sequence[str], recipe: Recipe) -> Outputs:
+    files = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]
+    return Outputs(folder, names, recipe, fingerprint([files, recipe.describe()]))
+
+
+def _fill(outputs: Outputs, inputs: Sequence[Path], recipe: Recipe, workers: int, progress: bool) -> None:
+    size = sum(p.stat().st_size for p in inputs)
+    blocks = read_blocks(inputs, json_key=recipe.json_key)
+    label = f"tokenizing {_named(inputs)}"
+    with progress_bar(label, size, unit="bytes", enabled=progress) as advance:
+        for _ in range(outputs.blocks):
+            advance(next(blocks).file_bytes)
+        for done in tokenize(blocks, recipe, workers):
+            outputs.add(done)
+            advance(done.block.file_bytes, info=f"{format_count(outputs.tokens)} tokens")
+
+
+def _named(inputs: Sequence[Path]) -> str:
+    more = f" and {len(inputs) - 1} more files" if len(inputs) > 1 else ""
+    return f"{inputs[0]}{more}" if inputs else "no files"
+
+
+def _check_documents(inputs: Sequence[Path], outputs: Outputs) -> int:
+    documents = sum(c["documents"] for c in outputs.counts.values())
     if documents == 0:
-        raise CorruptInput(f"{named}: no documents ({rejected} empty or rejected), expected text. Correct the inputs.")
-    for (name, counts), share in zip(totals.items(), split, strict=True):
-        if share > 0 and counts["documents"] == 0:
-            raise ConfigError(
-                f"{named}: none of the {documents} documents fell into split {name!r} (share {share:g}). "
-                f"Give the domain more documents, or {name} a larger share."
-            )
+        raise CorruptInput(
+            f"{_named(inputs)}: no documents ({outputs.num_rejected} empty or rejected), expected text. Correct the inputs."
+        )
+    return documents

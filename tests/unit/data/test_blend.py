@@ -231,7 +231,7 @@ def test_different_tokenizers_are_refused(pool, tmp_path):
 def test_sentence_split_data_is_refused(tmp_path):
     from megatron_demix.indexed.writer import IndexedWriter
 
-    with IndexedWriter(tmp_path / "s", np.dtype("<u2")) as writer:
+    with IndexedWriter(tmp_path / "s", np.dtype("<u2"), sentences=True) as writer:
         writer.add(np.arange(10), np.array([4, 6]), sequences_a_document=np.array([2]))
     with pytest.raises(IncompatibleInputs, match="sentence-split: 2 sequences in 1 documents"):
         build({"a": Source((tmp_path / "s",))}, tmp_path / "b", target=5, mixture=Mixture({"a": 1}))

@@ -42,7 +42,7 @@ def test_tokens_and_slices(prefix):
 
 
 def test_sentence_split_documents(tmp_path):
-    with IndexedWriter(tmp_path / "s", np.dtype("<u2")) as writer:
+    with IndexedWriter(tmp_path / "s", np.dtype("<u2"), sentences=True) as writer:
         writer.add(np.arange(10), np.array([2, 3, 5]), sequences_a_document=np.array([2, 0, 1]))
     reader = IndexedReader(tmp_path / "s")
     assert not reader.index.one_sequence_a_document

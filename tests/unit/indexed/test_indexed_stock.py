@@ -38,7 +38,7 @@ def test_identical_to_the_stock_builder_sentences_and_modes(tmp_path):
     builder.add_document(np.arange(10), [2, 3, 5])
     builder.add_document(np.arange(4), [4])
     builder.finalize(str(tmp_path / "stock.idx"))
-    with IndexedWriter(tmp_path / "ours", np.dtype("<u2")) as writer:
+    with IndexedWriter(tmp_path / "ours", np.dtype("<u2"), sentences=True) as writer:
         writer.add(np.r_[np.arange(10), np.arange(4)], np.array([2, 3, 5, 4]), sequences_a_document=np.array([3, 1]))
     assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "stock.idx").read_bytes()
     multimodal = IndexedDatasetBuilder(str(tmp_path / "modes.bin"), dtype=np.int32, multimodal=True)

@@ -1,0 +1,122 @@
+"""The indexed data sets of one tokenizing run, with a journal: a killed run goes on where it stopped, to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_demix.artifact import read_json, write_json
+from megatron_demix.data.recipe import Recipe, Tokenized
+from megatron_demix.errors import storage_errors
+from megatron_demix.indexed.writer import IndexedWriter, Written
+
+JOURNAL, REJECTED = "journal.json", "rejected.jsonl"
+CHECKPOINT_S = 10.0
+
+
+class Outputs:
+    """Writers for `names` in `folder`, a list of rejected documents, and counts. identity: what the bytes depend on; a
+    journal of another identity is not resumed but overwritten."""
+
+    def __init__(self, folder: Path, names: Sequence[str], recipe: Recipe, identity: str) -> None:
+        self.folder, self.names, self._identity = Path(folder), list(names), identity
+        self._recipe = recipe
+        state = self._read_journal()
+        self.blocks: int = state["blocks"]
+        """Blocks that are in the outputs already; the run goes on with this one."""
+        self.counts: dict[str, dict[str, int]] = state["counts"]
+        self.num_rejected: int = state["rejected"]
+        sentences = recipe.sentences is not None
+        self._writers = [
+            IndexedWriter(self.folder / name, recipe.dtype, sentences=sentences, resume=Written(**written))
+            for name, written in zip(names, state["written"], strict=True)
+        ]
+        with storage_errors(f"writing {self.folder}"):
+            self._rejected = open(self.folder / REJECTED, "r+b" if state["rejected_bytes"] else "wb")  # noqa: SIM115
+            self._rejected.seek(state["rejected_bytes"])
+            if state["rejected_bytes"]:
+                self._rejected.truncate()
+        self._last_checkpoint = time.monotonic()
+
+    def _read_journal(self) -> dict[str, Any]:
+        path = self.folder / JOURNAL
+        state = read_json(path) if path.is_file() else {}
+        if state.get("identity") == self._identity and self._still_there(state):
+            return state
+        return {
+            "blocks": 0,
+            "counts": {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in self.names},
+            "rejected": 0,
+            "rejected_bytes": 0,
+            "written": [asdict(Written())] * len(self.names),
+        }
+
+    def _still_there(self, state: dict[str, Any]) -> bool:
+        sizes = {REJECTED: state["rejected_bytes"]}
+        for name, written in zip(self.names, state["written"], strict=True):
+            sizes |= {f"{name}.bin": written["bin_bytes"], f"{name}.lengths": 4 * written["sequences"]}
+            if self._recipe.sentences:
+                sizes[f"{name}.groups"] = 4 * written["documents"]
+        files = {name: self.folder / name for name in sizes}
+        return all(files[name].is_file() and files[name].stat().st_size >= size for name, size in sizes.items())
+
+    def add(self, done: Tokenized) -> None:
+        for name, writer, output in zip(self.names, self._writers, done.outputs, strict=True):
+            writer.add(output.tokens, output.lengths, sequences_a_document=output.groups)
+            counts = self.counts[name]
+            counts["documents"] += output.documents
+            counts["tokens"] += len(output.tokens)
+            counts["bytes"] += output.text_bytes
+        self.num_rejected += len(done.rejected)
+        lines = (json.dumps({"document": where, "reason": reason}) + "\n" for where, reason in done.rejected)
+        with storage_errors(f"writing {self.folder / REJECTED}"):
+            self._rejected.write("".join(lines).encode())
+        self.blocks = done.block.number + 1
+        if time.monotonic() - self._last_checkpoint > CHECKPOINT_S:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Note how far the outputs have come, after making that much of them last."""
+        written = [asdict(writer.checkpoint()) for writer in self._writers]
+        with storage_errors(f"writing {self.folder / REJECTED}"):
+            self._rejected.flush()
+            os.fsync(self._rejected.fileno())
+        state = {"identity": self._identity, "blocks": self.blocks, "counts": self.counts, "rejected": self.num_rejected}
+        write_json(self.folder / JOURNAL, state | {"rejected_bytes": self._rejected.tell(), "written": written})
+        self._last_checkpoint = time.monotonic()
+
+    @property
+    def tokens(self) -> int:
+        return sum(c["tokens"] for c in self.counts.values())
+
+    def close(self) -> None:
+        """Write the .idx files and what stands beside them, and remove the scratch."""
+        for name, writer in zip(self.names, self._writers, strict=True):
+            writer.close()
+            write_json(self.folder / f"{name}.meta.json", self._describe(name))
+        self._rejected.close()
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        """`<prefix>.meta.json`: what the tokens are. The blend refuses to mix tokenizers by it."""
+        t = self._recipe.tokenizer
+        facts = {"type": t.type, "vocab_size": t.vocab_size, "eod_id": t.eod_id, "append_eod": self._recipe.append_eod}
+        counts = self.counts[name]
+        rate = counts["bytes"] / counts["tokens"] if counts["tokens"] else 0.0
+        sentences = {"sentences": self._recipe.sentences is not None}
+        return {"tokenizer": t.fingerprint} | facts | sentences | counts | {"bytes_per_token": round(rate, 4)}
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            for writer in self._writers:
+                writer.abandon()
+            self._rejected.close()

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Tokenize text into Megatron's indexed format, with the flags of Megatron-LM's tools/preprocess_data.py.
+
+Writes PREFIX_<key>_document.bin/.idx (PREFIX_<key>_sentence with --split-sentences) for each JSON key. Inputs are JSON Lines
+(.jsonl, .json, .ndjson; also .gz and .zst), Parquet, plain text, folders of them, or globs. Interrupted, the same command goes
+on where it stopped. The output does not depend on --workers.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_demix.data.prepare import preprocess, resolve_inputs
+from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.study import TokenizerSpec
+
+# Megatron's names for what we call a tokenizer's type.
+TYPES = {
+    "byte": "byte",
+    "ByteTokenizer": "byte",
+    "bpe": "bpe",
+    "huggingface": "huggingface",
+    "HuggingFaceTokenizer": "huggingface",
+    "sentencepiece": "sentencepiece",
+    "SentencePieceTokenizer": "sentencepiece",
+    "GPTSentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
+    "tiktoken": "tiktoken",
+    "TikTokenizer": "tiktoken",
+}
+
+
+def tokenizer_from(kind: str, model: Path | None) -> Tokenizer:
+    if model is not None and (model / "meta.json").is_file():
+        return load_tokenizer(model)
+    if TYPES[kind] == "bpe":
+        raise ConfigError("--tokenizer-type bpe needs --tokenizer-model, a tokenizer folder that demix prepare trained.")
+    if (model is None) != (TYPES[kind] == "byte"):
+        raise ConfigError(f"--tokenizer-type {kind} {'needs' if model is None else 'takes no'} --tokenizer-model.")
+    return load_tokenizer(TokenizerSpec(type=TYPES[kind], model=model))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
+    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text; for Parquet, a column")
+    parser.add_argument(
+        "--tokenizer-type", choices=TYPES, default="HuggingFaceTokenizer", metavar="TYPE", help=", ".join(TYPES)
+    )
+    parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
+                        help="tokenizer.json, .model or .tiktoken file, or a folder that holds one")  # fmt: skip
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument("--split-sentences", action="store_true", help="one sequence a sentence (BERT; GPTDataset would shuffle "
+                        "sentences apart, and a blend refuses such data)")  # fmt: skip
+    parser.add_argument("--keep-newlines", action="store_true", help="with --split-sentences: keep what separates sentences")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads (default: 1)")
+    parser.add_argument("--on-bad-document", choices=("error", "reject"), default="error",
+                        help="a line that is not UTF-8, not JSON or without text: stop (default), or leave it out and list it "
+                        "in PREFIX_<key>_document.rejected.jsonl")  # fmt: skip
+    parser.add_argument("--partitions", type=int, default=1, metavar="N",
+                        help="accepted for Megatron's scripts; the output is the same for any number")  # fmt: skip
+    parser.add_argument("--log-interval", type=int, metavar="N", help="accepted for Megatron's scripts; progress is a bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    arguments = parser.parse_args()
+    try:
+        if arguments.keep_newlines and not arguments.split_sentences:
+            raise ConfigError("--keep-newlines has no effect without --split-sentences.")
+        tokenizer = tokenizer_from(arguments.tokenizer_type, arguments.tokenizer_model)
+        inputs = resolve_inputs(arguments.input)
+        sentences = None
+        if arguments.split_sentences:
+            from megatron_demix.data.sentences import punkt
+
+            sentences = punkt(keep_newlines=arguments.keep_newlines)
+        for key in arguments.json_keys:
+            prefix = Path(f"{arguments.output_prefix}_{key}_{'sentence' if sentences else 'document'}")
+            counts = preprocess(
+                inputs,
+                tokenizer,
+                prefix,
+                json_key=key,
+                workers=arguments.workers,
+                append_eod=arguments.append_eod,
+                sentences=sentences,
+                on_bad_document=arguments.on_bad_document,
+                progress=not arguments.quiet,
+            )
+            print(json.dumps({"prefix": str(prefix)} | counts))
+    except DemixError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
