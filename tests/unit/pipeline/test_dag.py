@@ -1,0 +1,110 @@
+"""Keys: a setting changes what depends on it and nothing else, so that everything still valid is used again."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.mixture import Mixture
+from megatron_demix.pipeline.dag import build_dag
+from megatron_demix.pipeline.train_stages import _sources, num_iterations, num_tokens
+from megatron_demix.study import load_study
+
+STUDY = """
+name: s
+domains:
+  - {name: code, inputs: [code.txt]}
+  - {name: english, inputs: [english.txt]}
+tokenizer: {type: byte}
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
+train: {seq_length: 16, global_batch_size: 4}
+base: {tokens: 640}
+component: {tokens: 320}
+search: {rounds: [8, 4], objective: {code: 1}}
+final: {tokens: 1k}
+"""
+
+
+@pytest.fixture
+def study_path(tmp_path: Path) -> Path:
+    for name in ("code", "english", "math"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text\n" * 200)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path / "study.yaml"
+
+
+def keys(study_path: Path, *overrides: str) -> dict[str, str]:
+    dag = build_dag(load_study(study_path, list(overrides)), study_path, study_path.parent / "run")
+    return {stage.name: stage.key for stage in dag.all}
+
+
+def changed(study_path: Path, *overrides: str) -> set[str]:
+    before, after = keys(study_path), keys(study_path, *overrides)
+    return {name.split("/")[0] for name in after if before.get(name) != after[name]}
+
+
+def test_where_and_how_fast_it_runs_changes_nothing(study_path):
+    overrides = ["parallel.data=2", "train.micro_batch_size=2", "launch.jobs=2", "prepare.workers=1", "train.save_interval=7"]
+    assert changed(study_path, *overrides, "evaluate.replicas=2") == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("final.lr=1e-4", {"final"}),
+        ("search.objective={english: 1}", {"rounds", "merge", "blend", "final"}),
+        ("component.tokens=640", {"components", "rounds", "merge", "blend", "final"}),
+        ("base.tokens=1280", {"base", "components", "rounds", "merge", "blend", "final"}),
+        ("evaluate.tokens_per_domain=1k", {"rounds", "merge", "blend", "final"}),
+    ],
+)
+def test_a_setting_changes_what_depends_on_it(study_path, override, expected):
+    assert changed(study_path, override) == expected
+
+
+def test_a_new_domain_leaves_the_others_data_alone(study_path):
+    anchored = "component.anchor={mixture: {english: 1}}"
+    study_path.write_text(STUDY.replace("tokenizer:", "  - {name: math, inputs: [math.txt]}\ntokenizer:"))
+    three = keys(study_path, anchored, "base.mixture={english: 1}")
+    study_path.write_text(STUDY)
+    two = keys(study_path, anchored, "base.mixture={english: 1}")
+    assert {n for n in two if two[n] == three[n]} >= {"tokenizer/byte", "data/code", "data/english"}
+
+
+def test_the_text_decides_not_its_place_or_age(study_path):
+    before = keys(study_path)
+    text = study_path.with_name("code.txt").read_text()
+    study_path.with_name("code.txt").write_text(text)
+    assert keys(study_path) == before
+    study_path.with_name("code.txt").write_text(text + "more")
+    assert keys(study_path)["data/code"] != before["data/code"]
+    assert keys(study_path)["data/english"] == before["data/english"]
+
+
+def test_missing_text_is_named(study_path):
+    with pytest.raises(ConfigError, match=r"nothing\.txt"):
+        keys(study_path, "domains.0={name: code, inputs: [nothing.txt]}")
+
+
+def test_missing_tokenizer_is_named(study_path):
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: .*tok\.json does not exist"):
+        keys(study_path, "tokenizer={type: huggingface, model: tok.json}")
+
+
+def test_iterations_round_to_whole_steps(study_path):
+    study = load_study(study_path, ["final.tokens=1000"])
+    assert num_iterations(study, "final") == 16  # 1000 / 64 = 15.6
+    assert num_tokens(study, "final") == 1024
+
+
+def test_training_never_repeats_a_domain_silently(study_path):
+    study = load_study(study_path, ["base.tokens=64k", "domains.0.max_epochs=2", "prepare.split=[1, 0, 0]"])
+    dag = build_dag(study, study_path, study_path.parent / "run")
+    for stage in (dag.tokenizer, *dag.data.values()):
+        stage.finish()
+    with pytest.raises(
+        MixtureError, match=r"base: its share 0\.75 of domain 'code' is 48k tokens, which repeats the .* there are"
+    ):
+        _sources(study, "base", "base", dag.data, Mixture({"code": 0.75, "english": 0.25}))
+    sources = _sources(load_study(study_path), "base", "base", dag.data, Mixture({"code": 1.0, "english": 0.0}))
+    assert sources == [(dag.data["code"].folder / "train", 1.0)]
