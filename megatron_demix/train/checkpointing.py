@@ -12,18 +12,15 @@ import logging
 import os
 import pickle
 import queue
-import random
 import shutil
-import sys
-from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
@@ -35,8 +32,15 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
 from megatron_demix.checkpoint.layout import METADATA, TRACKER, find_checkpoint, iteration_folder
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
+from megatron_demix.train.common_state import (
+    changed_settings,
+    megatron_args,
+    rng_state,
+    same_rng_layout,
+    set_rng_state,
+    without_identity,
+)
 from megatron_demix.train.job import TrainJob
-from megatron_demix.train.model import ffn_hidden_size, padded_vocab_size
 from megatron_demix.train.optimizer import loading, use_fused_kernel
 
 logger = logging.getLogger(__name__)
@@ -69,36 +73,47 @@ class Checkpoints:
         """Publish the state after `iteration` steps, then drop checkpoints beyond the newest KEEP. Raises StorageError."""
         target = self._folder(iteration)
         unfinished = target.with_name(f".unfinished-{target.name}")
-        if self._rank == 0:
-            with storage_errors(f"writing {target}"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True)
-        torch.distributed.barrier()
-        _seed_results_queue()
-        try:
-            with storage_errors(f"writing {target}"):
-                dist_checkpointing.save(
-                    self._state(iteration),
-                    str(unfinished),
-                    TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-                    content_metadata=_CONTENT,
-                )
-        except CheckpointException as e:  # a BaseException, raised on every rank when the writer of one of them failed
-            raise StorageError(f"writing {target}: {_first_line(e)}. Free space or choose another disk, then run again.") from e
-        if self._rank == 0:
-            with storage_errors(f"writing {target}"):
+        with self._writing(target, unfinished):
+            dist_checkpointing.save(
+                self._state(iteration),
+                str(unfinished),
+                TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                content_metadata=_CONTENT,
+            )
+            if self._rank == 0:
                 _forget_where_and_when(unfinished / METADATA)
-        torch.distributed.barrier()
-        files = self._checksums(unfinished)
-        if self._rank == 0:
-            with storage_errors(f"writing {target}"):
+            torch.distributed.barrier()
+            files = self._checksums(unfinished)
+            if self._rank == 0:
                 write_json(unfinished / CHECKSUMS, files)
                 shutil.rmtree(target, ignore_errors=True)  # a damaged one that was not resumed from
                 os.rename(unfinished, target)
                 write_atomic(self._job.work / TRACKER, str(iteration))
-            self._drop([i for i in iterations_in(self._job.work) if i < iteration][: -(KEEP - 1)])
+                self._drop([i for i in iterations_in(self._job.work) if i < iteration][: -(KEEP - 1)])
         torch.distributed.barrier()
         return target
+
+    @contextmanager
+    def _writing(self, target: Path, unfinished: Path) -> Iterator[None]:
+        """An empty folder to write into; on an error it is removed again, and a disk's refusal becomes StorageError."""
+        try:
+            with storage_errors(f"writing {target}"):
+                if self._rank == 0:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    unfinished.mkdir(parents=True)
+                torch.distributed.barrier()
+                _seed_results_queue()
+                yield
+        except BaseException as e:
+            if self._rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            # DCP raises its own error on every rank when the writer of one failed; torch.save has its own for a full disk.
+            if isinstance(e, CheckpointException) or "PytorchStreamWriter failed" in str(e):
+                raise StorageError(
+                    f"writing {target}: {_first_line(e)}. Free space or choose another disk, then run again; nothing that was "
+                    "finished is lost."
+                ) from e
+            raise
 
     def resume(self) -> int:
         """Restore the newest sound checkpoint; its iteration, or 0 if there is none. Damaged ones are named in a warning."""
@@ -131,9 +146,8 @@ class Checkpoints:
     def _state(self, iteration: int, *, loading: bool = False) -> dict[str, Any]:
         """What a checkpoint holds, under the names Megatron-LM uses."""
         model = self._model.sharded_state_dict(metadata=_with_group(_CONTENT))
-        consumed = iteration * self._job.train.global_batch_size
         state = {
-            "args": _megatron_args(self._job, iteration, consumed),
+            "args": megatron_args(self._job, iteration),
             "checkpoint_version": 3.0,
             "iteration": iteration,
             "num_floating_point_operations_so_far": 0,
@@ -142,16 +156,20 @@ class Checkpoints:
                 {"model": model}, is_loading=loading, metadata=_with_group(_CONTENT)
             ),
             "opt_param_scheduler": self._schedule.state_dict(),
-            "rng_state": _rng_state(),
+            "rng_state": rng_state(),
         }
-        return _without_identity(state)
+        return without_identity(state)
 
     def _load(self, folder: Path) -> None:
         with loading(self._optimizer):
             state = self._state(0, loading=True)
             saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
-            # Generator states belong to a (pipeline, tensor) rank: another layout starts from fresh ones.
-            same_layout = all(getattr(saved, name) == getattr(state["args"], name) for name in _RNG_LAYOUT)
+            if said := changed_settings(saved, state["args"]):
+                raise IncompatibleInputs(
+                    f"run {self._job.name}: {folder} was trained with {said}. Resuming it would be neither run: choose another "
+                    "folder."
+                )
+            same_layout = same_rng_layout(saved, state["args"])
             if not same_layout:
                 del state["rng_state"]
             try:
@@ -163,13 +181,13 @@ class Checkpoints:
         use_fused_kernel(self._optimizer)
         self._schedule.load_state_dict(loaded["opt_param_scheduler"])
         if same_layout:
-            _set_rng_state(loaded["rng_state"][0])
+            set_rng_state(loaded["rng_state"][0])
 
     def _checksums(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and digest of every file, as a Manifest holds them. Each rank reads, and makes durable, its share."""
         mine = {}
         for path in sorted(folder.iterdir())[self._rank :: self._num_ranks]:
-            with storage_errors(f"writing {path}"), open(path, "rb") as file:
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
             mine[path.name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
         return {name: facts for part in self._gather(mine) for name, facts in sorted(part.items())}
@@ -223,97 +241,6 @@ def iterations_in(work: Path) -> list[int]:
 
 def _with_group(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def _megatron_args(job: TrainJob, iteration: int, consumed: int) -> Namespace:
-    """What Megatron-LM looks up in a checkpoint's saved arguments: it checks the shapes and takes the counters from here."""
-    model, parallel, train = job.model, job.parallel, job.train
-    return Namespace(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=ffn_hidden_size(model),
-        num_attention_heads=model.num_attention_heads,
-        group_query_attention=model.num_query_groups is not None,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
-        seq_length=train.seq_length,
-        max_position_embeddings=model.max_position_embeddings or train.seq_length,
-        add_position_embedding=True,
-        position_embedding_type=model.position_embedding_type,
-        rotary_base=model.rotary_base,
-        rotary_percent=1.0,
-        normalization=model.normalization,
-        norm_epsilon=model.norm_epsilon,
-        swiglu=model.swiglu,
-        qk_layernorm=model.qk_layernorm,
-        add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
-        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
-        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
-        padded_vocab_size=padded_vocab_size(model, parallel, job.vocab_size),
-        num_experts=model.num_experts,
-        moe_router_topk=model.moe_router_topk,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        data_parallel_size=parallel.data,
-        world_size=parallel.world_size,
-        data_parallel_random_init=False,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
-        train_iters=job.train_iters,
-        bf16=train.precision == "bf16",
-        fp16=False,
-        use_distributed_optimizer=train.use_distributed_optimizer,
-        ckpt_format="torch_dist",
-        seed=job.seed,
-        iteration=iteration,
-        consumed_train_samples=consumed,
-        skipped_train_samples=0,
-        consumed_valid_samples=0,
-    )
-
-
-_RNG_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-
-
-def _rng_state() -> ShardedObject:
-    """Every generator's state, keyed by pipeline and tensor rank as Megatron-LM does; data parallel ranks share theirs."""
-    state = {
-        "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
-        "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    shape = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("rng_state", [_without_identity(state)], shape, place, replica_id=replica)
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["random_rng_state"])
-    np.random.set_state(state["np_rng_state"])
-    torch.set_rng_state(state["torch_rng_state"])
-    torch.cuda.set_rng_state(state["cuda_rng_state"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
-
-
-def _without_identity(value: Any) -> Any:
-    """Equal containers and strings whatever they share: pickle writes an object met twice as a reference, and what is one
-    object in a fresh run may be two in a resumed one."""
-    if isinstance(value, str):
-        return sys.intern(value)
-    if type(value) is dict:
-        return {_without_identity(k): _without_identity(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_without_identity(v) for v in value)
-    return value
 
 
 def _seed_results_queue() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from megatron_demix.progress import Heartbeat
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import FILE, LossLog
-from megatron_demix.units import format_count
+from megatron_demix.train.model import padded_vocab_size
+from megatron_demix.train.throughput import device_memory_bytes, device_peak_flops, flops_per_token
+from megatron_demix.units import format_bytes, format_count
 
 
 class Journal:
@@ -24,6 +26,9 @@ class Journal:
             from torch.utils.tensorboard import SummaryWriter
 
             self._scalars = SummaryWriter(str(job.tensorboard), purge_step=iteration + 1)
+        self._flops_per_token = flops_per_token(
+            job.model, job.train.seq_length, padded_vocab_size(job.model, job.parallel, job.vocab_size)
+        )
         self._since, self._seen = time.perf_counter(), iteration
         self._beat(iteration)
 
@@ -44,10 +49,11 @@ class Journal:
         seconds = (now - self._since) / max(1, iteration - self._seen)
         tokens_per_s = self._job.train.global_batch_size * self._job.train.seq_length / seconds
         self._since, self._seen = now, iteration
-        if self._scalars:
-            self._scalars.add_scalar("iteration-time", seconds, iteration)
-            self._scalars.add_scalar("batch-size", self._job.train.global_batch_size, iteration)
-            self._scalars.add_scalar("demix/tokens-per-second", tokens_per_s, iteration)
+        scalars = {
+            "iteration-time": seconds,
+            "batch-size": self._job.train.global_batch_size,
+            "demix/tokens-per-second": tokens_per_s,
+        }
         parts = [f"{self._job.name} iteration {iteration}/{self._job.train_iters}"]
         parts += [f"{name} {value:.4f}" for name, value in row.items() if name.startswith("lm loss")]
         parts += [
@@ -55,6 +61,16 @@ class Journal:
             f"grad norm {row['grad-norm']:.3f}",
             f"{format_count(tokens_per_s)} tokens/s",
         ]
+        if peak := device_peak_flops():
+            mfu = tokens_per_s * self._flops_per_token / (peak * self._job.parallel.world_size)
+            scalars["demix/mfu"] = mfu
+            parts.append(f"MFU {100 * mfu:.1f} %")
+        if memory := device_memory_bytes():
+            scalars["demix/gpu-memory-bytes"] = memory
+            parts.append(format_bytes(memory))
+        if self._scalars:
+            for name, value in scalars.items():
+                self._scalars.add_scalar(name, value, iteration)
         print(" | ".join(parts), flush=True)
 
     def _beat(self, iteration: int, **facts: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -156,23 +157,32 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, make_tr
     with stop_in_iteration(3), pytest.raises(Incomplete):
         train(job)
     before = contents(job.work)
-    # /dev/full in place of the shard: every write fails with ENOSPC, as on a full disk.
-    real_open = open
+    # /dev/full in place of the file: every write fails with ENOSPC, as on a full disk.
+    for name in (".distcp", "common.pt"):
+        with full_disk_for(name), pytest.raises(StorageError, match=r"writing .*iter_0000006: .*Free space or choose another"):
+            train(job)
+        assert contents(job.work) | {"losses.jsonl": before["losses.jsonl"]} == before  # it may be ahead of the checkpoint
+        assert not torch.distributed.is_initialized()
+    train(job)
+    whole = make_train_job(tmp_path / "whole")
+    train(whole)
+    assert contents(job.work) == contents(whole.work)
+
+
+@contextmanager
+def full_disk_for(suffix: str):
+    """Files of megatron.core's that end so are written to /dev/full."""
+    import torch
 
     def full(path, mode="r", *args, **kwargs):
-        return real_open("/dev/full" if str(path).endswith(".distcp") and "w" in mode else path, mode, *args, **kwargs)
+        return open("/dev/full" if str(path).endswith(suffix) and "w" in mode else path, mode, *args, **kwargs)
 
-    with (
-        mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async.open", full, create=True),
-        pytest.raises(StorageError, match=r"writing .*iter_0000006: .*No space left on device.*Free space"),
-    ):
-        train(job)
-    assert contents(job.work / "iter_0000003") == {
-        k.split("/", 1)[1]: v for k, v in before.items() if k.startswith("iter_0000003")
-    }
-    shutil.rmtree(job.work / ".unfinished-iter_0000006", ignore_errors=True)
-    train(job)
-    assert not torch.distributed.is_initialized()
+    def full_save(value, path, *args, save=torch.save, **kwargs):
+        return save(value, "/dev/full" if str(path).endswith(suffix) else path, *args, **kwargs)
+
+    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async.open"
+    with mock.patch(writer, full, create=True), mock.patch("torch.save", full_save):
+        yield
 
 
 def test_a_job_file_names_its_bad_field(tmp_path, make_train_job):
@@ -215,3 +225,35 @@ def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, make_train_job):
     train(job)
     with pytest.raises(ConfigError, match=r"holds a checkpoint of iteration 3, beyond train_iters 2. Choose another folder"):
         train(job.model_copy(update={"train_iters": 2}))
+
+
+def test_another_job_does_not_resume_this_one(tmp_path, make_train_job):
+    train(make_train_job(tmp_path, train_iters=3))
+    other = make_train_job(tmp_path, train={"lr": 1e-3}, model={"num_layers": 3})
+    said = r"iter_0000003 was trained with num_layers 2 \(now 3\), lr 0.003 \(now 0.001\). Resuming it would be neither run"
+    with pytest.raises(IncompatibleInputs, match=said):
+        train(other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_live_tensors_are_views_of_every_parameter(make_train_job, tmp_path, family):
+    import torch
+
+    from megatron_demix.train.compat import cpu_compat
+
+    job = make_train_job(tmp_path, model=FAMILIES[family])
+    with cpu_compat():
+        from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+
+        initialize_parallel(job.parallel, seed=1, timeout_s=60)
+        try:
+            model = build_model(job.model, job.train, job.parallel, job.vocab_size)
+            live = live_tensors(model)
+            assert sum(t.tensor.numel() for t in live) == sum(p.numel() for p in model.parameters())
+            for tensor in live:
+                assert len(tensor.box_shape) == len(tensor.global_shape)
+                with torch.no_grad():
+                    tensor.tensor.fill_(7)
+            assert all((p == 7).all() for p in model.parameters())
+        finally:
+            destroy_parallel()
