@@ -53,8 +53,8 @@ def main() -> int:
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
                         help="tokenizer.json, .model or .tiktoken file, or a folder that holds one")  # fmt: skip
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--split-sentences", action="store_true", help="one sequence a sentence (BERT; GPTDataset would shuffle "
-                        "sentences apart, and a blend refuses such data)")  # fmt: skip
+    parser.add_argument("--split-sentences", action="store_true", help="one sequence a sentence (for BERT; GPTDataset would "
+                        "shuffle sentences apart, so a blend refuses such data)")  # fmt: skip
     parser.add_argument("--keep-newlines", action="store_true", help="with --split-sentences: keep what separates sentences")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads (default: 1)")
     parser.add_argument("--on-bad-document", choices=("error", "reject"), default="error",

@@ -10,9 +10,9 @@ from megatron_demix.errors import ConfigError
 
 # Without these, untrained Punkt ends a sentence after each; trained models add little beyond them.
 _ABBREVIATIONS = """
-mr mrs ms dr prof st jr sr rev hon gen col capt lt sgt gov sen rep vs etc e.g i.e cf al ca approx dept est fig figs eq eqs no nos
-vol vols pp ed eds inc ltd co corp jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun u.s u.k a.m p.m
-ph.d b.a m.a sec ch art resp viz
+mr mrs ms dr prof st jr sr rev hon gen col capt lt sgt gov sen rep vs etc e.g i.e cf al ca approx dept est fig figs eq eqs no
+nos vol vols pp ed eds inc ltd co corp jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun u.s u.k a.m
+p.m ph.d b.a m.a sec ch art resp viz
 """
 
 

@@ -1,0 +1,177 @@
+"""Every input format gives the same documents; every bad one is named with its line."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_demix import native
+from megatron_demix.data.inputs import read_blocks, read_documents, resolve_inputs
+from megatron_demix.errors import ConfigError, CorruptInput
+
+TEXTS = ["first", 'with "quotes" \\ and\nnew lines\t', "naïve 你好 🙂\x00\u2028", "", "last"]
+
+
+def documents(files, **options):
+    return [t for batch in read_documents(files, **options) for t in batch.text.strings()]
+
+
+def write_all_formats(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    lines = "".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in enumerate(TEXTS)).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "unescaped.jsonl").write_bytes(
+        "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n\n" for t in TEXTS).encode()
+    )
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines[:40]) + gzip.compress(lines[40:]))
+    (folder / "c.json.zst").write_bytes(zstandard.compress(lines[:40]) + zstandard.compress(lines[40:]))
+    (folder / "d.ndjson").write_bytes(lines[:-1])
+    pq.write_table(pa.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / "e.parquet")
+    return sorted(folder.iterdir())
+
+
+def test_formats_agree(tmp_path):
+    for file in write_all_formats(tmp_path):
+        assert documents([file]) == [t for t in TEXTS if t], file
+        batches = list(read_documents([file]))
+        assert next(r for b in batches for r in b.rejected)[1] == "empty"
+        assert sum(b.file_bytes for b in read_blocks([file])) == file.stat().st_size
+
+
+def test_plain_text_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"three"))
+    assert documents([tmp_path / "a.txt", tmp_path / "b.md.gz"]) == ["one\ntwo\n", "three"]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 64, 1 << 20])
+def test_blocks_hold_whole_lines(tmp_path, block_bytes):
+    files = write_all_formats(tmp_path)
+    expected = [(str(b.file), b.first) for b in read_blocks(files)]
+    assert expected[0][1] == 1
+    blocks = list(read_blocks(files, block_bytes=block_bytes))
+    assert [b.number for b in blocks] == list(range(len(blocks)))
+    json_lines = b"".join(b.data for b in blocks if b.file.name == "a.jsonl")
+    assert json_lines == (tmp_path / "a.jsonl").read_bytes()
+    second = next(b for b in blocks if b.file.name == "a.jsonl" and b.first > 1) if block_bytes < 64 else None
+    if second:
+        assert json_lines.split(b"\n")[second.first - 1] == second.data.split(b"\n")[0]
+
+
+BAD_LINES = [
+    (b'{"text": "a\xff"}', "not UTF-8 (byte 0xff at offset 11)"),
+    (b'{"text": "a"', "not JSON (Expecting ',' delimiter at column 13)"),
+    (b"nonsense", "not JSON"),
+    (b'["text"]', "expected a JSON object with the text under 'text', found list"),
+    (b'{"body": "a", "id": 1}', "no key 'text' (it has 'body', 'id')"),
+    (b'{"text": 5}', "'text' is int, expected a string"),
+    (b'{"text": null}', "'text' is NoneType, expected a string"),
+    (b'{"text": "\\ud800"}', "lone surrogate at character 0"),
+    (b'{"text": "a"} {"text": "b"}', "not JSON (Extra data"),
+    (b'{"text": "a\tb"}', "not JSON (Invalid control character"),
+    (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_bad_lines(tmp_path, line, reason):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "fine"}\n')
+    with pytest.raises(CorruptInput, match=r"x\.jsonl:3: ") as raised:
+        documents([file])
+    assert reason in str(raised.value)
+    assert "--on-bad-document reject" in str(raised.value)
+    (batch,) = read_documents([file], on_bad_document="reject")
+    assert batch.text.strings() == ["good", "fine"]
+    assert len(batch.rejected) == 1
+    assert batch.rejected[0][0] == "x.jsonl:3"
+    assert reason in batch.rejected[0][1]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"text": st.text(st.characters(exclude_categories=["Cs"]))}, optional={"a": json_values, "té": json_values}
+        )
+    ),
+    st.booleans(),
+)
+def test_quick_path_is_json(objects, ascii_only):
+    data = "".join(json.dumps(o, ensure_ascii=ascii_only) + "\n" for o in objects).encode("utf-8", "surrogatepass")
+    scanned = native.scan_json_lines(data, "text")
+    if scanned is None:
+        return  # NaN and lone surrogates; the slow path decides
+    content, offsets, lines = scanned
+    texts = [content[a:b].tobytes().decode() for a, b in itertools.pairwise(offsets)]
+    assert texts == [o["text"] for o in objects]
+    assert lines.tolist() == list(range(len(objects)))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.binary(max_size=60)
+    | st.text(alphabet='{}[]":,\\untex 01-eE.falsr\n\t\ud83d\ude00', max_size=40).map(
+        lambda t: t.encode("utf-16", "surrogatepass").decode("utf-16", "ignore").encode()
+    )
+)
+@example(b'{"text":"a","text":"b"}')
+@example(b'{"text":"\\ud83d\\ud83d"}')
+@example(b'{"text":"\xed\xa0\x80"}')
+@example(b'\xef\xbb\xbf{"text":"a"}')
+@example(b'{"text":"a","n":01}')
+def test_quick_path_accepts_nothing_that_json_refuses(data):
+    scanned = native.scan_json_lines(data, "text")
+    if scanned is None:
+        return
+    content, offsets, _ = scanned
+    texts = [content[a:b].tobytes().decode() for a, b in itertools.pairwise(offsets)]
+    assert texts == [json.loads(line.decode())["text"] for line in data.split(b"\n") if line.strip()]
+
+
+def test_resolve(tmp_path):
+    (tmp_path / "d" / "e").mkdir(parents=True)
+    for name in ("d/b.jsonl", "d/a.jsonl", "d/e/c.txt", "d/.hidden"):
+        (tmp_path / name).write_text("x")
+    assert [p.name for p in resolve_inputs(["d"], tmp_path)] == ["a.jsonl", "b.jsonl", "c.txt"]
+    assert [p.name for p in resolve_inputs(["d/*.jsonl", "d/a.jsonl"], tmp_path)] == ["a.jsonl", "b.jsonl"]
+    assert [p.name for p in resolve_inputs([tmp_path / "d" / "*.jsonl"])] == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(ConfigError, match=r"inputs: d/\*\.csv matches no file \(looked in"):
+        resolve_inputs(["d/*.csv"], tmp_path)
+    (tmp_path / "d" / "a.jsonl").write_text("")
+    with pytest.raises(CorruptInput, match=r"a\.jsonl is empty, expected text"):
+        resolve_inputs(["d"], tmp_path)
+
+
+def test_damaged_files(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-9])
+    (tmp_path / "b.jsonl.zst").write_bytes(b"not zstandard")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 but not really")
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "d.parquet")
+    for name, message in (
+        ("a.jsonl.gz", r"a\.jsonl\.gz cannot be read"),
+        ("b.jsonl.zst", r"b\.jsonl\.zst cannot be read: not a Zstandard file"),
+        ("c.parquet", r"c\.parquet: not a Parquet file, or a damaged one"),
+        ("d.parquet", r"d\.parquet: no column 'text'; it has body, n"),
+        ("absent.jsonl", r"absent\.jsonl cannot be read"),
+    ):
+        with pytest.raises(CorruptInput, match=message):
+            documents([tmp_path / name])
+    with pytest.raises(CorruptInput, match=r"column 'n' holds int64, expected strings"):
+        documents([tmp_path / "d.parquet"], json_key="n")

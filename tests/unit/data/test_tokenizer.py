@@ -1,0 +1,192 @@
+"""Tokenizers of every kind: the ids of their own library, exact byte counts, and special tokens that text cannot forge."""
+
+import base64
+import inspect
+import json
+
+import numpy as np
+import pytest
+
+from megatron_demix.data.engines import PROBE
+from megatron_demix.data.text import TextBatch
+from megatron_demix.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.study import TokenizerSpec
+
+TEXTS = [inspect.getsource(json.decoder), "Zwölf Boxkämpfer jagen Viktor. 日本語 🙂", "", "x <|endoftext|> y"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, module in (("a", json.encoder), ("b", argparse_module())):
+        pieces = inspect.getsource(module).split("\n\n")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
+    return {"a": [folder / "a.jsonl"], "b": [folder / "b.jsonl"]}
+
+
+def argparse_module():
+    import argparse
+
+    return argparse
+
+
+@pytest.fixture(scope="module")
+def bpe(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    train_tokenizer(TokenizerSpec(train_vocab_size=600, train_bytes=60_000), corpus, folder)
+    return folder
+
+
+def check_against_reference(source, texts):
+    fast, reference = load_tokenizer(source), load_tokenizer(source, engine="reference")
+    for a, b in zip(fast.encode_batch(texts), reference.encode_batch(texts), strict=True):
+        assert np.array_equal(a, b)
+    return fast
+
+
+def text_bytes(tokenizer, texts):
+    ids, offsets = tokenizer.encode_batch(texts)
+    sums = np.concatenate([[0], np.cumsum(tokenizer.token_bytes[ids])])
+    return (sums[offsets[1:]] - sums[offsets[:-1]]).tolist()
+
+
+def test_bpe(bpe):
+    tokenizer = check_against_reference(bpe, [*TEXTS, *PROBE])
+    assert (tokenizer.engine_name, tokenizer.vocab_size, tokenizer.eod_id) == ("gigatoken", 600, 599)
+    assert text_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
+    ids, _ = tokenizer.encode_batch(TEXTS)
+    assert 599 not in ids  # "<|endoftext|>" in a document is thirteen characters
+
+
+def test_bpe_is_deterministic_and_ignores_the_order_of_documents(bpe, corpus, tmp_path):
+    lines = corpus["b"][0].read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(reversed(lines)))
+    again = TokenizerSpec(train_vocab_size=600, train_bytes=60_000)
+    train_tokenizer(again, {"a": corpus["a"], "b": [tmp_path / "b.jsonl"]}, tmp_path / "again")
+    for name in ("tokenizer.json", "meta.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (bpe / name).read_bytes()
+
+
+def test_bpe_merges_are_those_of_the_tokenizers_library(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    from megatron_demix.data.vocabularies import train_bpe
+
+    text = inspect.getsource(argparse_module())
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    theirs.train_from_iterator([text], trainers.BpeTrainer(vocab_size=399, initial_alphabet=alphabet, show_progress=False))
+    ours = json.loads(train_bpe(text.encode(), 400))
+    assert ours["model"]["merges"] == json.loads(theirs.to_str())["model"]["merges"]
+
+
+def test_byte():
+    tokenizer = load_tokenizer(TokenizerSpec(type="byte"))
+    ids, offsets = tokenizer.encode_batch(TEXTS)
+    assert bytes(ids[offsets[1] : offsets[2]].tolist()).decode() == TEXTS[1]
+    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.token_bytes.sum()) == (257, 256, 256)
+
+
+def test_huggingface_file_and_its_copy(bpe, tmp_path):
+    spec = TokenizerSpec(type="huggingface", model=bpe / "tokenizer.json")
+    tokenizer = check_against_reference(spec, TEXTS)
+    train_tokenizer(spec, {}, tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert copy.fingerprint == tokenizer.fingerprint != load_tokenizer(bpe).fingerprint
+    assert np.array_equal(copy.token_bytes, tokenizer.token_bytes)
+
+
+def test_huggingface_end_of_document(bpe, tmp_path):
+    data = json.loads((bpe / "tokenizer.json").read_text())
+    data["added_tokens"][0]["content"] = "<over>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    spec = TokenizerSpec(type="huggingface", model=tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"so nothing could end a document\. Name it as eos_token in a tokenizer_config\.json"
+    ):
+        load_tokenizer(spec)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<over>"}}')
+    assert load_tokenizer(spec).eod_id == 599
+
+
+def test_sentencepiece(corpus, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus["b"][0]), model_prefix=str(tmp_path / "tokenizer"), vocab_size=500, model_type="bpe",
+        byte_fallback=True, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+    )  # fmt: skip
+    tokenizer = check_against_reference(
+        TokenizerSpec(type="sentencepiece", model=tmp_path / "tokenizer.model"), [*TEXTS, *PROBE]
+    )
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (500, 2)
+    assert text_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
+
+
+def test_tiktoken(tmp_path):
+    def ranks(merges):
+        tokens = [bytes([b]) for b in range(256)] + merges
+        return b"".join(base64.b64encode(t) + b" %d\n" % n for n, t in enumerate(tokens))
+
+    (tmp_path / "r50k_base.tiktoken").write_bytes(ranks([b"de", b"def", b" s", b" se"]))
+    spec = TokenizerSpec(type="tiktoken", model=tmp_path / "r50k_base.tiktoken")
+    tokenizer = check_against_reference(spec, [*TEXTS, *PROBE])
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (50257, 50256)
+    assert text_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
+    (tmp_path / "own.tiktoken").write_bytes(ranks([b"ab"]))
+    own = TokenizerSpec(type="tiktoken", model=tmp_path / "own.tiktoken")
+    with pytest.raises(ConfigError, match="no encoding is called 'own'"):
+        load_tokenizer(own)
+    (tmp_path / "own.tiktoken.json").write_text(r'{"pattern": "\\S+|\\s+", "special_tokens": {"<|endoftext|>": 300}}')
+    train_tokenizer(own, {}, tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").eod_id == 300
+    (tmp_path / "own.tiktoken").write_bytes(b"one two three\n")
+    with pytest.raises(CorruptInput, match="expected a base64 token and its rank on every line"):
+        load_tokenizer(own)
+
+
+def test_a_fast_engine_that_differs_is_not_used(bpe, monkeypatch):
+    from megatron_demix.data import vocabularies
+
+    def wrong(batch: TextBatch):
+        return np.zeros(int(batch.offsets[-1]), np.uint32), batch.offsets
+
+    monkeypatch.setattr(vocabularies.HuggingFace, "fast_engine", lambda self: wrong)
+    tokenizer = load_tokenizer(bpe)
+    assert tokenizer.engine_name == "huggingface"
+    assert tokenizer.encode_batch(TEXTS)[0].any()
+
+
+def test_bad_tokenizers(bpe, tmp_path):
+    with pytest.raises(ConfigError, match=r"no meta\.json there; expected a folder written by the prepare stage"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="type 'bpe' is trained on text"):
+        load_tokenizer(TokenizerSpec())
+    with pytest.raises(ConfigError, match=r"gone\.json does not exist"):
+        load_tokenizer(TokenizerSpec(type="huggingface", model=tmp_path / "gone.json"))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(CorruptInput, match=r"bad\.json: not a Hugging Face tokenizer\.json"):
+        load_tokenizer(TokenizerSpec(type="huggingface", model=tmp_path / "bad.json"))
+    with pytest.raises(CorruptInput, match=r"bad\.json: not a SentencePiece model"):
+        load_tokenizer(TokenizerSpec(type="sentencepiece", model=tmp_path / "bad.json"))
+    with pytest.raises(ConfigError, match="needs text to be trained on, and no domain has text inputs"):
+        train_tokenizer(TokenizerSpec(), {}, tmp_path / "x")
+    meta = json.loads((bpe / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(CorruptInput, match=r"tokenizer\.json is missing"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((bpe / "tokenizer.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"vocab_size": 7}))
+    with pytest.raises(CorruptInput, match=r"meta\.json says 7 ids, its file has 600"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"eod_id": 600}))
+    with pytest.raises(CorruptInput, match="end-of-document id 600 is not below 600"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"type": "word"}))
+    with pytest.raises(
+        ConfigError, match="tokenizer type 'word' is not one of byte, bpe, huggingface, sentencepiece, tiktoken"
+    ):
+        load_tokenizer(tmp_path)
