@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 KEEP = 2
 """Checkpoints kept while a run goes on: if the newest turns out damaged, the one before is resumed from."""
+_TORCH_SAVE_FAILED = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+"""Parts of the messages torch.save has for a disk that takes no more; it does not pass on the errno."""
 _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -107,8 +109,8 @@ class Checkpoints:
         except BaseException as e:
             if self._rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            # DCP raises its own error on every rank when the writer of one failed; torch.save has its own for a full disk.
-            if isinstance(e, CheckpointException) or "PytorchStreamWriter failed" in str(e):
+            # DCP raises an error of its own, on every rank, when the writer of one of them failed.
+            if isinstance(e, CheckpointException) or any(said in str(e) for said in _TORCH_SAVE_FAILED):
                 raise StorageError(
                     f"writing {target}: {_first_line(e)}. Free space or choose another disk, then run again; nothing that was "
                     "finished is lost."
