@@ -29,14 +29,15 @@ import sysconfig
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Set
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from worked_problems import worked_problems
 
 from megatron_demix.artifact import Manifest, fingerprint, is_done, publish, remove_leftovers
 from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.progress import progress_bar
 
 GENERATED_SHARE = 0.4
 DOCUMENT_CHARS = 4000
@@ -192,14 +193,16 @@ def _read(path: Path) -> str:
         return ""
 
 
+def collected(domain: str, output: Path, num_bytes: int) -> dict | None:
+    """What output/<domain> holds, or None if it is not there. Raises OutputExists if it was collected at another size."""
+    done = is_done(output / domain, fingerprint({"domain": domain, "bytes": num_bytes}))
+    manifest = Manifest.read(output / domain) if done else None
+    return manifest.settings if manifest else None
+
+
 def collect(domain: str, output: Path, num_bytes: int) -> dict:
-    """Write output/<domain>/documents.jsonl with about num_bytes of text, unless it is there. Returns what it holds."""
-    folder = output / domain
+    """Write output/<domain>/documents.jsonl with about num_bytes of text. Returns what it holds."""
     settings = {"domain": domain, "bytes": num_bytes}
-    key = fingerprint(settings)
-    if is_done(folder, key):
-        manifest = Manifest.read(folder)
-        return (manifest.settings if manifest else {}) | {"new": False}
     gc.disable()  # Syntax trees are large and free of cycles: the collector would only walk them again and again.
     total, seen, origins = 0, set(), Counter[str]()
     lines = []
@@ -216,17 +219,32 @@ def collect(domain: str, output: Path, num_bytes: int) -> dict:
         lines.append(json.dumps({"text": text, "source": source}, ensure_ascii=False))
     facts = settings | {"documents": len(lines), "text_bytes": total, "origins": dict(origins)}
     output.mkdir(parents=True, exist_ok=True)
-    with publish(folder, key, "quickstart-corpus", facts) as temporary:
+    with publish(output / domain, fingerprint(settings), "quickstart-corpus", facts) as temporary:
         (temporary / "documents.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return facts | {"new": True}
+    return facts
 
 
-def _show(rows: dict[str, dict]) -> None:
+def _collect_all(sizes: dict[str, int], output: Path) -> dict[str, dict]:
+    """What each domain of `sizes` (bytes) holds, collected side by side."""
+    # Fresh interpreters: the start method does not change what is collected, and fork is unsafe beside threads.
+    with (
+        ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool,
+        progress_bar("collecting", len(sizes), unit="domains") as advance,
+    ):
+        tasks = {pool.submit(collect, domain, output, size): domain for domain, size in sizes.items()}
+        rows = {}
+        for task in as_completed(tasks):
+            rows[tasks[task]] = task.result()
+            advance()
+        return rows
+
+
+def _show(rows: dict[str, dict], new: Collection[str]) -> None:
     print(f"{'domain':<9}{'documents':>10}{'MB':>7}   where from (share of the bytes)")
     for domain, facts in rows.items():
         origins = sorted(facts["origins"].items(), key=lambda item: -item[1])
         where = ", ".join(f"{name} {size / facts['text_bytes']:.0%}" for name, size in origins)
-        done = "" if facts["new"] else "   (already there)"
+        done = "" if domain in new else "   (already there)"
         print(f"{domain:<9}{facts['documents']:>10}{facts['text_bytes'] / 1e6:>7.2f}   {where}{done}")
 
 
@@ -240,14 +258,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.megabytes <= 0:
             raise ConfigError(f"--megabytes {options.megabytes:g}: expected a positive number.")
         remove_leftovers(options.output)
-        # Fresh interpreters: the start method does not change what is collected, and fork is unsafe beside threads.
-        with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            tasks = {d: pool.submit(collect, d, options.output, round(options.megabytes * 1e6 * SHARES[d])) for d in DOMAINS}
-            rows = {domain: task.result() for domain, task in tasks.items()}
+        sizes = {domain: round(options.megabytes * 1e6 * SHARES[domain]) for domain in DOMAINS}
+        there = {domain: facts for domain, size in sizes.items() if (facts := collected(domain, options.output, size))}
+        missing = {domain: size for domain, size in sizes.items() if domain not in there}
+        made = _collect_all(missing, options.output) if missing else {}
+        rows = {domain: (there | made)[domain] for domain in DOMAINS}
     except DemixError as e:
         print(f"collect: {e}", file=sys.stderr)
         return e.exit_code
-    _show(rows)
+    _show(rows, new=made)
     for domain, facts in rows.items():
         if facts["text_bytes"] < facts["bytes"]:
             print(f"{domain}: this machine has no more text of this kind ({facts['bytes'] / 1e6:.2f} MB were asked for).")

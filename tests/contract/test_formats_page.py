@@ -32,8 +32,8 @@ def test_weights(example):
 def test_pool(example):
     path = example("pool.yaml")
     pool = Pool.read(path)
-    assert pool["code"].prefixes == (path.parent / "data/code_0", path.parent / "data/code_1")
-    assert pool["math"].max_epochs == 6
+    assert pool["code"].prefixes == (path.parent / "data/code_text_document",)
+    assert (len(pool["math"].prefixes), pool["math"].max_epochs) == (2, 6)
 
 
 def test_domains(example):
