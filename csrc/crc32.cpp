@@ -6,6 +6,11 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+// GCC 12 warns about its own AVX-512 headers (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 

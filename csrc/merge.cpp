@@ -95,6 +95,20 @@ int write_all(int descriptor, const char* data, std::size_t n, std::uint64_t off
     return 0;
 }
 
+// What direct writes need: a multiple of every common block and page size, in memory and on disk.
+constexpr std::size_t direct_alignment = 4096;
+
+int write_tile(int descriptor, int direct, const char* data, std::size_t n, std::uint64_t offset) {
+    if (direct >= 0 && offset % direct_alignment == 0) {
+        const std::size_t aligned = n / direct_alignment * direct_alignment;
+        const int error = write_all(direct, data, aligned, offset);
+        // A file system may refuse what it could not foresee at open (EINVAL): then the page cache takes it.
+        if (error && error != EINVAL) return error;
+        if (!error) data += aligned, offset += aligned, n -= aligned;
+    }
+    return write_all(descriptor, data, n, offset);
+}
+
 struct Shared {
     const MergePlan& plan;
     const Settings& settings;
@@ -149,7 +163,9 @@ public:
             for (int m = 0; m < num_mixtures_; ++m) {
                 const std::size_t at = target_index * num_mixtures_ + m;
                 s_.target_crcs[at].fetch_xor(crc32_contribution(outs_[m], bytes, total - offset - bytes));
-                if (const int error = write_all(s_.to.descriptors[at], outs_[m], bytes, s_.to.offsets[target_index] + offset)) {
+                const int direct = s_.to.direct_descriptors.empty() ? -1 : s_.to.direct_descriptors[at];
+                if (const int error =
+                        write_tile(s_.to.descriptors[at], direct, outs_[m], bytes, s_.to.offsets[target_index] + offset)) {
                     s_.error.store(error);
                     s_.failed_target.store(target_index);
                     s_.stop.store(true);
@@ -360,7 +376,9 @@ void MergePlan::add_region(int target, const std::vector<std::int64_t>& lo, cons
 Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
     const std::size_t num_results = targets_.size() * std::size_t(settings.num_mixtures);
     const bool to_files = to.addresses.empty();
-    if (to_files ? to.descriptors.size() != num_results || to.offsets.size() != targets_.size() : to.addresses.size() != num_results)
+    const bool direct_fits = to.direct_descriptors.empty() || to.direct_descriptors.size() == num_results;
+    if (to_files ? to.descriptors.size() != num_results || to.offsets.size() != targets_.size() || !direct_fits
+                 : to.addresses.size() != num_results)
         throw std::invalid_argument("destinations do not match the plan's targets");
     for (const Target& t : targets_)
         for (const Region& r : t.regions)

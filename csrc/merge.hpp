@@ -41,10 +41,12 @@ struct Target {
 };
 
 // Where the M results of the targets go: to addresses, or to files (descriptor, and the same offset in every mixture's files).
+// A file may be open a second time for direct writes, past the page cache; what is not aligned is written the ordinary way.
 struct Destinations {
-    std::vector<char*> addresses;        // [T][M], or empty
-    std::vector<int> descriptors;        // [T][M], or empty
-    std::vector<std::uint64_t> offsets;  // [T]
+    std::vector<char*> addresses;         // [T][M], or empty
+    std::vector<int> descriptors;         // [T][M], or empty
+    std::vector<int> direct_descriptors;  // [T][M] opened with O_DIRECT, or -1; or empty
+    std::vector<std::uint64_t> offsets;   // [T]
 };
 
 struct Settings {

@@ -142,9 +142,9 @@ class MergePlan:
         """Write all M mixtures of all targets, to memory or to files (at offsets_T of descriptors_TM), in one read.
 
         A weight of exactly 0 leaves its source out and a lone weight of 1 copies bits, so a one-hot mixture is its component.
-        direct_TM: the same files opened with O_DIRECT (-1: not), for what is aligned. progress: called with the bytes done so far, about ten times a second. Returns {"crcs": [T * M], "damaged": [record
-        indices whose bytes differ from their CRC, if check_sources]}. Raises OSError when a write fails, and passes on
-        KeyboardInterrupt after the threads have stopped.
+        direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
+        so far, about ten times a second. Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their
+        CRC, if check_sources]}. Raises OSError when a write fails, and passes on KeyboardInterrupt after the threads stopped.
         """
         weights = np.ascontiguousarray(weights_SMK, np.float32)
         if not np.isfinite(weights).all():

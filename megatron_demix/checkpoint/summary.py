@@ -57,11 +57,11 @@ def summarize(path: Path) -> dict[str, Any]:
 def format_summary(facts: dict[str, Any]) -> str:
     """The facts of summarize() as a table."""
     at = "" if facts["iteration"] is None else f", iteration {facts['iteration']}"
+    model, beside = format_bytes(facts["model_bytes"]), format_bytes(facts["other_bytes"])
     lines = [
         f"{facts['path']} ({facts['kind']}{at})",
-        f"{format_count(facts['parameters'])} parameters: {len(facts['tensors'])} tensors, {format_bytes(facts['model_bytes'])}",
-        f"beside the model: {facts['other_tensors']} tensors ({format_bytes(facts['other_bytes'])}), "
-        f"{len(facts['objects'])} objects",
+        f"{format_count(facts['parameters'])} parameters in {len(facts['tensors'])} tensors, {model}",
+        f"beside the model: {facts['other_tensors']} tensors, {beside}; {len(facts['objects'])} objects",
     ]
     if facts["arguments"]:
         lines.append(", ".join(f"{k} {v}" for k, v in facts["arguments"].items()))

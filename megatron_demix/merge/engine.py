@@ -29,7 +29,8 @@ from megatron_demix.units import format_bytes
 Layout = Literal["release", "iter"]
 
 _MAX_MEMORY = 256 << 20
-_LARGEST_TILE, _SMALLEST_TILE = 1 << 20, 64 << 10
+# The tiles of all outputs together should stay in a second-level cache until they are written, but small writes are slow.
+_TILES, _LARGEST_TILE, _USUAL_TILE, _SMALLEST_TILE = 2 << 20, 1 << 20, 128 << 10, 64 << 10
 
 
 def merge_checkpoints(
@@ -176,7 +177,9 @@ def _merge_group(
     try:
         for out in outputs:
             out.create(job.placements)
-        descriptors_TM = np.array([[out.descriptors[p.file] for out in outputs] for p in placed], np.int64)
+        shape_TM = (len(placed), len(outputs))
+        descriptors_TM = np.array([[out.descriptors[p.file] for out in outputs] for p in placed], np.int64).reshape(shape_TM)
+        direct_TM = np.array([[out.direct[p.file] for out in outputs] for p in placed], np.int64).reshape(shape_TM)
         offsets_T = [p.position + p.item.frame(p.position).record_at for p in placed if isinstance(p.item, TensorItem)]
         total = sum(plan.native.target_bytes) * len(outputs)
         with (
@@ -187,7 +190,8 @@ def _merge_group(
         ):
             outcome = plan.native.run(
                 weights_MK[np.newaxis],
-                descriptors_TM=descriptors_TM.reshape(len(placed), len(outputs)),
+                descriptors_TM=descriptors_TM,
+                direct_TM=direct_TM,
                 offsets_T=offsets_T,
                 threads=threads,
                 tile_bytes=_tile_bytes(len(outputs), threads, max_memory),
@@ -199,7 +203,7 @@ def _merge_group(
                 f"{plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum. Copy or save the component "
                 "again; nothing was published."
             )
-        crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(len(placed), len(outputs))
+        crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(shape_TM)
         for m, out in enumerate(outputs):
             out.seal(job.placements, crcs_TM[:, m].tolist(), job.common, provenances[m], job.tracker)
             verify_linear(out.folder, job.parts, weights_MK[m], verify, str(out.target))
@@ -223,7 +227,8 @@ class _Increments:
 
 
 def _tile_bytes(num_outputs: int, threads: int, max_memory: int) -> int:
-    return max(_SMALLEST_TILE, min(_LARGEST_TILE, max_memory // (num_outputs * threads) // 4096 * 4096))
+    wanted = max(_USUAL_TILE, min(_LARGEST_TILE, _TILES // num_outputs))
+    return max(_SMALLEST_TILE, min(wanted, max_memory // (num_outputs * threads)) // 4096 * 4096)
 
 
 def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
@@ -231,7 +236,7 @@ def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
     if max_memory < threads * _SMALLEST_TILE:
         needed = format_bytes(threads * _SMALLEST_TILE)
         raise ConfigError(f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({needed}).")
-    files = len({p.file for p in job.placements})
+    files = 2 * len({p.file for p in job.placements})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files * 1024 + 256
     if soft < wanted:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +30,17 @@ class Box:
     offset: Shape
     shape: Shape
     dtype: str
+
+
+@dataclass(slots=True)
+class _Region:
+    """A part of a target, in its own coordinates, and where each component's elements for it begin and how they are spaced."""
+
+    lo: list[int]
+    hi: list[int]
+    records: list[int] = field(default_factory=list)
+    byte_offsets: list[int] = field(default_factory=list)
+    strides: list[Shape] = field(default_factory=list)
 
 
 class BytePlan:
@@ -51,28 +62,21 @@ class BytePlan:
     def add(self, box: Box) -> None:
         """Plan one more target. Raises CorruptInput if a component has no elements for a part of it."""
         infos = self.components.infos(box.key)
-        shape = box.shape or (1,)
-        target = self.native.add_target(shape, infos[0].dtype, box.dtype)
         self.boxes.append(box)
-        if not math.prod(shape):
+        num_elements = math.prod(box.shape)
+        regions = []
+        if num_elements:
+            grids = [_Grid(info) for info in infos]
+            regions = [self._region(box, infos, grids, lo, hi) for lo, hi in _cells(box, grids)]
+        if len(regions) == 1 and all(_is_contiguous(box.shape, strides) for strides in regions[0].strides):
+            # One run: the native side can then cut it anywhere, so that tiles of a file stay aligned.
+            target = self.native.add_target([num_elements], infos[0].dtype, box.dtype)
+            one = regions[0]
+            self.native.add_region(target, [0], [num_elements], one.records, one.byte_offsets, [(1,)] * len(infos))
             return
-        grids = [_Grid(info) for info in infos]
-        for lo, hi in _cells(box, grids):
-            records, offsets, strides = [], [], []
-            for k, (info, grid) in enumerate(zip(infos, grids, strict=True)):
-                index = grid.holding(lo, hi)
-                if index is None:
-                    raise CorruptInput(
-                        f"{self.components.checkpoints[k].location.path}: no chunk of {box.key!r} holds elements {lo} to {hi}. "
-                        "The checkpoint was not saved by all ranks."
-                    )
-                record, offset, view = self._source(k, info, index, lo)
-                records.append(record)
-                offsets.append(offset)
-                strides.append(view)
-            local_lo = [a - o for a, o in zip(lo, box.offset, strict=True)] or [0]
-            local_hi = [b - o for b, o in zip(hi, box.offset, strict=True)] or [1]
-            self.native.add_region(target, local_lo, local_hi, records, offsets, strides)
+        target = self.native.add_target(box.shape or (1,), infos[0].dtype, box.dtype)
+        for region in regions:
+            self.native.add_region(target, region.lo, region.hi, region.records, region.byte_offsets, region.strides)
 
     def damaged(self, threads: int | None = None) -> str | None:
         """The first record whose bytes differ from their checksum, by name, or None. Reads every record that is used, whole."""
@@ -86,6 +90,23 @@ class BytePlan:
         """The file, tensor and chunk a record was read from."""
         return self._names[index]
 
+    def _region(self, box: Box, infos: Sequence[TensorInfo], grids: Sequence[_Grid], lo: Shape, hi: Shape) -> _Region:
+        region = _Region(
+            [a - o for a, o in zip(lo, box.offset, strict=True)], [b - o for b, o in zip(hi, box.offset, strict=True)]
+        )
+        for k, (info, grid) in enumerate(zip(infos, grids, strict=True)):
+            index = grid.holding(lo, hi)
+            if index is None:
+                raise CorruptInput(
+                    f"{self.components.checkpoints[k].location.path}: no chunk of {box.key!r} holds elements {lo} to {hi}. "
+                    "The checkpoint was not saved by all ranks."
+                )
+            record, offset, strides = self._source(k, info, index, lo)
+            region.records.append(record)
+            region.byte_offsets.append(offset)
+            region.strides.append(strides)
+        return region
+
     def _source(self, k: int, info: TensorInfo, index: int, lo: Shape) -> tuple[int, int, Shape]:
         chunk, payload = info.chunks[index], self.components.payload(k, info, index)
         at = (k, info.key, chunk.offset)
@@ -95,7 +116,7 @@ class BytePlan:
             folder = self.components.checkpoints[k].location.path
             self._names.append(f"{folder / chunk.location.file} ({info.key!r} at {chunk.offset})")
         inside = sum((a - o) * s for a, o, s in zip(lo, chunk.offset, payload.strides, strict=True))
-        return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides or (1,)
+        return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides
 
     def _source_bytes(self, box: Box) -> int:
         info = self.components.infos(box.key)[0]
@@ -134,3 +155,12 @@ def _cells(box: Box, grids: Sequence[_Grid]) -> list[tuple[Shape, Shape]]:
         edges = [lo[axis], *sorted(cuts), hi[axis]]
         spans.append(list(itertools.pairwise(edges)))
     return [(tuple(a for a, _ in cell), tuple(b for _, b in cell)) for cell in itertools.product(*spans)]
+
+
+def _is_contiguous(shape: Shape, strides: Shape) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

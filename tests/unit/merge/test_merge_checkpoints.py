@@ -268,7 +268,7 @@ def test_a_full_disk(parts, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "ftruncate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     refuse(StorageError, "No space left on device", parts, tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_a_disk_that_fills_while_elements_are_written(parts, tmp_path, monkeypat
         return real("/dev/full", os.O_WRONLY) if str(path).endswith(".distcp") else real(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", on_full_disk)
-    monkeypatch.setattr(os, "ftruncate", lambda *_: None)
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: None)
     refuse(StorageError, "No space left on device", parts, tmp_path)
 
 
