@@ -6,8 +6,11 @@ restores a generator's state around dropout.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -46,13 +49,16 @@ class CausalAttention(MegatronModule):
 
         Computed in float32: on CPUs without bfloat16 instructions the kernel is slower in bfloat16 than with the casts.
         """
-        context = torch.nn.functional.scaled_dot_product_attention(
-            query.float().permute(1, 2, 0, 3),
-            key.float().permute(1, 2, 0, 3),
-            value.float().permute(1, 2, 0, 3),
-            dropout_p=self._dropout if self.training else 0.0,
-            is_causal=True,
-            scale=self._scale,
-            enable_gqa=key.size(2) != query.size(2),
-        )
+        dropout = self._dropout if self.training else 0.0
+        # Tensor parallel ranks hold different heads, so each draws from its own generator.
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            context = torch.nn.functional.scaled_dot_product_attention(
+                query.float().permute(1, 2, 0, 3),
+                key.float().permute(1, 2, 0, 3),
+                value.float().permute(1, 2, 0, 3),
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self._scale,
+                enable_gqa=key.size(2) != query.size(2),
+            )
         return context.permute(2, 0, 1, 3).flatten(2).to(query.dtype)

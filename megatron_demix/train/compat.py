@@ -5,6 +5,7 @@ This is the one place for it. On a machine with CUDA, cpu_compat() does nothing 
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -98,6 +99,8 @@ def cpu_compat() -> Iterator[None]:
         if not hasattr(moe_utils, "te_general_gemm"):
             stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
         stack.enter_context(mock.patch.object(torch._dynamo.config, "disable", True))
+        # With one generator for both, it would warn at each dropout that "the CPU's" has changed.
+        stack.enter_context(mock.patch.object(logging.getLogger(random.__name__), "disabled", True))
         stack.enter_context(_CudaMeansCpu())
         _active = True
         try:

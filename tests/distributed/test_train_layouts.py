@@ -54,7 +54,8 @@ def runs(tmp_path_factory, make_train_job):
     jobs = {"reference": make_train_job(folder / "reference", name="reference", **common)}
     train(jobs["reference"])
     for name, parallel in LAYOUTS.items():
-        jobs[name] = make_train_job(folder / name, name=name, parallel=parallel, **common)
+        own = settings | ({"recompute_granularity": "full"} if name == "tp2dp2" else {})
+        jobs[name] = make_train_job(folder / name, name=name, parallel=parallel, **common | {"train": own})
     jobs["sharded_optimizer"] = make_train_job(
         folder / "sharded_optimizer",
         name="sharded_optimizer",
