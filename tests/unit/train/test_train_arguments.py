@@ -1,0 +1,73 @@
+"""Jobs from Megatron-named flags."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.train.arguments import add_arguments, job_from_arguments
+
+NEEDED = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --global-batch-size 8 --train-iters 10 "
+    "--vocab-size 257 --eod-id 256 --save runs/tiny"
+)
+
+
+def job(flags: str, world_size: int = 1):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return job_from_arguments(parser.parse_args(flags.split()), world_size=world_size)
+
+
+def test_flags_become_a_job():
+    made = job(
+        NEEDED
+        + " --tensor-model-parallel-size 2 --num-query-groups 2 --no-swiglu --qk-layernorm --lr 1e-3 --lr-decay-style WSD "
+        "--precision fp32 --load base --seed 3 --data-path 0.7 code 0.3 text --valid-data-path code=code_valid text=text_valid "
+        "--distributed-timeout-seconds 90",
+        world_size=4,
+    )
+    assert (made.name, made.seed, made.train_iters, made.train.timeout) == ("tiny", 3, 10, 90)
+    assert (made.parallel.tensor, made.parallel.data) == (2, 2)
+    assert (made.model.swiglu, made.model.qk_layernorm, made.model.num_query_groups) == (False, True, 2)
+    assert (made.train.lr, made.train.lr_decay_style, made.train.precision) == (1e-3, "WSD", "fp32")
+    assert made.blend == [(Path("code"), 0.7), (Path("text"), 0.3)]
+    assert made.valid == {"code": Path("code_valid"), "text": Path("text_valid")}
+    assert (made.init_checkpoint, made.work, made.index_cache) == (Path("base"), Path("runs/tiny"), Path("runs/tiny.index"))
+
+
+def test_blends_come_from_a_file_too(tmp_path):
+    path = tmp_path / "blend.txt"
+    path.write_text("0.25 code\n0.75 text\n")
+    assert job(f"{NEEDED} --data-args-path {path}").blend == [(Path("code"), 0.25), (Path("text"), 0.75)]
+    assert job(f"{NEEDED} --data-path code").blend == [(Path("code"), 1.0)]
+    with pytest.raises(ConfigError, match=r"--data-args-path .*absent: cannot be read \(No such file"):
+        job(f"{NEEDED} --data-args-path {tmp_path / 'absent'}")
+    with pytest.raises(ConfigError, match=r"--data-path and --data-args-path were both given"):
+        job(f"{NEEDED} --data-path code --data-args-path {path}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "said"),
+    [
+        ("--data-path 0.5 a 0.5", MixtureError, "3 words, expected pairs of a weight and a prefix"),
+        ("--data-path a 0.5 b 0.5", MixtureError, "could not convert string to float: 'a'; expected pairs"),
+        ("", MixtureError, "0 words, expected pairs"),
+        ("--data-path a --lr high", ConfigError, "--lr: Input should be a valid number"),
+        ("--data-path a --valid-data-path b", ConfigError, "--valid-data-path 'b': expected NAME=PREFIX"),
+        (
+            "--data-path a --tensor-model-parallel-size 3",
+            ConfigError,
+            "2 ranks were started; tensor x .* needs a multiple of 3",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_flag(flags, error, said):
+    with pytest.raises(error, match=said):
+        job(f"{NEEDED} {flags}", world_size=2)
+
+
+def test_missing_flags_are_named():
+    with pytest.raises(ConfigError, match=r"--hidden-size: Field required\n(.*\n)*--save: Field required"):
+        job("--num-layers 2 --data-path a")
