@@ -47,7 +47,7 @@ def propose(
     whole promising region instead of one point.
     """
     weights_MD = sample_mixtures(space, candidates, seed, landmarks=False)
-    values_M, _ = objective_values(space.shares(weights_MD), surrogates, objective, higher_is_better)
+    values_M = objective_means(space.shares(weights_MD), surrogates, objective, higher_is_better)
     keep = min(candidates, max(round(best_share * candidates), 8 * num))
     return farthest(weights_MD[np.argsort(values_M, kind="stable")[:keep]], num)
 
@@ -64,7 +64,7 @@ def choose_mixture(
 ) -> Choice:
     """The mean of the `top` best predicted candidates (DeMix, section 3.3), which is feasible because the space is convex."""
     weights_MD = sample_mixtures(space, candidates, seed, landmarks=False)
-    values_M, _ = objective_values(space.shares(weights_MD), surrogates, objective, higher_is_better)
+    values_M = objective_means(space.shares(weights_MD), surrogates, objective, higher_is_better)
     best_MD = weights_MD[np.argsort(values_M, kind="stable")[:top]]
     return describe(space, best_MD.mean(axis=0), surrogates, objective, higher_is_better)
 
@@ -90,6 +90,21 @@ def describe(
         natural,
         (float(values_2[1] - values_2[0]), float(np.hypot(*stds_2))),
     )
+
+
+def objective_means(
+    shares_MD: np.ndarray,
+    surrogates: Mapping[str, Surrogate],
+    objective: Mapping[str, float],
+    higher_is_better: Collection[str] = (),
+) -> np.ndarray:
+    """The values of objective_values without their standard deviations, for many rows."""
+    total = check_objective(surrogates, objective)
+    value_M = np.zeros(len(shares_MD))
+    for name, weight in objective.items():
+        if weight > 0:
+            value_M += (-1 if name in higher_is_better else 1) * weight / total * surrogates[name].mean(shares_MD)
+    return value_M
 
 
 def objective_values(

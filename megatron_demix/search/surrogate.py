@@ -7,7 +7,7 @@ deviations so that a nominal 90 % interval held 90 % of the proxies that the fit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,7 +20,8 @@ from megatron_demix.search.tables import Table, as_mixtures
 
 KINDS = ("auto", *REGRESSORS, "stack")
 MIN_PROXIES = 8
-_FOLDS = 5
+_FOLDS, _FOLDS_SMALL, _SMALL = 5, 10, 128
+"""More folds for fewer proxies, so that each fit still sees most of them."""
 _Z90 = 1.6448536269514722
 _LIGHTGBM_PROXIES = 100
 """auto leaves the trees out below this: they were the weakest family there in every study seen."""
@@ -30,7 +31,8 @@ _LIGHTGBM_PROXIES = 100
 class Surrogate:
     """A fitted score. `kind` is the family chosen; `members` its weighted regressors (one, unless it is a stack).
 
-    cross_validation: {"rmse", "spearman", "measured_M", "predicted_M", "std_M", "kinds": {kind: rmse}}, all out of fold.
+    cross_validation: {"rmse", "spearman", "measured_M", "predicted_M", "std_M"}, out of fold and in the score's unit, and
+    "kinds": {kind: rmse}, by which `auto` chose: in standard deviations of the score (of its logarithm, if scale says so).
     """
 
     kind: str
@@ -38,28 +40,66 @@ class Surrogate:
     shares_MD: np.ndarray
     scores_M: np.ndarray
     cross_validation: dict[str, Any]
-    centre: float
-    spread: float
+    scale: Scale
     widen: float
     """Factor on the raw standard deviations, from cross-validation."""
 
+    def mean(self, shares_ND: np.ndarray) -> np.ndarray:
+        """The mean of predict alone, for large N."""
+        shares_ND = np.asarray(shares_ND, np.float64)
+        return self.scale.to_scores(_weighted([(weight, part.mean(shares_ND)) for weight, part in self.members]))
+
     def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean_N and standard deviation_N of the score that would be measured at actual shares_ND, in the score's unit."""
-        mean_N, std_N = _mix(self.members, np.asarray(shares_ND, np.float64))
-        return self.centre + self.spread * mean_N, self.spread * self.widen * std_N
+        shares_ND = np.asarray(shares_ND, np.float64)
+        predictions = [(weight, *part.predict(shares_ND)) for weight, part in self.members]
+        scores_N = self.scale.to_scores(_weighted([(weight, mean_N) for weight, mean_N, _ in predictions]))
+        # Members err alike, so their deviations add up rather than average out.
+        std_N = _weighted([(weight, std_N) for weight, _, std_N in predictions])
+        return scores_N, self.scale.std_of(scores_N, self.widen * std_N)
 
     def refit(self, rows: np.ndarray) -> Surrogate:
         """The same family with the same hyperparameters on other rows (a bootstrap sample) of the same proxies."""
-        standard_M = (self.scores_M[rows] - self.centre) / self.spread
-        members = tuple((weight, regressor.refit(self.shares_MD[rows], standard_M)) for weight, regressor in self.members)
-        return Surrogate(
-            self.kind, members, self.shares_MD, self.scores_M, self.cross_validation, self.centre, self.spread, self.widen
-        )
+        standard_M = self.scale.to_standard(self.scores_M[rows])
+        members = tuple((weight, part.refit(self.shares_MD[rows], standard_M, tune=False)) for weight, part in self.members)
+        return replace(self, members=members)
 
 
-def _mix(members: tuple[tuple[float, Regressor], ...], shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    predictions = [(weight, *regressor.predict(shares_ND)) for weight, regressor in members]
-    return sum(w * mean for w, mean, _ in predictions), sum(w * std for w, _, std in predictions)  # type: ignore[return-value]
+def _weighted(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:
+    return np.sum([weight * values_N for weight, values_N in parts], axis=0)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the families see of a score: mean 0 and standard deviation 1, of its logarithm where that is less skewed.
+
+    A loss has a floor and a long tail above it, so errors are closer to equal in its logarithm.
+    """
+
+    logarithmic: bool
+    centre: float
+    spread: float
+
+    @classmethod
+    def of(cls, scores_M: np.ndarray) -> Scale:
+        logarithmic = bool(scores_M.min() > 0) and abs(_skewness(np.log(scores_M))) < abs(_skewness(scores_M))
+        values_M = np.log(scores_M) if logarithmic else scores_M
+        return cls(logarithmic, float(values_M.mean()), float(values_M.std()))
+
+    def to_standard(self, scores_M: np.ndarray) -> np.ndarray:
+        return ((np.log(scores_M) if self.logarithmic else scores_M) - self.centre) / self.spread
+
+    def to_scores(self, standard_M: np.ndarray) -> np.ndarray:
+        values_M = self.centre + self.spread * standard_M
+        return np.exp(values_M) if self.logarithmic else values_M
+
+    def std_of(self, scores_M: np.ndarray, standard_stds_M: np.ndarray) -> np.ndarray:
+        """A standard deviation in the score's unit, to first order."""
+        return self.spread * standard_stds_M * (np.abs(scores_M) if self.logarithmic else 1.0)
+
+
+def _skewness(values_M: np.ndarray) -> float:
+    return float(np.mean(((values_M - values_M.mean()) / values_M.std()) ** 3))
 
 
 @dataclass
@@ -86,8 +126,8 @@ def fit_surrogate(
     """
     shares_MD, scores_M = np.asarray(shares_MD, np.float64), np.asarray(scores_M, np.float64)
     _check(shares_MD, scores_M, kind, name)
-    centre, spread = float(scores_M.mean()), float(scores_M.std())
-    standard_M = (scores_M - centre) / spread
+    scale = Scale.of(scores_M)
+    standard_M = scale.to_standard(scores_M)
     folds_M = _folds(len(scores_M), seed)
     fitted: dict[str, Regressor] = {}
     trials: list[_Trial] = []
@@ -99,23 +139,17 @@ def fit_surrogate(
         trials.append(_stack(trials, standard_M, folds_M))
     chosen = trials[-1] if kind == "stack" else min(trials, key=lambda trial: trial.rmse(standard_M))
     widen = _calibration(standard_M - chosen.mean_M, chosen.std_M)
-    return Surrogate(
-        chosen.kind,
-        tuple((weight, fitted[part]) for weight, part in chosen.parts),
-        shares_MD,
-        scores_M,
-        {
-            "rmse": spread * chosen.rmse(standard_M),
-            "spearman": _spearman(chosen.mean_M, standard_M),
-            "measured_M": scores_M,
-            "predicted_M": centre + spread * chosen.mean_M,
-            "std_M": spread * widen * chosen.std_M,
-            "kinds": {trial.kind: spread * trial.rmse(standard_M) for trial in trials},
-        },
-        centre,
-        spread,
-        widen,
-    )
+    predicted_M = scale.to_scores(chosen.mean_M)
+    report = {
+        "rmse": float(np.sqrt(np.mean(np.square(predicted_M - scores_M)))),
+        "spearman": _spearman(predicted_M, scores_M),
+        "measured_M": scores_M,
+        "predicted_M": predicted_M,
+        "std_M": scale.std_of(predicted_M, widen * chosen.std_M),
+        "kinds": {trial.kind: trial.rmse(standard_M) for trial in trials},
+    }
+    members = tuple((weight, fitted[part]) for weight, part in chosen.parts)
+    return Surrogate(chosen.kind, members, shares_MD, scores_M, report, scale, widen)
 
 
 def _check(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) -> None:
@@ -152,17 +186,18 @@ def _candidates(kind: str, num: int) -> list[str]:
 
 
 def _folds(num: int, seed: int) -> np.ndarray:
-    """The fold of each proxy: a seeded shuffle into 5 equal parts."""
-    return np.random.default_rng(seed).permutation(num) % _FOLDS
+    """The fold of each proxy: a seeded shuffle into equal parts."""
+    folds = min(num // 2, _FOLDS_SMALL) if num < _SMALL else _FOLDS
+    return np.random.default_rng(seed).permutation(num) % folds
 
 
 def _cross_validate(
     kind: str, regressor: Regressor, shares_MD: np.ndarray, scores_M: np.ndarray, folds_M: np.ndarray
 ) -> _Trial:
     trial = _Trial(kind, np.empty(len(scores_M)), np.empty(len(scores_M)), [(1.0, kind)])
-    for fold in range(_FOLDS):
+    for fold in range(folds_M.max() + 1):
         out_M = folds_M == fold
-        again = regressor.refit(shares_MD[~out_M], scores_M[~out_M])
+        again = regressor.refit(shares_MD[~out_M], scores_M[~out_M], tune=True)
         trial.mean_M[out_M], trial.std_M[out_M] = again.predict(shares_MD[out_M])
     return trial
 
@@ -172,7 +207,7 @@ def _stack(trials: list[_Trial], scores_M: np.ndarray, folds_M: np.ndarray) -> _
     use, for each fold, the weights of the other folds."""
     means_MK, stds_MK = np.stack([t.mean_M for t in trials], axis=1), np.stack([t.std_M for t in trials], axis=1)
     stack = _Trial("stack", np.empty(len(scores_M)), np.empty(len(scores_M)))
-    for fold in range(_FOLDS):
+    for fold in range(folds_M.max() + 1):
         out_M = folds_M == fold
         weights_K = _stack_weights(means_MK[~out_M], scores_M[~out_M])
         stack.mean_M[out_M], stack.std_M[out_M] = means_MK[out_M] @ weights_K, stds_MK[out_M] @ weights_K
