@@ -8,7 +8,7 @@ from megatron_demix.evaluate.windows import read_windows
 from megatron_demix.indexed.writer import IndexedWriter
 
 
-@pytest.fixture()
+@pytest.fixture
 def prefixes(tmp_path):
     """Two data sets with documents of 10, 7 and 8 tokens: ids 0..24 in order."""
     for name, first, lengths in (("a", 0, [10, 7]), ("b", 17, [8])):

@@ -13,8 +13,8 @@ from megatron_demix.study import load_study
 STUDY = """
 name: s
 domains:
-  - {name: code, inputs: [code.txt]}
-  - {name: english, inputs: [english.txt]}
+  - {name: code, inputs: [code.jsonl]}
+  - {name: english, inputs: [english.jsonl]}
 tokenizer: {type: byte}
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
@@ -28,7 +28,7 @@ final: {tokens: 1k}
 @pytest.fixture
 def study_path(tmp_path: Path) -> Path:
     for name in ("code", "english", "math"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} text\n" * 200)
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
     (tmp_path / "study.yaml").write_text(STUDY)
     return tmp_path / "study.yaml"
 
@@ -64,7 +64,7 @@ def test_a_setting_changes_what_depends_on_it(study_path, override, expected):
 
 def test_a_new_domain_leaves_the_others_data_alone(study_path):
     anchored = "component.anchor={mixture: {english: 1}}"
-    study_path.write_text(STUDY.replace("tokenizer:", "  - {name: math, inputs: [math.txt]}\ntokenizer:"))
+    study_path.write_text(STUDY.replace("tokenizer:", "  - {name: math, inputs: [math.jsonl]}\ntokenizer:"))
     three = keys(study_path, anchored, "base.mixture={english: 1}")
     study_path.write_text(STUDY)
     two = keys(study_path, anchored, "base.mixture={english: 1}")
@@ -73,10 +73,10 @@ def test_a_new_domain_leaves_the_others_data_alone(study_path):
 
 def test_the_text_decides_not_its_place_or_age(study_path):
     before = keys(study_path)
-    text = study_path.with_name("code.txt").read_text()
-    study_path.with_name("code.txt").write_text(text)
+    text = study_path.with_name("code.jsonl").read_text()
+    study_path.with_name("code.jsonl").write_text(text)
     assert keys(study_path) == before
-    study_path.with_name("code.txt").write_text(text + "more")
+    study_path.with_name("code.jsonl").write_text(text + "more")
     assert keys(study_path)["data/code"] != before["data/code"]
     assert keys(study_path)["data/english"] == before["data/english"]
 
@@ -98,7 +98,7 @@ def test_iterations_round_to_whole_steps(study_path):
 
 
 def test_training_never_repeats_a_domain_silently(study_path):
-    study = load_study(study_path, ["base.tokens=64k", "domains.0.max_epochs=2", "prepare.split=[1, 0, 0]"])
+    study = load_study(study_path, ["base.tokens=64k", "domains.0.max_epochs=2"])
     dag = build_dag(study, study_path, study_path.parent / "run")
     for stage in (dag.tokenizer, *dag.data.values()):
         stage.finish()
