@@ -78,7 +78,7 @@ class _Staged:
     """Where the merge writes a parameter: the parameter itself, or (on a GPU, or not contiguous) a copy that is then moved."""
 
     def __init__(self, tensor: Any) -> None:
-        self._target = tensor.detach()
+        self._target = tensor.data  # not a view that autograd watches: writing in place is the point
         direct = self._target.device.type == "cpu" and self._target.is_contiguous()
         self._written = self._target
         if not direct:
