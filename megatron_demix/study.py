@@ -36,6 +36,9 @@ Seconds = Annotated[int, Field(gt=0), _or_value_error(parse_duration)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 MixtureSpec = Literal["natural", "uniform"] | dict[str, float]
+Surrogate = Literal[
+    "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
+]
 
 
 class _Section(BaseModel):
@@ -217,9 +220,7 @@ class SearchSpec(_Section):
     """Proxies evaluated in each round."""
     objective: dict[str, float] = Field(min_length=1)
     """Weight of each score. A domain's name means its validation loss in bits per byte; the weights are relative."""
-    surrogate: Literal["auto", "gaussian_process", "quadratic", "scheffe_log", "ridge", "log_linear", "lightgbm", "stack"] = (
-        "auto"
-    )
+    surrogate: Surrogate = "auto"
     candidates: int = Field(200_000, ge=100)
     """Feasible mixtures the surrogate scores in each round."""
     top: int = Field(128, ge=1)
