@@ -7,6 +7,8 @@ from megatron_demix.report.verdict import Verdict
 
 WEAK_RANK_CORRELATION = 0.7
 """A surrogate below this out of fold is pointed out: it orders mixtures poorly."""
+NO_WEIGHT = 0.005
+"""A merge weight below this counts as none."""
 
 
 def warnings(data: ReportData, verdict: Verdict) -> list[str]:
@@ -26,6 +28,12 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
                     f"{fits[score].correlation}: the search was close to guessing there. Use more proxies, or more tokens in "
                     "their evaluation."
                 )
+    if floor := _at_the_floor(data):
+        found.append(
+            f"The found mixture has hardly any merge weight on {', '.join(floor)}: the shares it has of them come from the anchor "
+            "that every component was trained on, and no proxy stands for less. The best mixture may lie beyond; a smaller "
+            "component.anchor.share would let the search look there."
+        )
     if verdict.comparisons and verdict.seed_sd is None:
         found.append("Each final mixture was trained with one seed: no difference can be told from chance.")
     elif 0 < (few := min((g.num_seeds for g in verdict.groups), default=0)) <= 3:
@@ -38,6 +46,14 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
                 "its documents or its epoch limit did not allow more exactness."
             )
     return found
+
+
+def _at_the_floor(data: ReportData) -> list[str]:
+    """Domains the search would have given less of, had the anchor allowed it."""
+    if not data.choice:
+        return []
+    shares = data.choice.shares
+    return [name for name, weight in data.choice.weights.items() if weight < NO_WEIGHT and shares.get(name, 0.0) > NO_WEIGHT]
 
 
 def not_measured(data: ReportData, verdict: Verdict) -> list[str]:

@@ -90,6 +90,15 @@ def test_warnings_name_what_is_weak(whole):
     assert any("trained with one seed" in w for w in warnings(one_seed, judge(one_seed)))
 
 
+def test_a_mixture_at_the_edge_of_what_proxies_stand_for_is_pointed_out(whole):
+    edge = dataclasses.replace(whole.choice, weights={"code": 0.999, "math": 0.001}, shares={"code": 0.75, "math": 0.25})
+    found = warnings(dataclasses.replace(whole, choice=edge), judge(whole))
+    assert any("hardly any merge weight on math: " in w and "component.anchor.share" in w for w in found)
+    pure = dataclasses.replace(edge, shares={"code": 0.999, "math": 0.001})
+    for choice in (whole.choice, pure):
+        assert not any("merge weight" in w for w in warnings(dataclasses.replace(whole, choice=choice), judge(whole)))
+
+
 def test_what_was_not_measured_is_always_said(whole):
     for data in (whole, ReportData("s", {}, {"code": 1})):
         text = " ".join(not_measured(data, judge(data)))
