@@ -31,8 +31,8 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     if floor := _at_the_floor(data):
         found.append(
             f"The found mixture has hardly any merge weight on {', '.join(floor)}: the shares it has of them come from the "
-            "anchor that every component was trained on, and no proxy stands for less. The best mixture may lie beyond; a smaller "
-            "component.anchor.share would let the search look there."
+            "anchor that every component was trained on, and no proxy stands for less. The best mixture may lie beyond; a "
+            "smaller component.anchor.share would let the search look there."
         )
     if verdict.comparisons and verdict.seed_sd is None:
         found.append("Each final mixture was trained with one seed: no difference can be told from chance.")
