@@ -1,25 +1,31 @@
-"""From surrogates to mixtures: the next round's proxies, and the mixture the search ends with."""
+"""From surrogates to mixtures: the next round's proxies, the mixture a search ends with, and the trade-offs between scores.
+
+Everything is a choice among feasible candidates, so any objective and any bounds are handled alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.sample import farthest, sample_mixtures
+from megatron_demix.search.objective import Aim, Objective
+from megatron_demix.search.sample import farthest, sample_around, sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
+
+_ELITE = 64
 
 
 @dataclass(frozen=True)
 class Choice:
     """The mixture a search ends with: merge weights, the actual shares to build data with, and what is predicted there.
 
-    predicted: score -> (mean, std) at the chosen mixture; natural: the same at the natural mixture. objective: (mean, std), the
-    lower the better; expected_gain: (mean, std) of natural's objective minus the chosen one's.
+    predicted: score -> (mean, std) at the chosen mixture; natural: the same at the feasible mixture closest to the natural one.
+    objective: (mean, std), the lower the better; expected_gain: (mean, std) of natural's objective less the chosen one's.
     """
 
     weights: Mixture
@@ -30,6 +36,17 @@ class Choice:
     expected_gain: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class ParetoFront:
+    """Mixtures of which none is predicted better in every score than another: merge weights_MD, actual shares_MD, and
+    predicted_MT for `scores`, sorted by the first."""
+
+    scores: tuple[str, ...]
+    weights_MD: np.ndarray
+    shares_MD: np.ndarray
+    predicted_MT: np.ndarray
+
+
 def propose(
     space: SearchSpace,
     surrogates: Mapping[str, Surrogate],
@@ -38,6 +55,7 @@ def propose(
     num: int,
     candidates: int = 200_000,
     seed: int = 0,
+    aim: Aim = "mean",
     higher_is_better: Collection[str] = (),
     best_share: float = 0.01,
 ) -> np.ndarray:
@@ -46,10 +64,10 @@ def propose(
     The first row is the best candidate; each further one is the farthest from those before it, so that the round explores the
     whole promising region instead of one point.
     """
+    goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
     weights_MD = sample_mixtures(space, candidates, seed, landmarks=False)
-    values_M = objective_means(space.shares(weights_MD), surrogates, objective, higher_is_better)
     keep = min(candidates, max(round(best_share * candidates), 8 * num))
-    return farthest(weights_MD[np.argsort(values_M, kind="stable")[:keep]], num)
+    return farthest(weights_MD[np.argsort(goal.means(space.shares(weights_MD)), kind="stable")[:keep]], num)
 
 
 def choose_mixture(
@@ -60,27 +78,20 @@ def choose_mixture(
     candidates: int = 200_000,
     top: int = 128,
     seed: int = 0,
+    aim: Aim = "mean",
     higher_is_better: Collection[str] = (),
 ) -> Choice:
-    """The mean of the `top` best predicted candidates (DeMix, section 3.3), which is feasible because the space is convex."""
-    weights_MD = sample_mixtures(space, candidates, seed, landmarks=False)
-    values_M = objective_means(space.shares(weights_MD), surrogates, objective, higher_is_better)
+    """The mean of the `top` best predicted candidates (DeMix, section 3.3), which is feasible because the space is convex.
+
+    Half of the candidates are drawn over the whole space and half around the best of those, so that in many dimensions, too,
+    the best ones lie at the optimum.
+    """
+    goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
+    weights_MD, values_M = best_candidates(space, goal, candidates, seed)
     best_MD = weights_MD[np.argsort(values_M, kind="stable")[:top]]
-    return describe(space, best_MD.mean(axis=0), surrogates, objective, higher_is_better)
-
-
-def describe(
-    space: SearchSpace,
-    weights_D: np.ndarray,
-    surrogates: Mapping[str, Surrogate],
-    objective: Mapping[str, float],
-    higher_is_better: Collection[str] = (),
-) -> Choice:
-    """The Choice of one row of merge weights, moved onto the exact grid of the space."""
-    pair_2D = space.nearest(np.stack([weights_D, space.centre_D]))
-    shares_2D = space.shares(pair_2D)
-    values_2, stds_2 = objective_values(shares_2D, surrogates, objective, higher_is_better)
-    predicted = {name: surrogate.predict(shares_2D) for name, surrogate in surrogates.items()}
+    pair_2D = space.nearest(np.stack([best_MD.mean(axis=0), space.centre_D]))
+    values_2, stds_2 = goal.predict(space.shares(pair_2D))
+    predicted = {name: surrogate.predict(space.shares(pair_2D)) for name, surrogate in surrogates.items()}
     chosen, natural = ({name: (float(m[i]), float(s[i])) for name, (m, s) in predicted.items()} for i in (0, 1))
     return Choice(
         space.mixture(pair_2D[0]),
@@ -92,52 +103,64 @@ def describe(
     )
 
 
-def objective_means(
-    shares_MD: np.ndarray,
+def best_candidates(space: SearchSpace, goal: Objective, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`num` candidate merge weights_MD and their objective's means_M: half over the whole space, half around its best."""
+    wide_MD = sample_mixtures(space, num - num // 2, seed, landmarks=False)
+    wide_M = goal.means(space.shares(wide_MD))
+    elite_MD = wide_MD[np.argsort(wide_M, kind="stable")[:_ELITE]]
+    near_MD = sample_around(space, elite_MD, num // 2, seed + 1)
+    return np.concatenate([wide_MD, near_MD]), np.concatenate([wide_M, goal.means(space.shares(near_MD))])
+
+
+def pareto_front(
+    space: SearchSpace,
     surrogates: Mapping[str, Surrogate],
-    objective: Mapping[str, float],
+    scores: Sequence[str],
+    *,
+    num: int = 64,
+    candidates: int = 20_000,
+    seed: int = 0,
     higher_is_better: Collection[str] = (),
-) -> np.ndarray:
-    """The values of objective_values without their standard deviations, for many rows."""
-    total = check_objective(surrogates, objective)
-    value_M = np.zeros(len(shares_MD))
-    for name, weight in objective.items():
-        if weight > 0:
-            value_M += (-1 if name in higher_is_better else 1) * weight / total * surrogates[name].mean(shares_MD)
-    return value_M
+) -> ParetoFront:
+    """At most `num` mixtures on the predicted front of two or more scores, spread over it. Raises MixtureError."""
+    if len(scores) < 2 or (unknown := [name for name in scores if name not in surrogates]):
+        seen = (
+            f"score {unknown[0]!r} was not measured" if len(scores) >= 2 else f"{len(scores)} scores given, expected at least 2"
+        )
+        raise MixtureError(f"Pareto front: {seen}; the scores are {', '.join(surrogates)}.")
+    signs_T = np.array([-1.0 if name in higher_is_better else 1.0 for name in scores])
+    drawn = [sample_mixtures(space, candidates, seed)]
+    for name in scores:
+        goal = Objective(space, surrogates, {name: 1.0}, higher_is_better=set(higher_is_better) & {name})
+        best = np.argsort(goal.means(space.shares(drawn[0])), kind="stable")[:_ELITE]
+        drawn.append(sample_around(space, drawn[0][best], candidates // len(scores) // 4, seed + 1))
+    weights_MD = np.concatenate(drawn)
+    predicted_MT = np.stack([surrogates[name].mean(space.shares(weights_MD)) for name in scores], axis=1)
+    front = _not_dominated(predicted_MT * signs_T)
+    extremes = front[(predicted_MT[front] * signs_T).argmin(axis=0)]
+    spread_T = np.ptp(predicted_MT[front], axis=0) + 1e-12
+    picked = _spread(predicted_MT[front] / spread_T, num, np.flatnonzero(np.isin(front, extremes)))
+    rows = front[picked]
+    rows = rows[np.argsort(predicted_MT[rows, 0], kind="stable")]
+    return ParetoFront(tuple(scores), weights_MD[rows], space.shares(weights_MD[rows]), predicted_MT[rows])
 
 
-def objective_values(
-    shares_MD: np.ndarray,
-    surrogates: Mapping[str, Surrogate],
-    objective: Mapping[str, float],
-    higher_is_better: Collection[str] = (),
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted mean of the predicted scores at each row and its standard deviation; lower is better.
-
-    Scores in higher_is_better count negatively. Errors of different scores are taken as independent.
-    Raises MixtureError where the objective names a score that has no surrogate, or its weights are not usable.
-    """
-    total = check_objective(surrogates, objective)
-    value_M, variance_M = np.zeros(len(shares_MD)), np.zeros(len(shares_MD))
-    for name, weight in objective.items():
-        if weight == 0:
-            continue
-        mean_M, std_M = surrogates[name].predict(shares_MD)
-        value_M += (-1 if name in higher_is_better else 1) * weight / total * mean_M
-        variance_M += np.square(weight / total * std_M)
-    return value_M, np.sqrt(variance_M)
+def _not_dominated(values_MT: np.ndarray) -> np.ndarray:
+    """Rows that no other row beats in every column (lower is better). The strongest come first and strike out many at once."""
+    left = np.argsort(values_MT.sum(axis=1), kind="stable")
+    front = []
+    while len(left):
+        first = values_MT[left[0]]
+        front.append(left[0])
+        left = left[(values_MT[left] < first).any(axis=1)]
+    return np.array(front)
 
 
-def check_objective(surrogates: Mapping[str, Surrogate], objective: Mapping[str, float]) -> float:
-    """The sum of the objective's weights. Raises MixtureError."""
-    for name, weight in objective.items():
-        if name not in surrogates:
-            raise MixtureError(f"objective: score {name!r} was not measured; the scores are {', '.join(surrogates)}.")
-        if not np.isfinite(weight) or weight < 0:
-            raise MixtureError(
-                f"objective: weight of {name!r} is {weight}, expected >= 0. List it in higher_is_better to maximise it."
-            )
-    if not (total := sum(objective.values())) > 0:
-        raise MixtureError("objective: all weights are 0, expected at least one above 0.")
-    return total
+def _spread(points_MT: np.ndarray, num: int, first: np.ndarray) -> np.ndarray:
+    """Indices of at most `num` points: `first`, then each the farthest from those before."""
+    picked = list(map(int, first[:num]))
+    nearest_M = np.min([np.square(points_MT - points_MT[i]).sum(axis=1) for i in picked], axis=0)
+    while len(picked) < min(num, len(points_MT)) and nearest_M.max() > 0:
+        picked.append(int(nearest_M.argmax()))
+        nearest_M = np.minimum(nearest_M, np.square(points_MT - points_MT[picked[-1]]).sum(axis=1))
+    return np.array(picked)

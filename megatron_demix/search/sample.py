@@ -55,6 +55,17 @@ def sample_mixtures(
     return np.concatenate([first_MD, rest_MD])
 
 
+def sample_around(
+    space: SearchSpace, centres_MD: np.ndarray, num: int, seed: int, *, strength: tuple[float, float] = (20.0, 2000.0)
+) -> np.ndarray:
+    """`num` feasible merge weights, each Dirichlet around one of the given rows, concentration log-uniform in `strength`."""
+    rng = np.random.default_rng(seed)
+    centres_ND = centres_MD[rng.integers(len(centres_MD), size=num)]
+    strength_N = np.exp(rng.uniform(np.log(strength[0]), np.log(strength[1]), size=num))
+    # A trace of every domain, so that an absent one can come back.
+    return space.nearest(rng.standard_gamma(strength_N[:, None] * (centres_ND + 1e-4)))
+
+
 def _landmarks(space: SearchSpace) -> np.ndarray:
     num_domains = len(space.domains)
     natural = np.array(list(space.natural.values()))

@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 
-from megatron_demix.errors import MixtureError
+from megatron_demix.errors import IncompatibleInputs, MixtureError
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.optimise import choose_mixture, objective_values, propose
+from megatron_demix.search.objective import Objective
+from megatron_demix.search.optimise import choose_mixture, pareto_front, propose
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate, fit_surrogate
+from megatron_demix.search.uncertainty import optimum_distribution
 
 DOMAINS = ("general", "code", "math")
 NATURAL = Mixture({"general": 0.6, "code": 0.3, "math": 0.1})
@@ -57,7 +59,7 @@ def test_caps_bind_the_choice_exactly_where_the_optimum_lies_beyond_them() -> No
 
 def test_a_score_of_which_more_is_better_is_maximised(free) -> None:
     space, surrogates = free
-    values, stds = objective_values(np.eye(3), surrogates, {"code": 2.0}, higher_is_better={"code"})
+    values, stds = Objective(space, surrogates, {"code": 2.0}, higher_is_better={"code"}).predict(np.eye(3))
     mean, std = surrogates["code"].predict(np.eye(3))
     np.testing.assert_allclose(values, -mean)
     np.testing.assert_allclose(stds, std)
@@ -71,8 +73,8 @@ def test_the_next_round_is_good_feasible_and_spread(free) -> None:
     assert weights_MD.shape == (16, 3)
     assert space.feasible(weights_MD).all()
     assert np.array_equal(weights_MD, propose(space, surrogates, OBJECTIVE, num=16, candidates=20_000, seed=4))
-    values_M, _ = objective_values(space.shares(weights_MD), surrogates, OBJECTIVE)
-    pool_M, _ = objective_values(space.shares(sample_mixtures(space, 5000, 9)), surrogates, OBJECTIVE)
+    goal = Objective(space, surrogates, OBJECTIVE)
+    values_M, pool_M = goal.means(space.shares(weights_MD)), goal.means(space.shares(sample_mixtures(space, 5000, 9)))
     assert values_M.max() < np.quantile(pool_M, 0.05)
     gaps = np.abs(weights_MD[:, None] - weights_MD).sum(axis=2)[np.triu_indices(16, k=1)]
     assert gaps.min() > 0.01
@@ -89,3 +91,78 @@ def test_the_next_round_is_good_feasible_and_spread(free) -> None:
 def test_bad_objectives_are_refused(free, objective, message) -> None:
     with pytest.raises(MixtureError, match=message):
         choose_mixture(*free, objective)
+
+
+def test_other_aims(free) -> None:
+    space, surrogates = free
+    worst = choose_mixture(space, surrogates, dict.fromkeys(DOMAINS, 1), candidates=20_000, top=16, aim="worst")
+    goal = Objective(space, surrogates, dict.fromkeys(DOMAINS, 1), aim="worst")
+    pool_M = goal.means(space.shares(sample_mixtures(space, 5000, 9)))
+    assert worst.objective[0] <= pool_M.min() + 0.02
+    z = [
+        (surrogates[name].predict(np.array([list(worst.shares.values())]))[0][0] - s.scores_M.mean()) / s.scores_M.std()
+        for name, s in surrogates.items()
+    ]
+    assert worst.objective[0] == pytest.approx(max(z))
+    ranked = choose_mixture(space, surrogates, OBJECTIVE, candidates=20_000, top=16, aim="percentile_rank")
+    assert 0 <= ranked.objective[0] < 0.5
+    # A rank, unlike a mean, does not change when a score's unit does.
+    squashed = dict(surrogates)
+    shares_MD = surrogates["code"].shares_MD
+    squashed["code"] = fit_surrogate(shares_MD, 1000 * surrogates["code"].scores_M, "gaussian_process")
+    again = choose_mixture(space, squashed, OBJECTIVE, candidates=20_000, top=16, aim="percentile_rank")
+    for name in DOMAINS:
+        assert again.shares[name] == pytest.approx(ranked.shares[name], abs=0.02)
+    with pytest.raises(MixtureError, match="aim 'worst' compares scores as equals"):
+        choose_mixture(space, surrogates, OBJECTIVE, aim="worst")
+    with pytest.raises(MixtureError, match="aim 'best' is unknown; expected one of mean, worst, percentile_rank"):
+        choose_mixture(space, surrogates, OBJECTIVE, aim="best")
+    with pytest.raises(MixtureError, match="higher_is_better: score 'law' was not measured"):
+        choose_mixture(space, surrogates, OBJECTIVE, higher_is_better={"law"})
+
+
+def test_the_pareto_front_runs_from_one_scores_best_to_the_others(free) -> None:
+    space, surrogates = free
+    front = pareto_front(space, surrogates, ("code", "math"), num=20, candidates=8000)
+    assert 10 <= len(front.weights_MD) <= 20
+    assert space.feasible(front.weights_MD).all()
+    assert (np.diff(front.predicted_MT[:, 0]) > 0).all()
+    assert (np.diff(front.predicted_MT[:, 1]) < 0).all()
+    # Only code and math matter to these two scores, so general gets no more than the anchor's part.
+    assert np.median(front.shares_MD[:, 0]) < 0.06
+    pool_MT = np.stack(
+        [surrogates[name].mean(space.shares(sample_mixtures(space, 2000, 5))) for name in ("code", "math")], axis=1
+    )
+    for point in front.predicted_MT:
+        assert not (pool_MT < point - 0.02).all(axis=1).any()
+    with pytest.raises(MixtureError, match="Pareto front: 1 scores given, expected at least 2"):
+        pareto_front(space, surrogates, ("code",))
+    with pytest.raises(MixtureError, match="Pareto front: score 'law' was not measured"):
+        pareto_front(space, surrogates, ("code", "law"))
+
+
+def test_noise_widens_the_optimum_and_the_regret(free) -> None:
+    space, _ = free
+    shares_MD, rng = space.shares(sample_mixtures(space, 40, 1)), np.random.default_rng(0)
+    found = {}
+    for noise in (0.002, 0.6):
+        surrogates = {
+            name: fit_surrogate(shares_MD, values + noise * rng.standard_normal(40), "ridge")
+            for name, values in losses(shares_MD).items()
+        }
+        choice = choose_mixture(space, surrogates, OBJECTIVE, candidates=4000, top=16)
+        found[noise] = optimum_distribution(space, surrogates, OBJECTIVE, choice, num=20, candidates=2000, top=8)
+    quiet, noisy = found[0.002], found[0.6]
+    assert quiet.domains == DOMAINS
+    assert quiet.shares["code"][0] == pytest.approx(0.6, abs=0.1)
+    assert quiet.shares["code"][1] < noisy.shares["code"][1]
+    assert quiet.expected_regret < noisy.expected_regret
+    assert quiet.probability_of_gain == 1
+    assert quiet.enough(0.05)
+    assert not noisy.enough(0.05)
+    mixed = {
+        "code": fit_surrogate(shares_MD, losses(shares_MD)["code"], "ridge"),
+        "math": fit_surrogate(shares_MD[:20], losses(shares_MD)["math"][:20], "ridge"),
+    }
+    with pytest.raises(IncompatibleInputs, match="different numbers of proxies"):
+        optimum_distribution(space, mixed, {"code": 1, "math": 1}, choice)

@@ -1,0 +1,102 @@
+"""What the search minimises: one number a mixture, made of the predicted scores."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Literal, get_args
+
+import numpy as np
+
+from megatron_demix.errors import MixtureError
+from megatron_demix.search.sample import sample_mixtures
+from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.surrogate import Surrogate
+
+Aim = Literal["mean", "worst", "percentile_rank"]
+_RANKED = 4096
+
+
+class Objective:
+    """The lower, the better; scores in higher_is_better are negated first.
+
+    mean: the weighted mean of the scores, in their unit. worst: the worst score, each in standard deviations above its mean
+    over the proxies (weights must be equal: they only say which scores count). percentile_rank: the weighted mean of each
+    score's rank, 0 best to 1, among random feasible mixtures, as the paper averages its categories; for scores whose
+    units do not compare. Errors of different scores are taken as independent.
+    Raises MixtureError: a score that was not measured, weights that are not usable.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        surrogates: Mapping[str, Surrogate],
+        weights: Mapping[str, float],
+        *,
+        aim: Aim = "mean",
+        higher_is_better: Collection[str] = (),
+        seed: int = 0,
+    ) -> None:
+        if aim not in get_args(Aim):
+            raise MixtureError(f"objective: aim {aim!r} is unknown; expected one of {', '.join(get_args(Aim))}.")
+        self.weights = _normalised(weights, surrogates)
+        if unknown := sorted(set(higher_is_better) - set(surrogates)):
+            raise MixtureError(
+                f"higher_is_better: score {unknown[0]!r} was not measured; the scores are {', '.join(surrogates)}."
+            )
+        if aim == "worst" and len(set(self.weights.values())) > 1:
+            raise MixtureError(
+                f"objective: aim 'worst' compares scores as equals, but their weights are {dict(weights)}. Make "
+                "them equal, or 0."
+            )
+        self._surrogates, self._aim = surrogates, aim
+        self._signs = {name: -1.0 if name in higher_is_better else 1.0 for name in self.weights}
+        self._ranked: dict[str, np.ndarray] = {}
+        if aim == "percentile_rank":
+            pool_MD = space.shares(sample_mixtures(space, _RANKED, seed, landmarks=False))
+            self._ranked = {name: np.sort(sign * surrogates[name].mean(pool_MD)) for name, sign in self._signs.items()}
+
+    def refit(self, rows: np.ndarray) -> Objective:
+        """The same objective with every surrogate fitted on other rows of its proxies (a bootstrap sample)."""
+        again = Objective.__new__(Objective)
+        again.__dict__.update(self.__dict__)
+        again._surrogates = {name: self._surrogates[name].refit(rows) for name in self.weights}
+        return again
+
+    def means(self, shares_MD: np.ndarray) -> np.ndarray:
+        """value_M at actual shares, without uncertainty: for many mixtures."""
+        terms = [self._term(name, self._surrogates[name].mean(shares_MD)) for name in self.weights]
+        return np.max(terms, axis=0) if self._aim == "worst" else np.sum(terms, axis=0)
+
+    def predict(self, shares_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """value_M and standard deviation_M at actual shares."""
+        terms, stds = [], []
+        for name in self.weights:
+            mean_M, std_M = self._surrogates[name].predict(shares_MD)
+            terms.append(self._term(name, mean_M))
+            stds.append(np.abs(self._term(name, mean_M + std_M) - self._term(name, mean_M - std_M)) / 2)
+        if self._aim == "worst":
+            worst_M = np.argmax(terms, axis=0)[None]
+            return np.take_along_axis(np.stack(terms), worst_M, 0)[0], np.take_along_axis(np.stack(stds), worst_M, 0)[0]
+        return np.sum(terms, axis=0), np.sqrt(np.sum(np.square(stds), axis=0))
+
+    def _term(self, name: str, score_M: np.ndarray) -> np.ndarray:
+        if self._aim == "mean":
+            return self.weights[name] * self._signs[name] * score_M
+        if self._aim == "worst":
+            measured_M = self._surrogates[name].scores_M
+            return self._signs[name] * (score_M - measured_M.mean()) / measured_M.std()
+        ranks = np.arange(_RANKED) / (_RANKED - 1)
+        return self.weights[name] * np.interp(self._signs[name] * score_M, self._ranked[name], ranks)
+
+
+def _normalised(weights: Mapping[str, float], surrogates: Mapping[str, Surrogate]) -> dict[str, float]:
+    for name, weight in weights.items():
+        if name not in surrogates:
+            raise MixtureError(f"objective: score {name!r} was not measured; the scores are {', '.join(surrogates)}.")
+        if not np.isfinite(weight) or weight < 0:
+            raise MixtureError(
+                f"objective: weight of {name!r} is {weight}, expected >= 0. List it in higher_is_better to maximise it."
+            )
+    if not (total := sum(weights.values())) > 0:
+        raise MixtureError("objective: all weights are 0, expected at least one above 0.")
+    return {name: weight / total for name, weight in weights.items() if weight > 0}

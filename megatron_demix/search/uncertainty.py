@@ -1,0 +1,86 @@
+"""How sure the optimum is: the search repeated on resampled proxies, and whether another round is worth its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_demix.errors import IncompatibleInputs
+from megatron_demix.search.objective import Aim, Objective
+from megatron_demix.search.optimise import Choice, best_candidates
+from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.surrogate import Surrogate
+
+
+@dataclass(frozen=True)
+class OptimumDistribution:
+    """The optimum of each bootstrap sample of the proxies: actual shares_BD, and what the chosen mixture loses against it.
+
+    regrets_B and gains_B are in the objective's unit: the chosen mixture's value less the sample's best, and the natural
+    mixture's less the chosen one's.
+    """
+
+    domains: tuple[str, ...]
+    shares_BD: np.ndarray
+    regrets_B: np.ndarray
+    gains_B: np.ndarray
+
+    @property
+    def shares(self) -> dict[str, tuple[float, float]]:
+        """Domain -> (mean, standard deviation) of its share at the optimum."""
+        means_D, stds_D = self.shares_BD.mean(axis=0), self.shares_BD.std(axis=0, ddof=1)
+        return {name: (float(mean), float(std)) for name, mean, std in zip(self.domains, means_D, stds_D, strict=True)}
+
+    @property
+    def expected_regret(self) -> float:
+        """What a perfect further search could still win, on average."""
+        return float(self.regrets_B.mean())
+
+    @property
+    def probability_of_gain(self) -> float:
+        """The part of the samples in which the chosen mixture beats the natural one."""
+        return float((self.gains_B > 0).mean())
+
+    def enough(self, part: float = 0.05) -> bool:
+        """Whether the rounds may stop: the expected regret is below `part` of the expected gain over the natural mixture."""
+        return self.expected_regret < part * float(self.gains_B.mean())
+
+
+def optimum_distribution(
+    space: SearchSpace,
+    surrogates: Mapping[str, Surrogate],
+    objective: Mapping[str, float],
+    choice: Choice,
+    *,
+    num: int = 50,
+    candidates: int = 20_000,
+    top: int = 32,
+    seed: int = 0,
+    aim: Aim = "mean",
+    higher_is_better: Collection[str] = (),
+) -> OptimumDistribution:
+    """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew.
+
+    All surrogates must have been fitted on the same proxies, which are resampled together: IncompatibleInputs otherwise.
+    """
+    goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
+    sizes = {name: len(surrogates[name].scores_M) for name in goal.weights}
+    if len(set(sizes.values())) > 1:
+        raise IncompatibleInputs(
+            f"surrogates were fitted on different numbers of proxies ({sizes}); fit all of them on the same ones."
+        )
+    pair_2D = space.shares(np.stack([[choice.weights[name] for name in space.domains], space.centre_D]))
+    rng = np.random.default_rng(seed)
+    num_proxies = next(iter(sizes.values()))
+    optima, regrets, gains = [], [], []
+    for b in range(num):
+        again = goal.refit(rng.integers(num_proxies, size=num_proxies))
+        weights_MD, values_M = best_candidates(space, again, candidates, seed + b)
+        best = np.argsort(values_M, kind="stable")[:top]
+        optima.append(space.shares(weights_MD[best].mean(axis=0)))
+        chosen, natural = again.means(pair_2D)
+        regrets.append(max(chosen - values_M[best[0]], 0.0))
+        gains.append(natural - chosen)
+    return OptimumDistribution(space.domains, np.array(optima), np.array(regrets), np.array(gains))
