@@ -91,4 +91,4 @@ except DemixError as e:
     assert process.returncode == 75
     assert "stopped by SIGTERM; run the same command again" in rest
     assert time.monotonic() - started < 20
-    assert not [p for p in tmp_path.rglob("*tmp-*")]
+    assert not list(tmp_path.rglob("*tmp-*"))
