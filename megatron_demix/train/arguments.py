@@ -105,7 +105,9 @@ def _blend(arguments: argparse.Namespace) -> list[tuple[Path, float]]:
             raise ConfigError(f"--data-args-path {arguments.data_args_path}: cannot be read ({e.strerror}).") from e
     if len(words) == 1:
         return [(Path(words[0]), 1.0)]
-    if not words or len(words) % 2:
+    if not words:
+        raise ConfigError("no data: give --data-path or --data-args-path with the other flags, or --job alone.")
+    if len(words) % 2:
         raise MixtureError(f"--data-path: {len(words)} words, expected pairs of a weight and a prefix, or a single prefix.")
     try:
         return [(Path(prefix), float(weight)) for weight, prefix in zip(words[::2], words[1::2], strict=True)]

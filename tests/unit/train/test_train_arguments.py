@@ -53,7 +53,7 @@ def test_blends_come_from_a_file_too(tmp_path):
     [
         ("--data-path 0.5 a 0.5", MixtureError, "3 words, expected pairs of a weight and a prefix"),
         ("--data-path a 0.5 b 0.5", MixtureError, "could not convert string to float: 'a'; expected pairs"),
-        ("", MixtureError, "0 words, expected pairs"),
+        ("", ConfigError, "no data: give --data-path or --data-args-path"),
         ("--data-path a --lr high", ConfigError, "--lr: Input should be a valid number"),
         ("--data-path a --valid-data-path b", ConfigError, "--valid-data-path 'b': expected NAME=PREFIX"),
         (
