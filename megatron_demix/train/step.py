@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_demix.train.compat import on_cpu
 from megatron_demix.train.data import Batch, micro_batches, num_micro_batches
@@ -123,12 +124,18 @@ def _forward_step(batches: Iterator[Batch | None], model: torch.nn.Module):
     batch = next(batches)
     if batch is None:
         return model(None, None, None), _no_loss
+    context = parallel_state.get_context_parallel_world_size()
+    if context > 1:
+        batch = get_batch_on_this_cp_rank(batch)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     def loss(token_losses: torch.Tensor):
         mask = batch["loss_mask"]
         total, num_tokens = (token_losses.float() * mask).sum(), mask.sum()
-        return total / num_tokens, torch.stack([total.detach(), num_tokens]).double()
+        sums = torch.stack([total.detach(), num_tokens]).double()
+        if context > 1:  # each rank's share of the mean over the whole sequence
+            torch.distributed.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
+        return total / num_tokens, sums
 
     return output, loss
 
