@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
@@ -30,7 +32,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
-from megatron_demix.checkpoint.layout import METADATA, TRACKER, find_checkpoint, iteration_folder
+from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder
+from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
 from megatron_demix.train.common_state import (
     changed_settings,
@@ -217,22 +220,58 @@ class Checkpoints:
         return everyone
 
 
-def load_weights(model: GPTModel, folder: Path) -> None:
+def load_weights(model: GPTModel, folder: Path, *, vocab_size: int | None = None) -> None:
     """Load the weights of a checkpoint, saved at any layout, into this rank's GPTModel (without wrappers).
 
-    folder: anything checkpoint.layout.find_checkpoint accepts. Raises IncompatibleInputs naming the tensor that is missing or
-    has another shape.
+    folder: anything checkpoint.layout.find_checkpoint accepts. The checkpoint has to hold this model's tensors, no more and no
+    fewer. vocab_size: where given, an embedding that was padded otherwise is accepted if it has that many rows.
+    Raises IncompatibleInputs naming the first tensor that does not fit, CorruptInput for metadata that is damaged or unsafe.
     """
-    path = find_checkpoint(folder).path
+    stored = Checkpoint(folder)  # reads .metadata without running it, which megatron.core's reader would
+    path = stored.location.path
     # Extra states carry nothing for these layer specs, and whoever converts checkpoints leaves them out.
     wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
+    shapes = {key: info.shape for key, info in stored.model_tensors.items()}
+    if misfit := _misfit(_global_shapes(wanted), shapes, vocab_size):
+        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {misfit}.")
     try:
         loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
     except (CheckpointException, CheckpointingException) as e:
-        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {_first_line(e)}") from e
-    absent = [k for k in model.load_state_dict(loaded, strict=False).missing_keys if not k.endswith("_extra_state")]
-    if absent:
-        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: it holds nothing for {', '.join(absent[:3])}")
+        raise CorruptInput(f"checkpoint {path}: cannot be loaded: {_first_line(e)}.") from e
+    model.load_state_dict(loaded, strict=False)  # not strict for the extra states; all else has been compared
+
+
+def _global_shapes(wanted: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the whole model's tensors, of all pipeline stages, by checkpoint key."""
+    built = dict(wanted)
+    apply_factories(built)
+    mine = {t.key: tuple(t.global_shape) for t in nested_values(built) if isinstance(t, ShardedTensor)}
+    stages: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    torch.distributed.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
+    return {key: shape for stage in stages for key, shape in stage.items()}
+
+
+_ROWS_ARE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+_MOST_PADDING = 128 * 64
+"""Rows that Megatron-LM pads a vocabulary with at most, up to 64-way tensor parallelism."""
+
+
+def _misfit(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]], vocab_size: int | None) -> str | None:
+    """The first tensor that one side lacks or that has another shape, in words."""
+    for key, shape in wanted.items():
+        found = stored.get(key)
+        if found is None:
+            return f"it has no {key}, expected shape {list(shape)}"
+        padded = (
+            vocab_size is not None
+            and key in _ROWS_ARE_VOCABULARY
+            and found[1:] == shape[1:]
+            and vocab_size <= found[0] < vocab_size + _MOST_PADDING
+        )
+        if found != shape and not padded:
+            return f"{key} has shape {list(found)}, expected {list(shape)}"
+    unused = sorted(set(stored) - set(wanted))
+    return f"it also has {unused[0]}, which the model has not" if unused else None
 
 
 def iterations_in(work: Path) -> list[int]:

@@ -37,7 +37,7 @@ def run(job: TrainJob) -> None:
                 f"{job.train_iters}. Choose another folder, or more iterations."
             )
         if iteration == 0 and job.init_checkpoint is not None:
-            load_weights(model, job.init_checkpoint)
+            load_weights(model, job.init_checkpoint, vocab_size=job.vocab_size)
             optimizer.reload_model_params()
         stepper = Stepper(job, wrapped, optimizer, schedule)
         with closing(Journal(job, iteration=iteration)) if rank == 0 else nullcontext() as journal:

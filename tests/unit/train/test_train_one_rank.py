@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,12 +120,52 @@ def test_weights_start_a_new_run_and_must_fit(tmp_path, make_train_job):
     rows = read_losses(second.work / "losses.jsonl")
     assert rows[0]["lm loss"] < read_losses(base.work / "losses.jsonl")[0]["lm loss"] - 0.1
     assert [row["iteration"] for row in rows if "lm loss validation-b" in row] == [3, 6]
-    other = make_train_job(tmp_path / "other", init_checkpoint=base.work, model={"hidden_size": 48})
-    with pytest.raises(IncompatibleInputs, match=r"iter_0000003 does not fit the model: .*shape"):
-        train(other)
-    deeper = make_train_job(tmp_path / "deeper", init_checkpoint=base.work, model={"qk_layernorm": True})
-    with pytest.raises(IncompatibleInputs, match=r"does not fit the model: .*layernorm"):
-        train(deeper)
+    misfits = {
+        "embedding.word_embeddings.weight has shape [384, 32], expected [384, 48]": {"hidden_size": 48},
+        "layer_norm_weight has shape [2, 32], expected [3, 32]": {"num_layers": 3},
+        "it has no decoder.layers.self_attention.q_layernorm.weight, expected shape [2, 8]": {"qk_layernorm": True},
+    }
+    for number, (said, model) in enumerate(misfits.items()):
+        other = make_train_job(tmp_path / f"other{number}", init_checkpoint=base.work, model=model)
+        with pytest.raises(IncompatibleInputs, match=rf"iter_0000003 does not fit the model: .*{re.escape(said)}"):
+            train(other)
+
+
+def test_weights_the_model_has_no_place_for_are_refused_and_other_padding_is_not(tmp_path, make_train_job):
+    base = make_train_job(tmp_path / "base", model={"qk_layernorm": True}, train_iters=3)
+    train(base)
+    plain = make_train_job(tmp_path / "plain", init_checkpoint=base.work)
+    with pytest.raises(
+        IncompatibleInputs, match=r"it also has decoder.layers.self_attention.k_layernorm.weight, which the model"
+    ):
+        train(plain)
+    losses = {}
+    for multiple in (64, 128, 512):  # 320, 384 and 512 rows for 257 ids
+        model = {"qk_layernorm": True, "make_vocab_size_divisible_by": multiple}
+        job = make_train_job(tmp_path / f"padded{multiple}", init_checkpoint=base.work, model=model, train_iters=1)
+        train(job)
+        losses[multiple] = read_losses(job.work / "losses.jsonl")[0]["lm loss"]
+    # Rows beyond the vocabulary take part in the softmax, so a few more or less of them shift the loss a little.
+    assert losses[64] < losses[128] < losses[512] < losses[128] + 0.5
+    tokens = make_train_job(
+        tmp_path / "tokens", init_checkpoint=base.work, model={"qk_layernorm": True}, vocab_size=400, train_iters=1
+    )
+    with pytest.raises(IncompatibleInputs, match=r"word_embeddings.weight has shape \[384, 32\], expected \[512, 32\]"):
+        train(tokens)
+
+
+def test_metadata_that_would_run_code_is_refused(tmp_path, make_train_job):
+    base = make_train_job(tmp_path / "base", train_iters=1)
+    train(base)
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "it ran",))
+
+    (base.work / "iter_0000001" / ".metadata").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(CorruptInput, match=r"iter_0000001/.metadata"):
+        train(make_train_job(tmp_path / "second", init_checkpoint=base.work))
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_sources_of_weight_zero_are_dropped_with_a_notice(tmp_path, make_train_job, byte_corpus, caplog):
