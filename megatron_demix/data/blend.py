@@ -78,17 +78,18 @@ def plan_blend(
     *,
     seed: int,
     on_shortfall: OnShortfall = "error",
-    begin: Mapping[str, int] | None = None,
-    taken: Mapping[str, int] | None = None,
+    begin: Mapping[str, tuple[int, int]] | None = None,
     threads: int = 1,
 ) -> BlendPlan:
     """Choose whole documents: every domain within one document of its quota, the total at least the target (less only where
     "cap" cut it), by less than one document.
 
-    begin, taken: documents and tokens of each domain that earlier stages used. Raises MixtureError, ConfigError.
+    begin: (documents, tokens) of each domain that earlier stages used. Raises MixtureError, ConfigError.
     """
+    used_before = begin or {}
+    taken = {name: tokens for name, (_, tokens) in used_before.items()}
     planned = quotas(pool.domains, mixture, target_tokens, on_shortfall, taken=taken)
-    start = {name: (begin or {}).get(name, 0) for name in planned}
+    start = {name: used_before.get(name, (0, 0))[0] for name in planned}
     below = {
         name: pool.domains[name].stream(seed).advance(start[name], quota, pool.domains[name].tokens, threads=threads)
         for name, quota in planned.items()
@@ -126,6 +127,10 @@ def build_blend(
     mode: Mode = "view",
     seed: int,
     on_shortfall: OnShortfall = "error",
+    begin: Mapping[str, tuple[int, int]] | None = None,
+    pool_cache: Path | None = None,
+    index_cache: Path | None = None,
+    worker: tuple[int, int] | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -133,18 +138,33 @@ def build_blend(
 
     mixture: actual data shares, in trained tokens. target_tokens: what the run consumes, plus one for the last target; the
     blend has at least that many, by less than one document, so that GPTDataset starts no second epoch. Done before with the
-    same inputs and settings: returns at once. Raises MixtureError, ConfigError, IncompatibleInputs, CorruptInput,
-    OutputExists, StorageError; then nothing at `output` has changed.
+    same inputs and settings: returns at once; interrupted: goes on.
+
+    begin: (documents, tokens) of each domain that an earlier stage of a curriculum used; the blend goes on after them.
+    pool_cache: a folder where views of one pool share its .bin. index_cache: the run's --data-cache-path, searched for stale
+    indexes. worker: (i, n), one of n processes that write a materialised blend together, on any machines with one file
+    system; the last to finish publishes, the others get a manifest whose "files" is empty.
+
+    Raises MixtureError, ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError; then nothing at `output`
+    has changed.
     """
     from megatron_demix.data import blend_files
+    from megatron_demix.data.stale import warn_of_stale_indexes
 
+    if worker is not None and (mode != "materialise" or not 0 <= worker[0] < worker[1]):
+        raise ConfigError(
+            f"worker is {worker[0]} of {worker[1]} in mode {mode}; expected 0 <= worker < n, and mode materialise."
+        )
     if mode not in MODES:
         raise ConfigError(f"blend mode is {mode!r}, expected one of {', '.join(MODES)}.")
     threads = threads or native.default_threads()
     opened = open_pool(pool)
-    plan = plan_blend(opened, mixture, target_tokens, seed=seed, on_shortfall=on_shortfall, threads=threads)
+    plan = plan_blend(opened, mixture, target_tokens, seed=seed, on_shortfall=on_shortfall, begin=begin, threads=threads)
     manifest = _manifest(plan, Path(output), mode, on_shortfall)
-    return blend_files.write(plan, manifest, Path(output), mode, threads=threads, progress=progress)
+    warn_of_stale_indexes(Path(output), index_cache)
+    return blend_files.write(
+        plan, manifest, Path(output), threads=threads, progress=progress, worker=worker, pool_cache=pool_cache
+    )
 
 
 def _manifest(plan: BlendPlan, output: Path, mode: Mode, on_shortfall: OnShortfall) -> dict[str, Any]:
@@ -178,6 +198,7 @@ def _manifest(plan: BlendPlan, output: Path, mode: Mode, on_shortfall: OnShortfa
         "unit": "tokens",
         "tokens": plan.tokens,
         "documents": plan.documents,
+        "pool": fingerprint([_contents(d) for d in domains.values()]),
         "dtype": str(plan.pool.dtype),
         "tokenizer": plan.pool.tokenizer,
         "dropped_domains": list(plan.dropped),

@@ -10,7 +10,8 @@ import numpy as np
 from megatron_demix import native
 from megatron_demix.artifact import hash_file
 from megatron_demix.data.blend import BlendPlan, DomainPlan
-from megatron_demix.data.blend_files import DOMAINS_SUFFIX, manifest_path, read_manifest
+from megatron_demix.data.blend_data import DOMAINS_SUFFIX
+from megatron_demix.data.blend_files import manifest_path, read_manifest
 from megatron_demix.data.pool import Pool, Source, fingerprint_source, open_pool
 from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
 from megatron_demix.indexed.reader import Index, read_index

@@ -1,8 +1,10 @@
 """Blends, small enough to count by hand, and read by stock megatron.core."""
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -157,8 +159,6 @@ def test_foreign_file_at_the_target_is_kept(pool, tmp_path):
 
 
 def test_killed_while_publishing(pool, tmp_path, monkeypatch):
-    import os
-
     expected = build(pool, tmp_path / "whole")
     rename, done = os.rename, []
 
@@ -327,3 +327,119 @@ def test_tools(pool, tmp_path):
     typo = tool("build_blend.py", *options, "--target-tokens", "60k")
     assert typo.returncode == 2
     assert "expected {prefixes: [path, ...], max_epochs: number}" in typo.stderr
+
+
+def test_workers_write_one_blend_together(pool, tmp_path, monkeypatch):
+    from megatron_demix.data import blend_data
+
+    monkeypatch.setattr(blend_data, "SHARD_BYTES", 1)
+    monkeypatch.setattr(blend_data, "SHARD_STEP_DOCUMENTS", 100)
+    whole = build(pool, tmp_path / "whole" / "b", mode="materialise")
+    first = build(pool, tmp_path / "b", mode="materialise", worker=(1, 3))
+    assert first["files"] == {}
+    assert not (tmp_path / "b.bin").exists()
+    assert build(pool, tmp_path / "b", mode="materialise", worker=(0, 3))["files"] == {}
+    assert build(pool, tmp_path / "b", mode="materialise", worker=(2, 3))["files"] == whole["files"]
+    assert build(pool, tmp_path / "b", mode="materialise", worker=(0, 3))["files"] == whole["files"]
+    for suffix in (".bin", ".idx", ".domains.npy"):
+        assert (tmp_path / f"b{suffix}").read_bytes() == (tmp_path / "whole" / f"b{suffix}").read_bytes()
+    with pytest.raises(ConfigError, match="worker is 3 of 3 in mode materialise"):
+        build(pool, tmp_path / "c", mode="materialise", worker=(3, 3))
+    with pytest.raises(ConfigError, match="and mode materialise"):
+        build(pool, tmp_path / "c", worker=(0, 3))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_blend import MIXTURE, build
+from megatron_demix import native
+from megatron_demix.data import blend_data
+from megatron_demix.data.blend import Pool, Source
+blend_data.SHARD_BYTES, blend_data.SHARD_STEP_DOCUMENTS = 1, 100
+calls, gather = [], native.gather
+def dies(*arguments, **options):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gather(*arguments, **options)
+native.gather = dies
+pool = Pool({name: Source((Path(f"pool/{name}_0"),)) for name in MIXTURE})
+build(pool, Path("b"), mode="materialise")
+"""
+
+
+def test_killed_while_writing(pool, tmp_path, monkeypatch):
+    from megatron_demix import native
+    from megatron_demix.data import blend_data
+
+    monkeypatch.setattr(blend_data, "SHARD_BYTES", 1)
+    monkeypatch.setattr(blend_data, "SHARD_STEP_DOCUMENTS", 100)
+    path = [str(ROOT / "tests" / "unit" / "data"), str(ROOT / "tests")]
+    environment = {**os.environ, "PYTHONPATH": path[1]}
+    dead = subprocess.run(
+        [sys.executable, "-c", KILLED, path[0]], cwd=tmp_path, env=environment, capture_output=True, timeout=60
+    )
+    assert dead.returncode == -9, dead.stderr
+    assert not list(tmp_path.glob("b.*"))
+    written, gather = [], native.gather
+    monkeypatch.setattr(native, "gather", lambda *a, **o: (written.append(a[2]), gather(*a, **o))[1])
+    resumed = build(pool, tmp_path / "b", mode="materialise")
+    assert written[0] == 300  # the three finished shards were kept
+    whole = build(pool, tmp_path / "whole", mode="materialise")
+    assert resumed["content"] == whole["content"]
+    for suffix in (".bin", ".idx", ".domains.npy", ".blend.json"):
+        assert (tmp_path / f"b{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".b")] == []
+
+
+def test_views_share_a_pool(pool, tmp_path):
+    other = Mixture({"code": 0.2, "prose": 0.5, "math": 0.3})
+    build(pool, tmp_path / "a", pool_cache=tmp_path / "cache")
+    build(pool, tmp_path / "b", mixture=other, pool_cache=tmp_path / "cache")
+    (shared,) = (tmp_path / "cache").iterdir()
+    assert shared.stat().st_nlink == 3
+    build(pool, tmp_path / "c")
+    assert (tmp_path / "c.bin").read_bytes() == (tmp_path / "a.bin").read_bytes()
+    shared.unlink()
+    shared.write_bytes(b"short")
+    with pytest.raises(CorruptInput, match=r"has 5 bytes, expected .* Delete it to have it made anew"):
+        build(pool, tmp_path / "d", pool_cache=tmp_path / "cache")
+
+
+def test_curriculum(pool, tmp_path):
+    from megatron_demix.data.curriculum import Stage, build_curriculum
+
+    later = Mixture({"code": 0.2, "prose": 0.7, "math": 0.1})
+    stages = [Stage(MIXTURE, 40_000), Stage(later, 30_000)]
+    one, two = build_curriculum(pool, stages, tmp_path / "c", seed=3, progress=False)
+    for name in MIXTURE:
+        assert two["domains"][name]["begin"] == one["domains"][name]["documents"]
+    pointers = []
+    for n in (1, 2):
+        index, owner = IndexedReader(tmp_path / f"c-stage{n}").index, np.load(tmp_path / f"c-stage{n}.domains.npy")
+        pointers.append(index.pointers[owner == 1])  # prose: less than one epoch in both together
+        assert verify_blend(tmp_path / f"c-stage{n}", progress=False)["sources"] == "compared"
+    assert two["domains"]["prose"]["epochs"] + one["domains"]["prose"]["epochs"] < 1
+    assert not set(pointers[0].tolist()) & set(pointers[1].tolist())
+    available = one["domains"]["math"]["available_tokens"]
+    with pytest.raises(
+        MixtureError, match=f"{4 * available - one['domains']['math']['tokens']:,} left after the earlier stages"
+    ):
+        build_curriculum(pool, [*stages[:1], Stage(MIXTURE, 80_000)], tmp_path / "c", seed=3, progress=False)
+    with pytest.raises(ConfigError, match="curriculum: no stages"):
+        build_curriculum(pool, [], tmp_path / "e", seed=3)
+
+
+def test_stale_index_caches_are_named(pool, tmp_path):
+    cache = tmp_path / "cache" / "GPTDataset_indices"
+    cache.mkdir(parents=True)
+    (cache / "0-description.txt").write_text(json.dumps({"dataset_path": str(tmp_path / "b")}))
+    (cache / "1-description.txt").write_text(json.dumps({"dataset_path": str(tmp_path / "other")}))
+    with pytest.warns(UserWarning, match=r"cached indexes of other data under .*b \(.*0-description\.txt\)"):
+        build(pool, tmp_path / "b", index_cache=tmp_path / "cache")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(pool, tmp_path / "b", index_cache=tmp_path / "cache")
+        build(pool, tmp_path / "c", index_cache=tmp_path / "cache")
