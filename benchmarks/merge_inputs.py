@@ -72,3 +72,69 @@ def write_component(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int,
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
     return total
+
+
+def write_llama(folder: Path, shapes: dict[str, tuple[int, ...]], names: list[str], weights: dict[str, float]) -> Path:
+    """As many parameters as Hugging Face Llama folders, and a mergekit configuration that averages them. Returns its path."""
+    import yaml
+
+    layers, _, hidden = shapes["decoder.layers.self_attention.linear_proj.weight"]
+    vocabulary = shapes["output_layer.weight"][0]
+    per_layer = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (hidden // 2, hidden),
+        "self_attn.v_proj.weight": (hidden // 2, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (3 * hidden, hidden),
+        "mlp.up_proj.weight": (3 * hidden, hidden),
+        "mlp.down_proj.weight": (hidden, 3 * hidden),
+    }
+    wanted: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocabulary, hidden),
+    }
+    for layer in range(layers):
+        wanted |= {f"model.layers.{layer}.{name}": shape for name, shape in per_layer.items()}
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+        "vocab_size": vocabulary,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
+    for seed, name in enumerate(names):
+        target = folder / name
+        if (target / "model.safetensors").exists():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(json.dumps(settings))
+        generator = torch.Generator().manual_seed(seed)
+        block = torch.randn(1 << 20, generator=generator).to(torch.bfloat16)
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key, shape in wanted.items():
+            start, end = end, end + 2 * torch.Size(shape).numel()
+            header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with open(target / "model.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for shape in wanted.values():
+                count = torch.Size(shape).numel()
+                tensor = block.repeat(-(-count // block.numel()))[:count].contiguous()
+                file.write(tensor.view(torch.uint8).numpy().data)
+    config = {
+        "merge_method": "linear",
+        "dtype": "bfloat16",
+        "models": [{"model": str((folder / name).resolve()), "parameters": {"weight": weights[name]}} for name in names],
+    }
+    path = folder / "merge.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

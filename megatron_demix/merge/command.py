@@ -39,6 +39,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         help="weights that do not sum to 1 (default: error)",
     )
     add("--verify", choices=("none", "sample", "full"), default="sample", help="what is read again before publishing")
+    add("--base", type=Path, metavar="PATH", help="what the components were trained from, for --scale or task arithmetic")
+    add("--scale", type=float, default=1.0, help="base + SCALE * sum of w * (component - base) (default: 1)")
     add("--threads", type=int, metavar="N", help="default: all processors this process may use")
     add("--max-memory", type=parse_bytes, default="256MiB", metavar="BYTES", help="for buffers (default: 256MiB)")
     add("--dry-run", action="store_true", help="check everything, say what would be written, write nothing")
@@ -48,6 +50,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_demix.merge.engine import merge_checkpoints
+    from megatron_demix.merge.methods import Linear
 
     components, mixtures, single = _what(arguments)
     if arguments.threads is not None and arguments.threads < 1:
@@ -65,6 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         max_memory=arguments.max_memory,
         into_output=single,
+        method=Linear(arguments.base, arguments.scale),
     )
     for path in written:
         print(path)
@@ -106,10 +110,12 @@ def _what(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dic
 
 def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]], arguments: argparse.Namespace) -> int:
     from megatron_demix.merge.components import Components
+    from megatron_demix.merge.methods import Linear
     from megatron_demix.merge.weights import weight_matrix
 
-    parts = Components(components)
-    weight_matrix(mixtures, parts.names, arguments.normalize)
+    method = Linear(arguments.base, arguments.scale)
+    parts = Components(method.sources(components))
+    weight_matrix(mixtures, list(components), arguments.normalize)
     size = sum(c.location.length for info in parts.tensors.values() for c in info.chunks)
     print(f"{len(parts.names)} components, {len(parts.tensors)} tensors, {format_bytes(size)} each")
     for name, checkpoint in zip(parts.names, parts.checkpoints, strict=True):

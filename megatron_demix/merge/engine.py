@@ -18,6 +18,7 @@ from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
 from megatron_demix.errors import ConfigError, CorruptInput, StorageError, storage_errors
 from megatron_demix.merge.components import Components
+from megatron_demix.merge.methods import Linear
 from megatron_demix.merge.output import Output, is_published
 from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.verify import Verify, verify_linear
@@ -45,6 +46,7 @@ def merge_checkpoints(
     verify: Verify = "sample",
     max_memory: int = _MAX_MEMORY,
     into_output: bool = False,
+    method: Linear | None = None,
 ) -> list[Path]:
     """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return their paths.
 
@@ -53,20 +55,22 @@ def merge_checkpoints(
     consumed samples are zero, `_extra_state` and tensors of other types come from the first component. demix_merge.json says
     what was merged. Equal inputs give equal bytes, whatever the number of threads. A mixture that is already there is skipped.
 
-    layout: release starts at iteration 0; iter keeps the first component's iteration. into_output: write the only mixture to
-    output itself. max_memory: bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components,
-    whose checksums are compared as they are read), OutputExists, VerificationFailed, StorageError; nothing is then published.
+    method: what the weights mean; None: a plain weighted average. layout: release starts at iteration 0; iter keeps the
+    first component's iteration. into_output: write the only mixture to output itself. max_memory: bytes of buffers. Raises
+    IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums are compared as they are read),
+    OutputExists, VerificationFailed, StorageError; nothing is then published.
     """
     for name, value, allowed in (("layout", layout, get_args(Layout)), ("verify", verify, get_args(Verify))):
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(allowed)}.")
     if into_output and len(mixtures) != 1:
         raise ConfigError(f"{len(mixtures)} mixtures cannot be written to {output} itself: give it one, or a folder for all.")
-    parts = Components(components)
-    weights_MK = weight_matrix(mixtures, parts.names, normalize)
+    method = method or Linear()
+    parts = Components(method.sources(components))
+    weights_MK = method.coefficients(weight_matrix(mixtures, list(components), normalize))
     output = Path(output)
     targets = [output if into_output else output / name for name in mixtures]
-    job = _Job(parts, layout)
+    job = _Job(parts, layout, method)
     provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
     todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m])]
     with storage_errors(f"writing {output}"):
@@ -94,8 +98,9 @@ def merge_checkpoints(
 class _Job:
     """What all outputs of a merge have in common: targets, placement, copied items, common state."""
 
-    def __init__(self, parts: Components, layout: Layout) -> None:
+    def __init__(self, parts: Components, layout: Layout, method: Linear) -> None:
         self.parts = parts
+        self.method = method
         first = parts.checkpoints[0]
         iteration = first.location.iteration
         self.common_state = read_common_state(first)
@@ -127,9 +132,9 @@ class _Job:
             "format": 1,
             "software": f"megatron_demix {__version__}",
             "mixture": name,
-            "method": "linear",
+            "method": self.method.describe(),
             "normalize": normalize,
-            "weights": dict(zip(self.parts.names, weights.tolist(), strict=True)),
+            "coefficients": dict(zip(self.parts.names, weights.tolist(), strict=True)),
             "components": {
                 part: {"model": self._digest(k), "iteration": self.parts.checkpoints[k].location.iteration}
                 for k, part in enumerate(self.parts.names)

@@ -133,9 +133,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _open_direct(path: Path) -> int:
-    """A descriptor whose writes bypass the page cache, which then keeps the components; -1 where there is none.
-
-    """
+    """A descriptor whose writes bypass the page cache, which then keeps the components; -1 where there is none."""
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except (OSError, AttributeError):

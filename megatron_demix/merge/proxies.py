@@ -11,6 +11,7 @@ import numpy as np
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.merge.components import MERGEABLE, Components
+from megatron_demix.merge.methods import Linear
 from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.weights import Normalize, weight_matrix
 
@@ -22,9 +23,21 @@ class ProxyMerger:
     (tied embeddings) are given once. Elements are accumulated in float32 and rounded once to the parameter's type.
     """
 
-    def __init__(self, components: Mapping[str, Path], live: Sequence[LiveTensor], *, threads: int | None = None) -> None:
-        """Raises IncompatibleInputs where a parameter is not in the components, or has another shape."""
-        self.components = Components(components)
+    def __init__(
+        self,
+        components: Mapping[str, Path],
+        live: Sequence[LiveTensor],
+        *,
+        threads: int | None = None,
+        method: Linear | None = None,
+    ) -> None:
+        """method: what the weights mean; None: a plain weighted average.
+
+        Raises IncompatibleInputs where a parameter is not in the components, or has another shape.
+        """
+        self._method = method or Linear()
+        self._names = list(components)
+        self.components = Components(self._method.sources(components))
         self._plan = BytePlan(self.components)
         self._threads = threads
         self._live = list(live)
@@ -42,7 +55,7 @@ class ProxyMerger:
 
         The first merge reads the components' checksums too; a file that changes later is not noticed.
         """
-        weights_SMK = weight_matrix({"proxy": weights}, self.components.names, normalize)[np.newaxis]
+        weights_SMK = self._method.coefficients(weight_matrix({"proxy": weights}, self._names, normalize))[np.newaxis]
         if not self._checked:
             if (name := self._plan.damaged(self._threads)) is not None:
                 raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")

@@ -1,0 +1,198 @@
+// The merge core under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: random plans against a plain loop, random
+// and mutated bytes into the look at pickles. Every buffer has exactly the size it needs, so that one element too far is seen.
+// Usage: sanitized_merge SEED PLANS PICKLES
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "crc32.hpp"
+#include "kernels.hpp"
+#include "merge.hpp"
+#include "pickle_scan.hpp"
+
+using namespace demix;
+
+namespace {
+
+std::mt19937_64 rng;
+
+std::int64_t draw(std::int64_t lo, std::int64_t hi) { return lo + std::int64_t(rng() % std::uint64_t(hi - lo + 1)); }
+
+#define CHECK(condition)                                                        \
+    if (!(condition)) {                                                         \
+        std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
+        std::exit(1);                                                           \
+    }
+
+#define LITERAL(text) std::string(text, sizeof(text) - 1)
+
+std::uint32_t plain_crc(const unsigned char* p, std::size_t n) {
+    std::uint32_t r = ~0u;
+    for (std::size_t i = 0; i < n; ++i) {
+        r ^= p[i];
+        for (int bit = 0; bit < 8; ++bit) r = (r >> 1) ^ (r & 1 ? 0xedb88320u : 0);
+    }
+    return ~r;
+}
+
+double read(const char* at, DType t) {
+    if (t == DType::f32) return load_element<DType::f32>(at, 0);
+    return t == DType::bf16 ? load_element<DType::bf16>(at, 0) : load_element<DType::f16>(at, 0);
+}
+
+struct Bytes {  // exactly n bytes, at an odd address if asked
+    std::unique_ptr<char[]> memory;
+    std::size_t shift, n;
+    Bytes(std::size_t n, bool odd) : memory(new char[n + odd]), shift(odd), n(n) {}
+    char* data() { return memory.get() + shift; }
+};
+
+void random_plan() {
+    const DType in = DType(draw(0, 2)), out = DType(draw(0, 2));
+    const int dims = int(draw(1, 4)), num_sources = int(draw(1, 5)), num_mixtures = int(draw(1, 5));
+    std::vector<std::int64_t> shape;
+    std::int64_t elements = 1;
+    for (int d = 0; d < dims; ++d) shape.push_back(draw(1, dims == 1 ? 5000 : 17)), elements *= shape[d];
+    const std::size_t size_in = item_size(in), size_out = item_size(out);
+
+    MergePlan plan(num_sources);
+    plan.add_target(shape, in, out);
+    // Each source is one record with the whole target, its dimensions permuted; the target is cut into regions by random lines.
+    std::vector<std::unique_ptr<Bytes>> sources;
+    std::vector<std::vector<std::int64_t>> strides;
+    for (int k = 0; k < num_sources; ++k) {
+        sources.push_back(std::make_unique<Bytes>(std::size_t(elements) * size_in, draw(0, 1)));
+        char* p = sources.back()->data();
+        for (std::int64_t i = 0; i < elements; ++i) {
+            const float value = float(draw(-1000, 1000)) / 64;
+            if (in == DType::f32) store_element<DType::f32>(p, i, value);
+            if (in == DType::bf16) store_element<DType::bf16>(p, i, value);
+            if (in == DType::f16) store_element<DType::f16>(p, i, value);
+        }
+        std::vector<int> order;
+        for (int d = 0; d < dims; ++d) order.push_back(d);
+        if (draw(0, 2) == 0) std::shuffle(order.begin(), order.end(), rng);
+        std::vector<std::int64_t> view(dims);
+        std::int64_t step = 1;
+        for (int i = dims - 1; i >= 0; --i) view[order[i]] = step, step *= shape[order[i]];
+        strides.push_back(view);
+        plan.add_record(p, sources.back()->n, plain_crc(reinterpret_cast<unsigned char*>(p), sources.back()->n));
+    }
+    std::vector<std::vector<std::int64_t>> edges(dims);
+    for (int d = 0; d < dims; ++d) {
+        std::set<std::int64_t> cuts = {0, shape[d]};
+        for (std::int64_t i = draw(0, 2); i > 0; --i) cuts.insert(draw(0, shape[d]));
+        edges[d].assign(cuts.begin(), cuts.end());
+    }
+    std::vector<std::size_t> cell(dims, 0);
+    for (;;) {
+        std::vector<std::int64_t> lo, hi, flat;
+        std::vector<std::uint64_t> offsets;
+        std::vector<std::int32_t> records;
+        for (int d = 0; d < dims; ++d) lo.push_back(edges[d][cell[d]]), hi.push_back(edges[d][cell[d] + 1]);
+        for (int k = 0; k < num_sources; ++k) {
+            std::int64_t from = 0;
+            for (int d = 0; d < dims; ++d) from += lo[d] * strides[k][d];
+            offsets.push_back(std::uint64_t(from) * size_in);
+            records.push_back(k);
+            flat.insert(flat.end(), strides[k].begin(), strides[k].end());
+        }
+        plan.add_region(0, lo, hi, 0, records, offsets, flat);
+        int d = dims - 1;
+        while (d >= 0 && ++cell[d] + 1 == edges[d].size()) cell[d] = 0, --d;
+        if (d < 0) break;
+    }
+
+    std::vector<float> weights;
+    for (int i = 0; i < num_mixtures * num_sources; ++i) weights.push_back(draw(0, 3) ? float(draw(-8, 8)) / 8 : 0.0f);
+    Settings settings;
+    settings.num_mixtures = num_mixtures;
+    settings.weights = weights.data();
+    settings.threads = int(draw(1, 3));
+    settings.tile_bytes = std::size_t(draw(1, 40000));
+    settings.check_sources = draw(0, 1);
+    const char* sets[] = {"scalar", "avx2", "avx512"};
+    settings.isa = sets[draw(0, 2)];
+    if ((settings.isa == "avx2" && !avx2_kernels()) || (settings.isa == "avx512" && !avx512_kernels())) settings.isa = "";
+
+    const bool to_files = draw(0, 1);
+    Destinations to;
+    std::vector<std::unique_ptr<Bytes>> outs;
+    std::vector<std::FILE*> files;
+    for (int m = 0; m < num_mixtures; ++m) {
+        outs.push_back(std::make_unique<Bytes>(std::size_t(elements) * size_out, draw(0, 1)));
+        if (to_files) {
+            files.push_back(std::tmpfile());
+            to.descriptors.push_back(fileno(files.back()));
+        } else {
+            to.addresses.push_back(outs.back()->data());
+        }
+    }
+    to.offsets = {std::uint64_t(draw(0, 100))};
+    const Outcome outcome = plan.run(settings, to);
+    CHECK(outcome.error == 0);
+    for (const auto damaged : outcome.damaged) CHECK(!damaged);
+    for (int m = 0; m < num_mixtures; ++m) {
+        char* got = outs[m]->data();
+        if (to_files) {
+            CHECK(::pread(to.descriptors[m], got, outs[m]->n, off_t(to.offsets[0])) == ssize_t(outs[m]->n));
+            CHECK(outcome.crcs[m] == plain_crc(reinterpret_cast<unsigned char*>(got), outs[m]->n));
+            std::fclose(files[m]);
+        }
+        std::vector<std::int64_t> at(dims, 0);
+        for (std::int64_t i = 0; i < elements; ++i) {
+            double sum = 0, size = 0;
+            for (int k = 0; k < num_sources; ++k) {
+                std::int64_t from = 0;
+                for (int d = 0; d < dims; ++d) from += at[d] * strides[k][d];
+                const double term = double(weights[m * num_sources + k]) * read(sources[k]->data() + from * size_in, in);
+                sum += term, size += std::fabs(term);
+            }
+            const double unit = out == DType::f32 ? 0x1p-24 : out == DType::bf16 ? 0x1p-8 : 0x1p-11;
+            CHECK(std::fabs(read(got + i * size_out, out) - sum) <= (std::fabs(sum) + size * 1e-6) * unit * 1.001 + size * 1e-6 + 0x1p-25);
+            for (int d = dims - 1; d >= 0 && ++at[d] == shape[d]; --d) at[d] = 0;
+        }
+    }
+}
+
+void random_pickle(const std::vector<std::string>& seeds) {
+    std::string data = seeds[draw(0, std::int64_t(seeds.size()) - 1)];
+    for (std::int64_t i = draw(0, 6); i > 0 && !data.empty(); --i) {
+        const std::size_t at = std::size_t(draw(0, std::int64_t(data.size()) - 1));
+        switch (draw(0, 3)) {
+            case 0: data[at] = char(draw(0, 255)); break;
+            case 1: data.erase(at, std::size_t(draw(1, 8))); break;
+            case 2: data.insert(at, std::string(std::size_t(draw(1, 8)), char(draw(0, 255)))); break;
+            default: data.resize(at);
+        }
+    }
+    const std::unique_ptr<unsigned char[]> exact(new unsigned char[data.size()]);
+    std::memcpy(exact.get(), data.data(), data.size());
+    const std::int64_t found = pickle_scan(exact.get(), data.size());
+    CHECK(found >= -1 && found <= std::int64_t(data.size()));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    CHECK(argc == 4);
+    rng.seed(std::strtoull(argv[1], nullptr, 10));
+    const long plans = std::atol(argv[2]), pickles = std::atol(argv[3]);
+    for (long i = 0; i < plans; ++i) random_plan();
+    const std::vector<std::string> seeds = {
+        LITERAL("\x80\x02}q\x00(X\x01\x00\x00\x00" "aq\x01K\x01X\x01\x00\x00\x00" "bq\x02" "ctorch\nSize\nq\x03u."),
+        LITERAL("\x80\x04\x95\x20\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\x01" "a\x94]\x94(K\x01" "G?\xf0\x00\x00\x00\x00\x00\x00" "eu."),
+        "(dp0\nS'a'\np1\nI1\nsF2.5\nL3L\n.",
+    };
+    for (long i = 0; i < pickles; ++i) random_pickle(seeds);
+    std::printf("%ld plans, %ld pickles: no error\n", plans, pickles);
+}

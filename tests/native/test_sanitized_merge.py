@@ -1,0 +1,23 @@
+"""The merge core, compiled with AddressSanitizer and UndefinedBehaviorSanitizer, over random plans and hostile bytes."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ["merge.cpp", "crc32.cpp", "kernels_scalar.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp", "pickle_scan.cpp"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.timeout(280)
+def test_no_address_or_undefined_behaviour_errors(tmp_path):
+    program = tmp_path / "sanitized_merge"
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    command += ["-I", str(ROOT / "csrc"), str(ROOT / "tests/native/sanitized_merge.cpp")]
+    command += [str(ROOT / "csrc" / name) for name in SOURCES]
+    subprocess.run([*command, "-o", str(program)], check=True, timeout=200, capture_output=True)
+    done = subprocess.run([str(program), "1", "400", "200000"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "400 plans, 200000 pickles: no error\n"
