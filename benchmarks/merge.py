@@ -238,7 +238,7 @@ def main() -> None:
         config = write_llama(bench.work / "llama", shapes, names, mix["m0"])
         kit = bench.process(
             "mergekit-yaml, linear",
-            [str(arguments.mergekit), str(config), out, "--lazy-unpickle", "--threads", str(threads)],
+            [str(arguments.mergekit), str(config), out, "--lazy-unpickle", "--num-threads", str(threads)],
             gigabytes,
         )
     disk = bench.inside(

@@ -67,6 +67,7 @@ class Checkpoint:
 
 def _map(path: Path) -> np.ndarray:
     try:
-        return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+        # A plain array: slicing a memmap object costs more than all else that reading a header does.
+        return np.asarray(np.memmap(path, np.uint8, mode="r")) if path.stat().st_size else np.zeros(0, np.uint8)
     except OSError as e:
         raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
