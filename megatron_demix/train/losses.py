@@ -44,7 +44,7 @@ class LossLog:
             )
         self._path = path
         write_atomic(path, "".join(_line(row) for row in kept))
-        self._file: IO[str] = open(path, "a")  # noqa: SIM115 (open as long as the run)
+        self._file: IO[str] = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run; read while it goes on)
 
     def append(self, row: Mapping[str, float]) -> None:
         with storage_errors(f"writing {self._path}"):

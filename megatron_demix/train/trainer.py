@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, StageFailed
 from megatron_demix.train.compat import cpu_compat, on_cpu
 from megatron_demix.train.job import TrainJob
 
@@ -14,11 +14,12 @@ from megatron_demix.train.job import TrainJob
 def train(job: TrainJob) -> None:
     """Train `job` on the ranks torchrun started (one plain process will do for one rank): gloo on CPUs, nccl on GPUs.
 
-    At the end job.work holds iter_<train_iters>/ (weights and optimizer, torch_dist), the tracker file and losses.jsonl, and
-    their bytes depend on nothing but the job and the layout, however often the run was killed and resumed on the way.
+    At the end job.work holds iter_<train_iters>/ (weights and optimizer, torch_dist), the tracker file and losses.jsonl. On a
+    CPU their bytes depend on nothing but the job and the layout, however often the run was killed and resumed on the way; on
+    GPUs that holds as far as the kernels themselves are deterministic.
 
     Raises ConfigError for what this machine cannot run, IncompatibleInputs, CorruptInput, StorageError, StageFailed if the
-    loss diverges, and Incomplete after SIGTERM or SIGUSR1, with everything saved.
+    loss diverges or another rank is lost, and Incomplete after SIGTERM or SIGUSR1, with everything saved.
     """
     check_machine(job)
     torch.set_num_threads(job.threads_per_rank)
@@ -27,9 +28,16 @@ def train(job: TrainJob) -> None:
         from megatron_demix.train.loop import run
         from megatron_demix.train.model import destroy_parallel, initialize_parallel
 
-        initialize_parallel(job.parallel, seed=job.seed, timeout_s=job.train.timeout)
         try:
+            initialize_parallel(job.parallel, seed=job.seed, timeout_s=job.train.timeout)
             run(job)
+        except RuntimeError as e:
+            if not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e).lower()):
+                raise
+            raise StageFailed(
+                f"run {job.name}: this rank lost the others ({str(e).splitlines()[0]}). One of them died, or the network: look "
+                "for another rank's error. Run again to go on from the last checkpoint."
+            ) from e
         finally:
             destroy_parallel()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,15 +17,15 @@ from megatron_demix.artifact import hash_file
 from megatron_demix.train.trainer import train
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_component.py"
-TIME_LIMIT_S = 60
+TIME_LIMIT_S = 100
 
 
 def contents(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def start(path: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start(path: Path, **variables: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
     return subprocess.Popen([sys.executable, TOOL, "--job", path], env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -67,3 +68,27 @@ def test_killed_stopped_and_undisturbed_runs_are_equal(tmp_path, make_train_job)
     train(job)
     assert contents(job.work) == contents(whole.work)
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_rank_that_loses_the_other_says_so(tmp_path, make_train_job):
+    """Two ranks without torchrun, which would end the second one itself."""
+    heartbeat = tmp_path / "heartbeat.json"
+    job = make_train_job(tmp_path, parallel={"data": 2}, train_iters=100_000, heartbeat=heartbeat)
+    path = tmp_path / "job.json"
+    path.write_text(job.model_dump_json())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [start(path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    try:
+        wait_for_iteration(heartbeat, 2)
+        ranks[1].kill()
+        _, errors = ranks[0].communicate(timeout=TIME_LIMIT_S)
+        assert ranks[0].returncode == 8, errors
+        assert "error (rank 0): run tiny: this rank lost the others (" in errors
+        assert "Run again to go on from the last checkpoint." in errors
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate(timeout=TIME_LIMIT_S)

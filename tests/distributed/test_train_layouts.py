@@ -16,7 +16,7 @@ from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
 
-TIME_LIMIT_S = 120
+TIME_LIMIT_S = 200
 ITERATIONS = 6
 LAYOUTS = {
     "tp2pp2": {"tensor": 2, "pipeline": 2},

@@ -299,3 +299,28 @@ def test_live_tensors_are_views_of_every_parameter(make_train_job, tmp_path, fam
             assert all((p == 7).all() for p in model.parameters())
         finally:
             destroy_parallel()
+
+
+def test_tensorboard_and_heartbeat_carry_megatron_names(tmp_path, make_train_job, byte_corpus, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job = make_train_job(
+        tmp_path,
+        tensorboard=tmp_path / "tb",
+        heartbeat=tmp_path / "heartbeat.json",
+        valid={"b": byte_corpus["b"]},
+        train_iters=4,
+    )
+    train(job)
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    every_step = {"lm loss", "learning-rate", "grad-norm"}
+    now_and_then = {"iteration-time", "batch-size", "demix/tokens-per-second", "lm loss validation-b"}
+    assert set(events.Tags()["scalars"]) == every_step | now_and_then
+    rows = read_losses(job.work / "losses.jsonl")
+    assert [e.value for e in events.Scalars("lm loss")] == pytest.approx([row["lm loss"] for row in rows])
+    beat = read_json(tmp_path / "heartbeat.json")
+    assert (beat["done"], beat["total"], beat["loss"]) == (4, 4, rows[-1]["lm loss"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in said] == ["tiny iteration 2/4", "tiny iteration 4/4"]
+    assert " | lm loss validation-b " in said[1]
