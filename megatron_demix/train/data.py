@@ -101,7 +101,10 @@ def _building_alone(cache: Path) -> Iterator[None]:
     with storage_errors(f"making {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as e:  # Lustre mounted without flock, say
+            logger.warning("%s cannot be locked (%s): let no other run build its indices there now.", cache, e.strerror)
         yield
 
 

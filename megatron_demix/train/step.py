@@ -36,7 +36,7 @@ def data_parallel(job: TrainJob, model: GPTModel) -> DistributedDataParallel:
     config.finalize_model_grads_func = finalize_model_grads
     if wrapped.ddp_config.overlap_grad_reduce:
         config.no_sync_func = wrapped.no_sync
-    if job.parallel.data > 1:
+    if job.parallel.data * job.parallel.context > 1:
         wrapped.broadcast_params()
     return wrapped
 

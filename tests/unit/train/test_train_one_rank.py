@@ -176,6 +176,13 @@ def test_sources_of_weight_zero_are_dropped_with_a_notice(tmp_path, make_train_j
         make_train_job(tmp_path, blend=[(byte_corpus["a"], 0.0)])
 
 
+def test_a_cache_that_cannot_be_locked_is_used_with_a_warning(tmp_path, make_train_job, caplog):
+    refused = mock.patch("fcntl.flock", side_effect=OSError(38, "Function not implemented"))
+    with refused:
+        train(make_train_job(tmp_path, train_iters=1))
+    assert "index cannot be locked (Function not implemented): let no other run build its indices there now" in caplog.text
+
+
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, make_train_job):
     job = make_train_job(tmp_path, train={"lr": 1e30, "lr_warmup_fraction": 0.0, "clip_grad": 0.0, "save_interval": 1})
     with pytest.raises(StageFailed, match=r"run tiny: (loss|gradient norm) is .* at iteration \d, expected a finite number"):
