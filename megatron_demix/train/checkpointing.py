@@ -121,14 +121,19 @@ class Checkpoints:
             raise
 
     def resume(self) -> int:
-        """Restore the newest sound checkpoint; its iteration, or 0 if there is none. Damaged ones are named in a warning."""
+        """Restore the newest sound checkpoint; its iteration, or 0 if there is none. Damaged ones are named in a warning, and
+        removed once an older one has been restored."""
+        damaged = []
         for iteration in reversed(self._agreed_iterations()):
             folder = self._folder(iteration)
             if problem := self._problem(folder):
+                damaged.append(iteration)
                 if self._rank == 0:
                     logger.warning("checkpoint %s is damaged: %s. Going back to the one before.", folder, problem)
                 continue
             self._load(folder)
+            if self._rank == 0:
+                self._drop(damaged)
             return iteration
         return 0
 
@@ -195,7 +200,7 @@ class Checkpoints:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             mine[path.name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
-        return {name: facts for part in self._gather(mine) for name, facts in sorted(part.items())}
+        return dict(sorted((name, facts) for part in self._gather(mine) for name, facts in part.items()))
 
     def _problem(self, folder: Path) -> str | None:
         """The first thing wrong with a checkpoint on disk, found by all ranks together; None if it is sound."""
