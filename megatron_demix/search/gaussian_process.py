@@ -11,6 +11,8 @@ import numpy as np
 _EXPONENT = 0.3
 _PART = 8192
 _WARM_STEPS = 40
+_TUNED = 512
+"""Length scales are tuned on at most this many proxies, spread over all: the cost grows with the cube of their number."""
 
 
 class GaussianProcess:
@@ -37,8 +39,15 @@ class GaussianProcess:
         with warnings.catch_warnings():
             # A scale at its bound means that a domain does not matter to this score: expected, not a problem.
             warnings.simplefilter("ignore")
-            model = _regressor_class()(kernel, alpha=1e-8, optimizer=optimizer)
-            self._model = model.fit((inputs_MD - self._centre_D) / self._spread_D, scores_M)
+            inputs_MD = (inputs_MD - self._centre_D) / self._spread_D
+            make = _regressor_class()
+            if optimizer is not None and len(scores_M) > _TUNED:
+                some = np.linspace(0, len(scores_M) - 1, _TUNED).astype(int)
+                kernel, optimizer = (
+                    make(kernel, alpha=1e-8, optimizer=optimizer).fit(inputs_MD[some], scores_M[some]).kernel_,
+                    None,
+                )
+            self._model = make(kernel, alpha=1e-8, optimizer=optimizer).fit(inputs_MD, scores_M)
 
     def _parts(self, shares_ND: np.ndarray) -> list[np.ndarray]:
         """Inputs in parts: the covariance of 200 000 candidates with the proxies need not be in memory at once."""

@@ -57,17 +57,20 @@ def propose(
     seed: int = 0,
     aim: Aim = "mean",
     higher_is_better: Collection[str] = (),
-    best_share: float = 0.01,
+    within: float = 1.0,
 ) -> np.ndarray:
-    """Merge weights_MD of the next round: `num` rows spread over the best predicted `best_share` of the candidates.
+    """Merge weights_MD of the next round: `num` rows spread over the candidates that may well be the best.
 
-    The first row is the best candidate; each further one is the farthest from those before it, so that the round explores the
-    whole promising region instead of one point.
+    Those are predicted `within` standard deviations of the best one (at least 8 x num of them). The first row is the best
+    candidate; each further one is the farthest from those before it, so that the round explores the whole promising region
+    instead of one point, and that region shrinks as the surrogates grow sure.
     """
     goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
-    weights_MD = sample_mixtures(space, candidates, seed, landmarks=False)
-    keep = min(candidates, max(round(best_share * candidates), 8 * num))
-    return farthest(weights_MD[np.argsort(goal.means(space.shares(weights_MD)), kind="stable")[:keep]], num)
+    weights_MD, values_M = best_candidates(space, goal, candidates, seed)
+    order = np.argsort(values_M, kind="stable")
+    _, std_1 = goal.predict(space.shares(weights_MD[order[:1]]))
+    keep = max(int((values_M <= values_M[order[0]] + within * std_1[0]).sum()), 8 * num)
+    return farthest(weights_MD[order[:keep]], num)
 
 
 def choose_mixture(
@@ -81,11 +84,7 @@ def choose_mixture(
     aim: Aim = "mean",
     higher_is_better: Collection[str] = (),
 ) -> Choice:
-    """The mean of the `top` best predicted candidates (DeMix, section 3.3), which is feasible because the space is convex.
-
-    Half of the candidates are drawn over the whole space and half around the best of those, so that in many dimensions, too,
-    the best ones lie at the optimum.
-    """
+    """The mean of the `top` best predicted candidates (DeMix, section 3.3), which is feasible because the space is convex."""
     goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
     weights_MD, values_M = best_candidates(space, goal, candidates, seed)
     best_MD = weights_MD[np.argsort(values_M, kind="stable")[:top]]
@@ -104,7 +103,10 @@ def choose_mixture(
 
 
 def best_candidates(space: SearchSpace, goal: Objective, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`num` candidate merge weights_MD and their objective's means_M: half over the whole space, half around its best."""
+    """`num` candidate merge weights_MD and their objective's means_M: half over the whole space, half around its best.
+
+    In many dimensions no candidate drawn over the whole space comes near the optimum; those around the best ones do.
+    """
     wide_MD = sample_mixtures(space, num - num // 2, seed, landmarks=False)
     wide_M = goal.means(space.shares(wide_MD))
     elite_MD = wide_MD[np.argsort(wide_M, kind="stable")[:_ELITE]]
