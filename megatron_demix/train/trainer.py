@@ -29,7 +29,8 @@ def train(job: TrainJob) -> None:
         from megatron_demix.train.model import destroy_parallel, initialize_parallel
 
         try:
-            initialize_parallel(job.parallel, seed=job.seed, timeout_s=job.train.timeout)
+            # Collectives give up a little after the watchdog, which shows where each rank is.
+            initialize_parallel(job.parallel, seed=job.seed, timeout_s=job.train.timeout + 60)
             run(job)
         except RuntimeError as e:
             if not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e).lower()):

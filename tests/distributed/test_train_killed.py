@@ -70,10 +70,19 @@ def test_killed_stopped_and_undisturbed_runs_are_equal(tmp_path, make_train_job)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_rank_that_loses_the_other_says_so(tmp_path, make_train_job):
+@pytest.mark.parametrize(
+    ("signum", "said"),
+    [
+        (signal.SIGKILL, ["this rank lost the others (", "Run again to go on from the last checkpoint."]),
+        (signal.SIGSTOP, ["has not ended within", "Stacks of this rank's threads:", "megatron_demix/train/step.py"]),
+    ],
+)
+def test_a_rank_that_loses_or_waits_for_the_other_says_so(tmp_path, make_train_job, signum, said):
     """Two ranks without torchrun, which would end the second one itself."""
     heartbeat = tmp_path / "heartbeat.json"
-    job = make_train_job(tmp_path, parallel={"data": 2}, train_iters=100_000, heartbeat=heartbeat)
+    job = make_train_job(
+        tmp_path, parallel={"data": 2}, train_iters=100_000, heartbeat=heartbeat, train={"timeout": 15, "save_interval": 1000}
+    )
     path = tmp_path / "job.json"
     path.write_text(job.model_dump_json())
     with socket.socket() as probe:
@@ -83,11 +92,12 @@ def test_a_rank_that_loses_the_other_says_so(tmp_path, make_train_job):
     ranks = [start(path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
     try:
         wait_for_iteration(heartbeat, 2)
-        ranks[1].kill()
+        ranks[1].send_signal(signum)
         _, errors = ranks[0].communicate(timeout=TIME_LIMIT_S)
         assert ranks[0].returncode == 8, errors
-        assert "error (rank 0): run tiny: this rank lost the others (" in errors
-        assert "Run again to go on from the last checkpoint." in errors
+        assert "error (rank 0): run tiny: " in errors
+        for part in said:
+            assert part in errors
     finally:
         for process in ranks:
             process.kill()
