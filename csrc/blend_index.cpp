@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <numeric>
 #include <thread>
 #include <unistd.h>
 
@@ -114,28 +116,42 @@ void Stream::fill(std::int64_t begin, std::int64_t count, std::int32_t* lengths,
 
 Advance advance(const Stream& stream, std::int64_t begin, std::int64_t budget, std::int64_t epoch_tokens, int threads) {
     constexpr std::int64_t kBlock = 1 << 18;
-    Advance a;
+    const std::int64_t epoch_documents = stream.documents();
     std::vector<std::int32_t> lengths;
-    while (true) {
-        const std::int64_t position = begin + a.documents;
-        // A whole epoch costs the same in any order: no need to walk it.
-        if (position % stream.documents() == 0 && budget - a.tokens >= epoch_tokens) {
-            const std::int64_t epochs = (budget - a.tokens) / epoch_tokens;
-            a.documents += epochs * stream.documents();
-            a.tokens += epochs * epoch_tokens;
-            continue;
-        }
-        const std::int64_t left = stream.documents() - position % stream.documents();
-        const std::int64_t block = std::min(kBlock, left);
-        lengths.resize(static_cast<std::size_t>(block));
-        stream.fill(position, block, lengths.data(), nullptr, threads);
-        for (const std::int32_t length : lengths) {
-            if (a.tokens + length > budget) {
-                a.next_length = length;
-                return a;
+    const auto read = [&](std::int64_t from, std::int64_t to) {
+        lengths.resize(static_cast<std::size_t>(to - from));
+        stream.fill(from, to - from, lengths.data(), nullptr, threads);
+    };
+    // From the start of the epoch that `begin` lies in: what comes before it counts as budget, too.
+    const std::int64_t first = begin - begin % epoch_documents;
+    std::int64_t before = 0;
+    for (std::int64_t from = first; from < begin; from += kBlock) {
+        read(from, std::min(from + kBlock, begin));
+        before = std::accumulate(lengths.begin(), lengths.end(), before);
+    }
+    // Whole epochs cost the same in any order; only the last one is walked, from its nearer end.
+    const std::int64_t epochs = (before + budget) / epoch_tokens, rest = (before + budget) % epoch_tokens;
+    const std::int64_t epoch = first + epochs * epoch_documents;
+    const auto found = [&](std::int64_t documents, std::int64_t tokens, std::int64_t next_length) {
+        return Advance{epoch + documents - begin, epochs * epoch_tokens + tokens - before, next_length};
+    };
+    if (rest <= epoch_tokens / 2) {
+        std::int64_t tokens = 0;
+        for (std::int64_t from = 0;; from += kBlock) {
+            read(epoch + from, epoch + std::min(from + kBlock, epoch_documents));
+            for (std::size_t i = 0; i < lengths.size(); ++i) {
+                if (tokens + lengths[i] > rest) return found(from + static_cast<std::int64_t>(i), tokens, lengths[i]);
+                tokens += lengths[i];
             }
-            a.tokens += length;
-            ++a.documents;
+        }
+    }
+    std::int64_t tokens = epoch_tokens;  // of the documents before `to`
+    for (std::int64_t to = epoch_documents;; to -= kBlock) {
+        const std::int64_t from = std::max<std::int64_t>(0, to - kBlock);
+        read(epoch + from, epoch + to);
+        for (std::size_t i = lengths.size(); i-- > 0;) {
+            tokens -= lengths[i];
+            if (tokens <= rest) return found(from + static_cast<std::int64_t>(i), tokens, lengths[i]);
         }
     }
 }
@@ -187,18 +203,18 @@ void interleave(std::vector<Part>& parts, std::uint8_t* out_lengths, std::uint8_
     std::vector<double> ahead(n, 0), behind(n, 0);
     std::int64_t now = 0;
     for (std::int64_t i = 0; i < total_documents; ++i) {
-        // Among the parts that are not ahead of their share, the one whose next document is due first.
-        std::size_t best = n, earliest = 0;
+        // Among the parts that are not ahead of their share, the one whose next document is due first. No branches: which part
+        // comes next is as good as random, and a mispredicted one costs more than the rest of the loop.
+        std::size_t best = n;
         double due = kNever;
         const auto time = static_cast<double>(now);
         for (std::size_t d = 0; d < n; ++d) {
-            if (start[d] <= time && finish[d] < due) {
-                due = finish[d];
-                best = d;
-            }
-            if (start[d] < start[earliest]) earliest = d;
+            const double candidate = start[d] <= time ? finish[d] : kNever;
+            best = candidate < due ? d : best;
+            due = candidate < due ? candidate : due;
         }
-        if (best == n) best = earliest;  // only by rounding, or when documents of length 0 remain
+        // Only by rounding is nobody eligible; then whoever is least ahead.
+        if (best == n) best = static_cast<std::size_t>(std::min_element(start.begin(), start.end()) - start.begin());
         Queue& q = queues[best];
         const auto j = static_cast<std::size_t>(q.next++);
         behind[best] = std::max(behind[best], time * q.share - static_cast<double>(q.emitted));
@@ -231,13 +247,16 @@ Gathered gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::
     }
     std::atomic<int> error{0};
     std::atomic<std::uint64_t> content{0};
+    // File systems let one writer into a file at a time and have the others spin; here they sleep, and collect meanwhile.
+    std::mutex writing;
     const auto work = [&](std::int64_t piece) {
-        constexpr std::size_t kBuffer = 1 << 18;
+        constexpr std::size_t kBuffer = 1 << 19;
         std::vector<std::uint8_t> buffer(kBuffer);
         std::size_t used = 0;
         std::uint64_t sum = 0;
         std::int64_t position = at[static_cast<std::size_t>(piece)];
         const auto write = [&](const std::uint8_t* data, std::size_t bytes) {
+            const std::lock_guard<std::mutex> only(writing);
             while (bytes > 0 && error == 0) {
                 const ssize_t written = ::pwrite(descriptor, data, bytes, position);
                 if (written < 0) {
