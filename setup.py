@@ -1,8 +1,14 @@
-"""Builds the compiled core (csrc/). Everything else is declared in pyproject.toml."""
+"""Builds the compiled core (csrc/), and the CUDA kernels (csrc/cuda/) where nvcc is found. The rest is in pyproject.toml.
 
+MEGATRON_DEMIX_CUDA=auto|0|1 (1: fail where nvcc is missing), MEGATRON_DEMIX_CUDA_ARCHS="80;90".
+"""
+
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 # Instruction sets are chosen at run time inside the sources, so no -march here: one build runs on any x86-64 or Arm machine.
@@ -15,4 +21,39 @@ core = Pybind11Extension(
     depends=sorted(str(p) for p in Path("csrc").glob("*.hpp")),
 )
 
-setup(ext_modules=[core])
+
+class BuildAll(build_ext):
+    def run(self) -> None:
+        super().run()
+        wanted = os.environ.get("MEGATRON_DEMIX_CUDA", "auto")
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"MEGATRON_DEMIX_CUDA is {wanted!r}, expected auto, 0 or 1.")
+        if wanted == "1" and nvcc is None:
+            raise SystemExit("MEGATRON_DEMIX_CUDA is 1, but nvcc is not on PATH. Install the CUDA toolkit, or set it to 0.")
+        if wanted != "0" and nvcc is not None:
+            folder = Path("megatron_demix") if self.inplace else Path(self.build_lib) / "megatron_demix"
+            self._compile_cuda(nvcc, folder / "libmerge_cuda.so", required=wanted == "1")
+
+    def _compile_cuda(self, nvcc: str, target: Path, *, required: bool) -> None:
+        """A library of its own with the run-time linked in, loaded with ctypes: the core never depends on CUDA."""
+        source = Path("csrc/cuda/merge.cu")
+        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
+            return
+        archs = os.environ.get("MEGATRON_DEMIX_CUDA_ARCHS", "80;90").split(";")
+        codes = [flag for a in archs for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+        codes += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "--shared"]
+        unfinished = target.with_suffix(f".{os.getpid()}.so")
+        try:
+            subprocess.run([nvcc, *flags, *codes, "-o", str(unfinished), str(source)], check=True)
+            unfinished.rename(target)
+        except subprocess.CalledProcessError as e:
+            if required:
+                raise SystemExit(f"nvcc could not compile {source}; see above.") from e
+            print(f"warning: nvcc could not compile {source}; merges on GPUs will go through the CPU.")
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+setup(ext_modules=[core], cmdclass={"build_ext": BuildAll})

@@ -13,6 +13,7 @@ from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.merge.components import MERGEABLE, Components
 from megatron_demix.merge.methods import Linear
 from megatron_demix.merge.plan import Box, BytePlan
+from megatron_demix.merge.resident import ResidentComponents, fits_on_device
 from megatron_demix.merge.weights import Normalize, weight_matrix
 
 
@@ -42,6 +43,7 @@ class ProxyMerger:
         self._threads = threads
         self._live = list(live)
         self._checked = False
+        self._resident: ResidentComponents | None = None
         for tensor in self._live:
             self._plan.add(self._box(tensor))
 
@@ -53,18 +55,36 @@ class ProxyMerger:
     def merge(self, weights: Mapping[str, float], *, normalize: Normalize = "error") -> None:
         """Write sum_k weights[k] * component_k into the parameters. Raises MixtureError; CorruptInput on damaged components.
 
-        The first merge reads the components' checksums too; a file that changes later is not noticed.
+        The first merge compares the components' checksums too; a file that changes later is not noticed. On a GPU with room for
+        them, the components move there in the first merge, and later ones do not leave the device.
         """
-        weights_SMK = self._method.coefficients(weight_matrix({"proxy": weights}, self._names, normalize))[np.newaxis]
+        coefficients = self._method.coefficients(weight_matrix({"proxy": weights}, self._names, normalize))
         if not self._checked:
             if (name := self._plan.damaged(self._threads)) is not None:
                 raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
+            if fits_on_device(self.components, self._live):
+                self._resident = ResidentComponents(self.components, self._live, self._threads)
+                self._check_resident(coefficients)
             self._checked = True
-        staged = [_Staged(tensor.tensor) for tensor in self._live]
-        addresses_TM = np.array([[s.address] for s in staged], np.int64).reshape(len(staged), 1)
-        self._plan.native.run(weights_SMK, addresses_TM=addresses_TM, threads=self._threads)
+        if self._resident is not None:
+            self._resident.merge(coefficients[0])
+            return
+        staged = self._merge_staged(coefficients)
         for s in staged:
             s.finish()
+
+    def _merge_staged(self, coefficients_MK: np.ndarray) -> list[_Staged]:
+        staged = [_Staged(tensor.tensor) for tensor in self._live]
+        addresses_TM = np.array([[s.address] for s in staged], np.int64).reshape(len(staged), 1)
+        self._plan.native.run(coefficients_MK[np.newaxis], addresses_TM=addresses_TM, threads=self._threads)
+        return staged
+
+    def _check_resident(self, coefficients_MK: np.ndarray) -> None:
+        """Once for each merger, every tensor: the device must give the bits of the CPU."""
+        assert self._resident is not None
+        self._resident.merge(coefficients_MK[0])
+        for index, s in enumerate(self._merge_staged(coefficients_MK)):
+            self._resident.check(s.written, index)
 
     def _box(self, live: LiveTensor) -> Box:
         held = self.components.tensors.get(live.key)
@@ -93,17 +113,17 @@ class _Staged:
     def __init__(self, tensor: Any) -> None:
         self._target = tensor.data  # not a view that autograd watches: writing in place is the point
         direct = self._target.device.type == "cpu" and self._target.is_contiguous()
-        self._written = self._target
+        self.written = self._target
         if not direct:
             import torch
 
             pin = self._target.device.type == "cuda"
-            self._written = torch.empty(self._target.shape, dtype=self._target.dtype, pin_memory=pin)
+            self.written = torch.empty(self._target.shape, dtype=self._target.dtype, pin_memory=pin)
 
     @property
     def address(self) -> int:
-        return self._written.data_ptr()
+        return self.written.data_ptr()
 
     def finish(self) -> None:
-        if self._written is not self._target:
-            self._target.copy_(self._written)
+        if self.written is not self._target:
+            self._target.copy_(self.written)
