@@ -12,6 +12,10 @@ from pathlib import Path
 
 from megatron_demix.errors import DemixError
 
+SURROGATES = (
+    "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack",
+)  # fmt: skip
+
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
@@ -45,12 +49,28 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--scores", type=Path, required=True, help="CSV of their scores")
     fit.add_argument("--predict", type=Path, required=True, help="CSV of mixtures to predict")
     fit.add_argument("--output", type=Path, required=True, help="CSV: each score and <score>_std at the mixtures to predict")
-    fit.add_argument(
-        "--surrogate", default="auto",
-        choices=("auto", "gaussian_process", "quadratic", "scheffe_log", "ridge", "log_linear", "lightgbm", "stack"),
-    )  # fmt: skip
+    fit.add_argument("--surrogate", default="auto", choices=SURROGATES)
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=_fit)
+
+    choose = commands.add_parser("choose", help="the best feasible mixture, how sure it is, and what to try next")
+    choose.add_argument("--domains", type=Path, required=True, help="the YAML that the mixtures were sampled from")
+    choose.add_argument("--mixtures", type=Path, required=True, help="CSV of measured mixtures, as merge weights")
+    choose.add_argument("--scores", type=Path, required=True, help="CSV of their scores")
+    choose.add_argument("--objective", nargs="+", required=True, metavar="SCORE=WEIGHT", help="relative weights of the scores")
+    choose.add_argument(
+        "--aim", default="mean", choices=("mean", "worst", "percentile_rank"), help="what is made of the scores"
+    )
+    choose.add_argument("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses")
+    choose.add_argument("--surrogate", default="auto", choices=SURROGATES)
+    choose.add_argument("--candidates", type=int, default=200_000)
+    choose.add_argument("--top", type=int, default=128, help="the choice is the mean of this many best candidates")
+    choose.add_argument("--bootstraps", type=int, default=50, help="searches on resampled proxies; 0: none")
+    choose.add_argument("--propose", type=int, default=0, metavar="N", help="also propose N mixtures for the next round")
+    choose.add_argument("--next", type=Path, metavar="CSV", help="where the proposed merge weights go")
+    choose.add_argument("--seed", type=int, default=0)
+    choose.add_argument("--output", type=Path, required=True, help="JSON: weights (actual shares), merge_weights, predictions")
+    choose.set_defaults(run=_choose)
 
     consistency = commands.add_parser("consistency", help="how well proxies rank mixtures, against truly trained references")
     consistency.add_argument("--proxies", type=Path, required=True, help="CSV of the proxies' scores")
@@ -80,16 +100,46 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from megatron_demix.search.surrogate import predict_scores
+    from megatron_demix.search.from_tables import predict_scores
     from megatron_demix.search.tables import Table
 
     mixtures, scores, wanted = (Table.read(path) for path in (args.mixtures, args.scores, args.predict))
     predict_scores(mixtures, scores, wanted, kind=args.surrogate, seed=args.seed, notice=_notice).write(args.output)
 
 
+def _choose(args: argparse.Namespace) -> None:
+    from megatron_demix.artifact import write_json
+    from megatron_demix.errors import ConfigError
+    from megatron_demix.search.from_tables import choose_from_tables, parse_objective
+    from megatron_demix.search.space_file import load_space
+    from megatron_demix.search.tables import Table
+
+    if bool(args.propose) != bool(args.next):
+        raise ConfigError("--propose N and --next CSV go together: how many mixtures to propose, and where to write them.")
+    space = load_space(args.domains)
+    report, further_MD = choose_from_tables(
+        space,
+        Table.read(args.mixtures),
+        Table.read(args.scores),
+        parse_objective(args.objective) or {},
+        aim=args.aim,
+        higher_is_better=set(args.higher_is_better),
+        kind=args.surrogate,
+        candidates=args.candidates,
+        top=args.top,
+        bootstraps=args.bootstraps,
+        next_round=args.propose,
+        seed=args.seed,
+        notice=_notice,
+    )
+    if args.next:
+        Table(args.next, "id", tuple(f"next_{m}" for m in range(args.propose)), space.domains, further_MD).write(args.next)
+    write_json(args.output, report)
+
+
 def _consistency(args: argparse.Namespace) -> None:
     from megatron_demix.artifact import write_json
-    from megatron_demix.search.consistency import compare_tables, parse_objective
+    from megatron_demix.search.from_tables import compare_tables, parse_objective
     from megatron_demix.search.tables import Table
 
     proxies, references = Table.read(args.proxies), Table.read(args.references)

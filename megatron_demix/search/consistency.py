@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
+from megatron_demix.errors import IncompatibleInputs, MixtureError
 from megatron_demix.search.agreement import METRICS
-from megatron_demix.search.tables import Table
 
 MIN_MIXTURES = 4
 
@@ -138,45 +137,3 @@ def _interval(trace: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | No
 def _trace(proxy_M: np.ndarray, reference_M: np.ndarray, counts_BM: np.ndarray) -> dict[str, np.ndarray]:
     """Every metric on every resample."""
     return {name: metric(proxy_M, reference_M, counts_BM) for name, metric in METRICS.items()}
-
-
-def compare_tables(
-    proxies: Table,
-    references: Table,
-    reseeded: Table | None = None,
-    objective: Mapping[str, float] | None = None,
-    higher_is_better: Collection[str] = (),
-    *,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """rank_consistency of CSV tables, joined by id and column name. Raises IncompatibleInputs where either side lacks one."""
-    if unknown := sorted(set(higher_is_better) - set(references.columns)):
-        raise IncompatibleInputs(f"{references.path}: no score {unknown[0]!r}; the scores are {', '.join(references.columns)}.")
-    sides = []
-    for table in (references, proxies, reseeded):
-        if table is not None:
-            if extra := sorted(set(table.ids) - set(references.ids)):
-                raise IncompatibleInputs(
-                    f"{table.path}: mixture {extra[0]!r} is not in {references.path} ({len(extra)} such). Missing scores block "
-                    "the comparison: evaluate it, or remove it here."
-                )
-            values_MT = table.select(references.ids, references.columns, other=references.path)
-            sides.append({name: values_MT[:, t] for t, name in enumerate(references.columns)})
-    again = sides[2] if reseeded is not None else None
-    return rank_consistency(
-        sides[1], sides[0], reseeded=again, objective=objective, higher_is_better=higher_is_better, seed=seed
-    )
-
-
-def parse_objective(texts: Sequence[str]) -> dict[str, float] | None:
-    """["code=0.6", "math=0.4"] as weights by score; None if empty. Raises ConfigError."""
-    weights = {}
-    for text in texts:
-        name, equals, number = text.rpartition("=")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise ConfigError(f"objective {text!r} is not understood. Write SCORE=WEIGHT, for example code=0.6.")
-    return weights or None

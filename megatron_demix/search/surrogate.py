@@ -6,7 +6,6 @@ deviations so that a nominal 90 % interval held 90 % of the proxies that the fit
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
@@ -14,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
-from megatron_demix.mixture import TOLERANCE
 from megatron_demix.search.regressors import REGRESSORS, Regressor
-from megatron_demix.search.tables import Table, as_mixtures
 
 KINDS = ("auto", *REGRESSORS, "stack")
 MIN_PROXIES = 8
@@ -236,29 +233,3 @@ def _spearman(left_M: np.ndarray, right_M: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
     return float(spearmanr(left_M, right_M).statistic)
-
-
-def predict_scores(
-    mixtures: Table, scores: Table, wanted: Table, *, kind: str = "auto", seed: int = 0, notice: Callable[[str], None] = print
-) -> Table:
-    """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured; tables join by id and name.
-
-    notice is told where rounded mixtures were divided by their sum, and which family each score got.
-    Raises MixtureError (a row is no mixture), IncompatibleInputs (ids or domains differ, missing scores).
-    """
-    measured_MD, gap = as_mixtures(mixtures)
-    wanted.select(wanted.ids, mixtures.columns, other=mixtures.path)
-    order = [wanted.columns.index(name) for name in mixtures.columns]
-    wanted_ND, wanted_gap = as_mixtures(wanted)
-    if (worst := max(gap, wanted_gap)) > TOLERANCE:
-        notice(f"mixtures miss a sum of 1 by up to {worst:.2g}, as rounded numbers do: each was divided by its sum.")
-    if extra := sorted(set(scores.ids) - set(mixtures.ids)):
-        raise IncompatibleInputs(f"{scores.path}: id {extra[0]!r} has no mixture in {mixtures.path} ({len(extra)} such).")
-    scores_MT = scores.select(mixtures.ids, scores.columns, other=mixtures.path)
-    columns: dict[str, np.ndarray] = {}
-    for t, name in enumerate(scores.columns):
-        surrogate = fit_surrogate(measured_MD, scores_MT[:, t], kind, seed=seed, name=name)
-        columns[name], columns[f"{name}_std"] = surrogate.predict(wanted_ND[:, order])
-        error = surrogate.cross_validation
-        notice(f"{name}: {surrogate.kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
-    return Table(wanted.path, wanted.id_name, wanted.ids, tuple(columns), np.stack(list(columns.values()), axis=1))

@@ -4,7 +4,8 @@ from scipy import stats
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.search import agreement
-from megatron_demix.search.consistency import parse_objective, rank_consistency
+from megatron_demix.search.consistency import rank_consistency
+from megatron_demix.search.from_tables import parse_objective
 
 
 def scores(num: int = 40, noise: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

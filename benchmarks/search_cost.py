@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""CPU seconds of each part of the search by itself, from the paper's 224 proxies to 2 000.
+
+Scores are a made-up transfer law plus noise over 7 domains: only the cost is measured here, never a ranking. Merging and
+evaluating the proxies are measured where they are done.
+
+    OMP_NUM_THREADS=1 python benchmarks/search_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.artifact import write_json
+from megatron_demix.mixture import Mixture
+from megatron_demix.search.optimise import choose_mixture, propose
+from megatron_demix.search.sample import sample_mixtures
+from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.surrogate import fit_surrogate
+
+DOMAINS = ("general", "code_1", "code_2", "code_3", "math_1", "math_2", "math_3")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--proxies", type=int, nargs="*", default=[224, 500, 1000, 2000])
+    parser.add_argument("--candidates", type=int, default=200_000)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search_cost.json")
+    args = parser.parse_args()
+    report: dict[str, Any] = {
+        "command": f"OMP_NUM_THREADS=1 python benchmarks/search_cost.py --proxies {' '.join(map(str, args.proxies))}",
+        "unit": "CPU seconds; fitting, proposing and choosing for one score",
+        "candidates": args.candidates,
+        "proxies": {},
+    }
+    for num in args.proxies:
+        report["proxies"][str(num)] = row = measure(num, args.candidates)
+        print(f"{num:5d} proxies  " + "  ".join(f"{part} {seconds:.2f}" for part, seconds in row.items()), flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, report)
+
+
+def measure(num: int, candidates: int) -> dict[str, float]:
+    natural = Mixture.proportional(dict(zip(DOMAINS, (60, 9, 6, 5, 10, 6, 4), strict=True)))
+    space = SearchSpace(natural, Mixture.uniform(DOMAINS), 0.5, dict.fromkeys(DOMAINS[1:], 0.4))
+    rng = np.random.default_rng(0)
+    took: dict[str, float] = {}
+    timed(took, "sample_candidates", lambda: sample_mixtures(space, candidates, 1, landmarks=False))
+    shares_MD = space.shares(timed(took, "sample_proxies", lambda: sample_mixtures(space, num, 0)))
+    scores_M = 2 + 0.3 * (0.02 + shares_MD @ rng.uniform(0, 1, 7)) ** -0.4 + 0.003 * rng.standard_normal(num)
+    fitted = {}
+    for kind in ("gaussian_process", "power_law", "auto"):
+        fitted[kind] = timed(took, f"fit_{kind}", lambda kind=kind: fit_surrogate(shares_MD, scores_M, kind))
+    surrogates = {"loss": fitted["auto"]}
+    timed(took, "propose_64", lambda: propose(space, surrogates, {"loss": 1}, num=64, candidates=candidates))
+    timed(took, "choose", lambda: choose_mixture(space, surrogates, {"loss": 1}, candidates=candidates))
+    return took
+
+
+def timed(took: dict[str, float], part: str, work: Callable) -> Any:
+    started = time.process_time()
+    result = work()
+    took[part] = round(time.process_time() - started, 3)
+    return result
+
+
+if __name__ == "__main__":
+    main()

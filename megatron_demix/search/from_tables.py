@@ -1,0 +1,157 @@
+"""The search on CSV tables, joined by id and column name: what tools/search_mixture.py does, for those who have no study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.mixture import TOLERANCE
+from megatron_demix.search.consistency import rank_consistency
+from megatron_demix.search.objective import Aim
+from megatron_demix.search.optimise import choose_mixture, propose
+from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.surrogate import Surrogate, fit_surrogate
+from megatron_demix.search.tables import Table, as_mixtures
+from megatron_demix.search.uncertainty import optimum_distribution
+
+Notice = Callable[[str], None]
+
+
+def fit_tables(
+    mixtures: Table,
+    scores: Table,
+    *,
+    kind: str = "auto",
+    seed: int = 0,
+    notice: Notice = print,
+    space: SearchSpace | None = None,
+) -> dict[str, Surrogate]:
+    """A surrogate of every score on the mixtures' rows; with a space, they are merge weights and are turned into its shares.
+
+    notice is told where rounded mixtures were divided by their sum, and which family each score got.
+    Raises MixtureError (a row is no mixture), IncompatibleInputs (ids or domains differ, missing scores).
+    """
+    shares_MD = _mixtures(mixtures, mixtures.columns, mixtures.path, notice)
+    if space is not None:
+        mixtures.select(mixtures.ids, space.domains, other=Path("the domains file"))
+        shares_MD = space.shares(shares_MD[:, [mixtures.columns.index(name) for name in space.domains]])
+    if extra := [name for name in scores.ids if name not in set(mixtures.ids)]:
+        raise IncompatibleInputs(f"{scores.path}: id {extra[0]!r} has no mixture in {mixtures.path} ({len(extra)} such).")
+    scores_MT = scores.select(mixtures.ids, scores.columns, other=mixtures.path)
+    surrogates = {}
+    for t, name in enumerate(scores.columns):
+        surrogates[name] = fit_surrogate(shares_MD, scores_MT[:, t], kind, seed=seed, name=name)
+        error = surrogates[name].cross_validation
+        notice(f"{name}: {surrogates[name].kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
+    return surrogates
+
+
+def _mixtures(table: Table, columns: Sequence[str], other: Path, notice: Notice) -> np.ndarray:
+    """The table's mixtures with their columns in the order of `columns`, all of which it must have, and no other."""
+    table.select(table.ids, columns, other=other)
+    shares_MD, gap = as_mixtures(table)
+    if gap > TOLERANCE:
+        notice(
+            f"{table.path.name}: mixtures miss a sum of 1 by up to {gap:.2g}, as rounded numbers do: each was divided "
+            "by its sum."
+        )
+    return shares_MD[:, [table.columns.index(name) for name in columns]]
+
+
+def predict_scores(
+    mixtures: Table, scores: Table, wanted: Table, *, kind: str = "auto", seed: int = 0, notice: Notice = print
+) -> Table:
+    """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured. Raises as fit_tables does."""
+    wanted_ND = _mixtures(wanted, mixtures.columns, mixtures.path, notice)
+    columns: dict[str, np.ndarray] = {}
+    for name, surrogate in fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice).items():
+        columns[name], columns[f"{name}_std"] = surrogate.predict(wanted_ND)
+    return Table(wanted.path, wanted.id_name, wanted.ids, tuple(columns), np.stack(list(columns.values()), axis=1))
+
+
+def choose_from_tables(
+    space: SearchSpace,
+    mixtures: Table,
+    scores: Table,
+    objective: Mapping[str, float],
+    *,
+    aim: Aim = "mean",
+    higher_is_better: Collection[str] = (),
+    kind: str = "auto",
+    candidates: int = 200_000,
+    top: int = 128,
+    bootstraps: int = 50,
+    next_round: int = 0,
+    seed: int = 0,
+    notice: Notice = print,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The best feasible mixture of measured merge weights as a JSON-able report, and next_round x D merge weights to try next.
+
+    The report's "weights" are the actual shares, as tools/build_blend.py reads them; "optimum" says how the best shares
+    vary over bootstrap samples of the proxies, and "enough" whether another round is worth its cost.
+    """
+    surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice, space=space)
+    aims: dict[str, Any] = {"aim": aim, "higher_is_better": higher_is_better, "seed": seed}
+    choice = choose_mixture(space, surrogates, objective, candidates=candidates, top=top, **aims)
+    report = {"weights": dict(choice.shares), "merge_weights": dict(choice.weights), "aim": aim} | {
+        key: value for key, value in asdict(choice).items() if key not in ("weights", "shares")
+    }
+    if bootstraps:
+        spread = optimum_distribution(space, surrogates, objective, choice, num=bootstraps, **aims)
+        report["optimum"] = {
+            "shares": {name: {"mean": mean, "std": std} for name, (mean, std) in spread.shares.items()},
+            "expected_regret": spread.expected_regret,
+            "probability_of_gain": spread.probability_of_gain,
+            "enough": spread.enough(),
+        }
+    further_MD = np.empty((0, len(space.domains)))
+    if next_round:
+        further_MD = propose(space, surrogates, objective, num=next_round, candidates=candidates, **aims)
+    return report, further_MD
+
+
+def compare_tables(
+    proxies: Table,
+    references: Table,
+    reseeded: Table | None = None,
+    objective: Mapping[str, float] | None = None,
+    higher_is_better: Collection[str] = (),
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """rank_consistency of CSV tables, joined by id and column name. Raises IncompatibleInputs where either side lacks one."""
+    if unknown := sorted(set(higher_is_better) - set(references.columns)):
+        raise IncompatibleInputs(f"{references.path}: no score {unknown[0]!r}; the scores are {', '.join(references.columns)}.")
+    sides = []
+    for table in (references, proxies, reseeded):
+        if table is not None:
+            if extra := sorted(set(table.ids) - set(references.ids)):
+                raise IncompatibleInputs(
+                    f"{table.path}: mixture {extra[0]!r} is not in {references.path} ({len(extra)} such). Missing scores block "
+                    "the comparison: evaluate it, or remove it here."
+                )
+            values_MT = table.select(references.ids, references.columns, other=references.path)
+            sides.append({name: values_MT[:, t] for t, name in enumerate(references.columns)})
+    again = sides[2] if reseeded is not None else None
+    return rank_consistency(
+        sides[1], sides[0], reseeded=again, objective=objective, higher_is_better=higher_is_better, seed=seed
+    )
+
+
+def parse_objective(texts: Sequence[str]) -> dict[str, float] | None:
+    """["code=0.6", "math=0.4"] as weights by score; None if empty. Raises ConfigError."""
+    weights = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ConfigError(f"objective {text!r} is not understood. Write SCORE=WEIGHT, for example code=0.6.")
+    return weights or None
