@@ -183,8 +183,10 @@ class MergePlan:
         worker = threading.Thread(target=work)
         worker.start()
         try:
-            while worker.is_alive():
+            alive = True
+            while alive:
                 worker.join(0.1)
+                alive = worker.is_alive()
                 progress(self._plan.done_bytes())
         except BaseException:
             self._plan.cancel()

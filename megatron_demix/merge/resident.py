@@ -1,4 +1,4 @@
-"""Components kept in GPU memory: a proxy is then one pass over device memory; nothing is read from disk or sent over the bus."""
+"""Components kept in GPU memory: a proxy is then one pass over it; nothing is read from disk or sent over the bus."""
 
 from __future__ import annotations
 
