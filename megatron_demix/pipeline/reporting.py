@@ -51,6 +51,7 @@ def collect(dag: Dag) -> ReportData:
         rounds=_rounds(dag),
         choice=choice,
         final=_final(dag),
+        untrained=_untrained(dag),
         blend=blend,
         timings_s=_timings(dag),
     )
@@ -113,6 +114,13 @@ def _final(dag: Dag) -> list[FinalRun]:
         mixture, _, seed = name.rpartition("-seed")
         result.append(FinalRun(mixture, int(seed), rows[name], weighted_objective(rows[name], dag.study.search.objective)))
     return result
+
+
+def _untrained(dag: Dag) -> dict[str, dict[str, float]]:
+    if not dag.final_scores.done():
+        return {}
+    rows = ScoreTable.read(dag.final_scores.folder / "scores.json").rows
+    return {"base": rows["base"], "found, merged only": rows["proxy"]}
 
 
 def _blend(dag: Dag) -> dict[str, BlendRow]:

@@ -149,7 +149,9 @@ def _final_table(data: ReportData, verdict: Verdict) -> dict[str, Any]:
         scores = {c: [run.scores[c] for run in runs if c in run.scores] for c in columns}
         rows.append((group, {c: (math.fsum(v) / len(v), standard_deviation(v)) for c, v in scores.items() if v}))
     best = {c: min(row[c][0] for _, row in rows if c in row) for c in columns}
-    return {"columns": columns, "rows": rows, "best": best, "best_objective": min(g.objective for g, _ in rows)}
+    return {"columns": columns, "rows": rows, "best": best, "best_objective": min(g.objective for g, _ in rows)} | {
+        "untrained": [(name, data.objective_of(scores), scores) for name, scores in data.untrained.items()]
+    }
 
 
 def _proxy_rows(data: ReportData) -> list[dict[str, Any]]:

@@ -110,6 +110,8 @@ class ReportData:
     rounds: Sequence[Round] = ()
     choice: Choice | None = None
     final: Sequence[FinalRun] = ()
+    untrained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Scores on the same split of models that had no final run: the base, the found mixture's proxy."""
     blend: Mapping[str, BlendRow] = field(default_factory=dict)
     """By domain."""
     timings_s: Mapping[str, float] = field(default_factory=dict)
