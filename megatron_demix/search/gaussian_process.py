@@ -10,9 +10,10 @@ import numpy as np
 
 _EXPONENT = 0.3
 _PART = 8192
-_WARM_STEPS = 40
-_TUNED = 512
-"""Length scales are tuned on at most this many proxies, spread over all: the cost grows with the cube of their number."""
+_STEPS, _WARM_STEPS = 200, 40
+_TUNED, _POLISHED = 256, 1024
+"""Length scales are found on at most the first number of proxies, spread over all, because a step's cost grows with the cube of
+their number; up to the second number, a few more steps then see all of them."""
 
 
 class GaussianProcess:
@@ -26,10 +27,18 @@ class GaussianProcess:
 
         scales = np.full(shares_MD.shape[1], 3.0)
         kernel = ConstantKernel(10.0, (1e-2, 1e4)) * Matern(scales, (1e-1, 1e4), nu=1.5) + WhiteKernel(1e-2, (1e-6, 1.0))
-        self._fit(shares_MD, scores_M, kernel, _lbfgs(200))
+        if len(scores_M) <= _TUNED:
+            self._fit(shares_MD, scores_M, kernel, _lbfgs(_STEPS))
+            return
+        some = np.linspace(0, len(scores_M) - 1, _TUNED).astype(int)
+        self._fit(shares_MD[some], scores_M[some], kernel, _lbfgs(_STEPS))
+        polish = _lbfgs(_WARM_STEPS // 2) if len(scores_M) <= _POLISHED else None
+        self._fit(shares_MD, scores_M, self._model.kernel_, polish)
 
     def refit(self, shares_MD: np.ndarray, scores_M: np.ndarray, *, tune: bool) -> GaussianProcess:
         again = GaussianProcess()
+        # So many proxies fix the scales whether a fold of them is there or not.
+        tune = tune and len(scores_M) <= _TUNED
         again._fit(shares_MD, scores_M, self._model.kernel_, _lbfgs(_WARM_STEPS) if tune else None)
         return again
 
@@ -39,15 +48,8 @@ class GaussianProcess:
         with warnings.catch_warnings():
             # A scale at its bound means that a domain does not matter to this score: expected, not a problem.
             warnings.simplefilter("ignore")
-            inputs_MD = (inputs_MD - self._centre_D) / self._spread_D
-            make = _regressor_class()
-            if optimizer is not None and len(scores_M) > _TUNED:
-                some = np.linspace(0, len(scores_M) - 1, _TUNED).astype(int)
-                kernel, optimizer = (
-                    make(kernel, alpha=1e-8, optimizer=optimizer).fit(inputs_MD[some], scores_M[some]).kernel_,
-                    None,
-                )
-            self._model = make(kernel, alpha=1e-8, optimizer=optimizer).fit(inputs_MD, scores_M)
+            model = _regressor_class()(kernel, alpha=1e-8, optimizer=optimizer)
+            self._model = model.fit((inputs_MD - self._centre_D) / self._spread_D, scores_M)
 
     def _parts(self, shares_ND: np.ndarray) -> list[np.ndarray]:
         """Inputs in parts: the covariance of 200 000 candidates with the proxies need not be in memory at once."""

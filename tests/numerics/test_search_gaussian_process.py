@@ -26,8 +26,10 @@ def test_value_and_gradient_equal_scikit_learns(num_domains: int) -> None:
         np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-8)
 
 
-def test_many_proxies_are_tuned_on_some_and_fitted_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("polished", [100, 200])
+def test_many_proxies_are_tuned_on_some_and_fitted_on_all(monkeypatch: pytest.MonkeyPatch, polished: int) -> None:
     monkeypatch.setattr(gaussian_process, "_TUNED", 40)
+    monkeypatch.setattr(gaussian_process, "_POLISHED", polished)
     shares_MD = RNG.dirichlet(np.ones(3), size=120)
     scores_M = np.log(shares_MD[:, 0] + 0.05)
     model = GaussianProcess()
