@@ -4,6 +4,10 @@
 another .idx. `materialise`: plain .bin/.idx with the documents written out. `args`: weights and prefixes for Megatron's own
 blending. All three come from one plan, exact to the document.
 
+The order of the documents is shuffled and even at every scale: in any window of the blend, every domain's tokens differ from
+its share by less than two times the longest document (by less than one from the start on; the manifest has what was reached).
+GPTDataset shuffles once more when it trains.
+
 A blend with prefix P consists of P.bin, P.idx, P.domains.npy (uint16: the domain of each document, by its place in the
 manifest) and, written last, P.blend.json, the manifest. In mode args: P.args.txt, P.args.json and the manifest.
 """

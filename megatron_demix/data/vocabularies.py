@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +184,8 @@ def train_bpe(text: bytes, vocab_size: int) -> str:
     import gigatoken
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary, merges = gigatoken.train_bpe(text, vocab_size - 1, [])
+    with _stdout_to_stderr():
+        vocabulary, merges = gigatoken.train_bpe(text, vocab_size - 1, [])
     spelled = {_to_byte_level(token): i for i, token in vocabulary.items()}
     model = models.BPE(vocab=spelled, merges=[(_to_byte_level(a), _to_byte_level(b)) for a, b in merges])
     tokenizer = Tokenizer(model)
@@ -189,6 +193,19 @@ def train_bpe(text: bytes, vocab_size: int) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOD, special=True, normalized=False)])
     return tokenizer.to_str(pretty=True)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """gigatoken reports its progress on standard output, which belongs to our results."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _gigatoken(load_with: Any) -> Engine | None:

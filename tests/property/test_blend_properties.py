@@ -152,6 +152,30 @@ def test_advance_is_what_walking_gives(pool, begin, budget, threads):
     assert following == lengths[-1]
 
 
+def test_windows_of_a_million_tokens():
+    """The stated tolerance, on a blend of realistic size: at most two longest documents off, here 0.8 % of the window."""
+    rng = np.random.default_rng(0)
+    lengths = {
+        name: np.clip(rng.lognormal(6, 1, n), 1, 4000).astype(int).tolist()
+        for name, n in (("a", 9000), ("b", 4000), ("c", 600))
+    }
+    domains, base = {}, 0
+    for name, own in lengths.items():
+        domains[name] = domain(name, [own], 4.0, base)
+        base += domains[name].indexes[0].bin_bytes
+    mixture = Mixture({"a": 0.6, "b": 0.3, "c": 0.1})
+    plan = plan_blend(OpenPool(domains, np.dtype("<u2"), ""), mixture, 5_000_000, seed=1)
+    drawn, _, owners, _ = order(plan)
+    ends = np.cumsum(drawn)
+    last = np.searchsorted(ends, ends + 1_000_000)
+    starts = np.flatnonzero(last < len(ends))
+    window = ends[last[starts]] - ends[starts]
+    for number, part in enumerate(plan.parts):
+        mine = np.cumsum(np.where(owners == number, drawn, 0))
+        off = (mine[last[starts]] - mine[starts]) - window * mixture[part.domain.name]
+        assert np.abs(off).max() <= 2 * drawn.max()
+
+
 def test_shuffles_are_uniform():
     """Every document is as likely at every place: chi-squared over 20 000 seeds, 24 documents, 576 cells."""
     n, seeds = 24, 20_000
