@@ -95,6 +95,19 @@ int write_all(int descriptor, const char* data, std::size_t n, std::uint64_t off
     return 0;
 }
 
+// Copies past the caches: results that nobody reads soon would otherwise cost a read of the line they overwrite.
+void stream_copy(char* to, const char* from, std::size_t n) {
+#if defined(__x86_64__)
+    const std::size_t head = std::min(n, std::size_t(-reinterpret_cast<std::uintptr_t>(to) % 64));
+    std::memcpy(to, from, head);
+    to += head, from += head, n -= head;
+    for (; n >= 64; to += 64, from += 64, n -= 64)
+        for (int part = 0; part < 64; part += 16)
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + part), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part)));
+#endif
+    std::memcpy(to, from, n);
+}
+
 // What direct writes need: a multiple of every common block and page size, in memory and on disk.
 constexpr std::size_t direct_alignment = 4096;
 
@@ -157,6 +170,9 @@ public:
                 outs_[m] = s_.to.addresses[target_index * num_mixtures_ + m] + std::size_t(first) * item;
         }
         for (const Region& region : t.regions) meet(t, region, lo, hi, first);
+#if defined(__x86_64__)
+        if (!to_files) _mm_sfence();  // streamed stores become visible before the thread is joined
+#endif
 
         if (to_files) {
             const std::uint64_t offset = std::uint64_t(first) * item, total = t.elements() * item;
@@ -258,11 +274,13 @@ private:
             for (int m = 0; m < num_mixtures_; ++m) std::memcpy(outs_[m] + to, views_[0], count);
             return;
         }
+        const bool to_files = s_.to.addresses.empty();
         const bool widen = num_mixtures_ > 2 && t.in != DType::f32;
         const int num_sources = int(views_.size());
         const DType read_as = widen ? DType::f32 : t.in;
-        // Widened sources of one step together take half of a 48 KiB first-level cache.
-        const std::size_t step = num_mixtures_ == 1 ? count : std::max<std::size_t>(256, 6144 / std::size_t(num_sources) / 64 * 64);
+        // Widened sources of one step together take half of a 48 KiB first-level cache, one result a small part of it.
+        const std::size_t by_sources = std::max<std::size_t>(256, 6144 / std::size_t(num_sources) / 64 * 64);
+        const std::size_t step = num_mixtures_ == 1 ? 2048 : by_sources;
         for (std::size_t i = 0; i < count; i += step) {
             const std::size_t n = std::min(step, count - i);
             narrow_.resize(num_sources);
@@ -276,16 +294,23 @@ private:
             }
             for (int m = 0; m < num_mixtures_; ++m) {
                 const Combination& c = set.mixtures[m];
-                char* dst = outs_[m] + to + i * out;
+                char* const to_here = outs_[m] + to + i * out;
+                char* const dst = to_files ? to_here : result_.get(8192 * 4);
+                const char* made = dst;
                 if (c.sources.empty()) {
                     std::memset(dst, 0, n * out);
                 } else if (c.lone_one() && t.in == t.out) {
-                    std::memcpy(dst, narrow_[c.sources[0]], n * out);
+                    made = narrow_[c.sources[0]];
                 } else {
                     terms_.resize(c.sources.size());
                     for (std::size_t j = 0; j < terms_.size(); ++j)
                         terms_[j] = widen ? static_cast<const void*>(wide_views_[c.sources[j]]) : narrow_[c.sources[j]];
                     s_.kernels.weighted_sum[int(read_as)][int(t.out)](terms_.data(), c.weights.data(), int(terms_.size()), dst, n);
+                }
+                if (!to_files) {
+                    stream_copy(to_here, made, n * out);
+                } else if (made != dst) {
+                    std::memcpy(dst, made, n * out);
                 }
             }
         }
@@ -293,7 +318,7 @@ private:
 
     Shared& s_;
     const int num_mixtures_;
-    Buffer<char> tile_buffer_;
+    Buffer<char> tile_buffer_, result_;
     Buffer<float> wide_;
     std::vector<Buffer<char>> gathered_;
     std::vector<char*> outs_;
