@@ -122,7 +122,7 @@ class SearchSpace:
 
     @cached_property
     def centre_D(self) -> np.ndarray:
-        """Merge weights of the feasible mixture whose actual shares are closest to the natural ones."""
+        """Merge weights of the feasible mixture whose shares are closest to the natural ones (in KL, unless groups bind)."""
         return self._fill(self._weights_of_shares(self._nearest_shares())[None])[0]
 
     def _weights_of_shares(self, shares_D: np.ndarray) -> np.ndarray:
