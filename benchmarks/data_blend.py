@@ -183,7 +183,8 @@ def main() -> None:
             row = views[-1]
             print(
                 f"view: {row['documents']:>11,} documents in {row['plan_s']:7.2f} s = {row['documents_per_s'] / 1e6:5.1f} M/s, "
-                f"{row['documents_per_cpu_s'] / 1e6:5.1f} M per CPU second, {row['anonymous_memory_bytes'] / 1e6:6.1f} MB of memory, sources checked in {row['check_s']:.2f} s",
+                f"{row['documents_per_cpu_s'] / 1e6:5.1f} M per CPU second, "
+                f"{row['anonymous_memory_bytes'] / 1e6:6.1f} MB of memory, sources checked in {row['check_s']:.2f} s",
                 flush=True,
             )
         written = measure_materialise(int(arguments.materialise_documents), arguments.threads, arguments.repeat)

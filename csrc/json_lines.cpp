@@ -48,6 +48,20 @@ class Line {
         while (p_ != end_ && (*p_ == ' ' || *p_ == '\t' || *p_ == '\r')) ++p_;
     }
 
+    // To the next quote, backslash or control character, eight bytes at a time.
+    void skip_plain() {
+        constexpr std::uint64_t kOnes = 0x0101010101010101ull, kHigh = 0x8080808080808080ull;
+        const auto zero_byte = [](std::uint64_t x) { return (x - kOnes) & ~x & kHigh; };
+        std::uint64_t word;
+        while (end_ - p_ >= 8) {
+            std::memcpy(&word, p_, 8);
+            const std::uint64_t control = (word - kOnes * 0x20) & ~word & kHigh;
+            if (zero_byte(word ^ kOnes * '"') | zero_byte(word ^ kOnes * '\\') | control) break;
+            p_ += 8;
+        }
+        while (p_ != end_ && *p_ != '"' && *p_ != '\\' && static_cast<unsigned char>(*p_) >= 0x20) ++p_;
+    }
+
     bool open(char c) {
         blank();
         return p_ != end_ && *p_++ == c;
@@ -55,7 +69,7 @@ class Line {
 
     bool skip_string(bool& escaped) {
         if (p_ == end_ || *p_++ != '"') return false;
-        while (p_ != end_) {
+        while (skip_plain(), p_ != end_) {
             const auto c = static_cast<unsigned char>(*p_++);
             if (c == '"') return true;
             if (c < 0x20) return false;
@@ -153,7 +167,7 @@ class Line {
         if (p_ == end_ || *p_++ != '"') return false;
         while (true) {
             const char* from = p_;
-            while (p_ != end_ && *p_ != '"' && *p_ != '\\' && static_cast<unsigned char>(*p_) >= 0x20) ++p_;
+            skip_plain();
             std::memcpy(out, from, static_cast<std::size_t>(p_ - from));
             out += p_ - from;
             if (p_ == end_ || static_cast<unsigned char>(*p_) < 0x20) return false;
