@@ -9,7 +9,7 @@ READY := .venv/.ready
 CORE := .venv/.core
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/cuda/*.cu csrc/cuda/*.hpp)
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench bench-train bench-merge bench-data bench-search clean
 
 demo: $(CORE)
 	$(BIN)/python examples/quickstart/collect.py
@@ -28,8 +28,23 @@ format: $(CORE)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(CORE)
-	$(BIN)/python benchmarks/run_all.py
+# Tables on standard output, JSON under benchmarks/results/. Each script has --help: sizes, peers to compare with.
+bench: bench-train bench-merge bench-data bench-search
+
+bench-train: $(CORE)
+	$(BIN)/python benchmarks/train_step.py
+
+SCRATCH ?= build/bench
+bench-merge: $(CORE)
+	$(BIN)/python benchmarks/merge.py --work $(SCRATCH)/merge
+
+bench-data: $(CORE)
+	$(BIN)/python benchmarks/data_prepare.py
+	$(BIN)/python benchmarks/data_blend.py
+
+# benchmarks/surrogates.py needs RegMix's published runs: give it --data by hand.
+bench-search: $(CORE)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py
 
 $(READY): pyproject.toml
 	@command -v g++ >/dev/null || { echo "g++ is missing: install a C++17 compiler (apt-get install g++)"; exit 2; }

@@ -89,7 +89,7 @@ def evaluate(job: EvaluateJob, make_merger: Callable[[Mapping[str, Path], Sequen
                         assert merger is not None
                         merger.merge(job.mixtures[name])
                     else:
-                        load_weights(model, job.checkpoints[name])
+                        load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
                     row = {w.name: _bits_per_byte(model, w, job.micro_batch_size) for w in windows}
                     if writes:
                         with open(job.work / f"rows-{replica}.jsonl", "a") as file:
