@@ -127,8 +127,8 @@ def main() -> None:
         print(f"\n{kind}: {corpus['documents']:,} documents, {corpus['megabytes']:.1f} MB, {arguments.workers} workers")
         for contender, row in corpus["contenders"].items():
             print(
-                f"  {contender:18} {row['seconds']:8.2f} s {row['mb_per_s']:8.1f} MB/s   ours is {row['ours_is']:.2f}x as fast, "
-                f"by CPU time {row['ours_is_by_cpu']:.2f}x"
+                f"  {contender:18} {row['seconds']:8.2f} s {row['mb_per_s']:8.1f} MB/s   ours is {row['ours_is']:.2f}x as fast"
+                f", by CPU time {row['ours_is_by_cpu']:.2f}x"
             )
 
 

@@ -443,3 +443,28 @@ def test_stale_index_caches_are_named(pool, tmp_path):
         warnings.simplefilter("error")
         build(pool, tmp_path / "b", index_cache=tmp_path / "cache")
         build(pool, tmp_path / "c", index_cache=tmp_path / "cache")
+
+
+TWICE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_blend import MIXTURE, build
+from megatron_demix.data.blend import Pool, Source
+pool = Pool({name: Source((Path(f"pool/{name}_0"),)) for name in MIXTURE})
+for n in range(10):
+    print(build(pool, Path(f"b{n}"), mode="materialise")["content"])
+"""
+
+
+def test_two_builders_on_one_target(pool, tmp_path):
+    command = [sys.executable, "-c", TWICE, str(ROOT / "tests" / "unit" / "data")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    builders = [subprocess.Popen(command, **options) for _ in range(2)]
+    (one, errors_one), (two, errors_two) = (b.communicate(timeout=120) for b in builders)
+    assert [b.returncode for b in builders] == [0, 0], errors_one + errors_two
+    assert one == two
+    assert len(set(one.split())) == 1
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    assert verify_blend(tmp_path / "b9", progress=False)["sources"] == "compared"
