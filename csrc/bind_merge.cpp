@@ -56,8 +56,7 @@ void bind_merge(py::module_& m) {
     py::enum_<DType>(m, "DType")
         .value("f32", DType::f32)
         .value("bf16", DType::bf16)
-        .value("f16", DType::f16)
-        .value("raw8", DType::raw8);
+        .value("f16", DType::f16);
     py::class_<MergePlan>(m, "MergePlan")
         .def(py::init<int>(), py::arg("num_sources"))
         .def("add_record",

@@ -7,10 +7,9 @@
 
 namespace demix {
 
-// raw8: bytes that are only ever copied (integer tensors; K sources that must be equal).
-enum class DType : std::uint8_t { f32 = 0, bf16 = 1, f16 = 2, raw8 = 3 };
+enum class DType : std::uint8_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline constexpr std::size_t item_size(DType t) { return t == DType::f32 ? 4 : t == DType::raw8 ? 1 : 2; }
+inline constexpr std::size_t item_size(DType t) { return t == DType::f32 ? 4 : 2; }
 
 inline float float_from_bits(std::uint32_t u) {
     float f;

@@ -270,10 +270,6 @@ private:
     // All mixtures of `count` elements of the contiguous views_, to byte `to` of outs_.
     void sum(const Target& t, const WeightSet& set, std::size_t to, std::size_t count) {
         const std::size_t in = item_size(t.in), out = item_size(t.out);
-        if (t.in == DType::raw8) {
-            for (int m = 0; m < num_mixtures_; ++m) std::memcpy(outs_[m] + to, views_[0], count);
-            return;
-        }
         const bool to_files = s_.to.addresses.empty();
         const bool widen = num_mixtures_ > 2 && t.in != DType::f32;
         const int num_sources = int(views_.size());
@@ -343,7 +339,6 @@ int MergePlan::add_record(const void* base, std::uint64_t bytes, std::uint32_t c
 
 int MergePlan::add_target(const std::vector<std::int64_t>& shape, DType in, DType out) {
     if (shape.empty() || shape.size() > max_dims) throw std::invalid_argument("a target has 1 to 8 dimensions");
-    if ((in == DType::raw8) != (out == DType::raw8)) throw std::invalid_argument("bytes are copied, not converted");
     Target t{int(shape.size()), {}, in, out, {}};
     for (int d = 0; d < t.dims; ++d) {
         if (shape[d] < 0) throw std::invalid_argument("a target has a negative size");

@@ -69,17 +69,15 @@ _DTYPES = {
     "float32": _core.DType.f32,
     "bfloat16": _core.DType.bf16,
     "float16": _core.DType.f16,
-    "raw8": _core.DType.raw8,
 }
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "raw8": 1}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class MergePlan:
     """Which bytes of K sources make which bytes of which targets: built once, run for any weights (csrc/merge.hpp).
 
     A target is a contiguous box of elements; its regions tile it; in a region each source is one strided view of a record
-    (the payload of one chunk of one checkpoint). dtype names: float32, bfloat16, float16, and raw8 for bytes that are copied
-    from the first source.
+    (the payload of one chunk of one checkpoint). dtype names: float32, bfloat16, float16.
     """
 
     def __init__(self, num_sources: int) -> None:

@@ -54,11 +54,6 @@ class BytePlan:
         self._names: list[str] = []
         self._crcs: list[int] = []
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of components that one execution reads."""
-        return sum(self._source_bytes(box) for box in self.boxes)
-
     def add(self, box: Box) -> None:
         """Plan one more target. Raises CorruptInput if a component has no elements for a part of it."""
         infos = self.components.infos(box.key)
@@ -117,10 +112,6 @@ class BytePlan:
             self._names.append(f"{folder / chunk.location.file} ({info.key!r} at {chunk.offset})")
         inside = sum((a - o) * s for a, o, s in zip(lo, chunk.offset, payload.strides, strict=True))
         return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides
-
-    def _source_bytes(self, box: Box) -> int:
-        info = self.components.infos(box.key)[0]
-        return math.prod(box.shape) * ITEM_BYTES[info.dtype] * len(self.components.checkpoints)
 
 
 class _Grid:
