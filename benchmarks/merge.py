@@ -313,7 +313,7 @@ def grow(arguments: argparse.Namespace, bench: Bench) -> dict[str, dict[str, flo
     for size in (1e7, 4e7, 1.6e8):
         parts = parts_of(size, 4)
         run = in_memory(parts, as_matrix(mixtures(1, list(parts))), 1)
-        growth["parameters"][f"{size:.0e}"] = bench.inside(f"4 components of {size / 1e6:.0f}M", run)["cpu_s"]
+        growth["parameters"][f"{size:.0f}"] = bench.inside(f"4 components of {size / 1e6:.0f}M", run)["cpu_s"]
     for num in (2, 4, 8, 16):
         parts = parts_of(4e7, num)
         run = in_memory(parts, as_matrix(mixtures(1, list(parts))), 1)
