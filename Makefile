@@ -6,6 +6,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 READY := .venv/.ready
+DEV := .venv/.dev
 CORE := .venv/.core
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/cuda/*.cu csrc/cuda/*.hpp)
 
@@ -15,16 +16,17 @@ demo: $(CORE)
 	$(BIN)/python examples/quickstart/collect.py
 	$(BIN)/demix run examples/quickstart/study.yaml
 
-test: $(CORE)
-	$(BIN)/python -m pytest tests
+# A file's tests stay in one process: they share studies and checkpoints that take long to make.
+test: $(CORE) $(DEV)
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
-check: $(CORE)
+check: $(CORE) $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contract/test_import_layers.py
 
-format: $(CORE)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -35,15 +37,15 @@ bench-train: $(CORE)
 	$(BIN)/python benchmarks/train_step.py
 
 SCRATCH ?= build/bench
-bench-merge: $(CORE)
+bench-merge: $(CORE) $(DEV)
 	$(BIN)/python benchmarks/merge.py --work $(SCRATCH)/merge
 
-bench-data: $(CORE)
+bench-data: $(CORE) $(DEV)
 	$(BIN)/python benchmarks/data_prepare.py
 	$(BIN)/python benchmarks/data_blend.py
 
 # benchmarks/surrogates.py needs RegMix's published runs: give it --data by hand.
-bench-search: $(CORE)
+bench-search: $(CORE) $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py
 
 $(READY): pyproject.toml
@@ -51,6 +53,10 @@ $(READY): pyproject.toml
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
 	 else $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --retries 1 --extra-index-url $(TORCH_INDEX) "$(TORCH)"; fi
 	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=2.13"
+	$(BIN)/pip install --quiet --no-build-isolation --editable .
+	@touch $@
+
+$(DEV): $(READY)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@
 
