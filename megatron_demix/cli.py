@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("run", "the whole study, from text to the report", [study, running])
     add("resume", "the same as run: what is done is skipped, what was interrupted goes on", [study, running])
+    add("submit", "the same as run, in the background: it goes on when the terminal is closed", [study])
+    add("cancel", "stop the run that works on this study, after it has saved", [study])
     add("plan", "the stages, their state and where their artifacts lie", [study])
     add("status", "the same as plan, with the progress of what is under way", [study])
     for name, (_, help) in _PARTS.items():
@@ -92,6 +94,9 @@ def _study_command(options: argparse.Namespace) -> int:
     if options.command == "report":
         _report(dag, options)
         return 0
+    if options.command in ("submit", "cancel"):
+        _background(dag, options)
+        return 0
     stages = dag.of_kinds(_PARTS[options.command][0]) if options.command in _PARTS else dag.all
     if options.command in ("plan", "status") or options.dry_run:
         _show(stages, options, live=options.command == "status")
@@ -123,6 +128,24 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         for stage in stages:
             if stage.kind in _PARTS[options.command][0]:
                 print(f"{stage.name}: {_shown(stage.folder)}", file=sys.stderr)
+
+
+def _background(dag: Dag, options: argparse.Namespace) -> None:
+    from megatron_demix.launch import background
+
+    if options.command == "submit":
+        settings = [argument for text in options.set for argument in ("--set", text)]
+        pid = background.submit(dag.run, [str(options.study), "--runs", str(options.runs), *settings])
+        log = background.log_of(dag.run)
+        print(json.dumps({"pid": pid, "log": str(log)}) if options.json else f"process {pid} works on it; log: {_shown(log)}")
+        return
+    pid_or_none = background.cancel(dag.run)
+    if options.json:
+        print(json.dumps({"pid": pid_or_none}))
+    elif pid_or_none is None:
+        print("nothing is running")
+    else:
+        print(f"process {pid_or_none} has saved and stopped; `demix resume` goes on")
 
 
 def _report(dag: Dag, options: argparse.Namespace) -> None:

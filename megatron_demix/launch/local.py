@@ -174,9 +174,26 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _only_one(run: Path) -> Iterator[None]:
-    with open(run / ".lock", "w") as file:
-        _lock(file, f"another demix process that works on {run}", wait_s=0)
+    with open(run / ".lock", "a+") as file:
+        _lock(file, f"another demix process that works on {run}", wait_s=0.5)  # holder() may have it for a moment
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield
+
+
+def holder(run: Path) -> int | None:
+    """The id of the process that works on a run now, on this machine; None if there is none."""
+    try:
+        with open(run / ".lock", "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read()
+                return int(text) if text.isdigit() else None
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def _lock(file: IO, holder: str, wait_s: float) -> None:

@@ -37,11 +37,10 @@ def resolve(spec: DomainSpec, root: Path) -> list[Path]:
 def tokenizer(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests) -> Stage:
     spec = study.tokenizer
     if spec.model is not None:
-        spec = spec.model_copy(update={"model": root / spec.model})
-        if not spec.model.exists():
-            raise ConfigError(
-                f"tokenizer.model: {spec.model} does not exist; a relative path starts at the study file's folder."
-            )
+        model = root / spec.model
+        if not model.exists():
+            raise ConfigError(f"tokenizer.model: {model} does not exist; a relative path starts at the study file's folder.")
+        spec = spec.model_copy(update={"model": model})
     settings: dict[str, Any] = spec.model_dump(exclude={"model"}, mode="json")
     samples = {d.name: inputs[d.name] for d in study.domains if d.prefixes is None}
     if spec.type == "bpe":

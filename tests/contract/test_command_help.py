@@ -16,6 +16,8 @@ STUDY = str(ROOT / "examples" / "quickstart" / "study.yaml")
 COMMANDS = (
     "run",
     "resume",
+    "submit",
+    "cancel",
     "plan",
     "status",
     "prepare",

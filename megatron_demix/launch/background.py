@@ -1,0 +1,69 @@
+"""A study in the background of this machine: `demix submit` starts it, `demix status` looks at it, `demix cancel` stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_demix.errors import Incomplete, StageFailed
+from megatron_demix.launch.local import holder
+from megatron_demix.units import format_duration
+
+CANCEL_WAIT_S = 120
+
+
+def log_of(run: Path) -> Path:
+    return run / "logs" / "run.log"
+
+
+def submit(run: Path, arguments: Sequence[str]) -> int:
+    """Start `demix run ARGUMENTS` detached, so that it outlives this terminal, and return its process id.
+
+    Raises Incomplete if a process already works on the run, StageFailed if the new one ends at once.
+    """
+    if (other := holder(run)) is not None:
+        raise Incomplete(
+            f"{run} is already being worked on by process {other}: see `demix status`, or `demix cancel` it first."
+        )
+    log = log_of(run)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_demix.cli", "run", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 30
+    while holder(run) != process.pid and time.monotonic() < deadline:
+        if (code := process.poll()) is not None:
+            if code == 0:
+                break  # there was nothing left to do
+            raise StageFailed(f"the run ended at once with exit code {code}; its log is {log}.")
+        time.sleep(0.05)
+    return process.pid
+
+
+def cancel(run: Path) -> int | None:
+    """Ask the process that works on the run to save and stop, and wait for it. Returns its id, or None if there is none.
+
+    Raises Incomplete if it is still saving after CANCEL_WAIT_S.
+    """
+    pid = holder(run)
+    if pid is None:
+        return None
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + CANCEL_WAIT_S
+    while holder(run) == pid:
+        if time.monotonic() >= deadline:
+            raise Incomplete(
+                f"process {pid} has not stopped after {format_duration(CANCEL_WAIT_S)}; it may still be saving. Try again."
+            )
+        time.sleep(0.1)
+    return pid

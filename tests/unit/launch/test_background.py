@@ -1,0 +1,60 @@
+"""Submit, status and cancel, with a real detached process in the place of the study's."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_demix.errors import Incomplete, StageFailed
+from megatron_demix.launch import background
+from megatron_demix.launch.local import holder
+
+# What `demix run` does as far as these tests can see: it holds the run's lock until it is told to stop.
+WORKS = """
+import sys, time
+from pathlib import Path
+from megatron_demix.errors import DemixError
+from megatron_demix.launch.local import _interruptible, _only_one
+try:
+    with _only_one(Path(sys.argv[1])), _interruptible():
+        time.sleep(120)
+except DemixError as e:
+    sys.exit(e.exit_code)
+"""
+
+
+@pytest.fixture
+def working(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", WORKS, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while holder(tmp_path) != process.pid:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_cancel_lets_it_save_and_waits(working, tmp_path):
+    # Reaped here, as init would a detached one; until then the lock alone says that it has ended.
+    assert background.cancel(tmp_path) == working.pid
+    assert working.wait(timeout=20) == 75
+    assert holder(tmp_path) is None
+    assert background.cancel(tmp_path) is None
+
+
+def test_submit_refuses_a_second(working, tmp_path):
+    with pytest.raises(Incomplete, match=f"already being worked on by process {working.pid}"):
+        background.submit(tmp_path, ["study.yaml"])
+
+
+def test_submit_says_when_the_run_ends_at_once(tmp_path):
+    with pytest.raises(StageFailed, match=r"ended at once with exit code 2; its log is .*run\.log"):
+        background.submit(tmp_path, [str(tmp_path / "missing.yaml")])
+    assert "missing.yaml" in background.log_of(tmp_path).read_text()
+
+
+def test_no_run_at_all(tmp_path):
+    assert holder(tmp_path / "nothing") is None
+    assert background.cancel(tmp_path / "nothing") is None
