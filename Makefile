@@ -57,12 +57,13 @@ $(READY): pyproject.toml
 	@touch $@
 
 $(DEV): $(READY)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip install --quiet "megatron-demix[dev]"
 	@touch $@
 
-# pip leaves an unchanged core alone, so this costs seconds; a changed csrc/ is rebuilt in place.
+# Installing has built the core; a changed csrc/ is rebuilt in place.
 $(CORE): $(READY) $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@built=$$(ls megatron_demix/_core*.so 2>/dev/null); if [ -z "$$built" ] || [ -n "$$(find $(SOURCES) -newer $$built)" ]; \
+	 then echo "building csrc"; $(BIN)/python setup.py --quiet build_ext --inplace; fi
 	@touch $@
 
 clean:
