@@ -34,6 +34,7 @@ COMMANDS = (
 # Others call these: more may be added, none may go.
 CONTRACT = {
     "preprocess_data.py": ["--input", "--output-prefix", "--tokenizer-type", "--tokenizer-model", "--append-eod", "--workers"],
+    "clean_data.py": ["--input", "--output", "--heuristics", "--bands", "--hashes"],
     "merge_dist_ckpt.py": ["PATH:WEIGHT", "--components", "--weights", "--output", "--layout", "--normalize"],
     "inspect_dist_ckpt.py": ["--json"],
     "search_mixture.py sample": ["--domains", "--num", "--seed", "--output"],
