@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 
-class _Law:
+class _Law(ABC):
     """score = offset + sign * curve(parameters, shares). A loss falls along its curve (sign +1), an accuracy rises (-1)."""
 
     _sign = 1.0
     _parameters: np.ndarray
     _std: float
 
+    @abstractmethod
     def _curve(self, parameters: np.ndarray, shares_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """curve_M and its slopes_MP by the parameters after the offset."""
-        raise NotImplementedError
 
-    def _start(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> np.ndarray: ...
 
-    def _bounds(self, num_domains: int) -> tuple[np.ndarray, np.ndarray]:
-        raise NotImplementedError
+    @abstractmethod
+    def _bounds(self, num_domains: int) -> tuple[np.ndarray, np.ndarray]: ...
 
+    @abstractmethod
     def _pull(self, num_domains: int) -> tuple[np.ndarray, np.ndarray]:
         """Strength and target of the weak prior on the parameters after the offset."""
-        raise NotImplementedError
 
     def fit(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> None:
         solved = []
