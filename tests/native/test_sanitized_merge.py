@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["merge.cpp", "crc32.cpp", "kernels_scalar.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp", "pickle_scan.cpp"]
+SOURCES = [
+    "merge.cpp",
+    "merge_plan.cpp",
+    "merge_tile.cpp",
+    "merge_sum.cpp",
+    "merge_write.cpp",
+    "crc32.cpp",
+    "kernels_scalar.cpp",
+    "kernels_avx2.cpp",
+    "kernels_avx512.cpp",
+    "pickle_scan.cpp",
+]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -1,0 +1,150 @@
+#include "merge_tile.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "crc32.hpp"
+#include "merge_write.hpp"
+
+namespace demix {
+namespace {
+
+// Elements in work at a time: sources stay in the caches between their CRC and their sum.
+constexpr std::int64_t block = 8192;
+
+}  // namespace
+
+Tiling make_tiling(const Target& t, std::size_t tile_bytes) {
+    const std::int64_t wanted = std::max<std::int64_t>(1, std::int64_t(tile_bytes / item_size(t.out)));
+    Tiling g{0, 1, 1, 0, 0};
+    for (int d = 1; d < t.dims; ++d) g.row_elements *= t.shape[d];
+    while (g.dim + 1 < t.dims && g.row_elements > wanted) g.row_elements /= std::max<std::int64_t>(1, t.shape[++g.dim]);
+    g.rows = std::max<std::int64_t>(1, wanted / std::max<std::int64_t>(1, g.row_elements));
+    g.tiles_along = (t.shape[g.dim] + g.rows - 1) / g.rows;
+    g.num_tiles = g.tiles_along;
+    for (int d = 0; d < g.dim; ++d) g.num_tiles *= t.shape[d];
+    return g;
+}
+
+TileWorker::TileWorker(Execution& execution)
+    : x_(execution), num_mixtures_(execution.settings.num_mixtures), to_files_(execution.to.addresses.empty()), sum_(execution.kernels),
+      gathered_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {}
+
+std::uint64_t TileWorker::make(std::int64_t target_index, std::int64_t tile_index) {
+    const Target& t = x_.plan.targets()[target_index];
+    const Tiling& g = x_.tilings[target_index];
+    const std::size_t item = item_size(t.out);
+
+    std::int64_t lo[max_dims], hi[max_dims];
+    const std::int64_t along = tile_index % g.tiles_along;
+    std::int64_t rest = tile_index / g.tiles_along;
+    for (int d = g.dim - 1; d >= 0; --d) lo[d] = rest % t.shape[d], hi[d] = lo[d] + 1, rest /= t.shape[d];
+    lo[g.dim] = along * g.rows, hi[g.dim] = std::min(lo[g.dim] + g.rows, t.shape[g.dim]);
+    for (int d = g.dim + 1; d < t.dims; ++d) lo[d] = 0, hi[d] = t.shape[d];
+
+    std::int64_t first = 0;
+    for (int d = 0; d < t.dims; ++d) first = first * t.shape[d] + lo[d];
+    const std::size_t bytes = std::size_t(hi[g.dim] - lo[g.dim]) * std::size_t(g.row_elements) * item;
+
+    if (to_files_) {
+        const std::size_t stride = (bytes + 4095) / 4096 * 4096;
+        char* buffer = tile_buffer_.get(stride * num_mixtures_);
+        for (int m = 0; m < num_mixtures_; ++m) outs_[m] = buffer + m * stride;
+    } else {
+        for (int m = 0; m < num_mixtures_; ++m)
+            outs_[m] = x_.to.addresses[target_index * num_mixtures_ + m] + std::size_t(first) * item;
+    }
+    for (const Region& region : t.regions) meet(t, region, lo, hi, first);
+    if (to_files_) {
+        write(t, target_index, std::uint64_t(first) * item, bytes);
+    } else {
+        stream_fence();
+    }
+    return std::uint64_t(bytes) * num_mixtures_;
+}
+
+void TileWorker::meet(const Target& t, const Region& r, const std::int64_t* tile_lo, const std::int64_t* tile_hi, std::int64_t first) {
+    std::int64_t lo[max_dims], hi[max_dims], at[max_dims];
+    for (int d = 0; d < t.dims; ++d) {
+        lo[d] = std::max(r.lo[d], tile_lo[d]), hi[d] = std::min(r.hi[d], tile_hi[d]);
+        if (lo[d] >= hi[d]) return;
+        at[d] = lo[d];
+    }
+    const int outer = t.dims - r.run_dims;  // dimensions walked one index at a time
+    std::int64_t length = 1;
+    for (int d = outer; d < t.dims; ++d) length *= hi[d] - lo[d];
+    for (;;) {
+        std::int64_t to = 0;
+        for (int d = 0; d < t.dims; ++d) to = to * t.shape[d] + at[d];
+        for (std::size_t k = 0; k < sources_.size(); ++k) {
+            std::int64_t from = 0;
+            for (int d = 0; d < t.dims; ++d) from += (at[d] - r.lo[d]) * r.strides[k * t.dims + d];
+            sources_[k] = r.sources[k] + from * std::int64_t(item_size(t.in));
+        }
+        run(t, r, to - first, length);
+        int d = outer - 1;
+        while (d >= 0 && ++at[d] == hi[d]) at[d] = lo[d], --d;
+        if (d < 0) return;
+    }
+}
+
+void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int64_t n) {
+    const WeightSet& set = x_.sets[r.weight_set];
+    const std::size_t in = item_size(t.in), out = item_size(t.out);
+    const bool check = x_.settings.check_sources;
+    if (check) crcs_.assign(set.read.size(), 0);
+    for (std::int64_t i = 0; i < n; i += block) {
+        const std::int64_t count = std::min(block, n - i);
+        views_.assign(sources_.begin(), sources_.end());
+        for (std::size_t j = 0; j < set.read.size(); ++j) {
+            const int k = set.read[j];
+            const std::int64_t stride = r.strides[std::size_t(k) * t.dims + t.dims - 1];
+            views_[k] = stride == 1 || count == 1 ? sources_[k] + std::size_t(i) * in
+                                                  : gather(k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
+            if (check && (stride == 1 || n == 1)) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
+            if (check && stride != 1 && n > 1) check_scattered(r, k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
+        }
+        for (int m = 0; m < num_mixtures_; ++m) outs_here_[m] = outs_[m] + std::size_t(to + i) * out;
+        sum_(set, t.in, t.out, views_, outs_here_, std::size_t(count), !to_files_);
+    }
+    if (!check) return;
+    for (std::size_t j = 0; j < set.read.size(); ++j) {
+        const int k = set.read[j];
+        x_.record_read[r.records[k]].store(1, std::memory_order_relaxed);
+        if (r.strides[std::size_t(k) * t.dims + t.dims - 1] == 1 || n == 1)
+            contribute(r.records[k], crcs_[j], sources_[k] + std::size_t(n) * in);
+    }
+}
+
+void TileWorker::write(const Target& t, std::int64_t target_index, std::uint64_t offset, std::size_t bytes) {
+    const std::uint64_t total = t.elements() * item_size(t.out);
+    for (int m = 0; m < num_mixtures_; ++m) {
+        const std::size_t at = std::size_t(target_index) * num_mixtures_ + m;
+        x_.target_crcs[at].fetch_xor(crc32_contribution(outs_[m], bytes, total - offset - bytes));
+        const int direct = x_.to.direct_descriptors.empty() ? -1 : x_.to.direct_descriptors[at];
+        if (const int error = write_tile(x_.to.descriptors[at], direct, outs_[m], bytes, x_.to.offsets[target_index] + offset)) {
+            x_.error.store(error);
+            x_.failed_target.store(target_index);
+            x_.stop.store(true);
+            return;
+        }
+    }
+}
+
+void TileWorker::contribute(int record_index, std::uint32_t crc, const char* end) {
+    const Record& record = x_.plan.records()[record_index];
+    x_.record_crcs[record_index].fetch_xor(crc32_shift(crc, record.bytes - std::uint64_t(end - record.base)));
+}
+
+void TileWorker::check_scattered(const Region& r, int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i, at += stride * std::int64_t(item))
+        contribute(r.records[k], crc32_raw(0, at, item), at + item);
+}
+
+const char* TileWorker::gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {
+    char* to = gathered_[k].get(block * 4);
+    for (std::int64_t i = 0; i < n; ++i, at += stride * std::int64_t(item)) std::memcpy(to + i * item, at, item);
+    return to;
+}
+
+}  // namespace demix

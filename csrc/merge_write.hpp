@@ -1,0 +1,17 @@
+// How results leave a tile: to a file, past the page cache where that is possible, or to memory past the processor's caches.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace demix {
+
+// Writes n bytes at `offset` of a file. direct: the same file opened with O_DIRECT, or -1. Returns 0 or an errno.
+int write_tile(int descriptor, int direct, const char* data, std::size_t n, std::uint64_t offset);
+
+// memcpy past the caches: results that nobody reads soon would otherwise cost a read of the line they overwrite. The thread must
+// call stream_fence() before others may look.
+void stream_copy(char* to, const char* from, std::size_t n);
+void stream_fence();
+
+}  // namespace demix
