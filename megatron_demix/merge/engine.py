@@ -15,11 +15,11 @@ from megatron_demix import __version__
 from megatron_demix.artifact import remove_leftovers
 from megatron_demix.checkpoint.common_state import merged_common_state, read_common_state
 from megatron_demix.checkpoint.layout import iteration_folder
+from megatron_demix.checkpoint.output import Output, is_published
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
 from megatron_demix.errors import ConfigError, CorruptInput, StorageError, storage_errors
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.methods import Linear
-from megatron_demix.merge.output import Output, is_published
 from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.verify import Verify, verify_linear
 from megatron_demix.merge.weights import Normalize, weight_matrix
@@ -28,6 +28,7 @@ from megatron_demix.progress import progress_bar
 from megatron_demix.units import format_bytes
 
 Layout = Literal["release", "iter"]
+PROVENANCE = "demix_merge.json"
 
 _MAX_MEMORY = 256 << 20
 # The tiles of all outputs together should stay in a second-level cache until they are written, but small writes are slow.
@@ -72,7 +73,7 @@ def merge_checkpoints(
     targets = [output if into_output else output / name for name in mixtures]
     job = _Job(parts, layout, method)
     provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
-    todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m])]
+    todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m], PROVENANCE)]
     with storage_errors(f"writing {output}"):
         for parent in {target.parent for target in targets}:
             parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +177,7 @@ def _merge_group(
     verify: Verify,
     progress: bool,
 ) -> None:
-    outputs = [Output(target, job.folder) for target in targets]
+    outputs = [Output(target, job.folder, PROVENANCE) for target in targets]
     plan = job.plan()
     placed = job.tensor_placements
     try:

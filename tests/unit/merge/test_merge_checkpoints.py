@@ -125,9 +125,11 @@ def test_done_is_skipped_and_other_things_are_not_overwritten(parts, tmp_path):
     before = os.stat(path / "release" / ".metadata").st_mtime_ns
     merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
     assert os.stat(path / "release" / ".metadata").st_mtime_ns == before
-    with pytest.raises(OutputExists, match=r"already holds another merge. Nothing is overwritten"):
+    with pytest.raises(
+        OutputExists, match=r"already holds a checkpoint made from other inputs or settings. Nothing is overwritten"
+    ):
         merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", progress=False)
-    with pytest.raises(OutputExists, match=r"already holds something else than this merge"):
+    with pytest.raises(OutputExists, match=r"already holds something else"):
         merge_checkpoints(parts, {"m": WEIGHTS}, parts["a"], into_output=True, progress=False)
     os.truncate(path / "release" / "__0_0.distcp", 100)
     with pytest.raises(CorruptInput, match=r"missing or not .* bytes long.* merge again"):
@@ -285,7 +287,7 @@ def test_a_disk_that_fills_while_elements_are_written(parts, tmp_path, monkeypat
 
 
 def test_a_byte_that_changes_on_its_way_to_disk(parts, tmp_path, monkeypatch):
-    from megatron_demix.merge.output import Output
+    from megatron_demix.checkpoint.output import Output
 
     seal = Output.seal
 

@@ -1,7 +1,7 @@
-"""One merged checkpoint on its way to disk: a temporary folder, filled while the merge runs, then published by one rename.
+"""One checkpoint on its way to disk: a temporary folder that is filled, then published by one rename.
 
 <target>/latest_checkpointed_iteration.txt
-<target>/release/ or iter_<n>/     .metadata  metadata.json  common.pt  demix_merge.json  __0_<n>.distcp
+<target>/release/ or iter_<n>/     .metadata  metadata.json  common.pt  <provenance>.json  __0_<n>.distcp
 """
 
 from __future__ import annotations
@@ -19,34 +19,36 @@ from megatron_demix.checkpoint.layout import COMMON, TRACKER
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
 from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
 
-PROVENANCE = "demix_merge.json"
 
+def is_published(target: Path, folder: str, provenance: Mapping[str, Any], described_in: str) -> bool:
+    """True if target already holds this very checkpoint. Raises OutputExists if it holds anything else.
 
-def is_published(target: Path, folder: str, provenance: Mapping[str, Any]) -> bool:
-    """True if target already holds this very merge. Raises OutputExists if it holds anything else."""
+    provenance: what was, or would be, written to the file `described_in` beside the checkpoint.
+    """
     target = Path(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    described = target / folder / PROVENANCE
+    described = target / folder / described_in
     held = read_json(described) if described.is_file() else None
     if not isinstance(held, dict) or {k: v for k, v in held.items() if k != "checksums"} != dict(provenance):
-        what = "another merge" if held else "something else than this merge"
+        what = "a checkpoint made from other inputs or settings" if held else "something else"
         raise OutputExists(f"{target} already holds {what}. Nothing is overwritten: move it away or choose another output.")
     for file, facts in held.get("checksums", {}).get("files", {}).items():
         path = target / folder / file
         if not path.is_file() or path.stat().st_size != facts:
             raise CorruptInput(
-                f"{path}: missing or not {facts} bytes long, as {described} says. Delete {target} and merge again."
+                f"{path}: missing or not {facts} bytes long, as {described} says. Delete {target} and make it again."
             )
     return True
 
 
 class Output:
-    """The files of one mixture. Use: create, let the merge write at `descriptors`, seal with the CRCs, publish; or discard."""
+    """The files of one checkpoint. Use: create, write elements at `descriptors`, seal with their CRCs, publish; or discard."""
 
-    def __init__(self, target: Path, folder: str) -> None:
-        """target: a run's root. folder: "release" or "iter_0001000"."""
+    def __init__(self, target: Path, folder: str, described_in: str) -> None:
+        """target: a run's root. folder: "release" or "iter_0001000". described_in: name of the file for the provenance."""
         self.target = Path(target)
+        self._described_in = described_in
         self.temporary = temporary_beside(self.target)
         self.folder = self.temporary / folder
         self.descriptors: dict[str, int] = {}
@@ -88,7 +90,7 @@ class Output:
             write_metadata(self.folder, placements)
             write_common_state(self.folder / COMMON, common)
             checksums = {"files": self._sizes, "tensors_crc32": _combined(placements, crcs)}
-            write_json(self.folder / PROVENANCE, dict(provenance) | {"checksums": checksums})
+            write_json(self.folder / self._described_in, dict(provenance) | {"checksums": checksums})
             (self.temporary / TRACKER).write_text(tracker)
             for descriptor in self.descriptors.values():
                 os.fsync(descriptor)
@@ -106,7 +108,7 @@ class Output:
                 os.rename(self.temporary, self.target)
             except OSError as e:
                 if self.target.exists():
-                    raise OutputExists(f"{self.target} has appeared while the merge ran. The merge was not published.") from e
+                    raise OutputExists(f"{self.target} has appeared meanwhile. Nothing was published.") from e
                 raise
             _fsync(self.target.parent)
 
