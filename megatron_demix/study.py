@@ -40,6 +40,8 @@ Surrogate = Literal[
     "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
 ]
 
+_MIN_BOOTSTRAPS = 10
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -71,6 +73,9 @@ class DomainSpec(_Section):
     json_key: str = "text"
     max_epochs: float = Field(4.0, gt=0)
     """The search and the blend never repeat this domain more often than this in the final run."""
+    min_share: float = Field(0.0, ge=0, le=1)
+    """Least actual share of the final data. The same number as max_share fixes the domain."""
+    max_share: float = Field(1.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _one_source(self) -> DomainSpec:
@@ -215,21 +220,46 @@ class MergeSpec(_Section):
     threads: int | None = Field(None, ge=1)
 
 
+class GroupSpec(_Section):
+    """Bounds on the summed actual shares of some domains. A domain belongs to one group at most."""
+
+    domains: list[str] = Field(min_length=1)
+    lowest: float = Field(0.0, ge=0, le=1)
+    highest: float = Field(1.0, ge=0, le=1)
+
+
 class SearchSpec(_Section):
     rounds: list[Annotated[int, Field(ge=1)]] = Field([64, 32, 16], min_length=1)
     """Proxies evaluated in each round."""
+    stop: float | None = Field(None, gt=0, lt=1)
+    """Later rounds are left empty once a perfect further search could win less than this part of what was won over natural."""
+    design: Literal["dirichlet", "sobol", "lattice", "optimal"] = "dirichlet"
+    """How the first round is sampled."""
     objective: dict[str, float] = Field(min_length=1)
     """Weight of each score. A domain's name means its validation loss in bits per byte; the weights are relative."""
+    aim: Literal["mean", "worst", "percentile_rank"] = "mean"
+    """What is made of the scores: their weighted mean, the worst of them (in standard deviations), or their mean rank."""
     surrogate: Surrogate = "auto"
     candidates: int = Field(200_000, ge=100)
     """Feasible mixtures the surrogate scores in each round."""
     top: int = Field(128, ge=1)
     """The final mixture is the mean of this many best predicted candidates."""
+    groups: dict[str, GroupSpec] = {}
+    max_kl: float | None = Field(None, gt=0)
+    """No mixture is farther from the natural shares than this Kullback-Leibler divergence, in nats."""
+    bootstraps: int = Field(50, ge=0)
+    """Searches repeated on resampled proxies, which say how sure the found mixture is. 0: none, and nothing is said."""
 
     @model_validator(mode="after")
-    def _positive(self) -> SearchSpec:
+    def _usable(self) -> SearchSpec:
         if any(w < 0 for w in self.objective.values()) or sum(self.objective.values()) <= 0:
             raise ValueError("objective: weights must be >= 0 and not all 0")
+        if self.aim == "worst" and len({w for w in self.objective.values() if w}) > 1:
+            raise ValueError(
+                f"aim 'worst' compares scores as equals, but their weights are {self.objective}; make them equal, or 0"
+            )
+        if self.stop is not None and self.bootstraps < _MIN_BOOTSTRAPS:
+            raise ValueError(f"stop needs bootstraps of {_MIN_BOOTSTRAPS} or more to judge by, found {self.bootstraps}")
         return self
 
 
@@ -290,6 +320,7 @@ class Study(_Section):
             ("search.objective", self.search.objective),
             ("base.mixture", self.base.mixture),
             ("component.anchor.mixture", self.component.anchor.mixture),
+            *((f"search.groups.{label}", group.domains) for label, group in self.search.groups.items()),
         ):
             allowed = scores if what == "search.objective" else names
             for name in () if isinstance(used, str) else used:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -46,9 +46,3 @@ class ScoreTable:
             return cls([Score(**s) for s in data["scores"]], {m: dict(r) for m, r in data["rows"].items()})
         except (KeyError, TypeError, AttributeError) as e:
             raise CorruptInput(f"{path}: not a score table ({e!r}).") from e
-
-
-def weighted_objective(values: Mapping[str, float], objective: Mapping[str, float]) -> float:
-    """The weighted mean of scores; weights are relative."""
-    total = math.fsum(objective.values())
-    return math.fsum(weight * values[name] for name, weight in objective.items() if weight) / total

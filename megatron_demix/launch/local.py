@@ -79,7 +79,12 @@ def run_stages(stages: Sequence[Stage], run: Path, *, jobs: int, threads_per_ran
                 for stage in [s for s in ready if s.ranks][: max(0, jobs - len(children))]:
                     pending.remove(stage)
                     display.started(stage)
-                    children.append(_Child(stage, _spawn(stage, run, threads_per_rank), time.monotonic()))
+                    started = time.monotonic()
+                    if stage.begin():
+                        children.append(_Child(stage, _spawn(stage, run, threads_per_rank), started))
+                    else:
+                        stage.finish()
+                        _record(stage, started, metrics, display)
                 if here:
                     pending.remove(here[0])
                     _make_here(here[0], metrics, display)
@@ -114,7 +119,6 @@ def _record(stage: Stage, started: float, metrics: MetricsLog, display: Display)
 
 def _spawn(stage: Stage, run: Path, threads_per_rank: int) -> subprocess.Popen:
     """torchrun over the stage's ranks. The stage's lock is inherited, so that it is free only when all of them have ended."""
-    stage.begin()
     command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", f"--nproc-per-node={stage.ranks}"]
     command += ["-m", "megatron_demix.pipeline.worker", str(stage.job)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"}

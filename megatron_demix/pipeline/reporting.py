@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_demix.artifact import read_json
-from megatron_demix.evaluate.scores import ScoreTable, weighted_objective
+from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
@@ -46,6 +46,8 @@ def collect(dag: Dag) -> ReportData:
         study=dag.study.name,
         settings=dag.study.model_dump(mode="json", exclude_defaults=True),
         objective=dag.study.search.objective,
+        aim=dag.study.search.aim,
+        higher_is_better=_higher_is_better(dag),
         domains=_domains(dag, {name: row.epochs for name, row in blend.items()}),
         losses=dict(_losses(dag)),
         rounds=_rounds(dag),
@@ -87,20 +89,56 @@ def _rounds(dag: Dag) -> list[Round]:
             break
         mixtures = [Proxy(m["name"], m["weights"], m["shares"]) for m in read_json(r.proposal.folder / MIXTURES)]
         scores = ScoreTable.read(r.scores.folder / "scores.json").rows if r.scores.done() else {}
-        fits: dict[str, Any] = read_json(r.fit.folder / FIT) if r.fit.done() else {}
-        fit = {name: Fit(f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"]) for name, f in fits.items()}
-        rounds.append(Round(mixtures, scores, fit))
+        facts: dict[str, Any] = read_json(r.fit.folder / FIT) if r.fit.done() else {}
+        fit = {
+            name: Fit(f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"], f["std"])
+            for name, f in facts.get("surrogates", {}).items()
+        }
+        rounds.append(Round(mixtures, scores, fit, facts.get("objective", {})))
     return rounds
 
 
+def _higher_is_better(dag: Dag) -> frozenset[str]:
+    tables = [ScoreTable.read(r.scores.folder / "scores.json") for r in dag.rounds if r.scores.done()]
+    return frozenset(score.name for table in tables for score in table.scores if score.direction == "higher")
+
+
 def _choice(dag: Dag) -> Choice | None:
-    from megatron_demix.report.data import Choice
+    from megatron_demix.report.data import Choice, FrontPoint, Optimum
 
     if not dag.choice.done():
         return None
     found = read_json(dag.choice.folder / CHOICE)
-    predicted = {name: (mean, std) for name, (mean, std) in found["predicted"].items()}
-    return Choice(found["weights"], found["merge_weights"], predicted, tuple(found["objective"]))
+    optimum = None
+    if spread := found.get("optimum"):
+        samples = dict(zip(spread["shares"], zip(*spread["samples"], strict=True), strict=True))
+        optimum = Optimum(samples, spread["expected_regret"], spread["expected_gain"], spread["probability_of_gain"])
+    return Choice(
+        shares=found["weights"],
+        weights=found["merge_weights"],
+        predicted={name: (mean, std) for name, (mean, std) in found["predicted"].items()},
+        objective=tuple(found["objective"]),
+        natural={name: (mean, std) for name, (mean, std) in found["natural"].items()},
+        expected_gain=tuple(found["expected_gain"]),
+        optimum=optimum,
+        pareto=[FrontPoint(point["weights"], point["predicted"]) for point in found.get("pareto", ())],
+        binding=[_sentence(bound) for bound in found["binding"]],
+    )
+
+
+def _sentence(bound: dict[str, Any]) -> str:
+    """A bound of mixture.json in words, with the setting to change."""
+    of, side, limit = bound["of"], bound["side"], bound["limit"]
+    if bound["constraint"] == "max_kl":
+        return f"max_kl: the shares are as far from the natural ones as {limit:g} nats allow."
+    if bound["constraint"] == "anchor":
+        return (
+            f"component.anchor: no merge of these components has {side.removeprefix('at ')} than {limit:.1%} of {of}.".replace(
+                "most than", "more than"
+            ).replace("least than", "less than")
+        )
+    name = f"group {of}" if bound["constraint"] == "group" else f"{bound['constraint']} of {of}"
+    return f"{name}: {side} {limit:.1%} of the data."
 
 
 def _final(dag: Dag) -> list[FinalRun]:
@@ -109,11 +147,8 @@ def _final(dag: Dag) -> list[FinalRun]:
     if not dag.final_scores.done():
         return []
     rows = ScoreTable.read(dag.final_scores.folder / "scores.json").rows
-    result = []
-    for name in dag.finals:
-        mixture, _, seed = name.rpartition("-seed")
-        result.append(FinalRun(mixture, int(seed), rows[name], weighted_objective(rows[name], dag.study.search.objective)))
-    return result
+    runs = ((*name.rpartition("-seed")[::2], rows[name]) for name in dag.finals)
+    return [FinalRun(mixture, int(seed), scores) for mixture, seed, scores in runs]
 
 
 def _untrained(dag: Dag) -> dict[str, dict[str, float]]:

@@ -43,16 +43,19 @@ def rounds(
 
 def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
     """The megatron_demix.search.space.SearchSpace of a study whose data stages are done."""
-    from megatron_demix.search.space import SearchSpace
+    from megatron_demix.search.space import Group, SearchSpace, epoch_caps
 
-    natural = data_stages.tokens(data, "train")
+    tokens = data_stages.tokens(data, "train")
     budget = train_stages.num_tokens(study, "final")
-    caps = {d.name: min(1.0, d.max_epochs * natural[d.name] / budget) for d in study.domains}
     return SearchSpace(
-        natural=Mixture.proportional(natural, label="natural mixture"),
-        anchor=study.mixture(study.component.anchor.mixture, natural, "component.anchor.mixture"),
+        natural=Mixture.proportional(tokens, label="natural mixture"),
+        anchor=study.mixture(study.component.anchor.mixture, tokens, "component.anchor.mixture"),
         anchor_share=study.component.anchor.share,
-        max_shares=caps,
+        max_shares={d.name: d.max_share for d in study.domains if d.max_share < 1},
+        min_shares={d.name: d.min_share for d in study.domains if d.min_share > 0},
+        groups={label: Group(tuple(g.domains), g.lowest, g.highest) for label, g in study.search.groups.items()},
+        max_kl=study.search.max_kl,
+        epoch_caps=epoch_caps(tokens, {d.name: d.max_epochs for d in study.domains}, budget),
     )
 
 
@@ -60,7 +63,9 @@ def _space_settings(study: Study) -> dict[str, Any]:
     return {
         "anchor": study.component.anchor.model_dump(),
         "final_tokens": train_stages.num_tokens(study, "final"),
-        "max_epochs": {d.name: d.max_epochs for d in study.domains},
+        "bounds": {d.name: (d.max_epochs, d.min_share, d.max_share) for d in study.domains},
+        "groups": {label: group.model_dump() for label, group in study.search.groups.items()},
+        "max_kl": study.search.max_kl,
         "seed": study.seed,
     }
 
@@ -70,9 +75,10 @@ def _first_proposal(study: Study, run: Path, data: Mapping[str, Stage]) -> Stage
         from megatron_demix.search.sample import sample_mixtures
 
         space = search_space(study, data)
-        _write_mixtures(folder, 1, space, sample_mixtures(space, study.search.rounds[0], study.seed))
+        weights_MD = sample_mixtures(space, study.search.rounds[0], study.seed, design=study.search.design)
+        _write_mixtures(folder, 1, space, weights_MD)
 
-    settings = {"num": study.search.rounds[0], **_space_settings(study)}
+    settings = {"num": study.search.rounds[0], "design": study.search.design, **_space_settings(study)}
     return Stage("rounds/1/sample", run, settings, tuple(data.values()), make)
 
 
@@ -128,8 +134,14 @@ def scoring(
 
     def make(work: Path) -> None:
         from megatron_demix.data.tokenizer import load_tokenizer
-        from megatron_demix.evaluate.job import EvaluateJob
+        from megatron_demix.evaluate.job import SCORES, EvaluateJob
+        from megatron_demix.evaluate.scores import ScoreTable
 
+        scored = models()
+        if not scored.get("mixtures") and not scored.get("checkpoints"):
+            # A round that an earlier one found unnecessary: nothing for the ranks to do.
+            ScoreTable([]).write(work / SCORES)
+            return
         vocabulary = load_tokenizer(tokenizer.folder)
         job = EvaluateJob(
             model=study.model,
@@ -143,7 +155,7 @@ def scoring(
             work=work,
             heartbeat=stage.heartbeat,
             threads_per_rank=study.launch.threads_per_rank,
-            **models(),
+            **scored,
         )
         write_json(stage.job, job.model_dump(mode="json"))
 
@@ -172,54 +184,89 @@ def _fit(
     study: Study, number: int, run: Path, data: Mapping[str, Stage], scores: Sequence[Stage], proposals: Sequence[Stage]
 ) -> Stage:
     """Fit every score on all rounds so far; then propose the next round's mixtures, or after the last round choose."""
-    last = number == len(study.search.rounds)
+    last, search = number == len(study.search.rounds), study.search
     settings = {
-        "objective": study.search.objective,
-        "surrogate": study.search.surrogate,
-        "candidates": study.search.candidates,
-        **({"top": study.search.top} if last else {"num": study.search.rounds[number]}),
+        **search.model_dump(include={"objective", "aim", "surrogate", "candidates"}),
+        **(search.model_dump(include={"top", "bootstraps"}) if last else {"num": search.rounds[number], "stop": search.stop}),
         **_space_settings(study),
     }
 
     def make(folder: Path) -> None:
-        import numpy as np
-
-        from megatron_demix.evaluate.scores import ScoreTable
-        from megatron_demix.search.optimise import choose_mixture, propose
-        from megatron_demix.search.surrogate import fit_surrogate
+        from megatron_demix.search.objective import Objective
+        from megatron_demix.search.optimise import propose
+        from megatron_demix.search.outcome import outcome
 
         space = search_space(study, data)
-        entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
-        tables = [ScoreTable.read(s.folder / "scores.json") for s in scores]
-        rows = {name: row for table in tables for name, row in table.rows.items()}
-        merged = ScoreTable(tables[0].scores, rows)
+        surrogates, higher, entries = _surrogates(study, space, scores, proposals)
+        goal = Objective(space, surrogates, search.objective, aim=search.aim, higher_is_better=higher)
         names = [m["name"] for m in entries]
-        shares_MD = np.array([[m["shares"][d] for d in space.domains] for m in entries])
-        surrogates = {}
-        for score in merged.scores:
-            values = np.array(merged.column(score.name, names))
-            surrogates[score.name] = fit_surrogate(shares_MD, values, study.search.surrogate, seed=study.seed, name=score.name)
-        write_json(folder / FIT, {name: _fit_facts(surrogate, names) for name, surrogate in surrogates.items()})
-        wanted = {n: s for n, s in surrogates.items() if study.search.objective.get(n)}
-        objective, candidates, seed = study.search.objective, study.search.candidates, study.seed + number
-        if not last:
-            proposed = propose(space, wanted, objective, num=study.search.rounds[number], candidates=candidates, seed=seed)
-            _write_mixtures(folder, number + 1, space, proposed)
-            return
-        choice = choose_mixture(space, wanted, objective, top=study.search.top, candidates=candidates, seed=seed)
-        predicted = {
-            n: [float(v[0]) for v in s.predict(np.array([[choice.shares[d] for d in space.domains]]))]
-            for n, s in surrogates.items()
+        facts: dict[str, Any] = {
+            "surrogates": {name: _fit_facts(surrogate, names) for name, surrogate in surrogates.items()},
+            "objective": dict(zip(names, goal.measured().tolist(), strict=True)),
         }
-        write_json(
-            folder / CHOICE,
-            {
-                "weights": dict(choice.shares),
-                "merge_weights": dict(choice.weights),
-                "unit": "actual shares of trained tokens; merge_weights are the proxy's weights over the components",
-                "predicted": predicted,
-                "objective": list(choice.objective),
-            },
-        )
+        aims: dict[str, Any] = {"aim": search.aim, "higher_is_better": higher, "seed": study.seed + number}
+        if last:
+            found = outcome(
+                space,
+                surrogates,
+                search.objective,
+                candidates=search.candidates,
+                top=search.top,
+                bootstraps=search.bootstraps,
+                **aims,
+            )
+            write_json(folder / CHOICE, found)
+        else:
+            proposed_MD = propose(
+                space, surrogates, search.objective, num=search.rounds[number], candidates=search.candidates, **aims
+            )
+            if search.stop is not None:
+                facts["spread"] = spread = _spread_so_far(study, space, surrogates, aims)
+                if spread["enough"]:
+                    proposed_MD = proposed_MD[:0]
+            _write_mixtures(folder, number + 1, space, proposed_MD)
+        write_json(folder / FIT, facts)
 
     return Stage(f"rounds/{number}/fit", run, settings, (*scores, *proposals, *data.values()), make)
+
+
+def _surrogates(
+    study: Study, space: Any, scores: Sequence[Stage], proposals: Sequence[Stage]
+) -> tuple[dict[str, Any], set[str], list[dict[str, Any]]]:
+    """A surrogate of every score on the proxies of all rounds so far, which scores are better when higher, and the proxies."""
+    import numpy as np
+
+    from megatron_demix.evaluate.scores import ScoreTable
+    from megatron_demix.search.surrogate import fit_surrogate
+
+    entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
+    names = [m["name"] for m in entries]
+    tables = [ScoreTable.read(s.folder / "scores.json") for s in scores]
+    merged = ScoreTable(tables[0].scores, {name: row for table in tables for name, row in table.rows.items()})
+    shares_MD = np.array([[m["shares"][d] for d in space.domains] for m in entries])
+    surrogates = {
+        s.name: fit_surrogate(
+            shares_MD, np.array(merged.column(s.name, names)), study.search.surrogate, seed=study.seed, name=s.name
+        )
+        for s in merged.scores
+    }
+    return surrogates, {s.name for s in merged.scores if s.direction == "higher"}, entries
+
+
+def _spread_so_far(study: Study, space: Any, surrogates: Mapping[str, Any], aims: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether another round is worth its cost: what is left to win, and what has been won over the natural mixture."""
+    from megatron_demix.search.optimise import choose_mixture
+    from megatron_demix.search.uncertainty import optimum_distribution
+
+    search = study.search
+    assert search.stop is not None
+    wanted = {name: surrogate for name, surrogate in surrogates.items() if search.objective.get(name)}
+    aims = {**aims, "higher_is_better": aims["higher_is_better"] & set(wanted)}
+    choice = choose_mixture(space, wanted, search.objective, candidates=search.candidates, top=search.top, **aims)
+    aims["candidates"] = max(1000, search.candidates // 10)
+    spread = optimum_distribution(space, wanted, search.objective, choice, num=search.bootstraps, **aims)
+    return {
+        "expected_regret": spread.expected_regret,
+        "expected_gain": spread.expected_gain,
+        "enough": spread.enough(search.stop),
+    }

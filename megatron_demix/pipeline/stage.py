@@ -23,7 +23,8 @@ class Stage:
     settings: everything that decides the result, apart from `needs`; never where or how fast it runs.
     make: fills a folder, in this process.
     ranks: 0 for work done by `make` alone. Otherwise `make` writes the job file, and then this many ranks of
-        `megatron_demix.pipeline.worker` finish the folder; what they have done survives a kill.
+        `megatron_demix.pipeline.worker` finish the folder; what they have done survives a kill. Where nothing is left for ranks
+        to do, `make` finishes the folder itself and writes no job file.
     """
 
     name: str
@@ -70,12 +71,13 @@ class Stage:
     def state(self) -> State:
         return "done" if self.done() else "partial" if self.ranks and self.work.exists() else "to do"
 
-    def begin(self) -> Path:
-        """For a stage with ranks: the work folder and the job file, ready for the workers."""
+    def begin(self) -> bool:
+        """For a stage with ranks: the work folder and the job file, ready for the workers. False if they have nothing to do."""
         self.work.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.job.unlink(missing_ok=True)
         self.make(self.work)
-        return self.work
+        return self.job.exists()
 
     def finish(self) -> None:
         """Publish the artifact: make it, or take over what the ranks have finished."""

@@ -148,7 +148,7 @@ def _final_table(data: ReportData, verdict: Verdict) -> dict[str, Any]:
         runs = [run for run in data.final if run.mixture == group.mixture]
         scores = {c: [run.scores[c] for run in runs if c in run.scores] for c in columns}
         rows.append((group, {c: (math.fsum(v) / len(v), standard_deviation(v)) for c, v in scores.items() if v}))
-    best = {c: min(row[c][0] for _, row in rows if c in row) for c in columns}
+    best = {c: (max if c in data.higher_is_better else min)(row[c][0] for _, row in rows if c in row) for c in columns}
     return {"columns": columns, "rows": rows, "best": best, "best_objective": min(g.objective for g, _ in rows)} | {
         "untrained": [(name, data.objective_of(scores), scores) for name, scores in data.untrained.items()]
     }
@@ -159,7 +159,8 @@ def _proxy_rows(data: ReportData) -> list[dict[str, Any]]:
     for number, r in enumerate(data.rounds, start=1):
         for proxy in r.mixtures:
             scores = r.scores.get(proxy.name, {})
-            rows.append({"round": number, "proxy": proxy, "scores": scores, "objective": data.objective_of(scores)})
+            value = data.objective_of_proxy(proxy.name, scores)
+            rows.append({"round": number, "proxy": proxy, "scores": scores, "objective": value})
     return sorted(rows, key=lambda row: (math.isnan(row["objective"]), row["objective"]))
 
 

@@ -1,6 +1,7 @@
 """What the report is made from: plain data, filled by the pipeline from artifacts. Whatever is absent is left out of the page.
 
-Every score is a loss in bits per byte: lower is better. Shares and weights are dictionaries by domain name that sum to 1.
+Scores are losses in bits per byte, the lower the better, unless ReportData.higher_is_better names them. Shares and weights are
+dictionaries by domain name that sum to 1.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Fit:
     rmse: float
     measured: Sequence[float]
     predicted: Sequence[float]
+    std: Sequence[float] = ()
+    """Standard deviation of each prediction, calibrated out of fold; none if empty."""
 
     @property
     def correlation(self) -> str:
@@ -56,21 +59,56 @@ class Fit:
 
 @dataclass(frozen=True)
 class Round:
-    """One sample-merge-evaluate-fit iteration. scores: by proxy name, then score. fit: by score, on all rounds so far."""
+    """One sample-merge-evaluate-fit iteration. scores: by proxy name, then score. fit: by score, on all rounds so far.
+
+    objective: what the search made of the scores, by proxy, of all rounds so far. No mixtures: an earlier round was enough.
+    """
 
     mixtures: Sequence[Proxy]
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     fit: Mapping[str, Fit] = field(default_factory=dict)
+    objective: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The optima of searches on resampled proxies: shares by domain, one value a search.
+
+    expected_regret: what a perfect further search could still win; expected_gain: what the choice wins over the natural
+    mixture; both in the objective's unit, on average. probability_of_gain: the part of the searches in which it wins.
+    """
+
+    samples: Mapping[str, Sequence[float]]
+    expected_regret: float
+    expected_gain: float
+    probability_of_gain: float
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A mixture on the Pareto front of the objective's scores."""
+
+    shares: Mapping[str, float]
+    predicted: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The found mixture. predicted: (mean, standard deviation) by score; objective: the same of the weighted mean."""
+    """The found mixture. predicted: (mean, standard deviation) by score; objective: the same of what the search minimised.
+
+    natural: predicted at the feasible mixture closest to the natural one; expected_gain: how much worse the objective is there.
+    binding: the bounds the mixture lies at, each as one sentence.
+    """
 
     shares: Mapping[str, float]
     weights: Mapping[str, float]
     predicted: Mapping[str, tuple[float, float]]
     objective: tuple[float, float]
+    natural: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    expected_gain: tuple[float, float] | None = None
+    optimum: Optimum | None = None
+    pareto: Sequence[FrontPoint] = ()
+    binding: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +118,6 @@ class FinalRun:
     mixture: str
     seed: int
     scores: Mapping[str, float]
-    objective: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +140,9 @@ class ReportData:
     """The study file as data, shown as it is."""
     objective: Mapping[str, float]
     """Relative weight of each score."""
+    aim: str = "mean"
+    """What the search made of the scores: mean, worst or percentile_rank."""
+    higher_is_better: frozenset[str] = frozenset()
     domains: Sequence[Domain] = ()
     losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose
@@ -145,10 +185,23 @@ class ReportData:
     def measured(self, number: int) -> list[tuple[Proxy, float]]:
         """The proxies of a round (counted from 0) that have a finite objective, with it."""
         r = self.rounds[number]
-        values = ((proxy, self.objective_of(r.scores.get(proxy.name, {}))) for proxy in r.mixtures)
+        values = ((proxy, self.objective_of_proxy(proxy.name, r.scores.get(proxy.name, {}))) for proxy in r.mixtures)
         return [(proxy, value) for proxy, value in values if math.isfinite(value)]
 
+    def objective_of_proxy(self, name: str, scores: Mapping[str, float]) -> float:
+        """What the search minimised, as its newest fit has it; before the first fit, the weighted mean if that is the aim."""
+        fitted = next((r.objective for r in reversed(self.rounds) if r.objective), {})
+        return fitted.get(name, self.objective_of(scores) if self.aim == "mean" else math.nan)
+
     def objective_of(self, scores: Mapping[str, float]) -> float:
-        """The weighted mean of `scores` that the search minimises; NaN where one is missing."""
+        """The weighted mean of `scores`, the lower the better; NaN where one is missing. Final runs are compared by it."""
         total = math.fsum(self.objective.values())
-        return math.fsum(w * scores.get(name, math.nan) for name, w in self.objective.items() if w) / total
+        signed = {name: -value if name in self.higher_is_better else value for name, value in scores.items()}
+        return math.fsum(w * signed.get(name, math.nan) for name, w in self.objective.items() if w) / total
+
+    @property
+    def unit(self) -> str:
+        """Of the search's objective."""
+        if self.aim == "mean":
+            return "bits per byte" if not self.higher_is_better & set(self.objective) else "weighted mean"
+        return "standard deviations" if self.aim == "worst" else "mean rank, 0 to 1"

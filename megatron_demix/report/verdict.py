@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_demix.report.data import FOUND, FinalRun, ReportData
+from megatron_demix.report.data import FOUND, ReportData
 
 Outcome = Literal["won", "lost", "within noise", "unknown"]
 CONFIDENCE = 0.95
@@ -58,7 +58,7 @@ def judge(data: ReportData) -> Verdict:
     The interval of a difference of means is Student's, with one standard deviation pooled over all mixtures (degrees of
     freedom: runs less mixtures). It covers the noise of the final runs' seeds and nothing else.
     """
-    groups = _groups(data.final)
+    groups = _groups(data)
     if not groups:
         sentence = "No final run is finished, so nothing is known about whether the found mixture is better than a baseline."
         return Verdict("unknown", "No verdict yet", sentence, [], [], None)
@@ -81,10 +81,10 @@ def judge(data: ReportData) -> Verdict:
     return Verdict(outcome, headline, _sentence(found, baselines, comparisons, seed_sd, freedom), groups, comparisons, seed_sd)
 
 
-def _groups(runs: Sequence[FinalRun]) -> list[Group]:
+def _groups(data: ReportData) -> list[Group]:
     by_mixture: dict[str, list[float]] = {}
-    for run in runs:
-        by_mixture.setdefault(run.mixture, []).append(run.objective)
+    for run in data.final:
+        by_mixture.setdefault(run.mixture, []).append(data.objective_of(run.scores))
     ordered = sorted(by_mixture, key=lambda name: name != FOUND)
     return [Group(name, len(v), math.fsum(v) / len(v), standard_deviation(v)) for name in ordered for v in [by_mixture[name]]]
 
@@ -128,7 +128,7 @@ def _sentence(
     best = min(baselines, key=lambda g: g.objective)
     against = " and ".join(f"{b.objective:.4f} ({b.mixture})" for b in baselines)
     closest = next(c for c in comparisons if c.baseline == best.mixture)
-    percent = 100 * abs(closest.difference) / best.objective
+    percent = 100 * abs(closest.difference / best.objective) if best.objective else math.inf
     side = "better" if closest.difference < 0 else "worse"
     text = (
         f"Objective on the test split: {found.objective:.4f} bits per byte with the found mixture, against {against}. "

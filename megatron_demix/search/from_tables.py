@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import TOLERANCE
 from megatron_demix.search.consistency import rank_consistency
 from megatron_demix.search.objective import Aim
-from megatron_demix.search.optimise import choose_mixture, propose
+from megatron_demix.search.optimise import propose
+from megatron_demix.search.outcome import outcome
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate, fit_surrogate
 from megatron_demix.search.tables import Table, as_mixtures
-from megatron_demix.search.uncertainty import optimum_distribution
 
 Notice = Callable[[str], None]
 
@@ -90,28 +89,13 @@ def choose_from_tables(
     seed: int = 0,
     notice: Notice = print,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The best feasible mixture of measured merge weights as a JSON-able report, and next_round x D merge weights to try next.
-
-    The report's "weights" are the actual shares, as tools/build_blend.py reads them; "optimum" says how the best shares
-    vary over bootstrap samples of the proxies, and "enough" whether another round is worth its cost.
-    """
+    """mixture.json (search/outcome.py) for measured merge weights, and next_round x D merge weights to try next."""
     surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice, space=space)
-    aims: dict[str, Any] = {"aim": aim, "higher_is_better": higher_is_better, "seed": seed}
-    choice = choose_mixture(space, surrogates, objective, candidates=candidates, top=top, **aims)
-    report = {"weights": dict(choice.shares), "merge_weights": dict(choice.weights), "aim": aim} | {
-        key: value for key, value in asdict(choice).items() if key not in ("weights", "shares")
-    }
-    if bootstraps:
-        spread = optimum_distribution(space, surrogates, objective, choice, num=bootstraps, **aims)
-        report["optimum"] = {
-            "shares": {name: {"mean": mean, "std": std} for name, (mean, std) in spread.shares.items()},
-            "expected_regret": spread.expected_regret,
-            "probability_of_gain": spread.probability_of_gain,
-            "enough": spread.enough(),
-        }
+    aims: dict[str, Any] = {"aim": aim, "higher_is_better": higher_is_better, "candidates": candidates, "seed": seed}
+    report = outcome(space, surrogates, objective, top=top, bootstraps=bootstraps, **aims)
     further_MD = np.empty((0, len(space.domains)))
     if next_round:
-        further_MD = propose(space, surrogates, objective, num=next_round, candidates=candidates, **aims)
+        further_MD = propose(space, surrogates, objective, num=next_round, **aims)
     return report, further_MD
 
 

@@ -64,7 +64,13 @@ class Objective:
 
     def means(self, shares_MD: np.ndarray) -> np.ndarray:
         """value_M at actual shares, without uncertainty: for many mixtures."""
-        terms = [self._term(name, self._surrogates[name].mean(shares_MD)) for name in self.weights]
+        return self._combined([self._term(name, self._surrogates[name].mean(shares_MD)) for name in self.weights])
+
+    def measured(self) -> np.ndarray:
+        """value_M of the proxies that the surrogates were fitted on, from their measured scores."""
+        return self._combined([self._term(name, self._surrogates[name].scores_M) for name in self.weights])
+
+    def _combined(self, terms: list[np.ndarray]) -> np.ndarray:
         return np.max(terms, axis=0) if self._aim == "worst" else np.sum(terms, axis=0)
 
     def predict(self, shares_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,8 +43,8 @@ class SearchSpace:
 
     natural: shares of the data at hand; its order is the order of the columns D everywhere. anchor, anchor_share: what every
     component was trained on beside its own domain. All bounds are on *actual* shares, s = b * anchor + (1 - b) * weights:
-    max_shares (epoch_caps), min_shares, groups, and max_kl, a leash KL(s || natural) in nats. A domain with
-    min_shares == max_shares is fixed. Domains without a bound are free.
+    what the data allow (epoch_caps, from the function of that name), what is asked for (max_shares, min_shares, groups), and
+    max_kl, a leash KL(s || natural) in nats. A domain with min_shares == max_shares is fixed. Domains without a bound are free.
     Raises MixtureError, naming the constraint and by how much it fails, when nothing is feasible.
     """
 
@@ -55,6 +55,7 @@ class SearchSpace:
     min_shares: Mapping[str, float] = field(default_factory=dict)
     groups: Mapping[str, Group] = field(default_factory=dict)
     max_kl: float | None = None
+    epoch_caps: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.anchor_share < 1:
@@ -75,16 +76,18 @@ class SearchSpace:
         return tuple(self.natural)
 
     @cached_property
-    def _floor_D(self) -> np.ndarray:
+    def floor_D(self) -> np.ndarray:
         """The share the anchor alone gives each domain."""
         return self.anchor_share * np.array([self.anchor[name] for name in self.domains])
 
     @cached_property
     def bounds_D2(self) -> np.ndarray:
         """Lowest and highest actual share of each domain, the anchor's part included."""
-        low = [max(self.min_shares.get(name, 0.0), self._floor_D[d]) for d, name in enumerate(self.domains)]
+        low = [max(self.min_shares.get(name, 0.0), self.floor_D[d]) for d, name in enumerate(self.domains)]
+        reach = 1 - self.anchor_share
         high = [
-            min(self.max_shares.get(name, 1.0), self._floor_D[d] + 1 - self.anchor_share) for d, name in enumerate(self.domains)
+            min(self.max_shares.get(name, 1.0), self.epoch_caps.get(name, 1.0), self.floor_D[d] + reach)
+            for d, name in enumerate(self.domains)
         ]
         return np.stack([np.array(low), np.array(high)], axis=1)
 
@@ -115,7 +118,7 @@ class SearchSpace:
         lows_D, highs_D = round_low(lows_D), round_high(highs_D)
         lows, highs = [], []
         for columns, lowest, highest in self._blocks:
-            low, high = (np.clip((x - self._floor_D[columns].sum()) / (1 - self.anchor_share), 0, 1) for x in (lowest, highest))
+            low, high = (np.clip((x - self.floor_D[columns].sum()) / (1 - self.anchor_share), 0, 1) for x in (lowest, highest))
             lows.append(max(int(round_low(low)), int(lows_D[columns].sum())))
             highs.append(min(int(round_high(high)), int(highs_D[columns].sum())))
         return lows_D, highs_D, np.array(lows), np.array(highs)
@@ -126,7 +129,7 @@ class SearchSpace:
         return self._fill(self._weights_of_shares(self._nearest_shares())[None])[0]
 
     def _weights_of_shares(self, shares_D: np.ndarray) -> np.ndarray:
-        return np.clip((shares_D - self._floor_D) / (1 - self.anchor_share), 0.0, 1.0)
+        return np.clip((shares_D - self.floor_D) / (1 - self.anchor_share), 0.0, 1.0)
 
     def _nearest_shares(self) -> np.ndarray:
         lows_D, highs_D = floor_to_grid(self.bounds_D2[:, 0]), ceil_to_grid(self.bounds_D2[:, 1])
@@ -135,7 +138,7 @@ class SearchSpace:
 
     def shares(self, weights_MD: np.ndarray) -> np.ndarray:
         """Actual data shares of merge weights: shares_MD = b * anchor + (1 - b) * weights_MD."""
-        return self._floor_D + (1 - self.anchor_share) * np.asarray(weights_MD, np.float64)
+        return self.floor_D + (1 - self.anchor_share) * np.asarray(weights_MD, np.float64)
 
     def kl(self, weights_MD: np.ndarray) -> np.ndarray:
         """KL(actual shares || natural shares) of each row, in nats."""
@@ -198,7 +201,8 @@ class SearchSpace:
         return Mixture(dict(zip(self.domains, map(float, row_D), strict=True)))
 
     def _check_names(self) -> None:
-        for what, names in (("max_shares", self.max_shares), ("min_shares", self.min_shares)):
+        bounds = {"max_shares": self.max_shares, "min_shares": self.min_shares, "epoch_caps": self.epoch_caps}
+        for what, names in bounds.items():
             for name, share in names.items():
                 self._check_name(what, name)
                 if not 0 <= share <= 1:
@@ -224,20 +228,27 @@ class SearchSpace:
             low, high = self.bounds_D2[d]
             if low <= high + TOLERANCE:
                 continue
-            if self._floor_D[d] > high + TOLERANCE:
+            limit, advice = self._upper_limit(d)
+            if self.floor_D[d] > high + TOLERANCE:
                 raise MixtureError(
-                    f"domain {name!r}: its share may be at most {high:.4g} (epochs x available tokens / final budget), but "
-                    f"the anchor alone gives it {self._floor_D[d]:.4g} (anchor share "
-                    f"{self.anchor_share:g} x {self.anchor[name]:g}): "
-                    f"{self._floor_D[d] - high:.4g} too much. Allow it more epochs, prepare more of its data, train fewer "
-                    "final tokens, or lower its part in the anchor."
+                    f"domain {name!r}: {limit} {high:.4g}, but the anchor alone gives it {self.floor_D[d]:.4g} (anchor share "
+                    f"{self.anchor_share:g} x {self.anchor[name]:g}): {self.floor_D[d] - high:.4g} too much. {advice}, or "
+                    "lower its part in the anchor."
                 )
-            reachable = self._floor_D[d] + 1 - self.anchor_share
-            limit = "the components reach" if reachable <= high + TOLERANCE else "max_shares allows"
             raise MixtureError(
-                f"domain {name!r}: min_shares asks for {low:.4g}, but {limit} {high:.4g}: {low - high:.4g} short. "
-                "Lower the minimum, or raise the other bound."
+                f"domain {name!r}: min_share asks for {low:.4g}, but {limit} {high:.4g}: {low - high:.4g} short. "
+                f"Lower min_share, or {advice[0].lower()}{advice[1:]}."
             )
+
+    def _upper_limit(self, d: int) -> tuple[str, str]:
+        """What keeps domain d from a larger share, and what to do about it."""
+        name, high = self.domains[d], self.bounds_D2[d, 1]
+        if self.epoch_caps.get(name, 1.0) <= high < 1:
+            more = "Allow it more epochs, prepare more of its data, train fewer final tokens"
+            return "max_epochs x its tokens / the final budget allow a share of", more
+        if self.max_shares.get(name, 1.0) <= high < 1:
+            return "max_share allows", "Raise max_share"
+        return "the components reach", "Lower the anchor's share"
 
     def _check_sums(self) -> None:
         _, _, lows_G, highs_G = self._grid
@@ -261,10 +272,10 @@ class SearchSpace:
             listed = ", ".join(f"{name} {share:.4g}" for name, share in zip(self.domains, self.bounds_D2[:, 1], strict=True))
             raise MixtureError(
                 f"the largest allowed shares sum to {high:.4g}, expected at least 1: {1 - high:.4g} short ({listed}). Tightest "
-                f"for its size: {self.domains[tightest]!r}. Allow more epochs, prepare more data, or train fewer final tokens."
+                f"for its size: {self.domains[tightest]!r}. {self._upper_limit(tightest)[1]}."
             )
         if lows_G.sum() > GRID:
             raise MixtureError(
-                f"the smallest allowed shares sum to {low:.4g}, expected at most 1: {low - 1:.4g} too much. Lower min_shares "
+                f"the smallest allowed shares sum to {low:.4g}, expected at most 1: {low - 1:.4g} too much. Lower min_share "
                 "or the groups' lowest shares."
             )

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.space import Group, SearchSpace, epoch_caps
-from megatron_demix.study import Share, Tokens
+from megatron_demix.study import GroupSpec, Share, Tokens
 
 
 class _Section(BaseModel):
@@ -38,19 +38,13 @@ class _Anchor(_Section):
     share: Share = 0.5
 
 
-class _Group(_Section):
-    domains: list[str] = Field(min_length=1)
-    lowest: float = Field(0.0, ge=0, le=1)
-    highest: float = Field(1.0, ge=0, le=1)
-
-
 class _SpaceFile(_Section):
     domains: dict[str, _Domain] = Field(min_length=2)
     target_tokens: Tokens
     """Tokens of the final run."""
     anchor: _Anchor = _Anchor(share=0.0)
     """What every component is trained on beside its own domain. Absent: components are pure, and weights are shares."""
-    groups: dict[str, _Group] = {}
+    groups: dict[str, GroupSpec] = {}
     max_kl: float | None = Field(None, gt=0)
 
 
@@ -76,8 +70,9 @@ def load_space(path: Path) -> SearchSpace:
         natural,
         anchor[chosen] if isinstance(chosen, str) else Mixture(chosen, label="anchor"),
         file.anchor.share,
-        {name: min(caps[name], domain.max_share) for name, domain in file.domains.items()},
+        {name: domain.max_share for name, domain in file.domains.items() if domain.max_share < 1},
         {name: domain.min_share for name, domain in file.domains.items() if domain.min_share > 0},
         {name: Group(tuple(group.domains), group.lowest, group.highest) for name, group in file.groups.items()},
         file.max_kl,
+        caps,
     )

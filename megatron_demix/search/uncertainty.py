@@ -39,13 +39,18 @@ class OptimumDistribution:
         return float(self.regrets_B.mean())
 
     @property
+    def expected_gain(self) -> float:
+        """What the chosen mixture wins over the natural one, on average."""
+        return float(self.gains_B.mean())
+
+    @property
     def probability_of_gain(self) -> float:
         """The part of the samples in which the chosen mixture beats the natural one."""
         return float((self.gains_B > 0).mean())
 
     def enough(self, part: float = 0.05) -> bool:
         """Whether the rounds may stop: the expected regret is below `part` of the expected gain over the natural mixture."""
-        return self.expected_regret < part * float(self.gains_B.mean())
+        return self.expected_regret < part * self.expected_gain
 
 
 def optimum_distribution(

@@ -40,4 +40,4 @@ def test_domains(example):
     space = load_space(example("domains.yaml"))
     assert list(space.domains) == ["code", "math"]
     assert space.anchor_share == 0.5
-    assert space.max_shares == {"code": 1.0, "math": 0.4}
+    assert space.epoch_caps == {"code": 1.0, "math": 0.4}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_demix.errors import CorruptInput
-from megatron_demix.evaluate.scores import Score, ScoreTable, weighted_objective
+from megatron_demix.evaluate.scores import Score, ScoreTable
 
 
 def table():
@@ -37,7 +37,3 @@ def test_not_a_table(tmp_path):
     (tmp_path / "scores.json").write_text('{"rows": 3}')
     with pytest.raises(CorruptInput, match="not a score table"):
         ScoreTable.read(tmp_path / "scores.json")
-
-
-def test_objective_is_a_weighted_mean():
-    assert weighted_objective({"a": 1.0, "b": 3.0, "c": math.nan}, {"a": 3, "b": 1, "c": 0}) == pytest.approx(1.5)

@@ -42,7 +42,7 @@ def whole() -> ReportData:
             {"code": 0.6, "math": 0.4}, {"code": 0.7, "math": 0.3}, {"code": (1.4, 0.01), "math": (2.5, 0.02)}, (1.675, 0.01)
         ),
         final=[
-            FinalRun(name, seed, {"code": loss + noise, "math": loss + noise}, loss + noise)
+            FinalRun(name, seed, {"code": loss + noise, "math": loss + noise})
             for name, loss in (("uniform", 1.3), ("found", 1.2), ("natural", 1.4))
             for seed, noise in ((1234, 0.0), (1235, 0.004))
         ],

@@ -151,7 +151,7 @@ def test_the_smallest_data_of_every_kind(whole):
             {"code": 1},
             losses={"base": {"iteration": [1], "lm loss": [2.0]}, "empty": {"iteration": [], "lm loss": []}},
             rounds=[Round([alone], {"p": {"code": 1.0}}, {"code": same})],
-            final=[FinalRun(name, seed, {"code": 1.0}, 1.0) for name in ("found", "uniform") for seed in (1, 2)],
+            final=[FinalRun(name, seed, {"code": 1.0}) for name in ("found", "uniform") for seed in (1, 2)],
         )
     )
     assert "No clear winner: within the seed noise" in page
@@ -160,3 +160,10 @@ def test_the_smallest_data_of_every_kind(whole):
 def test_a_folder_is_no_place_for_the_page(whole, tmp_path):
     with pytest.raises(ConfigError, match=r"is a folder, expected the path of the HTML file to write, as in .*/index\.html"):
         build_report(whole, tmp_path)
+
+
+def test_the_objective_is_a_weighted_mean_with_higher_scores_negated():
+    data = ReportData("s", {}, {"a": 3, "b": 1, "c": 0}, higher_is_better=frozenset({"b"}))
+    assert data.objective_of({"a": 1.0, "b": 3.0, "c": math.nan}) == pytest.approx(0.0)
+    assert math.isnan(data.objective_of({"a": 1.0}))
+    assert data.unit == "weighted mean"

@@ -16,7 +16,7 @@ from megatron_demix.report.verdict import judge
 
 def final_runs(objectives):
     """By mixture, the objective of each seed."""
-    return [FinalRun(name, s, {"code": v}, v) for name, values in objectives.items() for s, v in enumerate(values)]
+    return [FinalRun(name, s, {"code": v}) for name, values in objectives.items() for s, v in enumerate(values)]
 
 
 def verdict_on(**objectives):
@@ -75,7 +75,7 @@ def test_a_run_without_a_score_of_the_objective_is_refused():
     with pytest.raises(
         ConfigError, match=r"final run 'found', seed 1, has no score 'code', which the objective needs; it has math"
     ):
-        ReportData("s", {}, {"code": 1}, final=[FinalRun("found", 1, {"math": 1.0}, 1.0)])
+        ReportData("s", {}, {"code": 1}, final=[FinalRun("found", 1, {"math": 1.0})])
     with pytest.raises(ConfigError, match=r"report of 's': objective is \{\}, expected a positive weight"):
         ReportData("s", {}, {})
 

@@ -83,8 +83,9 @@ def test_centre_is_the_natural_mixture_where_that_is_feasible() -> None:
     ("arguments", "message"),
     [
         (
-            {"max_shares": {"math": 0.1}},
-            r"'math': its share may be at most 0\.1 .* anchor alone gives it 0\.1667 .* 0\.06667 too much",
+            {"epoch_caps": {"math": 0.1}},
+            r"'math': max_epochs x its tokens / the final budget allow a share of 0\.1, but the anchor alone gives it 0\.1667 "
+            r".* 0\.06667 too much\. Allow it more epochs, .* or lower its part in the anchor",
         ),
         (
             {"max_shares": {"general": 0.4, "code": 0.3, "math": 0.2}},
@@ -92,8 +93,23 @@ def test_centre_is_the_natural_mixture_where_that_is_feasible() -> None:
         ),
         ({"max_shares": {"logic": 0.4}}, "max_shares: unknown domain 'logic'; the domains are general, code, math"),
         ({"max_shares": {"math": 1.4}}, "max_shares of domain 'math' is 1.4, expected a share"),
-        ({"min_shares": {"math": 0.9}}, r"'math': min_shares asks for 0\.9, but the components reach 0\.6667: 0\.2333 short"),
-        ({"min_shares": {"math": 0.5}, "max_shares": {"math": 0.4}}, r"min_shares asks for 0\.5, but max_shares allows 0\.4"),
+        (
+            {"max_shares": {"general": 0.9}, "epoch_caps": {"general": 0.4, "code": 0.3, "math": 0.2}},
+            r"sum to 0\.9, expected at least 1: 0\.1 short .*'general'\. Allow it more epochs",
+        ),
+        (
+            {"max_shares": {"math": 0.1}},
+            r"'math': max_share allows 0\.1, but the anchor alone gives it 0\.1667 .* 0\.06667 too much\. Raise max_share, or",
+        ),
+        ({"min_shares": {"math": 0.9}}, r"'math': min_share asks for 0\.9, but the components reach 0\.6667: 0\.2333 short"),
+        (
+            {"min_shares": {"math": 0.5}, "max_shares": {"math": 0.4}},
+            r"min_share asks for 0\.5, but max_share allows 0\.4: 0\.1 short\. Lower min_share, or raise max_share",
+        ),
+        (
+            {"min_shares": {"math": 0.5}, "epoch_caps": {"math": 0.4}},
+            r"min_share asks for 0\.5, but max_epochs x its tokens / the final budget allow a share of 0\.4: 0\.1 short",
+        ),
         (
             {"min_shares": {"math": 0.6, "code": 0.6}},
             r"smallest allowed shares sum to 1\.367, expected at most 1: 0\.3667 too much",

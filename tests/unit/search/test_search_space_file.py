@@ -29,7 +29,8 @@ max_kl: 0.5
         )
     )
     assert dict(space.natural) == {"code": 0.3, "math": 0.1, "general": 0.6}
-    assert space.max_shares == {"code": 0.6, "math": 0.3, "general": 1.0}
+    assert space.epoch_caps == {"code": 0.6, "math": 0.4, "general": 1.0}
+    assert space.max_shares == {"math": 0.3}
     assert space.min_shares == {"general": 0.2}
     assert space.anchor["general"] == 1
     assert space.anchor_share == 0.25

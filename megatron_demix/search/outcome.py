@@ -1,0 +1,90 @@
+"""What a search has to say when it ends: the mixture, how sure it is, what it gives up, and what holds it back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.search.binding import binding
+from megatron_demix.search.objective import Aim, Objective
+from megatron_demix.search.optimise import ParetoFront, choose_mixture, pareto_front
+from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.surrogate import Surrogate
+from megatron_demix.search.uncertainty import OptimumDistribution, optimum_distribution
+
+UNIT = "weights are actual shares of trained tokens; merge_weights are the proxy's weights over the components"
+
+
+def outcome(
+    space: SearchSpace,
+    surrogates: Mapping[str, Surrogate],
+    objective: Mapping[str, float],
+    *,
+    aim: Aim = "mean",
+    higher_is_better: Collection[str] = (),
+    candidates: int = 200_000,
+    top: int = 128,
+    bootstraps: int = 50,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """mixture.json (docs/FORMATS.md) as data. surrogates: of every score that is to be predicted, not the objective's alone."""
+    goal = {name: surrogate for name, surrogate in surrogates.items() if objective.get(name)}
+    # The objective's checks name what was measured: they see a misspelt score too.
+    aims: dict[str, Any] = {"aim": aim, "seed": seed, "higher_is_better": set(higher_is_better) & set(goal)}
+    Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better)
+    choice = choose_mixture(space, goal, objective, candidates=candidates, top=top, **aims)
+    shares_1D = np.array([[choice.shares[name] for name in space.domains]])
+    natural_1D = space.shares(space.centre_D[None])
+    report: dict[str, Any] = {
+        "weights": dict(choice.shares),
+        "merge_weights": dict(choice.weights),
+        "unit": UNIT,
+        "aim": aim,
+        "objective": choice.objective,
+        "expected_gain": choice.expected_gain,
+        "predicted": _predictions(surrogates, shares_1D),
+        "natural": _predictions(surrogates, natural_1D),
+        "binding": [asdict(bound) for bound in binding(space, choice.weights)],
+    }
+    aims["candidates"] = max(1000, candidates // 10)  # of each repeated search, and of each end of the front
+    if bootstraps:
+        spread = optimum_distribution(space, goal, objective, choice, num=bootstraps, **aims)
+        report["optimum"] = optimum_as_json(spread)
+    if len(goal) > 1:
+        del aims["aim"]
+        front = pareto_front(space, goal, list(goal), **aims)
+        report["pareto"] = _front_as_json(space, front)
+    return report
+
+
+def _predictions(surrogates: Mapping[str, Surrogate], shares_1D: Any) -> dict[str, tuple[float, float]]:
+    predictions = {name: surrogate.predict(shares_1D) for name, surrogate in surrogates.items()}
+    return {name: (float(mean_1[0]), float(std_1[0])) for name, (mean_1, std_1) in predictions.items()}
+
+
+def optimum_as_json(spread: OptimumDistribution) -> dict[str, Any]:
+    """The part "optimum" of mixture.json; `samples` has one list of shares a bootstrap, in the order of `shares`."""
+    return {
+        "shares": {name: {"mean": mean, "std": std} for name, (mean, std) in spread.shares.items()},
+        "samples": spread.shares_BD.tolist(),
+        "expected_regret": spread.expected_regret,
+        "expected_gain": spread.expected_gain,
+        "probability_of_gain": spread.probability_of_gain,
+        "enough": spread.enough(),
+    }
+
+
+def _front_as_json(space: SearchSpace, front: ParetoFront) -> list[dict[str, Any]]:
+    return [
+        {
+            "weights": dict(zip(space.domains, shares, strict=True)),
+            "merge_weights": dict(zip(space.domains, weights, strict=True)),
+            "predicted": dict(zip(front.scores, scores, strict=True)),
+        }
+        for shares, weights, scores in zip(
+            front.shares_MD.tolist(), front.weights_MD.tolist(), front.predicted_MT.tolist(), strict=True
+        )
+    ]

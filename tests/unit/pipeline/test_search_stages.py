@@ -1,0 +1,135 @@
+"""The rounds of a study on invented scores: nothing is trained, so the optimum is known."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.artifact import publish, read_json
+from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.study import load_study
+
+STUDY = """
+name: s
+domains:
+  - {name: code, inputs: [code.jsonl], max_epochs: 100}
+  - {name: english, inputs: [english.jsonl], max_epochs: 100}
+  - {name: math, inputs: [math.jsonl], max_epochs: 100}
+tokenizer: {type: byte}
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
+train: {seq_length: 16, global_batch_size: 4}
+base: {tokens: 640}
+component: {tokens: 320, anchor: {share: 0.2}}
+search: {rounds: [24, 8], objective: {code: 6, math: 3, english: 1}, surrogate: ridge, candidates: 4000, top: 16,
+         bootstraps: 10}
+final: {tokens: 1k}
+"""
+
+
+@pytest.fixture
+def study_path(tmp_path: Path) -> Path:
+    for name in ("code", "english", "math"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path / "study.yaml"
+
+
+def searched(study_path: Path, *overrides: str, higher: bool = False) -> Dag:
+    """The rounds, with -log(share) as every domain's loss (or its negative, as a score of which more is better)."""
+    dag = build_dag(load_study(study_path, list(overrides)), study_path, study_path.parent / "run")
+    for stage in (dag.tokenizer, *dag.data.values()):
+        stage.finish()
+    dag.rounds[0].proposal.finish()
+    sign = -1 if higher else 1
+    for r in dag.rounds:
+        table = ScoreTable([Score(name, "", "higher" if higher else "lower") for name in dag.data])
+        for entry in read_json(r.proposal.folder / "mixtures.json"):
+            table.rows[entry["name"]] = {name: -sign * math.log(share) for name, share in entry["shares"].items()}
+        with publish(r.scores.folder, r.scores.key, "scores", {}) as folder:
+            table.write(folder / "scores.json")
+        r.fit.finish()
+    return dag
+
+
+def test_the_choice_carries_how_sure_it_is_what_it_gives_up_and_what_binds(study_path):
+    dag = searched(study_path, "domains.0.max_share=0.5")
+    found = read_json(dag.choice.folder / "mixture.json")
+    # -log(share) weighted 6 : 3 : 1 is least at these shares; code may have .5, and the rest splits 3 : 1.
+    assert found["weights"]["code"] == pytest.approx(0.5, abs=0.01)
+    assert found["weights"]["math"] == pytest.approx(0.375, abs=0.04)
+    assert [(b["constraint"], b["of"], b["side"], b["limit"]) for b in found["binding"]] == [
+        ("max_share", "code", "at most", 0.5)
+    ]
+    assert found["expected_gain"][0] > 0.1
+    assert set(found["predicted"]) == set(found["natural"]) == {"code", "english", "math"}
+    assert found["optimum"]["shares"]["code"]["std"] < 0.05
+    assert len(found["optimum"]["samples"]) == 10
+    assert found["optimum"]["probability_of_gain"] == 1
+    codes = [point["predicted"]["code"] for point in found["pareto"]]
+    assert codes == sorted(codes)
+    assert len(codes) > 8
+    fit = read_json(dag.choice.folder / "fit.json")
+    assert set(fit["surrogates"]) == {"code", "english", "math"}
+    assert len(fit["objective"]) == 32
+
+
+def test_groups_a_leash_fixed_shares_and_the_design_hold_in_every_round(study_path):
+    settings = ("search.groups={skills: {domains: [code, math], highest: 0.6}}", "search.design=sobol", "search.max_kl=0.3")
+    dag = searched(study_path, *settings, "domains.2.min_share=0.25", "domains.2.max_share=0.25")
+    mixtures = [m["shares"] for r in dag.rounds for m in read_json(r.proposal.folder / "mixtures.json")]
+    assert len(mixtures) == 32
+    for shares in mixtures:
+        assert shares["math"] == pytest.approx(0.25)
+        assert shares["code"] + shares["math"] <= 0.6 + 1e-9
+    assert {b["constraint"] for b in read_json(dag.choice.folder / "mixture.json")["binding"]} >= {"group", "max_share"}
+
+
+@pytest.mark.parametrize("aim", ["worst", "percentile_rank"])
+def test_other_aims(study_path, aim):
+    dag = searched(study_path, f"search.aim={aim}", "search.objective={code: 1, math: 1, english: 1}", "search.bootstraps=0")
+    found = read_json(dag.choice.folder / "mixture.json")
+    assert found["aim"] == aim
+    assert "optimum" not in found
+    # All domains alike: near a third each, whatever is made of their losses.
+    assert all(share == pytest.approx(1 / 3, abs=0.12) for share in found["weights"].values())
+
+
+def test_scores_of_which_more_is_better_are_maximised(study_path):
+    found = read_json(searched(study_path, higher=True).choice.folder / "mixture.json")
+    assert found["weights"]["code"] == pytest.approx(0.6, abs=0.06)
+
+
+def test_rounds_that_would_win_nothing_stay_empty(study_path):
+    dag = searched(study_path, "search.stop=0.5", "search.rounds=[24, 8, 8]")
+    assert read_json(dag.rounds[0].fit.folder / "fit.json")["spread"]["enough"]
+    assert [len(read_json(r.proposal.folder / "mixtures.json")) for r in dag.rounds] == [24, 0, 0]
+    assert read_json(dag.choice.folder / "mixture.json")["weights"]["code"] == pytest.approx(0.6, abs=0.06)
+    # A round without mixtures is finished without starting any rank.
+    for name in ("base", "components/code"):
+        assert not (study_path.parent / "run" / name).exists()
+    scores = dag.rounds[1].scores
+    assert not scores.begin()
+    assert ScoreTable.read(scores.work / "scores.json").rows == {}
+
+
+def test_a_space_without_mixtures_names_the_setting(study_path):
+    with pytest.raises(MixtureError, match=r"'math': min_share asks for 0\.9, but max_epochs x its tokens .* allow a share of"):
+        searched(study_path, "domains.2.min_share=0.9", "domains.2.max_epochs=0.1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("search.groups={g: {domains: [law]}}", "search.groups.g: 'law' is not one of code, english, math"),
+        ("search.aim=worst", "aim 'worst' compares scores as equals"),
+        ("search={rounds: [8], objective: {code: 1}, stop: 0.1, bootstraps: 2}", "stop needs bootstraps of 10 or more"),
+        ("search.design=grid", "'dirichlet', 'sobol', 'lattice' or 'optimal'"),
+        ("search.max_kl=0", "greater than 0"),
+        ("domains.0.max_share=1.5", "less than or equal to 1"),
+    ],
+)
+def test_unusable_settings_are_refused(study_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_study(study_path, [override])
