@@ -20,6 +20,7 @@ import argparse
 import ast
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -44,7 +45,6 @@ DOCUMENT_CHARS = 4000
 SEED = 20260
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-PACKAGES = Path(sysconfig.get_paths()["purelib"])
 LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NOT_CODE = {"pydoc_data", "encodings"}  # the help topics and character tables, written as Python literals
 NEAR_IDENTICAL = {"ops"}  # torch/include/ATen/ops: thousands of headers written by a program
@@ -61,7 +61,7 @@ def code() -> Iterator[Document]:
 
 def english() -> Iterator[Document]:
     docstrings = [_docstrings("stdlib", STDLIB)]
-    docstrings += [_docstrings(name, PACKAGES / name) for name in ("numpy", "scipy", "sklearn", "torch")]
+    docstrings += [_docstrings(name, _package(name)) for name in ("numpy", "scipy", "sklearn", "torch")]
     for text, source in _in_turn(_help_topics(), *docstrings):
         for piece in _cut(_prose(text)):
             yield piece, source
@@ -70,7 +70,7 @@ def english() -> Iterator[Document]:
 def math() -> Iterator[Document]:
     generated, real = 0, 0
     problems = worked_problems(SEED)
-    for text, source in _in_turn(_docstrings("sympy", PACKAGES / "sympy"), _docstrings("mpmath", PACKAGES / "mpmath")):
+    for text, source in _in_turn(_docstrings("sympy", _package("sympy")), _docstrings("mpmath", _package("mpmath"))):
         for piece in _cut(textwrap.dedent(text).strip() + "\n"):
             real += len(piece)
             yield piece, source
@@ -84,8 +84,8 @@ def c() -> Iterator[Document]:
     roots = {
         "system": Path("/usr/include"),
         "python": Path(sysconfig.get_paths()["include"]),
-        "numpy": PACKAGES / "numpy",
-        "torch": PACKAGES / "torch" / "include",
+        "numpy": _package("numpy"),
+        "torch": _package("torch") / "include",
     }
     yield from _in_turn(*(_headers(name, root) for name, root in roots.items()))
 
@@ -100,6 +100,14 @@ def _headers(name: str, root: Path) -> Iterator[Document]:
     for path in _files(root, "*.h", LEFT_OUT | NEAR_IDENTICAL):
         for piece in _cut(_read(path)):
             yield piece, f"{name}:{path.relative_to(root).as_posix()}"
+
+
+def _package(name: str) -> Path:
+    """An installed package's folder, wherever Python finds it: an environment may see another one's packages."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"package {name!r} is not installed, and its text is part of the corpus: pip install {name}.")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _help_topics() -> Iterator[Document]:

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Do merged proxies rank mixtures as training does? Real runs: references, components, proxies, and what they must beat.
+
+    python benchmarks/rank_consistency.py --work build/rank_consistency
+    python benchmarks/rank_consistency.py --work build/rank_consistency --profile gpu
+
+The first is about 50 minutes of one processor core, and goes on where it was stopped (--seconds N stops by itself, with exit
+code 75). --suites text and --suites skills may run side by side. --profile smoke takes a minute and means nothing.
+
+Fixed before the run (what comes out is in results/rank_consistency.json and docs/DECISIONS.md):
+
+  Pilot     four mixtures, to choose sizes. Recalling one of 5 pairs and reversing letters were tried as skills and never rose
+            above chance in 2,000 steps; they were left out.
+  Suites    text: byte-level GPTs on five real domains, scored in bits per byte on all of them and on five kinds of text that
+            are never trained on; three base seeds. skills: prose and four made-up skills that appear late in training, scored
+            in bits per answer byte and by the share of answers without a wrong byte; three ages of base, from before the
+            harder skills have formed to after.
+  Truth     24 mixtures a base, other ones for each base, each trained for the horizon from the base with two seeds. They lie
+            within reach of the default anchor: half uniform, half Dirichlet(0.5).
+  Proxies   stand for exactly those mixtures. Components are trained for the horizon with the references' schedule. A trained
+            proxy runs for 1/8, 1/4 or 1/2 of the horizon on a mixture of its own; all of one length together cost what the
+            components cost. Their row takes the length and the surrogate that did best in hindsight, on the very numbers of
+            the table.
+  Measure   Spearman's rho against the references of one seed, averaged over both seeds, the scores of a group, and the bases
+            (macro rho). Intervals are 90 % bootstraps over mixtures within each base, the same resamples for every row, so
+            that differences are paired. They do not cover other bases, other seeds of the components, or other domains.
+  Ceiling   the references of one seed against those of the other. A predictor without noise of its own can lie above it.
+  Counted   a score of a base counts if the spread of its references (standard deviation of the two seeds' mean) is at least
+            twice its seed noise (that of the seeds' difference, over the root of 2). Scores that do not count are listed.
+  Error     mean absolute difference to the mean of both seeds' references, over the scores that count.
+  Default   of search.proxy_score: merged, interpolated, or one of the two stacks, whichever has the highest mean of the four
+            groups' rho, if its difference to `merged` excludes 0; otherwise merged, as in the paper.
+
+One process, one thread, no torchrun: the models are megatron.core's GPTModel, built by the trainer's own code, and the merges
+run on the native core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rank_models import Lab
+from rank_plan import PROFILES, SEEDS, TRAINED_LENGTHS, Bench, Clock
+from rank_predictors import (
+    COSTLY,
+    MERGED_CENTROID,
+    PREDICTORS,
+    TRAINED,
+    Predictor,
+    centroid_scores,
+    fitted_scale,
+    references,
+    trained_scores,
+)
+from rank_report import plot, print_report, summarise
+
+from megatron_demix.artifact import write_json
+from megatron_demix.errors import DemixError
+from megatron_demix.progress import progress_bar
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where models and their scores are kept")
+    parser.add_argument("--profile", choices=PROFILES, default="cpu")
+    parser.add_argument("--suites", nargs="*", choices=["text", "skills"], default=["text", "skills"])
+    parser.add_argument("--seconds", type=float, help="stop after this long; the same command goes on")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "rank_consistency.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    clock = Clock(args.seconds)
+    try:
+        benches = {name: run_suite(name, args, clock) for name in args.suites}
+    except DemixError as e:
+        print(f"rank_consistency: {e}", file=sys.stderr)
+        return e.exit_code
+    if set(args.suites) != set(PROFILES[args.profile]):
+        return 0
+    report: dict[str, Any] = {
+        "command": f"python benchmarks/rank_consistency.py --work build/rank_consistency --profile {args.profile}",
+        "device": "one CPU core" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        **summarise({name: facts(suite) for name, suite in benches.items()}),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, report)
+    print_report(report)
+    plot(report, args.output.with_suffix(".png"))
+    return 0
+
+
+def run_suite(name: str, args: argparse.Namespace, clock: Clock) -> list[Bench]:
+    """Train and score what is missing of every base."""
+    plan = PROFILES[args.profile][name]
+    suite, lab = plan.data(), Lab(plan.size)
+    benches = [Bench(plan, suite, lab, number, args.work / args.profile / name, clock) for number in range(len(plan.bases))]
+    for bench in benches:
+        steps: list[Callable[[], object]] = [partial(references, bench, seed) for seed in SEEDS]
+        steps += [partial(predict, bench) for predict in predictors_of(bench).values()]
+        steps += [partial(centroid_scores, bench, seed) for seed in SEEDS]
+        steps += [partial(trained_scores, bench, length) for length in TRAINED_LENGTHS]
+        with progress_bar(f"{name}, base {bench.number}", len(steps), unit="rows of the table") as advance:
+            for step in steps:
+                step()
+                advance()
+    return benches
+
+
+def facts(benches: Sequence[Bench]) -> dict[str, Any]:
+    """What summarise() needs of a suite whose models are all there."""
+    plan, suite = benches[0].plan, benches[0].suite
+    return {
+        "domains": suite.domains,
+        "parameters": benches[0].lab.num_parameters,
+        "horizon_steps": plan.horizon,
+        "tokens_per_step": plan.size.batch * plan.size.seq_length,
+        "kinds": {part.name: part.kind for part in suite.sets},
+        "bases": [
+            {
+                "seed": plan.bases[bench.number][0],
+                "steps": plan.bases[bench.number][1],
+                "truths": [references(bench, seed) for seed in SEEDS],
+                "predicted": {name: predict(bench) for name, predict in predictors_of(bench).items()},
+                "trained": {key: predict(bench) for key, predict in TRAINED.items()},
+                "maturity": maturity(bench),
+                "fitted_scale": fitted_scale(bench),
+            }
+            for bench in benches
+        ],
+    }
+
+
+def predictors_of(bench: Bench) -> dict[str, Predictor]:
+    return {name: predict for name, predict in PREDICTORS.items() if bench.plan.costly or name not in COSTLY}
+
+
+def maturity(bench: Bench) -> dict[str, list[float]]:
+    """By score: the merged centroid, and the trained one of each seed."""
+    return {
+        score: [merged_centre, *(centroid_scores(bench, seed)[score] for seed in SEEDS)]
+        for score, merged_centre in bench.known[f"{MERGED_CENTROID}-0"].items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Every way of rank_consistency.py to predict the scores of the references of one base without training on their mixtures.
+
+Each entry of PREDICTORS takes a Bench and gives a score table: {score name: values_M}, M the references. Those of
+TRAINED stand for a whole family of choices; the report picks among them in hindsight, in their favour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from rank_models import merged
+from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, Bench, to_weights
+
+from megatron_demix.search.regressors import REGRESSORS
+from megatron_demix.search.surrogate import fit_surrogate
+
+Table = dict[str, np.ndarray]
+MERGED_CENTROID = "merged-centroid"
+
+
+def references(bench: Bench, seed: int) -> Table:
+    return _table([bench.reference(m, seed) for m in range(len(bench.references_MD))])
+
+
+def _table(rows: Sequence[dict[str, float]]) -> Table:
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+# --- merged -----------------------------------------------------------------------------------------------------------
+
+
+def _scored(bench: Bench, label: str, sources: Callable[[], Sequence[np.ndarray]], coefficients_MK: np.ndarray) -> Table:
+    """Scores of sum_k coefficients[m, k] * sources[k]; sources are asked for only where a score is missing."""
+    names = [f"{label}-{m}" for m in range(len(coefficients_MK))]
+    if any(name not in bench.known for name in names):
+        vectors_MN = merged(sources(), coefficients_MK)
+        for name, vector_N in zip(names, vectors_MN, strict=True):
+            bench.score(name, lambda vector_N=vector_N: vector_N)
+    return _table([bench.known[name] for name in names])
+
+
+def _weights(bench: Bench, share: float = ANCHOR) -> np.ndarray:
+    return to_weights(bench.references_MD, bench.uniform_D, share)
+
+
+def _components(bench: Bench, share: float = ANCHOR, at: float = 1.0) -> list[np.ndarray]:
+    return bench.components(bench.uniform_D, share, f"uniform{share}", at)
+
+
+def merged_at(bench: Bench, share: float = ANCHOR, at: float = 1.0) -> Table:
+    label = f"merged-uniform{share}@{at}"
+    return _scored(bench, label, lambda: _components(bench, share, at), _weights(bench, share))
+
+
+def one_domain_anchor(bench: Bench) -> Table:
+    """The paper's kind of anchor: half of one general domain. Its merge weight may have to be negative here."""
+    anchor_D = np.eye(len(bench.uniform_D))[bench.suite.domains.index("english")]
+    weights_MK = to_weights(bench.references_MD, anchor_D, ANCHOR)
+    return _scored(bench, "merged-english", lambda: bench.components(anchor_D, ANCHOR, "english"), weights_MK)
+
+
+def stretched(bench: Bench, scale: float) -> Table:
+    weights_MK = _weights(bench)
+    coefficients_MK = np.hstack([scale * weights_MK, np.full((len(weights_MK), 1), 1 - scale)])
+    return _scored(bench, f"stretched-{scale:.4f}", lambda: [*_components(bench), bench.base], coefficients_MK)
+
+
+def fitted_scale(bench: Bench) -> float:
+    """The stretch that brings the merged centroid closest to the trained one, in weight space."""
+    merged_delta_N = np.mean(_components(bench), axis=0) - bench.base
+    trained_delta_N = _centroid(bench) - bench.base
+    return float(trained_delta_N @ merged_delta_N / (merged_delta_N @ merged_delta_N))
+
+
+def _centroid(bench: Bench) -> np.ndarray:
+    return bench.mixed(range(len(bench.uniform_D)))
+
+
+def _from_corners(weights_MK: np.ndarray) -> np.ndarray:
+    """0 at a component, 1 at the centroid, quadratic in between."""
+    return (1 - np.square(weights_MK).sum(axis=1)) / (1 - 1 / weights_MK.shape[1])
+
+
+def second_order_centroid(bench: Bench) -> Table:
+    weights_MK = _weights(bench)
+    far_M1 = _from_corners(weights_MK)[:, None]
+    coefficients_MK = np.hstack([weights_MK - far_M1 / weights_MK.shape[1], far_M1])
+    return _scored(bench, "second-order-centroid", lambda: [*_components(bench), _centroid(bench)], coefficients_MK)
+
+
+def second_order_pairs(bench: Bench) -> Table:
+    weights_MK = _weights(bench)
+    own_MK, extra = weights_MK.copy(), []
+    for i, j in bench.pairs:
+        product_M = 4 * weights_MK[:, i] * weights_MK[:, j]
+        own_MK[:, [i, j]] -= product_M[:, None] / 2
+        extra.append(product_M)
+    coefficients_MK = np.hstack([own_MK, np.stack(extra, axis=1)])
+    return _scored(
+        bench, "second-order-pairs", lambda: [*_components(bench), *(bench.mixed(p) for p in bench.pairs)], coefficients_MK
+    )
+
+
+def averaged(bench: Bench, label: str) -> Table:
+    parts = AVERAGED[label]
+
+    def sources() -> list[np.ndarray]:
+        return [np.mean(over, axis=0) for over in zip(*(_components(bench, at=at) for at in parts), strict=True)]
+
+    return _scored(bench, label.replace(" ", "-"), sources, _weights(bench))
+
+
+def extrapolated(bench: Bench) -> Table:
+    """From an eighth and a quarter of the horizon to all of it, on a straight line in the logarithm of the steps."""
+    early, late = (merged_at(bench, at=at) for at in (0.125, 0.25))
+    return {name: late[name] + 2 * (late[name] - early[name]) for name in late}
+
+
+# --- no merging -------------------------------------------------------------------------------------------------------
+
+
+def component_scores(bench: Bench, share: float = ANCHOR) -> list[dict[str, float]]:
+    names = [f"component-uniform{share}-{domain}" for domain in bench.suite.domains]
+    return [bench.score(name, lambda k=k: _components(bench, share)[k]) for k, name in enumerate(names)]
+
+
+def interpolated(bench: Bench, share: float = ANCHOR) -> Table:
+    scores = _table(component_scores(bench, share))
+    return {name: _weights(bench, share) @ values_K for name, values_K in scores.items()}
+
+
+def centroid_scores(bench: Bench, seed: int) -> dict[str, float]:
+    return bench.score(f"centroid-{seed}", lambda: bench.mixed(range(len(bench.uniform_D)), seed))
+
+
+def interpolated_second_order(bench: Bench) -> Table:
+    """Interpolated, and bent so that it is right at the trained centroid."""
+    values, centre = interpolated(bench), _table(component_scores(bench))
+    far_M = _from_corners(_weights(bench))
+    return {name: values[name] + far_M * (centroid_scores(bench, 0)[name] - centre[name].mean()) for name in values}
+
+
+def ensemble(bench: Bench) -> Table:
+    """Scores of the weighted mean of the components' probabilities: each component is run once, the rest is arithmetic."""
+    names = [f"ensemble-{m}" for m in range(len(bench.references_MD))]
+    if any(name not in bench.known for name in names):
+        logs = [bench.lab.log_probabilities(vector_N, bench.suite.sets) for vector_N in _components(bench)]
+        for name, weights_K in zip(names, _weights(bench), strict=True):
+            mixed = [
+                np.log(sum(w * np.exp(p) for w, p in zip(weights_K, parts, strict=True))) for parts in zip(*logs, strict=True)
+            ]
+            scores: dict[str, float] = {}
+            for part, log_TV in zip(bench.suite.sets, mixed, strict=True):
+                scores |= part.scores(log_TV)
+            bench.score_by(name, lambda scores=scores: scores)
+    return _table([bench.known[name] for name in names])
+
+
+def stacked(bench: Bench) -> Table:
+    """The mean of the merged and the interpolated score."""
+    left, right = merged_at(bench), interpolated(bench)
+    return {name: (left[name] + right[name]) / 2 for name in left}
+
+
+def calibrated(bench: Bench) -> Table:
+    """Between merged and interpolated, for each score, where the trained centroid lies between theirs."""
+    left, right = merged_at(bench), interpolated(bench)
+    even = np.full((1, len(bench.uniform_D)), 1 / len(bench.uniform_D))
+    merged_centre = _scored(bench, MERGED_CENTROID, lambda: _components(bench), even)
+    flat_centre = _table(component_scores(bench))
+    result = {}
+    for name in left:
+        flat = flat_centre[name].mean()
+        gap = merged_centre[name][0] - flat
+        part = np.clip((centroid_scores(bench, 0)[name] - flat) / gap, 0, 1) if gap else 1.0
+        result[name] = right[name] + part * (left[name] - right[name])
+    return result
+
+
+def no_model(bench: Bench) -> Table:
+    """The share of the most similar domain (chosen before anything was trained): more of it is better."""
+    result = {}
+    for part in bench.suite.sets:
+        share_M = bench.references_MD[:, bench.suite.domains.index(bench.suite.nearest[part.name])]
+        if part.problems is None:
+            result[part.name] = -np.log(share_M)
+        else:
+            result |= {f"{part.name} bits": -np.log(share_M), f"{part.name} accuracy": np.log(share_M)}
+    return result
+
+
+def trained_scores(bench: Bench, length: float) -> Table:
+    return _table([bench.trained(length, m) for m in range(len(bench.trained_MD(length)))])
+
+
+def trained(bench: Bench, length: float, kind: str) -> Table:
+    """Short runs on other mixtures, and a surrogate."""
+    shares_MD = bench.trained_MD(length)
+    scores = trained_scores(bench, length)
+    result = {}
+    for name, values_M in scores.items():
+        if np.ptp(values_M) == 0:
+            result[name] = np.full(len(bench.references_MD), values_M[0])
+        else:
+            result[name] = fit_surrogate(shares_MD, values_M, kind, seed=0, name=name).predict(bench.references_MD)[0]
+    return result
+
+
+Predictor = Callable[[Bench], Table]
+PREDICTORS: dict[str, Predictor] = {
+    "merged": merged_at,
+    "merged, pure components": partial(merged_at, share=0.0),
+    "merged, 25 % anchor": partial(merged_at, share=OTHER_ANCHORS[1]),
+    "merged, anchor of one domain": one_domain_anchor,
+    "merged, deltas x 0.8": partial(stretched, scale=0.8),
+    "merged, deltas x 1.25": partial(stretched, scale=1.25),
+    "merged, deltas x 1.5": partial(stretched, scale=1.5),
+    "merged, deltas fitted at the centroid": lambda bench: stretched(bench, fitted_scale(bench)),
+    "merged, second order from the centroid": second_order_centroid,
+    "merged, second order from all pairs": second_order_pairs,
+    **{f"merged, {label}": partial(averaged, label=label) for label in AVERAGED},
+    "merged, 1/4 of the budget": partial(merged_at, at=0.25),
+    "merged, 1/2 of the budget": partial(merged_at, at=0.5),
+    "merged, 1/4 extrapolated to the horizon": extrapolated,
+    "probability ensemble": ensemble,
+    "interpolated": interpolated,
+    "interpolated, pure components": partial(interpolated, share=0.0),
+    "interpolated, second order from the centroid": interpolated_second_order,
+    "stack: mean of merged and interpolated": stacked,
+    "stack: calibrated at the centroid": calibrated,
+    "no model: own share": no_model,
+}
+COSTLY = {"merged, anchor of one domain", "merged, second order from all pairs"}
+TRAINED: dict[tuple[float, str], Predictor] = {
+    (length, kind): partial(trained, length=length, kind=kind) for length in TRAINED_LENGTHS for kind in ("auto", *REGRESSORS)
+}
