@@ -38,12 +38,13 @@ class BuildAll(build_ext):
     def _compile_cuda(self, nvcc: str, target: Path, *, required: bool) -> None:
         """A library of its own with the run-time linked in, loaded with ctypes: the core never depends on CUDA."""
         source = Path("csrc/cuda/merge.cu")
-        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
+        made_from = [source, *Path("csrc/cuda").glob("*.hpp"), Path("csrc/dtype.hpp")]
+        if target.exists() and target.stat().st_mtime >= max(file.stat().st_mtime for file in made_from):
             return
         archs = os.environ.get("MEGATRON_DEMIX_CUDA_ARCHS", "80;90").split(";")
         codes = [flag for a in archs for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
         codes += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "--shared"]
+        flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "--shared"]
         unfinished = target.with_suffix(f".{os.getpid()}.so")
         try:
             subprocess.run([nvcc, *flags, *codes, "-o", str(unfinished), str(source)], check=True)
