@@ -44,7 +44,8 @@ class BuildAll(build_ext):
         archs = os.environ.get("MEGATRON_DEMIX_CUDA_ARCHS", "80;90").split(";")
         codes = [flag for a in archs for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
         codes += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-        flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "--shared"]
+        flags = ["-std=c++17", "-O3", "--threads", "0", "-cudart", "static", "--shared"]
+        flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         unfinished = target.with_suffix(f".{os.getpid()}.so")
         try:
             subprocess.run([nvcc, *flags, *codes, "-o", str(unfinished), str(source)], check=True)
