@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_demix import __version__
 from megatron_demix.errors import DemixError
+from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 if TYPE_CHECKING:
     from megatron_demix.pipeline.dag import Dag
@@ -32,6 +33,7 @@ examples:
   demix run examples/quickstart/study.yaml           all of it; run it again to go on after an interruption
   demix run study.yaml --set final.tokens=20M        the same study with one setting changed; what is still valid is re-used
   demix search study.yaml                            stop at the mixture
+  demix consistency --proxies P.csv --references R.csv      do proxies rank mixtures as training does?
 
 exit codes: 0 done; 2 usage or configuration; 3 incompatible inputs; 4 infeasible mixture; 5 verification failed;
 6 output exists and differs; 7 corrupt or unsafe input; 8 a stage failed; 74 disk full; 75 incomplete, run again."""
@@ -67,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, help) in _PARTS.items():
         add(name, help, [study, running])
     add("report", "the HTML report of whatever is done so far", [study])
+    consistency = "how well proxies rank mixtures, against references that were truly trained"
+    comparing = commands.add_parser("consistency", help=consistency, description=f"{consistency[0].upper()}{consistency[1:]}.")
+    add_consistency_arguments(comparing)
+    comparing.add_argument("--json", action="store_true", help="machine-readable result on standard output")
     doctor = commands.add_parser("doctor", help="what is installed, what it is used for, and what to do about each gap")
     doctor.add_argument("--json", action="store_true", help="machine-readable result on standard output")
     return parser
@@ -78,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "doctor":
             return _doctor(options)
+        if options.command == "consistency":
+            return _consistency(options)
         return _study_command(options)
     except DemixError as e:
         print(f"demix: {e}", file=sys.stderr)
@@ -193,6 +201,17 @@ def _shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def _consistency(options: argparse.Namespace) -> int:
+    from megatron_demix.pipeline.consistency import compare, show
+
+    report = compare(options)
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report)
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

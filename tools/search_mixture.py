@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_demix.errors import DemixError
+from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 SURROGATES = (
     "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack",
@@ -73,15 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     choose.set_defaults(run=_choose)
 
     consistency = commands.add_parser("consistency", help="how well proxies rank mixtures, against truly trained references")
-    consistency.add_argument("--proxies", type=Path, required=True, help="CSV of the proxies' scores")
-    consistency.add_argument("--references", type=Path, required=True, help="CSV of the references' scores, same ids")
-    consistency.add_argument("--reseeded", type=Path, help="CSV of the references trained again with another seed: the ceiling")
-    consistency.add_argument("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses")
-    consistency.add_argument(
-        "--objective", nargs="*", default=[], metavar="SCORE=WEIGHT", help="also report this weighted mean"
-    )
-    consistency.add_argument("--seed", type=int, default=0)
-    consistency.add_argument("--output", type=Path, required=True, help="JSON report")
+    add_consistency_arguments(consistency)
     consistency.set_defaults(run=_consistency)
     return parser
 
@@ -138,15 +131,9 @@ def _choose(args: argparse.Namespace) -> None:
 
 
 def _consistency(args: argparse.Namespace) -> None:
-    from megatron_demix.artifact import write_json
-    from megatron_demix.search.from_tables import compare_tables, parse_objective
-    from megatron_demix.search.tables import Table
+    from megatron_demix.pipeline.consistency import compare, show
 
-    proxies, references = Table.read(args.proxies), Table.read(args.references)
-    reseeded = Table.read(args.reseeded) if args.reseeded else None
-    objective = parse_objective(args.objective)
-    report = compare_tables(proxies, references, reseeded, objective, set(args.higher_is_better), seed=args.seed)
-    write_json(args.output, report)
+    show(compare(args))
 
 
 def _notice(text: str) -> None:

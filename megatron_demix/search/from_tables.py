@@ -106,6 +106,7 @@ def compare_tables(
     objective: Mapping[str, float] | None = None,
     higher_is_better: Collection[str] = (),
     *,
+    num_bootstraps: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """rank_consistency of CSV tables, joined by id and column name. Raises IncompatibleInputs where either side lacks one."""
@@ -123,7 +124,13 @@ def compare_tables(
             sides.append({name: values_MT[:, t] for t, name in enumerate(references.columns)})
     again = sides[2] if reseeded is not None else None
     return rank_consistency(
-        sides[1], sides[0], reseeded=again, objective=objective, higher_is_better=higher_is_better, seed=seed
+        sides[1],
+        sides[0],
+        reseeded=again,
+        objective=objective,
+        higher_is_better=higher_is_better,
+        num_bootstraps=num_bootstraps,
+        seed=seed,
     )
 
 

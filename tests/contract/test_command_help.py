@@ -28,6 +28,7 @@ COMMANDS = (
     "blend",
     "final",
     "report",
+    "consistency",
     "doctor",
 )
 
@@ -83,7 +84,7 @@ def test_the_help_lists_every_command_and_exit_code(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    listed = re.findall(r"^    ([a-z]+) ", text, re.MULTILINE)
+    listed = re.findall(r"^    ([a-z]+)(?: |$)", text, re.MULTILINE)
     assert set(COMMANDS) <= set(listed)
     assert set(listed) <= set(COMMANDS) | {"submit", "cancel"}, "a command that this test does not know"
     codes = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.DemixError)} - {1}

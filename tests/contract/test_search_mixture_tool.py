@@ -1,6 +1,7 @@
 """tools/search_mixture.py as its users call it: flags, files, exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,8 @@ def test_consistency_reports_every_metric_and_blocks_on_missing_scores(tmp_path:
     assert 0.9 < report["macro"]["spearman"]["value"] < report["ceiling"]["macro"]["spearman"]["value"]
     assert set(report["scores"]["code"]) == {"spearman", "kendall", "top_spearman", "pairwise_accuracy", "recovery", "regret"}
     assert report["objective"]["regret"]["value"] >= 0
+    assert re.search(r"mean of all +0\.9\d+ \[0\.\d+, 0\.\d+\]", done.stdout)
+    assert "ceiling objective" in done.stdout
 
     Table(tmp_path, "id", ids[1:], ("code", "math"), noisy_MT[1:]).write(tmp_path / "proxies.csv")
     done = call("consistency", *files)

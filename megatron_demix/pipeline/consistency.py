@@ -1,0 +1,132 @@
+"""`demix consistency`, and tools/search_mixture.py consistency: do proxies rank mixtures as truly trained references do?"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_demix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_demix.search.tables import Table
+
+_COLUMNS = {
+    "spearman": "Spearman",
+    "kendall": "Kendall",
+    "top_spearman": "top 25 %",
+    "pairwise_accuracy": "pairs",
+    "recovery": "recovery",
+    "regret": "regret",
+}
+_LEGEND = (
+    "Each value with its 90 % interval over mixtures (bootstrap). top 25 %: Spearman among the best references. pairs: ordered "
+    "alike. recovery: proxies' scores / references'. regret: what picking the proxies' best costs, in the score's unit. "
+    "ceiling: the references against themselves, trained with another seed."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--proxies", type=Path, required=True, metavar="FILE", help="scores of the proxies: CSV, or a run's scores.json")
+    add("--references", type=Path, required=True, metavar="FILE", help="scores of the references, same ids")
+    add("--reseeded", type=Path, metavar="FILE", help="the references trained again with another seed: the ceiling")
+    add("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses (scores.json says so)")
+    add("--objective", nargs="*", default=[], metavar="SCORE=WEIGHT", help="also report this weighted mean")
+    add("--bootstraps", type=int, default=1000, metavar="N", help="resamples of the mixtures for the intervals (default: 1000)")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, metavar="JSON", help="where the report goes")
+    add("--plot", type=Path, metavar="FILE", help="rank plot, as .svg, .pdf or .png")
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Make the report of these arguments, write what they ask for, and return it."""
+    from megatron_demix.artifact import write_json
+    from megatron_demix.report.ranks import FORMATS, draw_ranks
+    from megatron_demix.search.from_tables import compare_tables, parse_objective
+
+    if options.bootstraps < 1:
+        raise ConfigError(f"--bootstraps is {options.bootstraps}, expected at least 1.")
+    if options.plot and options.plot.suffix not in FORMATS:
+        raise ConfigError(f"--plot {options.plot}: unknown kind of picture, expected a name that ends in {', '.join(FORMATS)}.")
+    for path in (options.output, options.plot):
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}. Make it, or choose another place.")
+    higher = set(options.higher_is_better)
+    paths = (options.proxies, options.references, options.reseeded)
+    proxies, references, reseeded = (_read(path, higher) if path else None for path in paths)
+    assert proxies is not None
+    assert references is not None
+    objective = parse_objective(options.objective)
+    report = compare_tables(
+        proxies, references, reseeded, objective, higher, num_bootstraps=options.bootstraps, seed=options.seed
+    )
+    if options.output:
+        write_json(options.output, report)
+    if options.plot:
+        columns = dict.fromkeys(references.columns, (proxies, references, reseeded))
+        draw_ranks({name: _aligned(name, tables) for name, tables in columns.items()}, report, higher, options.plot)
+    return report
+
+
+def _read(path: Path, higher: set[str]) -> Table:
+    """A CSV, or the scores.json of a stage, whose scores know their direction: those of which more is better join `higher`."""
+    import numpy as np
+
+    from megatron_demix.evaluate.scores import ScoreTable
+    from megatron_demix.search.tables import Table
+
+    if path.suffix != ".json":
+        return Table.read(path)
+    table = ScoreTable.read(path)
+    names = tuple(score.name for score in table.scores)
+    higher |= {score.name for score in table.scores if score.direction == "higher"}
+    values = [[row.get(name, np.nan) for name in names] for row in table.rows.values()]
+    return Table(path, "model", tuple(table.rows), names, np.array(values, np.float64).reshape(len(values), len(names)))
+
+
+def _aligned(name: str, tables: tuple[Table | None, ...]) -> tuple[Any, ...]:
+    """One score in every table, its rows in the order of the references."""
+    _, references, _ = tables
+    assert references is not None
+    ids, where = references.ids, references.path
+    return tuple(table.select(ids, references.columns, other=where)[:, references.columns.index(name)] if table else None
+                 for table in tables)  # fmt: skip
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """The report as a table for people, on standard output."""
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    grid = Grid(box=None, pad_edge=False)
+    grid.add_column("score", no_wrap=True)
+    for title in _COLUMNS.values():
+        grid.add_column(title, no_wrap=True, justify="right")
+    for style, label, rows in _rows(report):
+        for name, metrics in rows.items():
+            cells = (_cell(metrics[metric], metric) for metric in _COLUMNS)
+            grid.add_row(f"{label}{name}", *cells, style=style)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(f"{report['num_mixtures']} mixtures")
+    console.print(grid)
+    console.print(_LEGEND, style="dim")
+
+
+def _rows(report: Mapping[str, Any]) -> list[tuple[str | None, str, dict[str, Any]]]:
+    found: list[tuple[str | None, str, dict[str, Any]]] = []
+    for style, label, part in ((None, "", report), ("dim", "ceiling ", report.get("ceiling"))):
+        if part:
+            summary = {"mean of all": part["macro"]} | ({"objective": part["objective"]} if "objective" in part else {})
+            found += [("bold" if style is None else style, label, summary), (style, label, part["scores"])]
+    return found
+
+
+def _cell(value: Mapping[str, float | None], metric: str) -> str:
+    if value["value"] is None:
+        return "–"
+    digits = "{:.4g}" if metric == "regret" else "{:.3f}"
+    return " ".join((digits.format(value["value"]), "[{}, {}]".format(*(digits.format(value[end]) for end in ("low", "high")))))

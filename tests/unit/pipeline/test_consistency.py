@@ -1,0 +1,112 @@
+"""`demix consistency`: tables in, a table for people, JSON and a picture out; missing scores block."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_demix.cli import main
+from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.search.tables import Table
+
+IDS = tuple(f"m{m}" for m in range(16))
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    truth_MT = rng.normal(3, 0.1, size=(16, 2))
+    for name, noise in (("references", 0.0), ("again", 0.01), ("proxies", 0.05)):
+        Table(tmp_path, "id", IDS, ("code", "acc"), truth_MT + rng.normal(0, noise, (16, 2))).write(tmp_path / f"{name}.csv")
+    return tmp_path
+
+
+def consistency(tables: Path, *more: object, proxies: str = "proxies.csv") -> int:
+    files = ("--proxies", tables / proxies, "--references", tables / "references.csv")
+    return main(["consistency", *map(str, (*files, "--bootstraps", 50, *more))])
+
+
+def test_the_table_the_json_and_the_picture_say_the_same(tables, capsys):
+    flags = ("--reseeded", tables / "again.csv", "--objective", "code=1", "acc=2", "--higher-is-better", "acc")
+    assert consistency(tables, *flags, "--output", tables / "r.json", "--plot", tables / "r.svg") == 0
+    shown = capsys.readouterr().out
+    report = json.loads((tables / "r.json").read_text())
+    code = report["scores"]["code"]["spearman"]
+    assert f"{code['value']:.3f} [{code['low']:.3f}, {code['high']:.3f}]" in shown
+    assert shown.startswith("16 mixtures")
+    for word in ("Kendall", "top 25 %", "pairs", "recovery", "regret", "mean of all", "objective", "ceiling acc"):
+        assert word in shown
+    picture = (tables / "r.svg").read_text()
+    ceiling = report["ceiling"]["scores"]["code"]["spearman"]["value"]
+    assert f"code · ρ {code['value']:.2f} of {ceiling:.2f}" in picture
+    assert "rank among references" in picture
+    assert consistency(tables, *flags, "--plot", tables / "again.svg") == 0
+    assert (tables / "again.svg").read_text() == picture
+
+
+def test_json_on_standard_output_and_no_ceiling(tables, capsys):
+    assert consistency(tables, "--json", "--plot", tables / "r.png") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "ceiling" not in report
+    assert "objective" not in report
+    assert (tables / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_runs_scores_know_their_direction(tables, capsys):
+    scores = ScoreTable([Score("code", "bits/byte", "lower"), Score("acc", "", "higher")])
+    table = Table.read(tables / "proxies.csv")
+    scores.rows = {
+        name: dict(zip(table.columns, row, strict=True)) for name, row in zip(IDS, table.values_MC.tolist(), strict=True)
+    }
+    scores.write(tables / "scores.json")
+    assert consistency(tables, "--json", proxies="scores.json") == 0
+    from_json = json.loads(capsys.readouterr().out)
+    assert consistency(tables, "--json", "--higher-is-better", "acc") == 0
+    assert from_json == json.loads(capsys.readouterr().out)
+    del scores.rows["m3"]["acc"]
+    scores.write(tables / "scores.json")
+    assert consistency(tables, proxies="scores.json") == 3
+    assert "proxies: score 'acc' is missing for 1 of 16 mixtures, the first at row 3" in capsys.readouterr().err
+
+
+def test_what_blocks_says_why_and_writes_nothing(tables, capsys):
+    table = Table.read(tables / "proxies.csv")
+    changes = {
+        "id 'm0' of": Table(tables, "id", IDS[1:], table.columns, table.values_MC[1:]),
+        "mixture 'other' is not in": Table(tables, "id", ("other", *IDS[1:]), table.columns, table.values_MC),
+        "column 'law' is not in": Table(tables, "id", IDS, ("code", "law"), table.values_MC),
+        "score 'code' is 1 for every mixture": Table(
+            tables, "id", IDS, table.columns, table.values_MC * [0, 1] + np.array([1, 0])
+        ),
+    }
+    for message, changed in changes.items():
+        changed.write(tables / "changed.csv")
+        assert consistency(tables, "--output", tables / "r.json", proxies="changed.csv") == 3
+        assert message in capsys.readouterr().err
+    assert not (tables / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--plot", "ranks.gif"], 2, "expected a name that ends in .svg, .pdf, .png"),
+        (["--output", "nowhere/r.json"], 2, "there is no folder nowhere"),
+        (["--objective", "code"], 2, "Write SCORE=WEIGHT"),
+        (["--objective", "law=1"], 4, "score 'law' was not measured"),
+        (["--higher-is-better", "speed"], 3, "no score 'speed'"),
+        (["--bootstraps", "0"], 2, "--bootstraps is 0"),
+        (["--reseeded", "nothing.csv"], 7, "nothing.csv: cannot be read"),
+    ],
+)
+def test_bad_flags(tables, capsys, flags, code, message):
+    assert consistency(tables, *flags) == code
+    assert message in capsys.readouterr().err
+
+
+def test_too_few_mixtures(tables, capsys):
+    for name in ("proxies", "references"):
+        table = Table.read(tables / f"{name}.csv")
+        Table(tables, "id", IDS[:3], table.columns, table.values_MC[:3]).write(tables / f"{name}.csv")
+    assert consistency(tables) == 3
+    assert "3 mixtures are too few to compare ranks, expected at least 4" in capsys.readouterr().err
