@@ -16,7 +16,7 @@ core = Pybind11Extension(
     "megatron_demix._core",
     sorted(str(p) for p in Path("csrc").glob("*.cpp")),
     cxx_std=17,
-    extra_compile_args=["-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"],
+    extra_compile_args=["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"],
     extra_link_args=["-pthread"],
     depends=sorted(str(p) for p in Path("csrc").glob("*.hpp")),
 )

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "crc32.hpp"
+#include "delta_sum.hpp"
 #include "kernels.hpp"
 #include "merge.hpp"
 #include "pickle_scan.hpp"
@@ -17,7 +18,8 @@ using Weights = py::array_t<float, py::array::c_style>;
 
 // weights_SMK; to_addresses: [T * M] addresses, or [] with descriptors [T * M], direct [T * M] or [], and offsets [T].
 py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uintptr_t>& to_addresses, std::vector<int> descriptors,
-             std::vector<int> direct, std::vector<std::uint64_t> offsets, int threads, const std::string& isa, std::size_t tile_bytes, bool check_sources) {
+             std::vector<int> direct, std::vector<std::uint64_t> offsets, int threads, const std::string& isa, std::size_t tile_bytes, bool check_sources,
+             const DeltaRules* deltas) {
     if (weights.ndim() != 3 || weights.shape(2) != plan.num_sources()) throw std::invalid_argument("weights must be [sets, M, K]");
     Settings settings;
     settings.num_sets = int(weights.shape(0));
@@ -27,6 +29,8 @@ py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uin
     settings.isa = isa;
     settings.tile_bytes = tile_bytes;
     settings.check_sources = check_sources;
+    settings.deltas = deltas;
+    if (deltas) deltas->check(settings.num_sets, plan);
     Destinations to;
     for (const std::uintptr_t address : to_addresses) to.addresses.push_back(reinterpret_cast<char*>(address));
     to.descriptors = std::move(descriptors);
@@ -66,9 +70,9 @@ void bind_merge(py::module_& m) {
              py::arg("address"), py::arg("bytes"), py::arg("crc"))
         .def("add_target", &MergePlan::add_target, py::arg("shape"), py::arg("dtype_in"), py::arg("dtype_out"))
         .def("add_region", &MergePlan::add_region, py::arg("target"), py::arg("lo"), py::arg("hi"), py::arg("weight_set"),
-             py::arg("records"), py::arg("byte_offsets"), py::arg("strides"))
+             py::arg("records"), py::arg("byte_offsets"), py::arg("strides"), py::arg("index"), py::arg("index_strides"))
         .def("run", &run, py::arg("weights"), py::arg("to_addresses"), py::arg("descriptors"), py::arg("direct"),
-             py::arg("offsets"), py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"), py::arg("check_sources"))
+             py::arg("offsets"), py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"), py::arg("check_sources"), py::arg("deltas"))
         .def("done_bytes", &MergePlan::done_bytes)
         .def("cancel", &MergePlan::cancel);
     m.def("crc32",

@@ -25,10 +25,11 @@ struct Record {
 
 struct Region {
     std::int64_t lo[max_dims], hi[max_dims];   // within the target
-    int weight_set;                            // which M x K weights apply
+    int weight_set;                            // which M x K weights (and which rule of DeltaRules) apply
     std::vector<const char*> sources;          // [K] address of the element at `lo`
     std::vector<std::int32_t> records;         // [K] the record each lies in
     std::vector<std::int64_t> strides;         // [K][dims] in elements
+    std::int64_t index, index_strides[max_dims];  // of the element at `lo` in the tensor it is numbered in, and how that goes on
     int run_dims;                              // trailing dimensions (at least 1) that form one run in the target and all sources
 };
 
@@ -49,12 +50,15 @@ struct Destinations {
     std::vector<std::uint64_t> offsets;   // [T]
 };
 
+struct DeltaRules;
+
 struct Settings {
     int num_mixtures = 1, num_sets = 1;
     const float* weights = nullptr;  // [sets][M][K]; a weight of exactly 0 leaves its source out, a lone 1 copies bits
     int threads = 1;
     std::string isa;
     std::size_t tile_bytes = 256 << 10;
+    const DeltaRules* deltas = nullptr;  // null: plain weighted sums
     bool check_sources = false;  // compare the CRC of every record that is read; each must be covered exactly once
 };
 
@@ -72,10 +76,13 @@ public:
     int add_record(const void* base, std::uint64_t bytes, std::uint32_t crc);
     int add_target(const std::vector<std::int64_t>& shape, DType in, DType out);
     // lo, hi: [dims]; records, byte_offsets: [K] where the element at `lo` lies; strides: [K][dims], in elements.
+    // index, index_strides: the number of the element at `lo` and how it grows along each dimension ([dims], the last one 1), for
+    // rules that need to know which element of its tensor they see; [] where none does.
     // Throws std::invalid_argument if the region leaves its target or a source leaves its record.
     void add_region(int target, const std::vector<std::int64_t>& lo, const std::vector<std::int64_t>& hi, int weight_set,
                     const std::vector<std::int32_t>& records, const std::vector<std::uint64_t>& byte_offsets,
-                    const std::vector<std::int64_t>& strides);
+                    const std::vector<std::int64_t>& strides, std::int64_t index = 0,
+                    const std::vector<std::int64_t>& index_strides = {});
 
     int num_sources() const { return num_sources_; }
     const std::vector<Target>& targets() const { return targets_; }
@@ -87,6 +94,7 @@ public:
     // For another thread, while run() works: bytes of targets finished (all mixtures together), and a request to stop.
     std::uint64_t done_bytes() const { return done_bytes_.load(std::memory_order_relaxed); }
     void cancel() { cancelled_.store(true); }
+    bool cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
 
 private:
     int num_sources_;

@@ -29,14 +29,20 @@ int MergePlan::add_target(const std::vector<std::int64_t>& shape, DType in, DTyp
 
 void MergePlan::add_region(int target, const std::vector<std::int64_t>& lo, const std::vector<std::int64_t>& hi, int weight_set,
                            const std::vector<std::int32_t>& records, const std::vector<std::uint64_t>& byte_offsets,
-                           const std::vector<std::int64_t>& strides) {
+                           const std::vector<std::int64_t>& strides, std::int64_t index,
+                           const std::vector<std::int64_t>& index_strides) {
     Target& t = targets_.at(target);
     const std::size_t dims = t.dims, num_sources = num_sources_;
     if (lo.size() != dims || hi.size() != dims || records.size() != num_sources || byte_offsets.size() != num_sources ||
         strides.size() != num_sources * dims || weight_set < 0)
         throw std::invalid_argument("a region's arrays do not have the sizes of its target and sources");
+    const bool numbered = !index_strides.empty();
+    if (numbered && (index_strides.size() != dims || index_strides[dims - 1] != 1))
+        throw std::invalid_argument("a region's elements must be numbered one by one along its last dimension");
     Region r{};
     r.weight_set = weight_set;
+    r.index = index;
+    for (std::size_t d = 0; numbered && d < dims; ++d) r.index_strides[d] = index_strides[d];
     for (std::size_t d = 0; d < dims; ++d) {
         if (lo[d] < 0 || lo[d] >= hi[d] || hi[d] > t.shape[d]) throw std::invalid_argument("a region leaves its target");
         r.lo[d] = lo[d], r.hi[d] = hi[d];
@@ -62,6 +68,7 @@ void MergePlan::add_region(int target, const std::vector<std::int64_t>& lo, cons
     r.run_dims = 1;
     for (std::size_t d = dims - 1; d > 0; --d) {
         bool joins = lo[d] == 0 && hi[d] == t.shape[d];
+        joins = joins && (!numbered || r.index_strides[d - 1] == r.index_strides[d] * t.shape[d]);
         for (std::size_t k = 0; k < num_sources; ++k) {
             const std::int64_t* s = &strides[k * dims];
             joins = joins && s[dims - 1] == 1 && s[d - 1] == s[d] * t.shape[d];

@@ -9,8 +9,8 @@ namespace demix {
 
 std::vector<WeightSet> make_weight_sets(const Settings& s, int num_sources) {
     std::vector<WeightSet> sets(s.num_sets);
+    std::vector<bool> used(num_sources, false);
     for (int set = 0; set < s.num_sets; ++set) {
-        std::vector<bool> used(num_sources, false);
         sets[set].mixtures.resize(s.num_mixtures);
         for (int m = 0; m < s.num_mixtures; ++m) {
             const float* w = s.weights + (std::size_t(set) * s.num_mixtures + m) * num_sources;
@@ -21,9 +21,10 @@ std::vector<WeightSet> make_weight_sets(const Settings& s, int num_sources) {
                 used[k] = true;
             }
         }
-        for (int k = 0; k < num_sources; ++k)
-            if (used[k]) sets[set].read.push_back(k);
     }
+    for (int k = 0; k < num_sources; ++k)
+        if (used[k])
+            for (WeightSet& set : sets) set.read.push_back(k);
     return sets;
 }
 

@@ -19,7 +19,7 @@ struct Combination {
 
 struct WeightSet {
     std::vector<Combination> mixtures;  // [M]
-    std::vector<int> read;              // sources that any mixture needs
+    std::vector<int> read;              // sources that any mixture of any set needs: a record may lie in several sets' regions
 };
 
 std::vector<WeightSet> make_weight_sets(const Settings& settings, int num_sources);

@@ -28,7 +28,9 @@ Tiling make_tiling(const Target& t, std::size_t tile_bytes) {
 
 TileWorker::TileWorker(Execution& execution)
     : x_(execution), num_mixtures_(execution.settings.num_mixtures), to_files_(execution.to.addresses.empty()), sum_(execution.kernels),
-      gathered_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {}
+      gathered_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
+    if (execution.settings.deltas) delta_sum_ = std::make_unique<DeltaSum>(*execution.settings.deltas, execution.kernels);
+}
 
 std::uint64_t TileWorker::make(std::int64_t target_index, std::int64_t tile_index) {
     const Target& t = x_.plan.targets()[target_index];
@@ -74,21 +76,21 @@ void TileWorker::meet(const Target& t, const Region& r, const std::int64_t* tile
     std::int64_t length = 1;
     for (int d = outer; d < t.dims; ++d) length *= hi[d] - lo[d];
     for (;;) {
-        std::int64_t to = 0;
-        for (int d = 0; d < t.dims; ++d) to = to * t.shape[d] + at[d];
+        std::int64_t to = 0, index = r.index;
+        for (int d = 0; d < t.dims; ++d) to = to * t.shape[d] + at[d], index += (at[d] - r.lo[d]) * r.index_strides[d];
         for (std::size_t k = 0; k < sources_.size(); ++k) {
             std::int64_t from = 0;
             for (int d = 0; d < t.dims; ++d) from += (at[d] - r.lo[d]) * r.strides[k * t.dims + d];
             sources_[k] = r.sources[k] + from * std::int64_t(item_size(t.in));
         }
-        run(t, r, to - first, length);
+        run(t, r, to - first, length, index);
         int d = outer - 1;
         while (d >= 0 && ++at[d] == hi[d]) at[d] = lo[d], --d;
         if (d < 0) return;
     }
 }
 
-void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int64_t n) {
+void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int64_t n, std::int64_t index) {
     const WeightSet& set = x_.sets[r.weight_set];
     const std::size_t in = item_size(t.in), out = item_size(t.out);
     const bool check = x_.settings.check_sources;
@@ -105,7 +107,11 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
             if (check && stride != 1 && n > 1) check_scattered(r, k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
         }
         for (int m = 0; m < num_mixtures_; ++m) outs_here_[m] = outs_[m] + std::size_t(to + i) * out;
-        sum_(set, t.in, t.out, views_, outs_here_, std::size_t(count), !to_files_);
+        if (delta_sum_) {
+            (*delta_sum_)(r.weight_set, set, t.in, t.out, views_, index + i, outs_here_, std::size_t(count), !to_files_);
+        } else {
+            sum_(set, t.in, t.out, views_, outs_here_, std::size_t(count), !to_files_);
+        }
     }
     if (!check) return;
     for (std::size_t j = 0; j < set.read.size(); ++j) {

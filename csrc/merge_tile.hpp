@@ -3,9 +3,11 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "buffer.hpp"
+#include "delta_sum.hpp"
 #include "merge.hpp"
 #include "merge_sum.hpp"
 
@@ -47,8 +49,8 @@ public:
 private:
     // The part of a region that lies in the tile [lo, hi), run by run. first: index of the tile's first element in its target.
     void meet(const Target& t, const Region& r, const std::int64_t* tile_lo, const std::int64_t* tile_hi, std::int64_t first);
-    // n elements in a row of the target, from `to` within the tile; sources_ hold their addresses.
-    void run(const Target& t, const Region& r, std::int64_t to, std::int64_t n);
+    // n elements in a row of the target, from `to` within the tile; sources_ hold their addresses, `index` is the first one's number.
+    void run(const Target& t, const Region& r, std::int64_t to, std::int64_t n, std::int64_t index);
     void write(const Target& t, std::int64_t target_index, std::uint64_t offset, std::size_t bytes);
     void contribute(int record_index, std::uint32_t crc, const char* end);
     void check_scattered(const Region& r, int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n);
@@ -58,6 +60,7 @@ private:
     const int num_mixtures_;
     const bool to_files_;
     MixtureSum sum_;
+    std::unique_ptr<DeltaSum> delta_sum_;  // takes the place of sum_ where the elements are deltas under a rule
     Buffer<char> tile_buffer_;
     std::vector<Buffer<char>> gathered_;    // [K]
     std::vector<char*> outs_, outs_here_;   // [M] where the tile lies, and where the elements in work go

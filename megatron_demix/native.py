@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -118,10 +119,17 @@ class MergePlan:
         strides: Sequence[Sequence[int]],
         *,
         weight_set: int = 0,
+        index: int = 0,
+        index_strides: Sequence[int] = (),
     ) -> None:
-        """[lo, hi) of a target. records, byte_offsets: [K] where the element at `lo` lies; strides: [K][dims], in elements."""
+        """[lo, hi) of a target. records, byte_offsets: [K] where the element at `lo` lies; strides: [K][dims], in elements.
+
+        index, index_strides: which element of its logical tensor (number weight_set) the one at `lo` is, and how that grows
+        along each dimension (the last one: 1). Only DeltaRules ask for it.
+        """
+        flat = [s for row in strides for s in row]
         self._plan.add_region(
-            target, list(lo), list(hi), weight_set, list(records), list(byte_offsets), [s for row in strides for s in row]
+            target, list(lo), list(hi), weight_set, list(records), list(byte_offsets), flat, index, list(index_strides)
         )
 
     def run(
@@ -135,11 +143,14 @@ class MergePlan:
         threads: int | None = None,
         tile_bytes: int = 256 << 10,
         check_sources: bool = False,
+        deltas: DeltaRules | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
         """Write all M mixtures of all targets, to memory or to files (at offsets_T of descriptors_TM), in one read.
 
         A weight of exactly 0 leaves its source out and a lone weight of 1 copies bits, so a one-hot mixture is its component.
+        weights_SMK: a set for each weight_set that regions name. deltas: the sum is base + scale * sum_k weights[k] *
+        (source_k - base) thinned by these rules; the last source is the base, and its weight must not be 0.
         direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
         so far, about ten times a second. Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their
         CRC, if check_sources]}. Raises OSError when a write fails, and passes on KeyboardInterrupt after the threads stopped.
@@ -163,11 +174,39 @@ class MergePlan:
             instruction_set(),
             tile_bytes,
             check_sources,
+            deltas.native if deltas else None,
         )
         outcome = self._watched(arguments, progress) if progress else self._plan.run(*arguments)
         if outcome["error"]:
             raise OSError(outcome["error"], os.strerror(outcome["error"]), f"target {outcome['failed_target']}")
         return outcome
+
+    def gram(self, *, from_base: bool = False, threads: int | None = None) -> np.ndarray:
+        """[T, J, J] float64: inner products of the sources over each target; from_base: of their differences from the last one,
+        and J is one less. Does not depend on threads or on how the sources are cut."""
+        num = self.num_sources - from_base
+        found = self._stoppable(_core.gram, self._plan, from_base, threads or default_threads(), instruction_set())
+        return np.array(found).reshape(len(self._targets), num, num)
+
+    def delta_magnitudes(self, ranks_TQ: np.ndarray, *, threads: int | None = None) -> np.ndarray:
+        """[T, K, Q] uint32: |float32(source_k - base)| with these ranks (from 0, ascending) in each target, as float32 bits;
+        base: the last source. Exact; NaN counts as larger than any number."""
+        num_targets, num_ranks = ranks_TQ.shape
+        flat = ranks_TQ.ravel().tolist()
+        found = self._stoppable(
+            _core.delta_magnitudes, self._plan, flat, num_ranks, threads or default_threads(), instruction_set()
+        )
+        return np.array(found, np.uint32).reshape(num_targets, self.num_sources - 1, num_ranks)
+
+    def _stoppable(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call into the core from a thread of its own, so that an interrupt stops it."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function, *arguments)
+            try:
+                return future.result()
+            except BaseException:
+                self._plan.cancel()
+                raise
 
     def _watched(self, arguments: tuple, progress: Callable[[int], None]) -> dict[str, Any]:
         outcome: dict[str, Any] = {}
@@ -193,6 +232,39 @@ class MergePlan:
         if "exception" in outcome:
             raise outcome["exception"]
         return outcome
+
+
+class DeltaRules:
+    """How the deltas source_k - base are thinned before they are summed (csrc/delta_sum.hpp). S logical tensors, K sources."""
+
+    def __init__(
+        self,
+        keep: Literal["window", "random", "row_rank"],
+        *,
+        elect: bool = False,
+        average: bool = False,
+        scale: float = 1.0,
+        density: float = 1.0,
+        epsilon: float = 0.0,
+        windows_SK2: np.ndarray | None = None,
+        streams_SK: np.ndarray | None = None,
+        tensors: MergePlan | None = None,
+        target_S: Sequence[int] = (),
+    ) -> None:
+        """windows_SK2: lowest and highest magnitude that stays, as float32 bits (window). streams_SK: uint64 (the others).
+
+        tensors, target_S: a plan of whole logical tensors, and which of its targets each set is, or -1 (row_rank).
+        """
+        self.native = _core.DeltaRules()
+        self.native.keep = getattr(_core.DeltaRules.Keep, keep)
+        self.native.elect, self.native.average, self.native.scale = elect, average, scale
+        self.native.density, self.native.epsilon = density, epsilon
+        self.native.windows = [] if windows_SK2 is None else windows_SK2.ravel().tolist()
+        self.native.streams = [] if streams_SK is None else streams_SK.ravel().tolist()
+        self.native.target = list(target_S)
+        self._tensors = tensors  # and with it the records that it points into
+        if tensors is not None:
+            self.native.set_tensors(tensors._plan)
 
 
 # --- indexed data and blends ----------------------------------------------------------------------------------------

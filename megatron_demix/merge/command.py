@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from megatron_demix.merge.methods import Method
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None) -> int:
@@ -25,7 +29,9 @@ def main(argv: Sequence[str] | None = None, *, description: str | None = None) -
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_METHODS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("inputs", nargs="*", metavar="PATH:WEIGHT", help="a checkpoint and its weight")
     add("--components", nargs="+", metavar="NAME=PATH", default=[], help="named checkpoints, for use with --weights")
@@ -39,8 +45,18 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         help="weights that do not sum to 1 (default: error)",
     )
     add("--verify", choices=("none", "sample", "full"), default="sample", help="what is read again before publishing")
-    add("--base", type=Path, metavar="PATH", help="what the components were trained from, for --scale or task arithmetic")
-    add("--scale", type=float, default=1.0, help="base + SCALE * sum of w * (component - base) (default: 1)")
+    method = parser.add_argument_group("method", "what the weights mean; see below")
+    option = method.add_argument
+    option("--method", default="linear", metavar="NAME", help="default: linear")
+    option("--base", type=Path, metavar="PATH", help="what the components were trained from, for methods that merge deltas")
+    option("--scale", type=float, metavar="X", help="base + X * the merged deltas (default: 1)")
+    option("--density", type=float, metavar="SHARE", help="of each delta that stays, in (0, 1]")
+    option("--gamma", type=float, metavar="SHARE", help="breadcrumbs: of the largest changes, dropped (default: 0.01)")
+    option("--epsilon", type=float, metavar="X", help="della: how far probabilities reach from the density (default: 0.15)")
+    option("--seed", type=int, metavar="N", help="dare, della: of what is dropped (default: 0)")
+    option("--num-query-groups", type=int, metavar="N", help="of fused attention, where the components do not say")
+    option("--kv-channels", type=int, metavar="N", help="the same")
+    option("--swiglu", action=argparse.BooleanOptionalAction, help="the same, for linear_fc1")
     add("--threads", type=int, metavar="N", help="default: all processors this process may use")
     add("--max-memory", type=parse_bytes, default="256MiB", metavar="BYTES", help="for buffers (default: 256MiB)")
     add("--dry-run", action="store_true", help="check everything, say what would be written, write nothing")
@@ -48,9 +64,33 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+_METHODS = """\
+methods (mergekit's names and definitions, for each layer's, expert's, q, k, v, gate and up tensor by itself). In brackets: how
+well rankings of proxies agreed with those of trained models in the paper (arXiv 2602.00747, rho); no interval is known.
+  linear (.787)         the weighted average, or base + scale * the averaged deltas. Start here; scale > 1 where components are
+                        short and averaging shrinks what they learned
+  multislerp (.785)     the average direction, with the average length: averaging does not shrink it
+  karcher               the same with the true mean direction; differs where components lie far apart
+  della, della_linear (.784), ties (.783), dare_linear, dare_ties (.757), breadcrumbs, breadcrumbs_ties (.735)
+                        need --base and --density; drop part of each delta, so that components disturb one another less: ties
+                        the small changes, dare any at random, della small ones rather than large ones, breadcrumbs the small
+                        and the very large. All but dare_linear, della_linear and breadcrumbs also leave out, element by
+                        element, changes against the sign of the weighted sum. For components that moved far
+multislerp and karcher average deltas where --base is given. With --normalize off, linear with --base is task arithmetic.
+"""
+
+
+def _method(arguments: argparse.Namespace) -> Method:
+    from megatron_demix.merge.named import make_method
+    from megatron_demix.merge.parts import FusedLayout
+
+    options = {name: getattr(arguments, name) for name in ("scale", "density", "gamma", "epsilon", "seed")}
+    layout = FusedLayout(arguments.num_query_groups, arguments.kv_channels, arguments.swiglu)
+    return make_method(arguments.method, arguments.base, layout=layout, **options)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_demix.merge.engine import merge_checkpoints
-    from megatron_demix.merge.methods import Linear
 
     components, mixtures, single = _what(arguments)
     if arguments.threads is not None and arguments.threads < 1:
@@ -68,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         max_memory=arguments.max_memory,
         into_output=single,
-        method=Linear(arguments.base, arguments.scale),
+        method=_method(arguments),
     )
     for path in written:
         print(path)
@@ -110,11 +150,11 @@ def _what(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dic
 
 def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]], arguments: argparse.Namespace) -> int:
     from megatron_demix.merge.components import Components
-    from megatron_demix.merge.methods import Linear
     from megatron_demix.merge.weights import weight_matrix
 
-    method = Linear(arguments.base, arguments.scale)
+    method = _method(arguments)
     parts = Components(method.sources(components))
+    bound = method.bind(parts)
     weight_matrix(mixtures, list(components), arguments.normalize)
     size = sum(c.location.length for info in parts.tensors.values() for c in info.chunks)
     print(f"{len(parts.names)} components, {len(parts.tensors)} tensors, {format_bytes(size)} each")
@@ -122,5 +162,11 @@ def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]],
         location = checkpoint.location
         iteration = "" if location.iteration is None else f", iteration {location.iteration}"
         print(f"  {name}: {location.path} ({location.kind}{iteration})")
+    described = bound.describe()
+    options = [f"{k} {v}" for k, v in described.items() if k not in ("name", "base", "fused")]
+    within = f"{bound.partition.num_parts} logical tensors" if bound.partition else "all tensors alike"
+    print(f"method {', '.join([described['name'], *options])}: {within}")
+    if fused := described.get("fused"):
+        print(f"  fused projections: {', '.join(f'{k} {v}' for k, v in fused.items())}")
     print(f"{len(mixtures)} mixtures, {format_bytes(size * len(mixtures))} to write under {arguments.output}")
     return 0

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,9 +20,10 @@ from megatron_demix.checkpoint.output import Output, is_published
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
 from megatron_demix.errors import ConfigError, CorruptInput, StorageError, storage_errors
 from megatron_demix.merge.components import Components
-from megatron_demix.merge.methods import Linear
+from megatron_demix.merge.methods import BoundMethod, Linear, Method
+from megatron_demix.merge.oracle_methods import Oracle, make_oracle
 from megatron_demix.merge.plan import Box, BytePlan
-from megatron_demix.merge.verify import Verify, verify_linear
+from megatron_demix.merge.verify import Verify, verify_merge
 from megatron_demix.merge.weights import Normalize, weight_matrix
 from megatron_demix.native import default_threads
 from megatron_demix.progress import progress_bar
@@ -47,7 +49,7 @@ def merge_checkpoints(
     verify: Verify = "sample",
     max_memory: int = _MAX_MEMORY,
     into_output: bool = False,
-    method: Linear | None = None,
+    method: Method | None = None,
 ) -> list[Path]:
     """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return their paths.
 
@@ -56,10 +58,10 @@ def merge_checkpoints(
     consumed samples are zero, `_extra_state` and tensors of other types come from the first component. demix_merge.json says
     what was merged. Equal inputs give equal bytes, whatever the number of threads. A mixture that is already there is skipped.
 
-    method: what the weights mean; None: a plain weighted average. layout: release starts at iteration 0; iter keeps the
-    first component's iteration. into_output: write the only mixture to output itself. max_memory: bytes of buffers. Raises
-    IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums are compared as they are read),
-    OutputExists, VerificationFailed, StorageError; nothing is then published.
+    method: what the weights mean (megatron_demix.merge.methods); None: a plain weighted average. layout: release starts at
+    iteration 0; iter keeps the first component's iteration. into_output: write the only mixture to output itself. max_memory:
+    bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums are compared
+    as they are read), OutputExists, VerificationFailed, StorageError; nothing is then published.
     """
     for name, value, allowed in (("layout", layout, get_args(Layout)), ("verify", verify, get_args(Verify))):
         if value not in allowed:
@@ -68,10 +70,10 @@ def merge_checkpoints(
         raise ConfigError(f"{len(mixtures)} mixtures cannot be written to {output} itself: give it one, or a folder for all.")
     method = method or Linear()
     parts = Components(method.sources(components))
-    weights_MK = method.coefficients(weight_matrix(mixtures, list(components), normalize))
+    weights_MK = weight_matrix(mixtures, list(components), normalize)
     output = Path(output)
     targets = [output if into_output else output / name for name in mixtures]
-    job = _Job(parts, layout, method)
+    job = _Job(parts, layout, method.bind(parts))
     provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
     todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m], PROVENANCE)]
     with storage_errors(f"writing {output}"):
@@ -81,6 +83,8 @@ def merge_checkpoints(
     _check_space(output if output.exists() else output.parent, job, len(todo))
     threads = threads or default_threads()
     per_pass = _outputs_per_pass(job, threads, max_memory)
+    if todo:
+        job.method.prepare(job.plan, threads)
     for start in range(0, len(todo), per_pass):
         group = todo[start : start + per_pass]
         _merge_group(
@@ -99,7 +103,7 @@ def merge_checkpoints(
 class _Job:
     """What all outputs of a merge have in common: targets, placement, copied items, common state."""
 
-    def __init__(self, parts: Components, layout: Layout, method: Linear) -> None:
+    def __init__(self, parts: Components, layout: Layout, method: BoundMethod) -> None:
         self.parts = parts
         self.method = method
         first = parts.checkpoints[0]
@@ -116,13 +120,18 @@ class _Job:
         self.common, self.left_out = merged_common_state(self.common_state, self.iteration)
         self.bytes_each = sum(p.length for p in self.placements)
 
+    @cached_property
+    def oracle(self) -> Oracle:
+        return make_oracle(self.parts, self.method)
+
     @property
     def tensor_placements(self) -> list[Placement]:
         return [p for p in self.placements if isinstance(p.item, TensorItem)]
 
+    @cached_property
     def plan(self) -> BytePlan:
         """The byte plan, with one target for each tensor item in order."""
-        plan = BytePlan(self.parts)
+        plan = BytePlan(self.parts, self.method.partition)
         for p in self.tensor_placements:
             plan.add(Box(p.item.key, p.item.offset or (), p.item.shape, p.item.dtype or ""))
         return plan
@@ -130,12 +139,12 @@ class _Job:
     def provenance(self, name: str, weights: np.ndarray, normalize: Normalize) -> dict[str, Any]:
         """Plain facts that do not depend on when, where or by how many threads the merge was made."""
         return {
-            "format": 1,
+            "format": 2,
             "software": f"megatron_demix {__version__}",
             "mixture": name,
             "method": self.method.describe(),
             "normalize": normalize,
-            "coefficients": dict(zip(self.parts.names, weights.tolist(), strict=True)),
+            "weights": dict(zip(self.parts.names[: len(weights)], weights.tolist(), strict=True)),
             "components": {
                 part: {"model": self._digest(k), "iteration": self.parts.checkpoints[k].location.iteration}
                 for k, part in enumerate(self.parts.names)
@@ -178,7 +187,7 @@ def _merge_group(
     progress: bool,
 ) -> None:
     outputs = [Output(target, job.folder, PROVENANCE) for target in targets]
-    plan = job.plan()
+    plan, recipe = job.plan, job.method.recipe(weights_MK)
     placed = job.tensor_placements
     try:
         for out in outputs:
@@ -195,7 +204,8 @@ def _merge_group(
             ) as advance,
         ):
             outcome = plan.native.run(
-                weights_MK[np.newaxis],
+                recipe.weights_SMK,
+                deltas=recipe.deltas,
                 descriptors_TM=descriptors_TM,
                 direct_TM=direct_TM,
                 offsets_T=offsets_T,
@@ -212,7 +222,7 @@ def _merge_group(
         crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(shape_TM)
         for m, out in enumerate(outputs):
             out.seal(job.placements, crcs_TM[:, m].tolist(), job.common, provenances[m], job.tracker)
-            verify_linear(out.folder, job.parts, weights_MK[m], verify, str(out.target))
+            verify_merge(out.folder, job.parts, job.oracle.mixture(weights_MK[m]), verify, str(out.target))
         for out in outputs:
             out.publish()
     except BaseException:

@@ -1,12 +1,14 @@
-"""What the weights of a mixture mean: the coefficient each checkpoint gets in the sum.
+"""What the weights of a mixture mean: the merge methods, by the names mergekit gives them, and what each needs to know.
 
-Plain averages, deltas stretched from a common base, and task arithmetic are all linear, so they fold into one matrix of
-coefficients and cost the same single pass.
+Every method ends as one pass over the components for all mixtures (a Recipe): a weighted sum with coefficients for each logical
+tensor, or a sum of deltas from the base that were thinned by rules. What a method must know of whole tensors beforehand (inner
+products, thresholds) is computed once, from the components alone, and serves every mixture.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.errors import ConfigError
+from megatron_demix.merge.components import Components
+from megatron_demix.merge.parts import FusedLayout, Partition
+from megatron_demix.merge.plan import BytePlan
+from megatron_demix.native import DeltaRules
 
 BASE = "base"
 
@@ -23,21 +30,18 @@ _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
-class Linear:
-    """theta = base + scale * sum_k w_k * (theta_k - base); without a base, theta = sum_k w_k * theta_k.
+class Recipe:
+    """What a native plan runs: weights for each part (one set where there is no partition), and rules for deltas, if any."""
 
-    scale > 1 stretches the components' mean away from the base, which makes up for the norm that averaging nearly orthogonal
-    deltas loses. Weights that need not sum to 1 (normalize="off") make it task arithmetic (Ilharco et al., 2023).
-    """
+    weights_SMK: np.ndarray
+    deltas: DeltaRules | None = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A merge method with its options. base: the checkpoint that deltas are taken from."""
 
     base: Path | None = None
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ConfigError(f"scale is {self.scale}, expected a finite number.")
-        if self.base is None and self.scale != 1:
-            raise ConfigError(f"scale {self.scale:g} needs a base: give the checkpoint that the components were trained from.")
 
     def sources(self, components: Mapping[str, Path]) -> dict[str, Path]:
         """All checkpoints that are read: the components, then the base. Raises ConfigError if a component is called "base"."""
@@ -47,14 +51,77 @@ class Linear:
             raise ConfigError(f"a component is called {BASE!r}, which is the base's name. Rename the component.")
         return {**components, BASE: Path(self.base)}
 
-    def coefficients(self, weights_MK: np.ndarray) -> np.ndarray:
-        """[M, K] the sum's coefficients, or [M, K + 1] with the base's last."""
-        if self.base is None:
-            return weights_MK
-        rest = np.array([1 - self.scale * math.fsum(row) for row in weights_MK])
-        rest[np.abs(rest) < _ROUNDING] = 0
-        return np.hstack([self.scale * weights_MK, rest[:, np.newaxis]])
+    @abstractmethod
+    def bind(self, components: Components) -> BoundMethod:
+        """For these components (opened from `sources`). Raises ConfigError, IncompatibleInputs; reads no elements."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Name and options, for the provenance of a merge. Never a path."""
+
+
+class BoundMethod(ABC):
+    """A method for certain components. partition: the logical tensors it tells apart, if it does."""
+
+    partition: Partition | None = None
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def prepare(self, plan: BytePlan, threads: int | None) -> None:  # noqa: B027 - most need nothing
+        """Compute what must be known of the parts that the plan's targets have elements of. Call once."""
+
+    @abstractmethod
+    def recipe(self, weights_MK: np.ndarray) -> Recipe:
+        """How to make mixtures of the components. Raises MixtureError where the method has no result for some weights."""
 
     def describe(self) -> dict[str, Any]:
-        """For the provenance of a merge."""
+        """For the provenance: the method, and what it took from the components to tell tensors apart."""
+        return self.method.describe()
+
+
+@dataclass(frozen=True)
+class Linear(Method):
+    """theta = base + scale * sum_k w_k * (theta_k - base); without a base, theta = sum_k w_k * theta_k.
+
+    scale > 1 stretches the components' mean away from the base, which makes up for the norm that averaging nearly orthogonal
+    deltas loses. Weights that need not sum to 1 (normalize="off") make it task arithmetic (Ilharco et al., 2023).
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"scale is {self.scale}, expected a finite number.")
+        if self.base is None and self.scale != 1:
+            raise ConfigError(f"scale {self.scale:g} needs a base: give the checkpoint that the components were trained from.")
+
+    def bind(self, components: Components) -> BoundMethod:
+        return _BoundLinear(self)
+
+    def coefficients(self, weights_MK: np.ndarray) -> np.ndarray:
+        """[M, K] the sum's coefficients, or [M, K + 1] with the base's last."""
+        return weights_MK if self.base is None else with_base(self.scale * weights_MK)
+
+    def describe(self) -> dict[str, Any]:
         return {"name": "linear"} if self.base is None else {"name": "linear", "base": BASE, "scale": self.scale}
+
+
+class _BoundLinear(BoundMethod):
+    method: Linear
+
+    def recipe(self, weights_MK: np.ndarray) -> Recipe:
+        return Recipe(self.method.coefficients(weights_MK)[np.newaxis])
+
+
+def with_base(coefficients_MK: np.ndarray) -> np.ndarray:
+    """[M, K + 1] of sums over components and base, from the coefficients [M, K] of the components' deltas."""
+    rest = np.array([1 - math.fsum(row) for row in coefficients_MK])
+    rest[np.abs(rest) < _ROUNDING] = 0
+    return np.hstack([coefficients_MK, rest[:, np.newaxis]])
+
+
+def fused_layout(components: Components, known: FusedLayout) -> FusedLayout:
+    """How the components' projections are fused: what is known, else what the first component's saved arguments say."""
+    arguments = model_arguments(read_common_state(components.checkpoints[0]))
+    return FusedLayout.of_arguments(arguments).with_known(known)

@@ -19,6 +19,7 @@ from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.metadata import Shape, TensorInfo
 from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.components import Components
+from megatron_demix.merge.parts import Cut, Part, Partition
 from megatron_demix.native import MergePlan, crc32, default_threads
 
 
@@ -41,15 +42,30 @@ class _Region:
     records: list[int] = field(default_factory=list)
     byte_offsets: list[int] = field(default_factory=list)
     strides: list[Shape] = field(default_factory=list)
+    part: int = 0
+    index: int = 0
+    index_strides: Shape = ()
+
+    @property
+    def views(self) -> list[Shape]:
+        """All strides that its elements are followed by."""
+        return [*self.strides, self.index_strides] if self.index_strides else self.strides
 
 
 class BytePlan:
     """A native plan over components, and what its records are called in messages."""
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, partition: Partition | None = None) -> None:
+        """partition: the logical tensors that regions must not cross; the weights and rules of part s are set s then.
+
+        `parts`: those that some target has elements of.
+        """
         self.components = components
+        self.partition = partition
         self.native = MergePlan(len(components.checkpoints))
         self.boxes: list[Box] = []
+        self.parts: set[int] = set()
+        self._grids: dict[str, list[_Grid]] = {}
         self._records: dict[tuple[int, str, Shape], int] = {}
         self._names: list[str] = []
         self._crcs: list[int] = []
@@ -59,19 +75,64 @@ class BytePlan:
         infos = self.components.infos(box.key)
         self.boxes.append(box)
         num_elements = math.prod(box.shape)
-        regions = []
+        regions: list[_Region] = []
         if num_elements:
-            grids = [_Grid(info) for info in infos]
-            regions = [self._region(box, infos, grids, lo, hi) for lo, hi in _cells(box, grids)]
-        if len(regions) == 1 and all(_is_contiguous(box.shape, strides) for strides in regions[0].strides):
+            grids = self._grids_of(box.key)
+            for cut in self._cuts(box):
+                self.parts.add(cut.part)
+                for lo, hi in _cells(cut.lo, cut.hi, grids):
+                    region = self._region(infos, grids, lo, hi, box.offset)
+                    steps = zip(lo, cut.lo, cut.index_strides, strict=True) if cut.index_strides else ()
+                    region.part, region.index = cut.part, cut.index + sum((a - b) * s for a, b, s in steps)
+                    region.index_strides = cut.index_strides
+                    regions.append(region)
+        if len(regions) == 1 and all(_is_contiguous(box.shape, strides) for strides in regions[0].views):
             # One run: the native side can then cut it anywhere, so that tiles of a file stay aligned.
             target = self.native.add_target([num_elements], infos[0].dtype, box.dtype)
             one = regions[0]
-            self.native.add_region(target, [0], [num_elements], one.records, one.byte_offsets, [(1,)] * len(infos))
-            return
-        target = self.native.add_target(box.shape or (1,), infos[0].dtype, box.dtype)
-        for region in regions:
-            self.native.add_region(target, region.lo, region.hi, region.records, region.byte_offsets, region.strides)
+            regions = [
+                _Region([0], [num_elements], one.records, one.byte_offsets, [(1,)] * len(infos), one.part, one.index,
+                        (1,) if one.index_strides else ())
+            ]  # fmt: skip
+        else:
+            target = self.native.add_target(box.shape or (1,), infos[0].dtype, box.dtype)
+        self._add_regions(target, regions)
+
+    def add_part(self, part: Part) -> int:
+        """Plan a whole logical tensor as a target to be read: its rows come in its own order. Returns its index."""
+        infos = self.components.infos(part.key)
+        shape = (*(1 for _ in part.stack), *part.shape)
+        target = self.native.add_target(shape or (1,), infos[0].dtype, infos[0].dtype)
+        if not math.prod(shape):
+            return target
+        grids = self._grids_of(part.key)
+        for offset, size, first_row in part.boxes():
+            hi = tuple(o + n for o, n in zip(offset, size, strict=True))
+            shift = list(offset)
+            if part.shape:
+                shift[len(part.stack)] -= first_row
+            regions = [self._region(infos, grids, a, b, tuple(shift)) for a, b in _cells(offset, hi, grids)]
+            for r in regions if not shape else ():
+                r.lo, r.hi, r.strides = [0], [1], [(1,)] * len(infos)
+            self._add_regions(target, regions)
+        return target
+
+    def _grids_of(self, key: str) -> list[_Grid]:
+        if key not in self._grids:
+            self._grids[key] = [_Grid(info) for info in self.components.infos(key)]
+        return self._grids[key]
+
+    def _cuts(self, box: Box) -> list[Cut]:
+        if self.partition is None:
+            return [Cut(0, box.offset, tuple(o + n for o, n in zip(box.offset, box.shape, strict=True)), 0, ())]
+        return self.partition.cut(box.key, box.offset, box.shape)
+
+    def _add_regions(self, target: int, regions: Sequence[_Region]) -> None:
+        for r in regions:
+            self.native.add_region(
+                target, r.lo, r.hi, r.records, r.byte_offsets, r.strides,
+                weight_set=r.part, index=r.index, index_strides=r.index_strides,
+            )  # fmt: skip
 
     def damaged(self, threads: int | None = None) -> str | None:
         """The first record whose bytes differ from their checksum, by name, or None. Reads every record that is used, whole."""
@@ -85,15 +146,14 @@ class BytePlan:
         """The file, tensor and chunk a record was read from."""
         return self._names[index]
 
-    def _region(self, box: Box, infos: Sequence[TensorInfo], grids: Sequence[_Grid], lo: Shape, hi: Shape) -> _Region:
-        region = _Region(
-            [a - o for a, o in zip(lo, box.offset, strict=True)], [b - o for b, o in zip(hi, box.offset, strict=True)]
-        )
+    def _region(self, infos: Sequence[TensorInfo], grids: Sequence[_Grid], lo: Shape, hi: Shape, shift: Shape) -> _Region:
+        """The region [lo, hi) of the tensor; target coordinates are the tensor's less `shift`."""
+        region = _Region([a - o for a, o in zip(lo, shift, strict=True)], [b - o for b, o in zip(hi, shift, strict=True)])
         for k, (info, grid) in enumerate(zip(infos, grids, strict=True)):
             index = grid.holding(lo, hi)
             if index is None:
                 raise CorruptInput(
-                    f"{self.components.checkpoints[k].location.path}: no chunk of {box.key!r} holds elements {lo} to {hi}. "
+                    f"{self.components.checkpoints[k].location.path}: no chunk of {info.key!r} holds elements {lo} to {hi}. "
                     "The checkpoint was not saved by all ranks."
                 )
             record, offset, strides = self._source(k, info, index, lo)
@@ -135,13 +195,11 @@ class _Grid:
         return np.asarray(((self.lo < np.array(hi, np.int64)) & (self.hi > np.array(lo, np.int64))).all(axis=1))
 
 
-def _cells(box: Box, grids: Sequence[_Grid]) -> list[tuple[Shape, Shape]]:
-    """The box cut wherever a chunk of any component ends: (lo, hi) in global coordinates, in order."""
-    lo = box.offset
-    hi = tuple(o + n for o, n in zip(box.offset, box.shape, strict=True))
+def _cells(lo: Shape, hi: Shape, grids: Sequence[_Grid]) -> list[tuple[Shape, Shape]]:
+    """A box of a tensor cut wherever a chunk of any component ends: (lo, hi) in the tensor's coordinates, in order."""
     touching = [grid.touching(lo, hi) for grid in grids]
     spans = []
-    for axis in range(len(box.shape)):
+    for axis in range(len(lo)):
         cuts = set().union(*(g.cuts(axis, lo[axis], hi[axis], t) for g, t in zip(grids, touching, strict=True)))
         edges = [lo[axis], *sorted(cuts), hi[axis]]
         spans.append(list(itertools.pairwise(edges)))

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.merge.components import MERGEABLE, Components
-from megatron_demix.merge.methods import Linear
+from megatron_demix.merge.methods import Linear, Method, Recipe
 from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.resident import ResidentComponents, fits_on_device
 from megatron_demix.merge.weights import Normalize, weight_matrix
@@ -30,16 +30,17 @@ class ProxyMerger:
         live: Sequence[LiveTensor],
         *,
         threads: int | None = None,
-        method: Linear | None = None,
+        method: Method | None = None,
     ) -> None:
         """method: what the weights mean; None: a plain weighted average.
 
         Raises IncompatibleInputs where a parameter is not in the components, or has another shape.
         """
-        self._method = method or Linear()
+        method = method or Linear()
         self._names = list(components)
-        self.components = Components(self._method.sources(components))
-        self._plan = BytePlan(self.components)
+        self.components = Components(method.sources(components))
+        self._method = method.bind(self.components)
+        self._plan = BytePlan(self.components, self._method.partition)
         self._threads = threads
         self._live = list(live)
         self._checked = False
@@ -53,37 +54,41 @@ class ProxyMerger:
         return sum(self._plan.native.target_bytes)
 
     def merge(self, weights: Mapping[str, float], *, normalize: Normalize = "error") -> None:
-        """Write sum_k weights[k] * component_k into the parameters. Raises MixtureError; CorruptInput on damaged components.
+        """Write the mixture of these weights into the parameters. Raises MixtureError; CorruptInput on damaged components.
 
         The first merge compares the components' checksums too; a file that changes later is not noticed. On a GPU with room for
         them, the components move there in the first merge, and later ones do not leave the device.
         """
-        coefficients = self._method.coefficients(weight_matrix({"proxy": weights}, self._names, normalize))
+        weights_MK = weight_matrix({"proxy": weights}, self._names, normalize)
         if not self._checked:
             if (name := self._plan.damaged(self._threads)) is not None:
                 raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
-            if fits_on_device(self.components, self._live):
+            self._method.prepare(self._plan, self._threads)
+        recipe = self._method.recipe(weights_MK)
+        if not self._checked:
+            # Coefficients that differ between tensors, and deltas, are the CPU's work: the device holds whole parameters.
+            if self._method.partition is None and fits_on_device(self.components, self._live):
                 self._resident = ResidentComponents(self.components, self._live, self._threads)
-                self._check_resident(coefficients)
+                self._check_resident(recipe)
             self._checked = True
         if self._resident is not None:
-            self._resident.merge(coefficients[0])
+            self._resident.merge(recipe.weights_SMK[0, 0])
             return
-        staged = self._merge_staged(coefficients)
+        staged = self._merge_staged(recipe)
         for s in staged:
             s.finish()
 
-    def _merge_staged(self, coefficients_MK: np.ndarray) -> list[_Staged]:
+    def _merge_staged(self, recipe: Recipe) -> list[_Staged]:
         staged = [_Staged(tensor.tensor) for tensor in self._live]
         addresses_TM = np.array([[s.address] for s in staged], np.int64).reshape(len(staged), 1)
-        self._plan.native.run(coefficients_MK[np.newaxis], addresses_TM=addresses_TM, threads=self._threads)
+        self._plan.native.run(recipe.weights_SMK, deltas=recipe.deltas, addresses_TM=addresses_TM, threads=self._threads)
         return staged
 
-    def _check_resident(self, coefficients_MK: np.ndarray) -> None:
+    def _check_resident(self, recipe: Recipe) -> None:
         """Once for each merger, every tensor: the device must give the bits of the CPU."""
         assert self._resident is not None
-        self._resident.merge(coefficients_MK[0])
-        for index, s in enumerate(self._merge_staged(coefficients_MK)):
+        self._resident.merge(recipe.weights_SMK[0, 0])
+        for index, s in enumerate(self._merge_staged(recipe)):
             self._resident.check(s.written, index)
 
     def _box(self, live: LiveTensor) -> Box:

@@ -72,7 +72,7 @@ def test_output_is_a_run_that_loads_from_its_start(parts, tmp_path):
     assert common["iteration"] == 0
     assert common["args"].consumed_train_samples == 0
     provenance = json.loads((path / "release" / "demix_merge.json").read_text())
-    assert provenance["coefficients"] == WEIGHTS
+    assert provenance["weights"] == WEIGHTS
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
