@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_demix import __version__
-from megatron_demix.errors import DemixError
+from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ examples:
   demix consistency --proxies P.csv --references R.csv      do proxies rank mixtures as training does?
 
 exit codes: 0 done; 2 usage or configuration; 3 incompatible inputs; 4 infeasible mixture; 5 verification failed;
-6 output exists and differs; 7 corrupt or unsafe input; 8 a stage failed; 74 disk full; 75 incomplete, run again."""
+6 output exists and differs; 7 corrupt or unsafe input; 8 a stage failed; 9 training
+diverged; 74 disk full; 75 incomplete, run again."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,10 +63,14 @@ def _parser() -> argparse.ArgumentParser:
 
     add("run", "the whole study, from text to the report", [study, running])
     add("resume", "the same as run: what is done is skipped, what was interrupted goes on", [study, running])
-    add("submit", "the same as run, in the background: it goes on when the terminal is closed", [study])
-    add("cancel", "stop the run that works on this study, after it has saved", [study])
+    dry = argparse.ArgumentParser(add_help=False)
+    dry.add_argument("--dry-run", action="store_true", help="print what would be submitted (every sbatch script), and stop")
+    add("submit", "the same as run, in the background or as SLURM jobs, as launch.backend says", [study, dry])
+    add("cancel", "stop what works on this study, after it has saved", [study])
     add("plan", "the stages, their state and where their artifacts lie", [study])
-    add("status", "the same as plan, with the progress of what is under way", [study])
+    watch = argparse.ArgumentParser(add_help=False)
+    watch.add_argument("--watch", action="store_true", help="keep the table on the terminal until nothing is under way")
+    add("status", "the stages, what runs, how far it is, when it will be done, and its log", [study, watch])
     for name, (_, help) in _PARTS.items():
         add(name, help, [study, running])
     add("report", "the HTML report of whatever is done so far", [study])
@@ -98,18 +103,18 @@ def _study_command(options: argparse.Namespace) -> int:
 
     study = load_study(options.study, options.set)
     run: Path = options.runs / study.name
-    dag = build_dag(study, options.study, run.resolve())
+    looking = options.command == "submit" and options.dry_run
+    dag = build_dag(study, options.study, run.resolve(), absent_inputs=looking)
     if options.command == "report":
         _report(dag, options)
-        return 0
-    if options.command in ("submit", "cancel"):
-        _background(dag, options)
-        return 0
-    stages = dag.of_kinds(_PARTS[options.command][0]) if options.command in _PARTS else dag.all
-    if options.command in ("plan", "status") or options.dry_run:
-        _show(stages, options, live=options.command == "status")
-        return 0
-    _run(dag, stages, options)
+    elif options.command in ("submit", "cancel", "status") or (options.command == "resume" and not options.dry_run):
+        _backend(dag, options)
+    else:
+        stages = dag.of_kinds(_PARTS[options.command][0]) if options.command in _PARTS else dag.all
+        if options.command == "plan" or options.dry_run:
+            _plan(stages, options)
+        else:
+            _run(dag, stages, options)
     return 0
 
 
@@ -118,6 +123,11 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
     from megatron_demix.launch.local import run_stages
 
     launch = dag.study.launch
+    if launch.backend != "local":
+        raise ConfigError(
+            f"launch.backend is {launch.backend}: `demix submit` starts this study there. To run it in this process, add "
+            "--set launch.backend=local."
+        )
     nothing_to_do = all(s.done() for s in stages)
     if not nothing_to_do:
         display = Display(quiet=options.quiet)
@@ -138,22 +148,23 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
                 print(f"{stage.name}: {_shown(stage.folder)}", file=sys.stderr)
 
 
-def _background(dag: Dag, options: argparse.Namespace) -> None:
-    from megatron_demix.launch import background
+def _backend(dag: Dag, options: argparse.Namespace) -> None:
+    from megatron_demix.launch.backend import backend_of
+    from megatron_demix.launch.status import show_status
 
-    if options.command == "submit":
-        settings = [argument for text in options.set for argument in ("--set", text)]
-        pid = background.submit(dag.run, [str(options.study), "--runs", str(options.runs), *settings])
-        log = background.log_of(dag.run)
-        print(json.dumps({"pid": pid, "log": str(log)}) if options.json else f"process {pid} works on it; log: {_shown(log)}")
+    if options.command == "resume" and dag.study.launch.backend == "local":
+        _run(dag, dag.all, options)
         return
-    pid_or_none = background.cancel(dag.run)
-    if options.json:
-        print(json.dumps({"pid": pid_or_none}))
-    elif pid_or_none is None:
-        print("nothing is running")
-    else:
-        print(f"process {pid_or_none} has saved and stopped; `demix resume` goes on")
+    settings = [argument for text in options.set for argument in ("--set", text)]
+    backend = backend_of(dag, options.study, [str(options.study), "--runs", str(options.runs), *settings])
+    if options.command == "status":
+        show_status(dag, backend, as_json=options.json, watch=options.watch)
+        return
+    if options.command == "submit" and options.dry_run:
+        print(backend.scripts(), end="")
+        return
+    facts = backend.cancel() if options.command == "cancel" else backend.submit()
+    print(json.dumps(facts, indent=1) if options.json else facts["said"])
 
 
 def _report(dag: Dag, options: argparse.Namespace) -> None:
@@ -166,33 +177,20 @@ def _report(dag: Dag, options: argparse.Namespace) -> None:
         print(f"{verdict(dag)}\nreport: {_shown(page)}")
 
 
-def _show(stages: list[Stage], options: argparse.Namespace, *, live: bool) -> None:
-    from megatron_demix.progress import Heartbeat
-
-    rows = []
-    for stage in stages:
-        row = {"stage": stage.name, "state": stage.state(), "ranks": stage.ranks, "key": stage.key, "path": str(stage.folder)}
-        if live and row["state"] == "partial" and (beat := Heartbeat.read(stage.heartbeat)):
-            row["progress"] = f"{100 * beat['done'] / max(beat['total'], 1):.0f} %"
-            row["log"] = str(stage.log)
-        rows.append(row)
+def _plan(stages: list[Stage], options: argparse.Namespace) -> None:
+    rows = [
+        {"stage": s.name, "state": s.state(), "ranks": s.ranks, "key": s.key, "path": str(s.folder)} for s in stages
+    ]  # fmt: skip
     if options.json:
         print(json.dumps(rows, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from megatron_demix.launch.status import COLOURS, counts, new_table, on_terminal
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("stage", "state", "ranks", "artifact"):
-        table.add_column(column, no_wrap=True, justify="right" if column == "ranks" else "left")
-    colours = {"done": "green", "partial": "yellow", "to do": "dim"}
+    table = new_table("stage", "state", "ranks", "artifact")
     for stage, row in zip(stages, rows, strict=True):
-        state = f"[{colours[str(row['state'])]}]{row['state']}[/] {row.get('progress', '')}"
-        table.add_row(stage.name, state, str(stage.ranks or "-"), _shown(stage.folder))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    counts = {state: sum(r["state"] == state for r in rows) for state in colours}
-    console.print("  ".join(f"{n} {state}" for state, n in counts.items() if n), style="bold", highlight=False)
+        state = str(row["state"])
+        table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), _shown(stage.folder))
+    on_terminal().print(table, counts([str(row["state"]) for row in rows]))
 
 
 def _shown(path: Path) -> str:

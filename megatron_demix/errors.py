@@ -54,9 +54,15 @@ class CorruptInput(DemixError):
 
 
 class StageFailed(DemixError):
-    """A stage's process died, or training diverged. The log is named in the message; finished artifacts are intact."""
+    """A stage's process died or hung: running again may help. The log is named; finished artifacts are intact."""
 
     exit_code = 8
+
+
+class Diverged(DemixError):
+    """Training diverged. Running again would end in the same way; the last checkpoint is intact."""
+
+    exit_code = 9
 
 
 class StorageError(DemixError):

@@ -71,21 +71,28 @@ def _lines(label: str, total: float, unit: str) -> Iterator[Advance]:
 
 
 class Heartbeat:
-    """A small JSON file that says how far a process is and that it lives: {"done", "total", "unit", "pid", "time", ...}."""
+    """A small JSON file that says how far a process is and that it lives: {"done", "total", "unit", "pid", "time", "left_s",
+    ...}. left_s: seconds until it is done at the mean speed of this process; None before its first unit.
+    """
 
     def __init__(self, path: Path, *, interval_s: float = 0.5) -> None:
         self._path, self._interval_s, self._last = Path(path), interval_s, 0.0
+        self._first: tuple[float, float] | None = None
 
     def beat(self, done: float, total: float, unit: str, **facts: Any) -> None:
         """Write the file, at most once per interval (always at the end). A heartbeat that cannot be written is dropped."""
         now = time.time()
+        first_time, first_done = self._first = self._first or (now, done)
         if done < total and now - self._last < self._interval_s:
             return
         self._last = now
+        left_s = (total - done) * (now - first_time) / (done - first_done) if done > first_done else None
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             temporary.write_text(
-                json.dumps({"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": now} | facts)
+                json.dumps(
+                    {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": now, "left_s": left_s} | facts
+                )
             )
             os.replace(temporary, self._path)
         except OSError:

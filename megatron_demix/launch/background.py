@@ -7,14 +7,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_demix.errors import Incomplete, StageFailed
 from megatron_demix.launch.local import holder
+from megatron_demix.launch.stage import is_locked
+from megatron_demix.pipeline.dag import Dag
 from megatron_demix.units import format_duration
 
 CANCEL_WAIT_S = 120
+
+
+class Background:
+    """The backend of this machine. arguments: those that `demix run` needs to find the study."""
+
+    def __init__(self, dag: Dag, arguments: Sequence[str]) -> None:
+        self._dag, self._arguments = dag, list(arguments)
+
+    def submit(self) -> dict[str, Any]:
+        pid, log = submit(self._dag.run, self._arguments), log_of(self._dag.run)
+        return {"said": f"process {pid} works on it; log: {log}", "pid": pid, "log": str(log)}
+
+    def scripts(self) -> str:
+        return " ".join(["demix", "run", *self._arguments]) + "\n"
+
+    def cancel(self) -> dict[str, Any]:
+        pid = cancel(self._dag.run)
+        said = "nothing is running" if pid is None else f"process {pid} has saved and stopped; `demix resume` goes on"
+        return {"said": said, "pid": pid}
+
+    def activity(self) -> Mapping[str, str]:
+        """Stages with ranks only: the others are done as soon as they are looked at."""
+        return {s.name: "running" for s in self._dag.all if s.ranks and is_locked(s.log.with_suffix(".lock"))}
 
 
 def log_of(run: Path) -> Path:

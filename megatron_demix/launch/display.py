@@ -83,4 +83,4 @@ class Display:
 
 
 def _facts(beat: dict) -> dict:
-    return {k: v for k, v in beat.items() if k not in ("done", "total", "unit", "pid", "time") and v is not None}
+    return {k: v for k, v in beat.items() if k not in ("done", "total", "unit", "pid", "time", "left_s") and v is not None}

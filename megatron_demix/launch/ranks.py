@@ -1,4 +1,5 @@
-"""torchrun with two manners it lacks: it ends with its ranks' exit code, and it dies when whoever started it dies.
+"""torchrun with three manners it lacks: it ends with its ranks' exit code, it dies when whoever started it dies, and it gives
+ranks that were asked to stop the time they need to save.
 
 `python -m megatron_demix.launch.ranks [torchrun's own arguments] -m MODULE ARGS`
 """
@@ -6,13 +7,32 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 
 from megatron_demix.errors import Incomplete
 from megatron_demix.process import die_with_parent
 
+# torchrun would pass SIGTERM on and kill what still runs 30 s later, in the middle of a large save.
+_TORCHRUN_HANDLES = "SIGINT,SIGHUP,SIGQUIT"
+
 
 def main() -> int:
+    asked: list[int] = []
+
+    def pass_on(signum: int, frame: object) -> None:
+        """Ranks save and end with a code of their own, which ends torchrun. Without ranks there is nothing to save."""
+        import psutil
+
+        asked.append(signum)
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        if not ranks:
+            os._exit(Incomplete.exit_code)
+
+    signal.signal(signal.SIGTERM, pass_on)
     die_with_parent()
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,9 +40,11 @@ def main() -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
-        run(parse_args(sys.argv[1:]))
+        run(parse_args([f"--signals-to-handle={_TORCHRUN_HANDLES}", *sys.argv[1:]]))
     except ChildFailedError as e:
         _, first = e.get_first_failure()
+        if asked and first.exitcode == -signal.SIGTERM:  # it was still importing
+            return Incomplete.exit_code
         return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     except SignalException:
         return Incomplete.exit_code

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.pipeline import data_stages, final_stages, search_stages, train_stages
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage, with_needs
-from megatron_demix.study import Study
+from megatron_demix.study import DomainSpec, Study
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,33 @@ class Dag:
     def all(self) -> list[Stage]:
         return with_needs([self.final_scores])
 
+    def stage(self, name: str) -> Stage:
+        """Raises ConfigError naming the nearest stage there is."""
+        for stage in self.all:
+            if stage.name == name:
+                return stage
+        close = difflib.get_close_matches(name, [s.name for s in self.all], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ConfigError(f"study {self.study.name!r} has no stage {name!r}{hint} `demix plan` lists them.")
+
     def of_kinds(self, kinds: set[str]) -> list[Stage]:
         """The stages of these kinds and all they need."""
         return with_needs(s for s in self.all if s.kind in kinds)
 
 
-def build_dag(study: Study, study_path: Path, run: Path) -> Dag:
+def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool = False) -> Dag:
     """Wire the stages of `study` together. Reads the inputs once (their digests are part of the keys), runs nothing.
 
-    study_path: relative inputs are resolved from its folder. Raises ConfigError or CorruptInput for inputs that are missing.
+    study_path: relative inputs are resolved from its folder. Raises ConfigError or CorruptInput for inputs that are missing;
+    with absent_inputs they may be: all is as it will be but the keys.
     """
     root = study_path.resolve().parent
-    digests = InputDigests(run / "cache" / "input_digests.json")
-    inputs = {d.name: data_stages.resolve(d, root) for d in study.domains}
+    digests = InputDigests(run / "cache" / "input_digests.json", absent_ok=absent_inputs)
+    inputs = {d.name: _inputs(d, root, absent_inputs) for d in study.domains}
     tokenizer = data_stages.tokenizer(study, root, run, inputs, digests)
     data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests) for d in study.domains}
     digests.save()
-    base = train_stages.base(study, root, run, tokenizer, data)
+    base = train_stages.base(study, root, run, tokenizer, data, absent_ok=absent_inputs)
     components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data}
     rounds = search_stages.rounds(study, run, tokenizer, data, components)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
@@ -60,3 +72,12 @@ def build_dag(study: Study, study_path: Path, run: Path) -> Dag:
     proxies = final_stages.proxies(study, run, data, components, rounds[-1].fit)
     scores = final_stages.scores(study, run, tokenizer, data, base, finals, proxies)
     return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores)
+
+
+def _inputs(domain: DomainSpec, root: Path, absent_ok: bool) -> list[Path]:
+    try:
+        return data_stages.resolve(domain, root)
+    except (ConfigError, CorruptInput):
+        if not absent_ok:
+            raise
+        return []

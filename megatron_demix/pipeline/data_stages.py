@@ -38,7 +38,7 @@ def tokenizer(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Pat
     spec = study.tokenizer
     if spec.model is not None:
         model = root / spec.model
-        if not model.exists():
+        if not model.exists() and not digests.absent_ok:
             raise ConfigError(f"tokenizer.model: {model} does not exist; a relative path starts at the study file's folder.")
         spec = spec.model_copy(update={"model": model})
     settings: dict[str, Any] = spec.model_dump(exclude={"model"}, mode="json")
@@ -46,7 +46,7 @@ def tokenizer(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Pat
     if spec.type == "bpe":
         settings["inputs"] = {name: digests.of(paths) for name, paths in samples.items()}
     elif spec.model:
-        settings["model"] = digests.of([spec.model] if spec.model.is_file() else sorted(spec.model.iterdir()))
+        settings["model"] = digests.of(sorted(spec.model.iterdir()) if spec.model.is_dir() else [spec.model])
 
     def make(folder: Path) -> None:
         from megatron_demix.data.tokenizer import train_tokenizer

@@ -12,8 +12,10 @@ from megatron_demix.artifact import fingerprint, hash_file, write_json
 class InputDigests:
     """Digests of input files, remembered by path, size and modification time, so that a second run reads none of them."""
 
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
+    def __init__(self, cache: Path, *, absent_ok: bool = False) -> None:
+        """absent_ok: what does not exist gets a digest that stands for it, and nothing is saved: for looking at a study whose
+        inputs are on another machine."""
+        self._cache, self.absent_ok = cache, absent_ok
         try:
             self._known: dict[str, list] = json.loads(cache.read_text())
         except (OSError, ValueError):
@@ -23,6 +25,9 @@ class InputDigests:
         """A fingerprint of the files' names and bytes, in the given order; where they lie does not count."""
         entries = []
         for path in paths:
+            if self.absent_ok and not path.exists():
+                entries.append([path.name, "absent"])
+                continue
             facts = path.stat()
             identity = [facts.st_size, facts.st_mtime_ns]
             known = self._known.get(str(path.resolve()))
@@ -32,5 +37,7 @@ class InputDigests:
         return fingerprint(entries)
 
     def save(self) -> None:
+        if self.absent_ok:
+            return
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._cache, self._known)

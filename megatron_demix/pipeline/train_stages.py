@@ -87,10 +87,11 @@ def training(
     return stage
 
 
-def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[str, Stage]) -> Stage:
+def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[str, Stage], *, absent_ok: bool = False) -> Stage:
+    """absent_ok: a given checkpoint may be missing, as long as nothing is to be run."""
     spec = study.base
     if spec.checkpoint is not None:
-        return _given_base(root / spec.checkpoint, run)
+        return _given_base(root / spec.checkpoint, run, absent_ok=absent_ok)
 
     def blend() -> list[tuple[Path, float]]:
         mixture = study.mixture(spec.mixture, data_stages.tokens(data, "train"), "base.mixture")
@@ -110,10 +111,12 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     )
 
 
-def _given_base(checkpoint: Path, run: Path) -> Stage:
+def _given_base(checkpoint: Path, run: Path, *, absent_ok: bool) -> Stage:
     """A stage that only points at the user's checkpoint; nothing of it is copied."""
     from megatron_demix.checkpoint.layout import find_checkpoint
 
+    if absent_ok and not checkpoint.exists():
+        return Stage("base/base", run, {"checkpoint": "absent"}, (), lambda folder: None)
     found = find_checkpoint(checkpoint)
     # The metadata names every tensor, file and offset; shards are too large to be read for a key.
     digest = fingerprint([hash_file(found.path / ".metadata"), [p.stat().st_size for p in sorted(found.path.glob("*.distcp"))]])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_demix.artifact import write_atomic
-from megatron_demix.errors import CorruptInput, StageFailed, storage_errors
+from megatron_demix.errors import CorruptInput, Diverged, storage_errors
 from megatron_demix.train.job import LossGuard
 
 FILE = "losses.jsonl"
@@ -77,17 +77,17 @@ class DivergenceGuard:
             self._see(loss)
 
     def check(self, iteration: int, loss: float, grad_norm: float) -> None:
-        """Raises StageFailed, which leaves the last checkpoint as it is."""
+        """Raises Diverged, which leaves the last checkpoint as it is."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
-            raise StageFailed(
+            raise Diverged(
                 f"run {self._name}: {what} at iteration {iteration}, expected a finite number. The last checkpoint is intact. "
                 "Lower the learning rate or the clipping threshold, lengthen the warm-up, or look at the data of this step."
             )
         if not self._see(loss):
             return
         if self._spikes >= self._guard.patience:
-            raise StageFailed(
+            raise Diverged(
                 f"run {self._name}: the loss has been above {self._guard.factor} x its recent median "
                 f"{statistics.median(self._recent):.4f} for {self._spikes} iterations, to {loss:.4f} at iteration {iteration}. "
                 "The last checkpoint is intact. Lower the learning rate, or raise loss_guard.factor if this is expected."

@@ -18,8 +18,8 @@ def train(job: TrainJob) -> None:
     CPU their bytes depend on nothing but the job and the layout, however often the run was killed and resumed on the way; on
     GPUs that holds as far as the kernels themselves are deterministic.
 
-    Raises ConfigError for what this machine cannot run, IncompatibleInputs, CorruptInput, StorageError, StageFailed if the
-    loss diverges or another rank is lost, and Incomplete after SIGTERM or SIGUSR1, with everything saved.
+    Raises ConfigError for what this machine cannot run, IncompatibleInputs, CorruptInput, StorageError, Diverged, StageFailed
+    if another rank is lost, and Incomplete after SIGTERM or SIGUSR1, with everything saved.
     """
     check_machine(job)
     torch.set_num_threads(job.threads_per_rank)

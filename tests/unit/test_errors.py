@@ -15,6 +15,7 @@ CODES = {
     "OutputExists": 6,
     "CorruptInput": 7,
     "StageFailed": 8,
+    "Diverged": 9,
     "StorageError": 74,
     "Incomplete": 75,
 }

@@ -15,9 +15,9 @@ WORKS = """
 import sys, time
 from pathlib import Path
 from megatron_demix.errors import DemixError
-from megatron_demix.launch.local import _interruptible, _only_one
+from megatron_demix.launch.local import _interruptible, only_one
 try:
-    with _only_one(Path(sys.argv[1])), _interruptible():
+    with only_one(Path(sys.argv[1])), _interruptible():
         time.sleep(120)
 except DemixError as e:
     sys.exit(e.exit_code)

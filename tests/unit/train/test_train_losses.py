@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_demix.errors import CorruptInput, StageFailed
+from megatron_demix.errors import CorruptInput, Diverged
 from megatron_demix.train.job import LossGuard
 from megatron_demix.train.losses import DivergenceGuard, LossLog, read_losses
 
@@ -46,7 +46,7 @@ def test_missing_and_foreign_lines_are_corrupt(tmp_path):
 @pytest.mark.parametrize(("loss", "norm", "said"), [(math.nan, 1.0, "loss is nan"), (1.0, math.inf, "gradient norm is inf")])
 def test_what_is_not_finite_stops_at_once(loss, norm, said):
     guard = DivergenceGuard(LossGuard(), "r", [])
-    with pytest.raises(StageFailed, match=rf"run r: {said} at iteration 7, expected a finite number. The last checkpoint is"):
+    with pytest.raises(Diverged, match=rf"run r: {said} at iteration 7, expected a finite number. The last checkpoint is"):
         guard.check(7, loss, norm)
 
 
@@ -57,8 +57,8 @@ def test_lasting_spikes_stop_short_ones_do_not():
     for i, loss in enumerate(losses, start=1):
         guard.check(i, loss, 1.0)
     message = r"above 1.5 x its recent median 2.0000 for 3 iterations, to 9.0000 at iteration 14.*Lower the learning rate"
-    with pytest.raises(StageFailed, match=message):
+    with pytest.raises(Diverged, match=message):
         guard.check(14, 9.0, 1.0)
     resumed = DivergenceGuard(settings, "r", losses)
-    with pytest.raises(StageFailed, match=r"for 3 iterations, to 9.0000 at iteration 14"):
+    with pytest.raises(Diverged, match=r"for 3 iterations, to 9.0000 at iteration 14"):
         resumed.check(14, 9.0, 1.0)

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from megatron_demix.artifact import hash_file, read_json
-from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, Incomplete, StageFailed, StorageError
+from megatron_demix.errors import ConfigError, CorruptInput, Diverged, IncompatibleInputs, Incomplete, StorageError
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
 
@@ -185,7 +185,7 @@ def test_a_cache_that_cannot_be_locked_is_used_with_a_warning(tmp_path, make_tra
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, make_train_job):
     job = make_train_job(tmp_path, train={"lr": 1e30, "lr_warmup_fraction": 0.0, "clip_grad": 0.0, "save_interval": 1})
-    with pytest.raises(StageFailed, match=r"run tiny: (loss|gradient norm) is .* at iteration \d, expected a finite number"):
+    with pytest.raises(Diverged, match=r"run tiny: (loss|gradient norm) is .* at iteration \d, expected a finite number"):
         train(job)
     assert (job.work / "latest_checkpointed_iteration.txt").read_text() in "12345"
 

@@ -1,0 +1,62 @@
+"""How often a stage was begun without getting any further, so that what fails at every start is not started for ever."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_demix.artifact import fingerprint, read_json, write_json
+from megatron_demix.errors import CorruptInput, StageFailed
+from megatron_demix.pipeline.stage import Stage
+
+MOST_ATTEMPTS = 3
+
+
+@dataclass
+class Attempts:
+    """What is known of a stage that is not done. Kept beside its log, since it is no part of the artifact."""
+
+    saved: str = ""
+    """Fingerprint of what its earlier attempts had saved when the last one began."""
+    number: int = 0
+    """Attempts that began with exactly that saved, those that were asked to stop left out."""
+    failed: str = ""
+    """Why it will not be tried again; empty while it will."""
+
+    @classmethod
+    def read(cls, stage: Stage) -> Attempts:
+        try:
+            return cls(**read_json(_path(stage)))
+        except (CorruptInput, TypeError):
+            return cls()
+
+    def begin(self, stage: Stage) -> None:
+        """Count an attempt. Raises StageFailed when MOST_ATTEMPTS in a row have not got any further."""
+        saved = _saved(stage)
+        self.number = self.number + 1 if saved == self.saved else 1
+        self.saved, self.failed = saved, ""
+        if self.number > MOST_ATTEMPTS:
+            raise StageFailed(
+                f"stage {stage.name}: ended {MOST_ATTEMPTS} times without saving anything new, and is not started again. Look "
+                f"at {stage.log}; when the cause is gone, `demix resume` goes on."
+            )
+        self.write(stage)
+
+    def write(self, stage: Stage) -> None:
+        stage.log.parent.mkdir(parents=True, exist_ok=True)
+        write_json(_path(stage), asdict(self))
+
+
+def forget(stage: Stage) -> None:
+    """A person wants it tried again."""
+    _path(stage).unlink(missing_ok=True)
+
+
+def _path(stage: Stage) -> Path:
+    return stage.log.with_suffix(".attempts.json")
+
+
+def _saved(stage: Stage) -> str:
+    """Names the checkpoints and finished rows in the stage's work folder; the trainer's log of losses is ahead of them."""
+    rows = [[p.name, p.stat().st_size] for p in sorted(stage.work.glob("rows-*.jsonl"))]
+    return fingerprint([sorted(p.name for p in stage.work.glob("iter_*")), rows])

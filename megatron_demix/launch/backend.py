@@ -1,0 +1,43 @@
+"""What `demix submit`, `status` and `cancel` need from a place where studies run. Another one is one file with such a class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_demix.pipeline.dag import Dag
+
+
+class Backend(Protocol):
+    """Starts `python -m megatron_demix.launch.stage` (or all of `demix run`) for whatever is not done, needs first.
+
+    What is done is read from the artifacts, what failed from launch.attempts; a backend only knows what is under way.
+    """
+
+    def submit(self) -> dict[str, Any]:
+        """Start what is missing. Facts about it, with a sentence under "said". Raises Incomplete if it is under way already."""
+        ...
+
+    def scripts(self) -> str:
+        """What submit() would start, as text. Needs nothing installed."""
+        ...
+
+    def cancel(self) -> dict[str, Any]:
+        """Let what is under way save and stop. Facts about it, with a sentence under "said"."""
+        ...
+
+    def activity(self) -> Mapping[str, str]:
+        """ "running", or "queued" and why, by the name of each stage that is under way."""
+        ...
+
+
+def backend_of(dag: Dag, study_path: Path, arguments: list[str]) -> Backend:
+    """The backend the study names. arguments: those that `demix run` needs to find the same study again."""
+    if dag.study.launch.backend == "slurm":
+        from megatron_demix.launch.slurm import Slurm
+
+        return Slurm(dag, study_path.resolve().parent)
+    from megatron_demix.launch.background import Background
+
+    return Background(dag, arguments)

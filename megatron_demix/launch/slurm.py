@@ -1,0 +1,224 @@
+"""A study as SLURM jobs, all submitted at once with dependencies between them.
+
+Nothing but SLURM's queue knows what is under way, and nothing but the artifacts what is done, so there is no state here that
+could be wrong: submitting makes the queue hold what is missing. A job that ends unfinished puts itself back into the queue. One
+that could not (its batch script was killed) takes those that depend on it along, and the last job, which waits for all of them
+whatever becomes of them, submits again what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.artifact import fingerprint, read_json, write_atomic, write_json
+from megatron_demix.errors import ConfigError, DemixError, Incomplete, StageFailed
+from megatron_demix.launch.attempts import Attempts, forget
+from megatron_demix.launch.local import only_one
+from megatron_demix.launch.slurm_scripts import CONCLUDE, Group, Scripts, check_kinds, group
+from megatron_demix.pipeline.dag import Dag
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.units import format_duration
+
+CANCEL_WAIT_S = 120
+_COMMAND_LIMIT_S = 120
+
+
+class Slurm:
+    """The backend for one run. root: the folder that the study's relative inputs start from."""
+
+    def __init__(self, dag: Dag, root: Path) -> None:
+        self._dag = dag
+        self._scripts = Scripts(dag.study.launch.slurm, dag.study.name, dag.run, root)
+        check_kinds(dag.study.launch.slurm, dag.all)
+
+    def submit(self) -> dict[str, Any]:
+        self._dag.run.mkdir(parents=True, exist_ok=True)
+        with only_one(self._dag.run):
+            if live := self._jobs():
+                raise Incomplete(
+                    f"{self._dag.run} is already being worked on by the SLURM jobs {_ids(live)}: see `demix status`, or "
+                    "`demix cancel` them first."
+                )
+            for stage in self._dag.all:
+                forget(stage)
+            self._scripts.cancelled.unlink(missing_ok=True)
+            jobs = self._submit([s for s in self._dag.all if not s.done()])
+        return {"said": f"{len(jobs)} jobs, scripts in {self._scripts.folder}", "jobs": jobs}
+
+    def scripts(self) -> str:
+        groups = group(self._dag.all)
+        files = [(self._scripts.path(g.name), self._scripts.of_group(g)) for g in groups]
+        files.append((self._scripts.path(CONCLUDE), self._scripts.of_conclusion()))
+        return "\n".join(f"# ---- {path}\n{text}" for path, text in files)
+
+    def cancel(self) -> dict[str, Any]:
+        jobs = self._jobs()
+        if not jobs:
+            return {"said": "nothing is running", "jobs": []}
+        write_atomic(self._scripts.cancelled, "")
+        ids = sorted({job for job, *_ in jobs})
+        # The batch scripts pass USR1 on to the ranks, which save; TERM would leave them no more than SLURM's KillWait.
+        _slurm("scancel", "--state=PENDING", *ids)
+        _slurm("scancel", "--signal=USR1", "--batch", *ids, check=False)
+        deadline = time.monotonic() + CANCEL_WAIT_S
+        while left := self._jobs():
+            if time.monotonic() >= deadline:
+                raise Incomplete(
+                    f"jobs {_ids(left)} have not ended after {format_duration(CANCEL_WAIT_S)}; they may still be saving. Try "
+                    "again, or scancel them."
+                )
+            # A job that was starting had no one who listened to the signal, and one that was requeued is pending now.
+            _slurm("scancel", "--state=PENDING", *ids, check=False)
+            time.sleep(1)
+        return {"said": f"jobs {', '.join(ids)} have saved and stopped; `demix resume` goes on", "jobs": ids}
+
+    def activity(self) -> Mapping[str, str]:
+        try:
+            members = read_json(self._scripts.folder / "groups.json")
+        except DemixError:
+            return {}
+        found = {}
+        for _, name, index, state, reason in self._jobs():
+            if stages := members.get(name):
+                found[stages[index or 0]] = "running" if state in ("RUNNING", "COMPLETING") else f"queued ({reason})"
+        return found
+
+    def conclude(self) -> None:
+        """Of the last job: nothing else is under way. Raises StageFailed where submitting again would change nothing."""
+        missing = [s for s in self._dag.all if not s.done()]
+        if not missing:
+            from megatron_demix.pipeline.reporting import verdict, write_report
+
+            print(f"{verdict(self._dag)}\nreport: {write_report(self._dag)}", flush=True)
+            return
+        failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
+        possible = _without(missing, failed)
+        log = self._dag.run / "logs" / "slurm"
+        if failed and not possible:
+            raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
+        if self._progress() == read_json(self._scripts.folder / "progress.json"):
+            raise StageFailed(
+                f"{len(missing)} stages are not done ({missing[0].name}, ...), and nothing has changed since they were "
+                f"submitted. Look into {log}; when the cause is gone, `demix resume` goes on."
+            )
+        if self._scripts.cancelled.exists():
+            raise Incomplete("cancelled; `demix resume` goes on.")
+        with only_one(self._dag.run):
+            jobs = self._submit(possible)
+        print(f"{len(missing)} stages are not done: submitted again as {', '.join(jobs.values())}", flush=True)
+
+    def _submit(self, stages: Sequence[Stage]) -> dict[str, str]:
+        """Job ids by group. Of an array only the elements that are missing are submitted."""
+        groups = group(self._dag.all)
+        scripts = self._scripts
+        (self._dag.run / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
+        scripts.folder.mkdir(exist_ok=True)
+        write_json(scripts.study, self._dag.study.model_dump(mode="json"))
+        write_json(scripts.folder / "groups.json", {g.name: [s.name for s in g.stages] for g in groups})
+        for g in groups:
+            write_atomic(scripts.path(g.name), scripts.of_group(g))
+        write_atomic(scripts.path(CONCLUDE), scripts.of_conclusion())
+        write_json(scripts.folder / "progress.json", self._progress())
+        jobs: dict[str, str] = {}
+        wanted = {s.name for s in stages}
+        try:
+            for g in groups:
+                if missing := [i for i, s in enumerate(g.stages) if s.name in wanted]:
+                    jobs[g.name] = self._sbatch(g, missing, [jobs[n] for n in g.needs if n in jobs])
+            everything = ":".join(jobs.values())
+            after = [f"--dependency=afterany:{everything}"] if jobs else []
+            jobs[CONCLUDE] = _slurm("sbatch", "--parsable", *after, str(scripts.path(CONCLUDE))).split(";")[0].strip()
+        except BaseException:
+            if jobs:
+                _slurm("scancel", *jobs.values(), check=False)
+            raise
+        return jobs
+
+    def _sbatch(self, g: Group, missing: Sequence[int], after: Sequence[str]) -> str:
+        options = ["--parsable"]
+        if after:
+            options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+        if len(missing) < len(g.stages):
+            limit = self._scripts.spec.array_limit
+            options.append(f"--array={','.join(map(str, missing))}" + (f"%{limit}" if limit else ""))
+        return _slurm("sbatch", *options, str(self._scripts.path(g.name))).split(";")[0].strip()
+
+    def _jobs(self) -> list[tuple[str, str, int | None, str, str]]:
+        """(job id, group, index in its array, state, reason) of every job of this run that has not ended, but this one."""
+        listed = _slurm(
+            "squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F\t%K\t%j\t%T\t%r\t%Z"
+        )  # fmt: skip
+        jobs = []
+        for line in listed.splitlines():
+            job, index, name, state, reason, folder = line.split("\t")
+            prefix, _, of_group = name.partition(self._scripts.job_name(""))
+            if folder != str(self._dag.run) or prefix or not of_group or job == os.environ.get("SLURM_JOB_ID"):
+                continue
+            jobs.append((job, of_group, int(index) if index.isdigit() else None, state, reason))
+        return jobs
+
+    def _progress(self) -> str:
+        """Changes whenever a stage is done, or has been tried."""
+        return fingerprint([[s.name, s.done(), vars(Attempts.read(s))] for s in self._dag.all])
+
+
+def _ids(jobs: Sequence[tuple]) -> str:
+    return ", ".join(sorted({job for job, *_ in jobs}))
+
+
+def _without(stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:
+    """The stages (needs first) that neither failed nor need one that did."""
+    hopeless = set(failed)
+    for stage in stages:
+        if any(n.name in hopeless for n in stage.needs):
+            hopeless.add(stage.name)
+    return [s for s in stages if s.name not in hopeless]
+
+
+def _slurm(*command: str, check: bool = True) -> str:
+    """Output of one of SLURM's commands. Raises ConfigError where it is not installed or refuses, Incomplete where the
+    controller does not answer."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S)
+    except FileNotFoundError as e:
+        raise ConfigError(
+            f"launch.backend is slurm, but there is no {command[0]} on this machine. Submit from a login node, or use "
+            "--set launch.backend=local."
+        ) from e
+    except subprocess.TimeoutExpired as e:
+        raise Incomplete(f"{command[0]} has not answered within {_COMMAND_LIMIT_S} s; try again.") from e
+    if check and result.returncode != 0:
+        said = " ".join(result.stderr.split())
+        unreachable = any(s in said for s in ("Unable to contact", "Connection refused", "Socket timed out", "try again"))
+        raise (Incomplete if unreachable else ConfigError)(f"{' '.join(command[:1])}: {said or 'failed'}")
+    return result.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The last job of a study: its report, or what is missing once more.")
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--root", type=Path, required=True)
+    options = parser.parse_args()
+    from megatron_demix.pipeline.dag import build_dag
+    from megatron_demix.study import load_study
+
+    try:
+        study = load_study(options.study)
+        Slurm(build_dag(study, options.root / "study.yaml", options.run), options.root).conclude()
+    except DemixError as e:
+        print(f"demix: {e}", file=sys.stderr, flush=True)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""A study as sbatch files: stages that are alike and may run side by side are one job array, any other is a job of its own."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study import SlurmResources, SlurmSpec
+
+CONCLUDE = "conclude"
+"""The job that runs when all others have ended: it writes the report, or submits again what is missing."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The stages of one job or job array, in the array's order, and the groups that have to end before it."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    needs: tuple[str, ...]
+
+
+def group(stages: Sequence[Stage]) -> list[Group]:
+    """stages: needs first, each with all it needs. Stages of one kind, as many ranks and the same depth form a group."""
+    depth: dict[str, int] = {}
+    for stage in stages:
+        depth[stage.name] = 1 + max((depth[n.name] for n in stage.needs), default=0)
+    alike: dict[tuple[int, str, int], list[Stage]] = {}
+    for stage in stages:
+        alike.setdefault((depth[stage.name], stage.kind, stage.ranks), []).append(stage)
+    names: dict[tuple, str] = {}
+    for where, members in sorted(alike.items(), key=lambda item: item[0]):
+        name = members[0].kind if len(members) > 1 else members[0].name.replace("/", ".")
+        names[where] = f"{name}.{where[0]}" if name in names.values() else name
+    of_stage = {stage.name: names[where] for where, members in alike.items() for stage in members}
+    return [
+        Group(name, tuple(alike[where]), tuple(dict.fromkeys(of_stage[n.name] for s in alike[where] for n in s.needs)))
+        for where, name in names.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Scripts:
+    """Renders the sbatch files of one run. root: the folder that the study's relative inputs start from."""
+
+    spec: SlurmSpec
+    study_name: str
+    run: Path
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.run / "slurm"
+
+    @property
+    def study(self) -> Path:
+        """The study as it was submitted; the file it came from may change."""
+        return self.folder / "study.json"
+
+    @property
+    def cancelled(self) -> Path:
+        """While this file is there, no job goes back into the queue."""
+        return self.folder / "cancelled"
+
+    def path(self, group: str) -> Path:
+        return self.folder / f"{group}.sbatch"
+
+    def job_name(self, group: str) -> str:
+        return f"{self.study_name}.{group}"
+
+    def of_group(self, group: Group) -> str:
+        """Raises ConfigError where the ranks cannot be spread evenly over nodes."""
+        import jinja2
+
+        stage = group.stages[0]
+        resources = self._resources(stage)
+        nodes = self._nodes(stage, resources)
+        inside = "python3" if self.spec.container else sys.executable
+        python, study, run, root = (shlex.quote(str(p)) for p in (self.spec.python or inside, self.study, self.run, self.root))
+        loader = jinja2.PackageLoader("megatron_demix.launch", "")
+        environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+        ranks = f", {stage.ranks} ranks each" if len(group.stages) > 1 else f", {stage.ranks} ranks"
+        return environment.get_template("stage.sbatch.j2").render(
+            title=f"Study {self.study_name}: {group.name}{ranks if stage.ranks else ''}.",
+            options=[
+                *self._common(group.name, resources, array=len(group.stages)),
+                f"--signal=B:USR1@{self.spec.grace}",
+                f"--nodes={nodes}",
+                "--ntasks-per-node=1",
+                *([f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []),
+                *(
+                    [f"--gpus-per-node={min(resources.gpus_per_node, stage.ranks)}"]
+                    if resources.gpus_per_node and stage.ranks
+                    else []
+                ),
+                *resources.sbatch,
+            ],
+            stages=[shlex.quote(s.name) for s in group.stages],
+            setup=self.spec.setup.strip(),
+            nodes=nodes,
+            cpus_per_task=resources.cpus_per_task,
+            container=shlex.quote(self.spec.container) if self.spec.container else None,
+            mounts=shlex.quote(",".join(self.spec.mounts)),
+            python=python,
+            study=study,
+            run=run,
+            root=root,
+            cancelled=shlex.quote(str(self.cancelled)),
+        )
+
+    def of_conclusion(self) -> str:
+        """The last job runs outside the container: it calls sbatch."""
+        resources = self.spec.model_copy(update=_given(self.spec.light)) if self.spec.light else self.spec
+        options = [*self._common(CONCLUDE, resources, array=1), "--nodes=1", "--ntasks=1", *resources.sbatch]
+        command = [sys.executable, "-m", "megatron_demix.launch.slurm", self.study, "--run", self.run, "--root", self.root]
+        lines = [
+            "#!/bin/bash",
+            f"# Study {self.study_name}: the report, once everything is done; or what is missing, once more.",
+            *(f"#SBATCH {option}" for option in options),
+            *([self.spec.setup.strip()] if self.spec.setup else []),
+            "exec " + " ".join(shlex.quote(str(word)) for word in command),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _common(self, name: str, resources: SlurmResources, *, array: int) -> list[str]:
+        log = self.run / "logs" / "slurm" / f"{name}-{'%A_%a' if array > 1 else '%j'}.log"
+        options = {
+            "job-name": self.job_name(name),
+            "chdir": self.run,
+            "output": log,
+            "open-mode": "append",
+            "array": f"0-{array - 1}" + (f"%{self.spec.array_limit}" if self.spec.array_limit else "") if array > 1 else None,
+            "partition": resources.partition,
+            "account": resources.account,
+            "qos": resources.qos,
+            "time": _time(resources.time) if resources.time else None,
+            "mem": resources.mem,
+        }
+        return ["--requeue", *(f"--{k}={shlex.quote(str(v))}" for k, v in options.items() if v is not None)]
+
+    def _resources(self, stage: Stage) -> SlurmResources:
+        light = _given(self.spec.light) if self.spec.light and not stage.ranks else {}
+        kind = _given(self.spec.kinds[stage.kind]) if stage.kind in self.spec.kinds else {}
+        return self.spec.model_copy(update=light | kind)
+
+    def _nodes(self, stage: Stage, resources: SlurmResources) -> int:
+        per_node = self.spec.ranks_per_node or resources.gpus_per_node or max(1, stage.ranks)
+        if stage.ranks <= per_node:
+            return 1
+        if stage.ranks % per_node:
+            raise ConfigError(
+                f"launch.slurm: stage {stage.name} has {stage.ranks} ranks, which is not a multiple of {per_node} a node. "
+                "Change ranks_per_node (or gpus_per_node), or the sizes under parallel."
+            )
+        return stage.ranks // per_node
+
+
+def check_kinds(spec: SlurmSpec, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError for an override of a kind of stages that the study has not."""
+    kinds = list(dict.fromkeys(s.kind for s in stages))
+    for kind in spec.kinds:
+        if kind not in kinds:
+            raise ConfigError(f"launch.slurm.kinds: {kind!r} is not one of {', '.join(kinds)}.")
+
+
+def _given(overrides: SlurmResources) -> dict:
+    """Only what the study says; what it leaves out does not override."""
+    return {name: getattr(overrides, name) for name in overrides.model_fields_set}
+
+
+def _time(seconds: int) -> str:
+    minutes, s = divmod(seconds, 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{days}-{h:02d}:{m:02d}:{s:02d}" if days else f"{h:02d}:{m:02d}:{s:02d}"

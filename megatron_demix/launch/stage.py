@@ -1,0 +1,276 @@
+"""One stage, made on the node or nodes this process was started on.
+
+`python -m megatron_demix.launch.stage STUDY STAGE --run DIR` on every node, with the node's number in NODE_RANK (or SLURM's own
+SLURM_NODEID), is all that a scheduler has to start. Node 0 checks that the needs are done, prepares and publishes; every node
+starts its part of the ranks. Exit codes: 0 the artifact is there; 75 start it again; another: starting it again is of no use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from megatron_demix.artifact import remove_leftovers
+from megatron_demix.errors import (
+    ConfigError,
+    CorruptInput,
+    DemixError,
+    Diverged,
+    IncompatibleInputs,
+    Incomplete,
+    MixtureError,
+    OutputExists,
+    StageFailed,
+    StorageError,
+    VerificationFailed,
+)
+from megatron_demix.launch.attempts import MOST_ATTEMPTS, Attempts
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.process import die_with_parent
+from megatron_demix.progress import MetricsLog
+
+FINAL = (
+    ConfigError,
+    IncompatibleInputs,
+    MixtureError,
+    VerificationFailed,
+    OutputExists,
+    CorruptInput,
+    Diverged,
+    StorageError,
+)
+"""Errors that come again when the stage is started again."""
+_BY_EXIT_CODE: dict[int, type[DemixError]] = {c.exit_code: c for c in (*FINAL, Incomplete)}
+_NEEDS_WAIT_S = 60
+_POLL_S = 5
+_LINGER_S = 10
+"""Schedulers kill all tasks of a job when one fails: the other nodes' tasks leave node 0 the time to write down why."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where a stage's ranks are: this node's number, how many there are, and node 0's address."""
+
+    rank: int = 0
+    number: int = 1
+    address: str = ""
+    port: int = 0
+
+
+def start_ranks(stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: Nodes = Nodes()) -> subprocess.Popen:
+    """Start this node's part of the ranks of a stage that has begun. They inherit `lock`: it is free when they have ended."""
+    worker = ["-m", "megatron_demix.pipeline.worker", str(stage.job)]
+    if stage.ranks == 1:
+        command = [sys.executable, *worker]  # torchrun would cost seconds, and has nothing to do for one rank
+    else:
+        group = ["--standalone"]
+        if nodes.number > 1:
+            group = [f"--nnodes={nodes.number}", f"--node-rank={nodes.rank}"]
+            group += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
+        command = [sys.executable, "-m", "megatron_demix.launch.ranks", *group]
+        command += [f"--nproc-per-node={stage.ranks // nodes.number}", *worker]
+    log = stage.log if nodes.rank == 0 else stage.log.with_suffix(f".node{nodes.rank}.log")
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"},
+            pass_fds=[lock.fileno()] if lock else [],
+            start_new_session=True,  # Ctrl-C reaches us alone; we pass it on as SIGTERM
+        )
+
+
+@contextmanager
+def stage_lock(stage: Stage) -> Iterator[IO]:
+    """Held by whoever makes a stage, and by the ranks it started. Raises Incomplete if others have it for too long."""
+    stage.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(stage.log.with_suffix(".lock"), "w") as file:
+        lock(file, f"ranks of stage {stage.name} that an earlier run started", wait_s=60)
+        yield file
+
+
+def lock(file: IO, holder: str, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise Incomplete(
+                    f"waiting for {holder}: it is still running. Let it finish or stop it, then run again."
+                ) from None
+            time.sleep(0.2)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process of this machine holds the lock in this file."""
+    try:
+        with open(path, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def failure(stage: Stage, code: int) -> DemixError:
+    """What the exit code of a stage's ranks means, with the first rank's own message where its log has one.
+
+    code: as of a process or a shell: negative, or above 128, for a signal.
+    """
+    tail = stage.log.read_text(errors="replace").splitlines()[-12:] if stage.log.exists() else []
+    said = [line.split(": ", 1)[1] for line in tail if line.startswith("error (rank")]
+    if code in _BY_EXIT_CODE:
+        return _BY_EXIT_CODE[code](f"stage {stage.name}: {said[0] if said else 'stopped'} (log: {stage.log})")
+    if said:
+        return StageFailed(f"stage {stage.name}: {said[0]} (log: {stage.log})")
+    signum = -code if code < 0 else code - 128
+    reason = f"was killed by signal {signum}" if signum > 0 else f"ended with exit code {code}"
+    excerpt = "".join(f"\n    {line}" for line in tail)
+    return StageFailed(
+        f"stage {stage.name}: a rank {reason}. Finished artifacts are intact; run the same command again to "
+        f"go on from its last checkpoint. Log: {stage.log}, which ends{excerpt or ' empty'}"
+    )
+
+
+class _Stop:
+    """SIGTERM, SIGUSR1, SIGINT: passed on to the ranks as SIGTERM, so that they save; without ranks, Incomplete is raised."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.ranks: subprocess.Popen | None = None
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self.asked = True
+        if self.ranks is None:
+            raise Incomplete(f"stopped by {signal.Signals(signum).name}.")
+        self.ranks.terminate()
+
+    def wait(self, ranks: subprocess.Popen, until: Callable[[], bool]) -> int:
+        """The ranks' exit code, 0 if `until` comes true before they end: then they are stopped."""
+        self.ranks = ranks
+        while True:
+            try:
+                code = ranks.wait(timeout=_POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                if until():
+                    ranks.kill()
+                    ranks.wait()
+                    return 0
+        self.ranks = None
+        # A rank that was still importing, or that scores and saves every row anyway, dies from the signal.
+        return Incomplete.exit_code if self.asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM) else code
+
+
+def make(stage: Stage, *, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> None:
+    """Make one stage. Raises the error that kept it from being made; Incomplete after a signal, with everything saved."""
+    if stage.done():
+        return
+    if nodes.rank > 0:
+        stage.log.parent.mkdir(parents=True, exist_ok=True)
+        _wait_for_ranks(stage, threads_per_rank, None, nodes, stop)
+        return
+    _wait_for_needs(stage)
+    started = time.monotonic()
+    with stage_lock(stage) as held:
+        if stage.folder.parent.is_dir():
+            remove_leftovers(stage.folder.parent)
+        if stage.ranks and stage.begin():
+            _wait_for_ranks(stage, threads_per_rank, held, nodes, stop)
+        stage.finish()
+    wall_s = round(time.monotonic() - started, 3)
+    MetricsLog(stage.run / "metrics.jsonl").write("stage", name=stage.name, key=stage.key, wall_s=wall_s)
+
+
+def _wait_for_ranks(stage: Stage, threads_per_rank: int, held: IO | None, nodes: Nodes, stop: _Stop) -> None:
+    ranks = start_ranks(stage, threads_per_rank=threads_per_rank, lock=held, nodes=nodes)
+    # Ranks of other nodes would wait in vain for a node 0 that found that it needs none.
+    code = stop.wait(ranks, until=stage.done if nodes.rank > 0 else lambda: False)
+    if code != 0:
+        raise failure(stage, code)
+
+
+def _wait_for_needs(stage: Stage) -> None:
+    """Needs were done when this was started; another node's view of a network file system may lag."""
+    deadline = time.monotonic() + _NEEDS_WAIT_S
+    while missing := [n.name for n in stage.needs if not n.done()]:
+        if time.monotonic() >= deadline:
+            raise StageFailed(f"stage {stage.name}: needs {', '.join(missing)}, which is not done.")
+        time.sleep(1)
+
+
+def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> int:
+    """Exit code of this node's part; node 0 keeps the account of attempts."""
+    attempts = Attempts.read(stage)
+    try:
+        if nodes.rank == 0 and not stage.done():
+            attempts.begin(stage)
+        make(stage, threads_per_rank=threads_per_rank, nodes=nodes, stop=stop)
+        return 0
+    except Exception as e:
+        said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
+        said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
+        print(f"demix: {said}", file=sys.stderr, flush=True)
+        if nodes.rank == 0:
+            with open(stage.log, "a") as log:
+                log.write(f"demix: {said}\n")
+        over = isinstance(e, FINAL) or attempts.number > MOST_ATTEMPTS
+        if nodes.rank == 0 and over:
+            attempts.failed = said
+            attempts.write(stage)
+        elif nodes.rank == 0 and isinstance(e, Incomplete):
+            attempts.number -= 1  # asked to stop: nothing is wrong with it
+            attempts.write(stage)
+        if nodes.rank > 0 and not isinstance(e, Incomplete):
+            time.sleep(_LINGER_S)
+        return e.exit_code if isinstance(e, DemixError) and over else Incomplete.exit_code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("stage")
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--root", type=Path, help="folder that relative inputs start from (default: the study file's)")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes; MASTER_ADDR and MASTER_PORT name node 0")
+    options = parser.parse_args()
+    die_with_parent()
+    stop = _Stop()
+    from megatron_demix.pipeline.dag import build_dag
+    from megatron_demix.study import load_study
+
+    try:
+        study = load_study(options.study)
+        dag = build_dag(study, (options.root or options.study.resolve().parent) / "study.yaml", options.run)
+        stage = dag.stage(options.stage)
+        nodes = Nodes(
+            rank=int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", 0))),
+            number=options.nodes,
+            address=os.environ.get("MASTER_ADDR", ""),
+            port=int(os.environ.get("MASTER_PORT", 0)),
+        )
+    except DemixError as e:
+        print(f"demix: {e}", file=sys.stderr)
+        return e.exit_code
+    return _make_and_judge(stage, study.launch.threads_per_rank, nodes, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

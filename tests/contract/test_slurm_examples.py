@@ -1,0 +1,29 @@
+"""examples/slurm: valid bash, and flags that the tool they start has."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_they_are_bash(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    options = re.findall(r"^#SBATCH (--[a-z-]+)", path.read_text(), re.MULTILINE)
+    assert {"--signal", "--requeue", "--ntasks-per-node", "--time"} <= set(options)
+
+
+def test_the_trainers_flags_exist():
+    text = (ROOT / "examples/slurm/train_components.sbatch").read_text()
+    used = re.search(r"train_component\.py (.*?) &\n", text, re.DOTALL)
+    assert used
+    shown = subprocess.run(
+        [sys.executable, "tools/train_component.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    missing = [flag for flag in re.findall(r"--[a-z][a-z-]+", used[1]) if flag not in shown.stdout]
+    assert missing == []

@@ -1,0 +1,112 @@
+"""A study as sbatch files: which stages share a job array, and what each asks for. Nothing here needs SLURM."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.launch.slurm_scripts import Scripts, check_kinds, group
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study import SlurmSpec
+
+RUN = Path("/runs/my run")
+
+
+def stage(name, *needs, ranks=0):
+    return Stage(name, RUN, {}, needs, lambda folder: None, ranks=ranks)
+
+
+@pytest.fixture
+def stages():
+    code, math = stage("data/code"), stage("data/math")
+    base = stage("base/base", code, math, ranks=16)
+    parts = [stage(f"components/{n}", base, ranks=16) for n in ("code", "math")]
+    sample = stage("rounds/1/sample", code, math)
+    scores = stage("rounds/1/scores", sample, *parts, ranks=4)
+    uniform, found = stage("blend/uniform", code), stage("blend/found", scores)
+    return [code, math, base, sample, *parts, scores, uniform, found]
+
+
+def render(stages, name, **spec):
+    chosen = next(g for g in group(stages) if g.name == name)
+    return Scripts(SlurmSpec(**spec), "s", RUN, Path("/studies")).of_group(chosen)
+
+
+def test_what_is_alike_is_one_array(stages):
+    groups = {g.name: ([s.name for s in g.stages], set(g.needs)) for g in group(stages)}
+    assert groups == {
+        "data": (["data/code", "data/math"], set()),
+        "base.base": (["base/base"], {"data"}),
+        "rounds.1.sample": (["rounds/1/sample"], {"data"}),
+        "blend.uniform": (["blend/uniform"], {"data"}),
+        "components": (["components/code", "components/math"], {"base.base"}),
+        "rounds.1.scores": (["rounds/1/scores"], {"rounds.1.sample", "components"}),
+        "blend.found": (["blend/found"], {"rounds.1.scores"}),
+    }
+    seen: set[str] = set()
+    for g in group(stages):
+        assert set(g.needs) <= seen
+        seen.add(g.name)
+
+
+def test_two_arrays_of_one_kind_have_two_names():
+    first = [stage("blend/a"), stage("blend/b")]
+    second = [stage("blend/c", *first), stage("blend/d", *first)]
+    assert [g.name for g in group([*first, *second])] == ["blend", "blend.2"]
+
+
+def test_nodes_are_counted_and_ranks_find_one_another(stages):
+    text = render(
+        stages, "components", gpus_per_node=8, partition="gpu", account="a1", qos="high", time="2-06:30:00", mem="900G"
+    )
+    for option in (
+        "job-name=s.components", "nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "array=0-1", "partition=gpu", "account=a1",
+        "qos=high", "time=2-06:30:00", "mem=900G", "signal=B:USR1@300", "requeue", "chdir='/runs/my run'",
+    ):  # fmt: skip
+        assert f"#SBATCH --{option}\n" in text
+    assert "MASTER_ADDR=$(scontrol show node --oneliner" in text
+    assert "'/runs/my run/slurm/study.json' \"$stage\" \\\n    --run '/runs/my run' --root /studies --nodes 2 &" in text
+    assert "MASTER_ADDR" not in render(stages, "rounds.1.scores", gpus_per_node=8)
+    assert "--gpus-per-node=4\n" in render(stages, "rounds.1.scores", gpus_per_node=8)
+    with pytest.raises(
+        ConfigError, match=r"stage base/base has 16 ranks, which is not a multiple of 5 a node. Change ranks_per"
+    ):
+        render(stages, "base.base", ranks_per_node=5)
+
+
+def test_light_stages_and_kinds_override(stages):
+    spec = {
+        "partition": "gpu", "gpus_per_node": 8, "time": "1d", "array_limit": 3, "light": {"partition": "cpu"},
+        "kinds": {"blend": {"time": "2h", "sbatch": ["--exclusive"]}},
+    }  # fmt: skip
+    data, blend = render(stages, "data", **spec), render(stages, "blend.found", **spec)
+    assert "--partition=cpu\n" in data
+    assert "--time=1-00:00:00\n" in data
+    assert "--array=0-1%3\n" in data
+    assert "gpus" not in data
+    assert "--partition=cpu\n" in blend
+    assert "--time=02:00:00\n#SBATCH --signal" in blend
+    assert "#SBATCH --exclusive\n" in blend
+    assert "--partition=gpu\n" in render(stages, "base.base", **spec)
+    check_kinds(SlurmSpec(**spec), stages)
+    with pytest.raises(ConfigError, match=r"launch.slurm.kinds: 'blends' is not one of data, base, rounds, components, blend"):
+        check_kinds(SlurmSpec(kinds={"blends": {}}), stages)
+
+
+def test_containers_and_set_up(stages):
+    setup = "module load cuda\nsource env/bin/activate"
+    text = render(stages, "base.base", container="nvcr.io#nvidia/nemo:26.04", mounts=["/data:/data", "/runs"], setup=setup)
+    assert "    --container-image='nvcr.io#nvidia/nemo:26.04' --container-mounts=/data:/data,/runs \\\n    python3 -m" in text
+    assert f"\n{setup}\n" in text
+    last = Scripts(SlurmSpec(container="image", setup=setup), "s", RUN, Path("/studies")).of_conclusion()
+    assert "container" not in last
+    assert f"{setup}\nexec /" in last
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_scripts_are_valid_bash(stages):
+    spec = {"container": "i", "mounts": ["/a b"], "setup": "true", "cpus_per_task": 2, "ranks_per_node": 4}
+    for g in group(stages):
+        subprocess.run(["bash", "-n"], input=render(stages, g.name, **spec), text=True, check=True)
