@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.evaluate.windows import Windows, read_windows
 from megatron_demix.progress import Heartbeat
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study import MergeSpec, ModelSpec, ParallelSpec, TrainSpec
 
 if TYPE_CHECKING:
     from megatron_demix.checkpoint.live import LiveTensor
@@ -40,6 +40,11 @@ class EvaluateJob(BaseModel):
     components: dict[str, Path] = {}
     mixtures: dict[str, dict[str, float]] = {}
     """Merge weights over `components`, by proxy name."""
+    merge: MergeSpec = MergeSpec()
+    base: Path | None = None
+    """What the components were trained from, for methods that merge deltas."""
+    seed: int = 0
+    """Of methods that drop at random."""
     checkpoints: dict[str, Path] = {}
     work: Path
     heartbeat: Path | None = None

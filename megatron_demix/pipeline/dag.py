@@ -66,10 +66,10 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     digests.save()
     base = train_stages.base(study, root, run, tokenizer, data, absent_ok=absent_inputs)
     components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data}
-    rounds = search_stages.rounds(study, run, tokenizer, data, components)
+    rounds = search_stages.rounds(study, run, tokenizer, data, base, components)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
     finals = final_stages.finals(study, run, tokenizer, blends, base)
-    proxies = final_stages.proxies(study, run, data, components, rounds[-1].fit)
+    proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit)
     scores = final_stages.scores(study, run, tokenizer, data, base, finals, proxies)
     return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores)
 

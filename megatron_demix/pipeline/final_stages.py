@@ -9,6 +9,7 @@ from typing import Any
 from megatron_demix.artifact import read_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.merging import merge_settings, method_of
 from megatron_demix.pipeline.search_stages import CHOICE, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import Study
@@ -77,7 +78,7 @@ def finals(study: Study, run: Path, tokenizer: Stage, blends: Mapping[str, Stage
     return {f"{name}-seed{n}": final(name, n) for n in range(study.final.seeds) for name in _mixtures(study)}
 
 
-def proxies(study: Study, run: Path, data: Mapping[str, Stage], components: Mapping[str, Stage], choice: Stage) -> Stage:
+def proxies(study: Study, run: Path, base: Stage, components: Mapping[str, Stage], choice: Stage) -> Stage:
     """The found mixture's proxy as a checkpoint on disk, by the engine behind tools/merge_dist_ckpt.py."""
 
     def make(folder: Path) -> None:
@@ -88,10 +89,11 @@ def proxies(study: Study, run: Path, data: Mapping[str, Stage], components: Mapp
             {FOUND: read_json(choice.folder / CHOICE)["merge_weights"]},
             folder / "proxies",
             threads=study.merge.threads,
+            method=method_of(study.merge, train_stages.checkpoint_of(base), study.seed),
             progress=False,
         )
 
-    return Stage("merge/proxies", run, {"method": study.merge.method}, (choice, *components.values()), make)
+    return Stage("merge/proxies", run, merge_settings(study), (choice, base, *components.values()), make)
 
 
 def scores(

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import Study
 
@@ -29,12 +30,12 @@ class Round:
 
 
 def rounds(
-    study: Study, run: Path, tokenizer: Stage, data: Mapping[str, Stage], components: Mapping[str, Stage]
+    study: Study, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, components: Mapping[str, Stage]
 ) -> list[Round]:
     proposal = _first_proposal(study, run, data)
     result: list[Round] = []
     for number, _ in enumerate(study.search.rounds, start=1):
-        scores = _scores(study, number, run, tokenizer, data, components, proposal)
+        scores = _scores(study, number, run, tokenizer, data, base, components, proposal)
         fit = _fit(study, number, run, data, [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal])
         result.append(Round(number, proposal, scores, fit))
         proposal = fit
@@ -101,15 +102,21 @@ def _scores(
     run: Path,
     tokenizer: Stage,
     data: Mapping[str, Stage],
+    base: Stage,
     components: Mapping[str, Stage],
     proposal: Stage,
 ) -> Stage:
     def models() -> dict[str, Any]:
-        mixtures = {m["name"]: m["weights"] for m in read_json(proposal.folder / MIXTURES)}
-        return {"components": {n: c.folder for n, c in components.items()}, "mixtures": mixtures}
+        return {
+            "components": {n: c.folder for n, c in components.items()},
+            "mixtures": {m["name"]: m["weights"] for m in read_json(proposal.folder / MIXTURES)},
+            "merge": study.merge,
+            "base": train_stages.checkpoint_of(base),
+            "seed": study.seed,
+        }
 
-    needs = (proposal, *components.values())
-    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", needs, models)
+    needs = (proposal, base, *components.values())
+    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", needs, models, merge_settings(study))
 
 
 def scoring(
@@ -121,8 +128,12 @@ def scoring(
     split: str,
     needs: Sequence[Stage],
     models: Callable[[], dict[str, Any]],
+    merge: Mapping[str, Any] | None = None,
 ) -> Stage:
-    """A stage that scores models on one split. models: the components, mixtures and checkpoints of its EvaluateJob."""
+    """A stage that scores models on one split. models: the components, mixtures and checkpoints of its EvaluateJob.
+
+    merge: how mixtures are made, for the key.
+    """
     domains = list(data) if study.evaluate.losses == "all" else study.evaluate.losses
     settings = {
         "split": split,
@@ -130,6 +141,7 @@ def scoring(
         "tokens_per_domain": study.evaluate.tokens_per_domain,
         "seq_length": study.train.seq_length,
         "precision": study.train.precision,
+        **({"merge": dict(merge)} if merge else {}),
     }
 
     def make(work: Path) -> None:

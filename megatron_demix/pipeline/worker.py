@@ -28,9 +28,11 @@ def main() -> int:
         else:
             from megatron_demix.evaluate.job import EvaluateJob, evaluate
             from megatron_demix.merge.proxies import ProxyMerger
+            from megatron_demix.pipeline.merging import method_of
 
             evaluation = EvaluateJob.model_validate(job)
-            evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=evaluation.threads_per_rank))
+            method, threads = method_of(evaluation.merge, evaluation.base, evaluation.seed), evaluation.threads_per_rank
+            evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=threads, method=method))
     except DemixError as e:
         print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
         return e.exit_code

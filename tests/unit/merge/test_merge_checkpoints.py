@@ -132,7 +132,7 @@ def test_done_is_skipped_and_other_things_are_not_overwritten(parts, tmp_path):
     with pytest.raises(OutputExists, match=r"already holds something else"):
         merge_checkpoints(parts, {"m": WEIGHTS}, parts["a"], into_output=True, progress=False)
     os.truncate(path / "release" / "__0_0.distcp", 100)
-    with pytest.raises(CorruptInput, match=r"missing or not .* bytes long.* merge again"):
+    with pytest.raises(CorruptInput, match=r"missing or not .* bytes long.*make it again"):
         merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
 
 

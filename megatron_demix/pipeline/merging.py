@@ -1,0 +1,28 @@
+"""The merge method of a study, for its proxies in memory and on disk alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_demix.study import MergeSpec, Study
+
+if TYPE_CHECKING:
+    from megatron_demix.merge.methods import Method
+
+
+def merge_settings(study: Study) -> dict[str, Any]:
+    """What decides how components become a proxy, for the keys of stages; how many threads it takes does not."""
+    settings = {"method": study.merge.method, **study.merge.model_dump(exclude={"method", "threads"}, exclude_none=True)}
+    return settings | ({"seed": study.seed} if _is_random(study.merge) else {})
+
+
+def method_of(spec: MergeSpec, base: Path | None, seed: int) -> Method:
+    """base: the checkpoint that the components were trained from, where spec.needs_base. seed: of random drops."""
+    from megatron_demix.merge.named import make_method
+
+    return make_method(spec.method, base if spec.needs_base else None, seed=seed if _is_random(spec) else None, **spec.options)
+
+
+def _is_random(spec: MergeSpec) -> bool:
+    return spec.method.startswith(("dare", "della"))

@@ -1,0 +1,49 @@
+"""A study's merge method: which options each has, and that the search and the tool know the same."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_demix.merge.methods import Linear
+from megatron_demix.merge.named import OPTIONS
+from megatron_demix.merge.sparse import Sparse
+from megatron_demix.merge.spherical import Spherical
+from megatron_demix.pipeline.merging import method_of
+from megatron_demix.study import MERGE_OPTIONS, MergeSpec
+
+BASE = Path("base")
+
+
+def test_studies_and_the_tool_have_the_same_methods_and_options():
+    known = MergeSpec.model_fields["method"].annotation.__args__  # type: ignore[union-attr]
+    assert set(known) == set(MERGE_OPTIONS) == set(OPTIONS)
+    for name, options in OPTIONS.items():
+        assert set(MERGE_OPTIONS[name]) - {"from_base"} == set(options) - {"seed"}
+
+
+def test_the_base_is_used_where_deltas_are():
+    assert method_of(MergeSpec(), BASE, 7) == Linear()
+    assert method_of(MergeSpec(scale=1.5), BASE, 7) == Linear(BASE, 1.5)
+    assert method_of(MergeSpec(method="karcher"), BASE, 7) == Spherical(None, "karcher")
+    assert method_of(MergeSpec(method="multislerp", from_base=True), BASE, 7) == Spherical(BASE, "multislerp")
+    assert method_of(MergeSpec(method="ties", density=0.3), BASE, 7) == Sparse(BASE, "ties", density=0.3)
+    della = MergeSpec(method="della", density=0.5, epsilon=0.2, scale=1.2)
+    assert method_of(della, BASE, 7) == Sparse(BASE, "della", density=0.5, epsilon=0.2, scale=1.2, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("section", "match"),
+    [
+        ({"density": 0.5}, r"merge.density: method linear has no density; its options are scale"),
+        ({"method": "karcher", "scale": 1.5}, r"merge.scale: method karcher has no scale"),
+        ({"method": "linear", "from_base": True}, r"merge.from_base: method linear has no from_base"),
+        ({"method": "ties"}, r"merge.density: method ties needs the share of each delta that stays"),
+        ({"method": "della", "density": 0.9}, r"merge.epsilon: density 0.9 - 0.15 and \+ 0.15 must lie in"),
+        ({"method": "della", "density": 0.9, "epsilon": 0.1}, r"merge.epsilon: density 0.9 - 0.1 and \+ 0.1 must lie in"),
+        ({"method": "slerp"}, r"Input should be 'linear', 'multislerp'"),
+    ],
+)
+def test_what_a_study_may_not_say(section, match):
+    with pytest.raises(ValidationError, match=match):
+        MergeSpec(**section)
