@@ -175,6 +175,14 @@ class TrainSpec(_Section):
     recompute_granularity: Literal["full"] | None = None
     save_interval: int = Field(500, ge=1)
     """Optimiser steps between the checkpoints a killed run resumes from."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """While a run goes on: if the newest turns out damaged, the one before is resumed from. A finished run keeps its last."""
+    loss_spike_factor: float = Field(1.5, gt=1)
+    """A loss above this times its recent median is a spike."""
+    loss_spike_window: int = Field(64, ge=2)
+    """Iterations of that median; before there are as many, nothing counts as a spike. Spikes do not enter it."""
+    loss_spike_patience: int = Field(32, ge=1)
+    """Consecutive spikes after which the run is stopped as diverged. NaN and infinity stop it at once."""
     log_interval: int = Field(10, ge=1)
     eval_interval: int | None = Field(None, ge=1)
     eval_iters: int = Field(4, ge=1)

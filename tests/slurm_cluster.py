@@ -64,6 +64,14 @@ class Cluster:
         """Ids of the jobs that have not ended, an array's elements one by one."""
         return self.run("squeue", "--noheader", "--array", "--format=%i").split()
 
+    def wait_until_answering(self) -> None:
+        """For a controller that was started again."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while "UP" not in self.run("scontrol", "ping", check=False):
+            if time.monotonic() >= deadline:
+                raise RuntimeError(f"slurmctld does not answer {START_LIMIT_S} s after its start")
+            time.sleep(0.1)
+
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline:

@@ -16,11 +16,10 @@ from megatron_demix.units import format_count
 
 PhaseName = Literal["base", "component", "final"]
 # How a run is spread over ranks, and how often it saves and speaks, does not decide what it learns.
-_NOT_IN_KEY = {"micro_batch_size", "use_distributed_optimizer", "recompute_granularity", "timeout"} | {
-    "save_interval",
-    "log_interval",
-    "eval_interval",
-    "eval_iters",
+_NOT_IN_KEY = {
+    *("micro_batch_size", "use_distributed_optimizer", "recompute_granularity", "timeout"),
+    *("save_interval", "keep_checkpoints", "log_interval", "eval_interval", "eval_iters"),
+    *("loss_spike_factor", "loss_spike_window", "loss_spike_patience"),
 }
 
 

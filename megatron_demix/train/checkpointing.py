@@ -49,8 +49,6 @@ from megatron_demix.train.optimizer import loading, use_fused_kernel
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
-KEEP = 2
-"""Checkpoints kept while a run goes on: if the newest turns out damaged, the one before is resumed from."""
 _TORCH_SAVE_FAILED = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 """Parts of the messages torch.save has for a disk that takes no more; it does not pass on the errno."""
 _CONTENT = {
@@ -75,7 +73,7 @@ class Checkpoints:
         self._rank, self._num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def save(self, iteration: int) -> Path:
-        """Publish the state after `iteration` steps, then drop checkpoints beyond the newest KEEP. Raises StorageError."""
+        """Publish the state after `iteration` steps, then drop all but the newest keep_checkpoints. Raises StorageError."""
         target = self._folder(iteration)
         unfinished = target.with_name(f".unfinished-{target.name}")
         with self._writing(target, unfinished):
@@ -94,7 +92,8 @@ class Checkpoints:
                 shutil.rmtree(target, ignore_errors=True)  # a damaged one that was not resumed from
                 os.rename(unfinished, target)
                 write_atomic(self._job.work / TRACKER, str(iteration))
-                self._drop([i for i in iterations_in(self._job.work) if i < iteration][: -(KEEP - 1)])
+                older = [i for i in iterations_in(self._job.work) if i < iteration]
+                self._drop(older[: 1 - self._job.train.keep_checkpoints])
         torch.distributed.barrier()
         return target
 

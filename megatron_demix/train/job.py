@@ -12,19 +12,6 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
 
 
-class LossGuard(BaseModel):
-    """When a run counts as diverged. NaN and infinity always do."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    window: int = Field(64, ge=2)
-    """Iterations whose median is the reference; the guard sleeps until that many have been seen."""
-    factor: float = Field(1.5, gt=1)
-    """A loss above factor x reference is a spike."""
-    patience: int = Field(32, ge=1)
-    """Consecutive spikes after which the run is stopped. Spikes do not enter the reference."""
-
-
 class TrainJob(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -51,7 +38,6 @@ class TrainJob(BaseModel):
     tensorboard: Path | None = None
     heartbeat: Path | None = None
     threads_per_rank: int = Field(1, ge=1)
-    loss_guard: LossGuard = LossGuard()
 
     @model_validator(mode="after")
     def _some_weight(self) -> TrainJob:

@@ -42,7 +42,7 @@ def run(job: TrainJob) -> None:
         stepper = Stepper(job, wrapped, optimizer, schedule)
         with closing(Journal(job, iteration=iteration)) if rank == 0 else nullcontext() as journal:
             torch.distributed.barrier()  # rank 0 has cut losses.jsonl back to this iteration
-            guard = DivergenceGuard(job.loss_guard, job.name, [row["lm loss"] for row in read_losses(job.work / FILE)])
+            guard = DivergenceGuard(job.train, job.name, [row["lm loss"] for row in read_losses(job.work / FILE)])
             while iteration < job.train_iters:
                 watchdog.progress(f"iteration {iteration + 1}")
                 result = stepper.train(data, iteration, stop=bool(stop))

@@ -13,7 +13,7 @@ from typing import IO
 
 from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import CorruptInput, Diverged, storage_errors
-from megatron_demix.train.job import LossGuard
+from megatron_demix.study import TrainSpec
 
 FILE = "losses.jsonl"
 
@@ -68,12 +68,12 @@ def _line(row: Mapping[str, float]) -> str:
 class DivergenceGuard:
     """Stops a run whose loss is not finite, or has left its recent level for good."""
 
-    def __init__(self, guard: LossGuard, name: str, past_losses: list[float]) -> None:
+    def __init__(self, settings: TrainSpec, name: str, past_losses: list[float]) -> None:
         """past_losses: those of a resumed run's earlier iterations, so that stopping and resuming changes nothing."""
-        self._guard, self._name = guard, name
-        self._recent: deque[float] = deque(maxlen=guard.window)
+        self._settings, self._name = settings, name
+        self._recent: deque[float] = deque(maxlen=settings.loss_spike_window)
         self._spikes = 0
-        for loss in past_losses[-(guard.window + guard.patience) :]:
+        for loss in past_losses[-(settings.loss_spike_window + settings.loss_spike_patience) :]:
             self._see(loss)
 
     def check(self, iteration: int, loss: float, grad_norm: float) -> None:
@@ -86,17 +86,17 @@ class DivergenceGuard:
             )
         if not self._see(loss):
             return
-        if self._spikes >= self._guard.patience:
+        if self._spikes >= self._settings.loss_spike_patience:
             raise Diverged(
-                f"run {self._name}: the loss has been above {self._guard.factor} x its recent median "
+                f"run {self._name}: the loss has been above {self._settings.loss_spike_factor} x its recent median "
                 f"{statistics.median(self._recent):.4f} for {self._spikes} iterations, to {loss:.4f} at iteration {iteration}. "
-                "The last checkpoint is intact. Lower the learning rate, or raise loss_guard.factor if this is expected."
+                "The last checkpoint is intact. Lower the learning rate, or raise train.loss_spike_factor if this is expected."
             )
 
     def _see(self, loss: float) -> bool:
         """True if this loss is a spike; it then does not enter the reference."""
-        full = len(self._recent) == self._guard.window
-        if full and loss > self._guard.factor * statistics.median(self._recent):
+        full = len(self._recent) == self._settings.loss_spike_window
+        if full and loss > self._settings.loss_spike_factor * statistics.median(self._recent):
             self._spikes += 1
             return True
         self._spikes = 0

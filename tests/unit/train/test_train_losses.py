@@ -5,8 +5,10 @@ import math
 import pytest
 
 from megatron_demix.errors import CorruptInput, Diverged
-from megatron_demix.train.job import LossGuard
+from megatron_demix.study import TrainSpec
 from megatron_demix.train.losses import DivergenceGuard, LossLog, read_losses
+
+SIZES = {"seq_length": 8, "global_batch_size": 1}
 
 
 def row(iteration, loss=1.0):
@@ -45,13 +47,13 @@ def test_missing_and_foreign_lines_are_corrupt(tmp_path):
 
 @pytest.mark.parametrize(("loss", "norm", "said"), [(math.nan, 1.0, "loss is nan"), (1.0, math.inf, "gradient norm is inf")])
 def test_what_is_not_finite_stops_at_once(loss, norm, said):
-    guard = DivergenceGuard(LossGuard(), "r", [])
+    guard = DivergenceGuard(TrainSpec(**SIZES), "r", [])
     with pytest.raises(Diverged, match=rf"run r: {said} at iteration 7, expected a finite number. The last checkpoint is"):
         guard.check(7, loss, norm)
 
 
 def test_lasting_spikes_stop_short_ones_do_not():
-    settings = LossGuard(window=8, factor=1.5, patience=3)
+    settings = TrainSpec(**SIZES, loss_spike_window=8, loss_spike_factor=1.5, loss_spike_patience=3)
     guard = DivergenceGuard(settings, "r", [])
     losses = [9.0, 2.0, 2.1, 1.9, 2.0, 2.0, 2.0, 2.0, 3.5, 3.5, 2.0, 3.5, 3.5]
     for i, loss in enumerate(losses, start=1):

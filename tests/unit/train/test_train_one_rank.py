@@ -110,6 +110,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, make_train_job, ca
     assert contents(job.work) == contents(whole.work)
 
 
+def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path, make_train_job, caplog):
+    job = make_train_job(tmp_path, train={"save_interval": 1, "keep_checkpoints": 3})
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    assert sorted(p.name for p in job.work.glob("iter_*")) == ["iter_0000003", "iter_0000004", "iter_0000005"]
+    for number in (4, 5):
+        (job.work / f"iter_000000{number}" / "common.pt").unlink()
+    train(job)
+    assert caplog.text.count("is damaged") == 2
+    assert [p.name for p in job.work.glob("iter_*")] == ["iter_0000006"]
+
+
 def test_weights_start_a_new_run_and_must_fit(tmp_path, make_train_job):
     base = make_train_job(tmp_path / "base", train={"precision": "bf16"}, train_iters=3)
     train(base)
