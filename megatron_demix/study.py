@@ -299,6 +299,10 @@ class GroupSpec(_Section):
 class SearchSpec(_Section):
     rounds: list[Annotated[int, Field(ge=1)]] = Field([64, 32, 16], min_length=1)
     """Proxies evaluated in each round."""
+    proxies: Literal["merged", "trained"] = "merged"
+    """merged from the components (DeMix); or each trained on its mixture: RegMix with one round, CLIMB with several."""
+    proxy_tokens: Tokens | None = None
+    """Of each trained proxy. Default: all together cost what the components would."""
     stop: float | None = Field(None, gt=0, lt=1)
     """Later rounds are left empty once a perfect further search could win less than this part of what was won over natural."""
     design: Literal["dirichlet", "sobol", "lattice", "optimal"] = "dirichlet"
@@ -328,6 +332,8 @@ class SearchSpec(_Section):
             )
         if self.stop is not None and self.bootstraps < _MIN_BOOTSTRAPS:
             raise ValueError(f"stop needs bootstraps of {_MIN_BOOTSTRAPS} or more to judge by, found {self.bootstraps}")
+        if self.proxy_tokens is not None and self.proxies == "merged":
+            raise ValueError("proxy_tokens is what trained proxies cost; merged ones cost the components: set component.tokens")
         return self
 
 
@@ -452,9 +458,9 @@ class Study(_Section):
             )
         return self
 
-    def phase(self, name: Literal["base", "component", "final"]) -> TrainSpec:
-        """`train` with the overrides of one phase applied."""
-        section: Phase = getattr(self, name)
+    def phase(self, name: Literal["base", "component", "proxy", "final"]) -> TrainSpec:
+        """`train` with the overrides of one phase applied. Trained proxies are trained as components are."""
+        section: Phase = getattr(self, "component" if name == "proxy" else name)
         overrides = {
             k: v for k in ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction") if (v := getattr(section, k)) is not None
         }

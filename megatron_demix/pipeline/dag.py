@@ -23,10 +23,12 @@ class Dag:
     data: dict[str, Stage]
     base: Stage
     components: dict[str, Stage]
+    """By domain; empty where the study trains its proxies."""
     rounds: list[search_stages.Round]
     blends: dict[str, Stage]
     finals: dict[str, Stage]
-    proxies: Stage
+    proxies: Stage | None
+    """The found mixture's merged proxy; none where the study trains its proxies."""
     final_scores: Stage
 
     @property
@@ -48,8 +50,13 @@ class Dag:
         raise ConfigError(f"study {self.study.name!r} has no stage {name!r}{hint} `demix plan` lists them.")
 
     def of_kinds(self, kinds: set[str]) -> list[Stage]:
-        """The stages of these kinds and all they need."""
-        return with_needs(s for s in self.all if s.kind in kinds)
+        """The stages of these kinds and all they need. Raises ConfigError where the study has none."""
+        if not (found := [s for s in self.all if s.kind in kinds]):
+            raise ConfigError(
+                f"study {self.study.name!r} has no stage of kind {', '.join(sorted(kinds))}: its proxies are trained "
+                "(search.proxies), so nothing is merged."
+            )
+        return with_needs(found)
 
 
 def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool = False) -> Dag:
@@ -65,11 +72,12 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests) for d in study.domains}
     digests.save()
     base = train_stages.base(study, root, run, tokenizer, data, absent_ok=absent_inputs)
-    components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data}
+    merged = study.search.proxies == "merged"
+    components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data} if merged else {}
     rounds = search_stages.rounds(study, run, tokenizer, data, base, components)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
     finals = final_stages.finals(study, run, tokenizer, blends, base)
-    proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit)
+    proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
     scores = final_stages.scores(study, run, tokenizer, data, base, finals, proxies)
     return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores)
 

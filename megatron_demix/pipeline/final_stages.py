@@ -103,18 +103,19 @@ def scores(
     data: Mapping[str, Stage],
     base: Stage,
     finals: Mapping[str, Stage],
-    proxies: Stage,
+    proxies: Stage | None,
 ) -> Stage:
-    """The final models, the base and the found proxy on the test split, which nothing before has looked at."""
+    """The final models, the base and the found proxy (where it was merged) on the test split, which nothing before has looked
+    at."""
 
     def models() -> dict[str, Any]:
         return {
             "checkpoints": {
                 "base": train_stages.checkpoint_of(base),
-                "proxy": proxies.folder / "proxies" / FOUND,
+                **({"proxy": proxies.folder / "proxies" / FOUND} if proxies else {}),
                 **{name: stage.folder for name, stage in finals.items()},
             }
         }
 
-    needs = (base, proxies, *finals.values())
+    needs = (base, *([proxies] if proxies else []), *finals.values())
     return scoring(study, "final/scores", run, tokenizer, data, "test", needs, models)

@@ -50,6 +50,7 @@ def collect(dag: Dag) -> ReportData:
         higher_is_better=_higher_is_better(dag),
         domains=_domains(dag, {name: row.epochs for name, row in blend.items()}),
         losses=dict(_losses(dag)),
+        proxies=dag.study.search.proxies,
         rounds=_rounds(dag),
         choice=choice,
         final=_final(dag),
@@ -155,7 +156,8 @@ def _untrained(dag: Dag) -> dict[str, dict[str, float]]:
     if not dag.final_scores.done():
         return {}
     rows = ScoreTable.read(dag.final_scores.folder / "scores.json").rows
-    return {"base": rows["base"], "found, merged only": rows["proxy"]}
+    named = {"base": "base", "found, merged only": "proxy"}
+    return {label: rows[name] for label, name in named.items() if name in rows}
 
 
 def _blend(dag: Dag) -> dict[str, BlendRow]:

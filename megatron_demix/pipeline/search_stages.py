@@ -12,9 +12,9 @@ from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study import Study
+from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.study import AnchorSpec, Study
 
-MIXTURES = "mixtures.json"
 FIT = "fit.json"
 CHOICE = "mixture.json"
 
@@ -32,10 +32,14 @@ class Round:
 def rounds(
     study: Study, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, components: Mapping[str, Stage]
 ) -> list[Round]:
+    """components: empty where the study trains its proxies."""
     proposal = _first_proposal(study, run, data)
     result: list[Round] = []
     for number, _ in enumerate(study.search.rounds, start=1):
-        scores = _scores(study, number, run, tokenizer, data, base, components, proposal)
+        if study.search.proxies == "merged":
+            scores = _scores_of_merged(study, number, run, tokenizer, data, base, components, proposal)
+        else:
+            scores = _scores_of_trained(study, number, run, tokenizer, data, base, proposal)
         fit = _fit(study, number, run, data, [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal])
         result.append(Round(number, proposal, scores, fit))
         proposal = fit
@@ -48,10 +52,11 @@ def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
 
     tokens = data_stages.tokens(data, "train")
     budget = train_stages.num_tokens(study, "final")
+    anchor = _anchor(study)
     return SearchSpace(
         natural=Mixture.proportional(tokens, label="natural mixture"),
-        anchor=study.mixture(study.component.anchor.mixture, tokens, "component.anchor.mixture"),
-        anchor_share=study.component.anchor.share,
+        anchor=study.mixture(anchor.mixture, tokens, "component.anchor.mixture"),
+        anchor_share=anchor.share,
         max_shares={d.name: d.max_share for d in study.domains if d.max_share < 1},
         min_shares={d.name: d.min_share for d in study.domains if d.min_share > 0},
         groups={label: Group(tuple(g.domains), g.lowest, g.highest) for label, g in study.search.groups.items()},
@@ -60,9 +65,14 @@ def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
     )
 
 
+def _anchor(study: Study) -> AnchorSpec:
+    """What every proxy has seen besides its mixture: nothing, where it was trained on that mixture itself."""
+    return study.component.anchor if study.search.proxies == "merged" else AnchorSpec(share=0)
+
+
 def _space_settings(study: Study) -> dict[str, Any]:
     return {
-        "anchor": study.component.anchor.model_dump(),
+        "anchor": _anchor(study).model_dump(),
         "final_tokens": train_stages.num_tokens(study, "final"),
         "bounds": {d.name: (d.max_epochs, d.min_share, d.max_share) for d in study.domains},
         "groups": {label: group.model_dump() for label, group in study.search.groups.items()},
@@ -96,7 +106,7 @@ def _write_mixtures(folder: Path, number: int, space: Any, weights_MD: Any) -> N
     write_json(folder / MIXTURES, entries)
 
 
-def _scores(
+def _scores_of_merged(
     study: Study,
     number: int,
     run: Path,
@@ -117,6 +127,21 @@ def _scores(
 
     needs = (proposal, base, *components.values())
     return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", needs, models, merge_settings(study))
+
+
+def _scores_of_trained(
+    study: Study, number: int, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, proposal: Stage
+) -> Stage:
+    trained = [
+        train_stages.proxy(study, f"rounds/{number}/proxy_{entry:03d}", run, tokenizer, data, base, proposal, entry)
+        for entry in range(study.search.rounds[number - 1])
+    ]
+
+    def models() -> dict[str, Any]:
+        names = [m["name"] for m in read_json(proposal.folder / MIXTURES)]
+        return {"checkpoints": {name: stage.folder for name, stage in zip(names, trained, strict=False)}}
+
+    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", (proposal, *trained), models)
 
 
 def scoring(

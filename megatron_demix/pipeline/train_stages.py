@@ -1,4 +1,4 @@
-"""Stages that train: the base, one component per domain, and (see final_stages) the final runs."""
+"""Stages that train: the base, one component per domain, trained proxies, and (see final_stages) the final runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_demix.artifact import fingerprint, hash_file, write_json
+from megatron_demix.artifact import fingerprint, hash_file, read_json, write_json
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
@@ -14,7 +14,10 @@ from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import Study, TrainSpec
 from megatron_demix.units import format_count
 
-PhaseName = Literal["base", "component", "final"]
+PhaseName = Literal["base", "component", "proxy", "final"]
+MIXTURES = "mixtures.json"
+"""A round's mixtures, in the artifact that proposed them."""
+_TOKENS = {"base": "base.tokens", "component": "component.tokens", "proxy": "search.proxy_tokens", "final": "final.tokens"}
 # How a run is spread over ranks, and how often it saves and speaks, does not decide what it learns.
 _NOT_IN_KEY = {
     *("micro_batch_size", "use_distributed_optimizer", "recompute_granularity", "timeout"),
@@ -25,8 +28,13 @@ _NOT_IN_KEY = {
 
 def num_iterations(study: Study, phase: PhaseName) -> int:
     """Optimiser steps of a phase: its tokens, to the nearest whole step, at least one."""
-    tokens = getattr(study, phase).tokens
+    tokens = _proxy_tokens(study) if phase == "proxy" else getattr(study, phase).tokens
     return max(1, round(tokens / (study.train.global_batch_size * study.train.seq_length)))
+
+
+def _proxy_tokens(study: Study) -> float:
+    """Of one trained proxy. By default all of them together cost what the components would."""
+    return study.search.proxy_tokens or study.component.tokens * len(study.domains) / sum(study.search.rounds)
 
 
 def num_tokens(study: Study, phase: PhaseName) -> int:
@@ -46,8 +54,10 @@ def training(
     blend: Callable[[], list[tuple[Path, float]]],
     seed: int,
     init: Callable[[], Path | None],
+    wanted: Callable[[], bool] = lambda: True,
 ) -> Stage:
-    """A training stage. blend and init are asked when the stage begins, when what it needs is there."""
+    """A training stage. blend, init and wanted are asked when the stage begins, when what it needs is there; what is not
+    wanted is an empty artifact."""
     train: TrainSpec = study.phase(phase)
     iterations = num_iterations(study, phase)
     everything = {
@@ -61,6 +71,9 @@ def training(
     def make(work: Path) -> None:
         from megatron_demix.data.tokenizer import load_tokenizer
         from megatron_demix.train.job import TrainJob
+
+        if not wanted():
+            return
 
         vocabulary = load_tokenizer(tokenizer.folder)
         job = TrainJob(
@@ -128,8 +141,6 @@ def _given_base(checkpoint: Path, run: Path, *, absent_ok: bool) -> Stage:
 
 def checkpoint_of(stage: Stage) -> Path:
     """The checkpoint a finished training stage (or a given base) stands for."""
-    from megatron_demix.artifact import read_json
-
     pointer = stage.folder / "pointer.json"
     return Path(read_json(pointer)["checkpoint"]) if pointer.is_file() else stage.folder
 
@@ -161,6 +172,34 @@ def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mappin
     )
 
 
+def proxy(
+    study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, proposal: Stage, entry: int
+) -> Stage:
+    """Proxy number `entry` of the mixtures that `proposal` holds, trained on its shares from the base. Nothing is trained where
+    the proposal, in a round that turned out unnecessary, holds no such mixture."""
+
+    def mixtures() -> list[dict[str, Any]]:
+        return read_json(proposal.folder / MIXTURES)
+
+    def blend() -> list[tuple[Path, float]]:
+        chosen = mixtures()[entry]
+        return _sources(study, "proxy", f"proxy {chosen['name']}", data, Mixture(chosen["shares"], label=chosen["name"]))
+
+    return training(
+        study,
+        name,
+        "proxy",
+        run,
+        needs=(tokenizer, *data.values(), base, proposal),
+        tokenizer=tokenizer,
+        settings={"entry": entry},
+        blend=blend,
+        seed=study.seed,
+        init=lambda: checkpoint_of(base),
+        wanted=lambda: entry < len(mixtures()),
+    )
+
+
 def _sources(study: Study, phase: PhaseName, run: str, data: Mapping[str, Stage], mixture: Mixture) -> list[tuple[Path, float]]:
     """A mixture as Megatron blend sources: train prefixes and weights, zero weights left out.
 
@@ -181,7 +220,7 @@ def _sources(study: Study, phase: PhaseName, run: str, data: Mapping[str, Stage]
             raise MixtureError(
                 f"{run}: its share {share:.4g} of domain {domain.name!r} is {format_count(wanted)} tokens, which repeats the "
                 f"{format_count(sum(sizes))} there are {wanted / sum(sizes):.3g} times; max_epochs is {domain.max_epochs:g}. "
-                f"Set {phase}.tokens to at most {format_count(limit / share)}, give it more text, or raise its max_epochs."
+                f"Set {_TOKENS[phase]} to at most {format_count(limit / share)}, give it more text, or raise its max_epochs."
             )
         result += [(p, share * size / sum(sizes)) for p, size in zip(own, sizes, strict=True)]
     return result

@@ -132,7 +132,8 @@ def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
         tiles.append((f"share of {name}", _percent(data.choice.shares.get(name, 0.0)), "the largest move away from natural"))
     if num := sum(len(r.mixtures) for r in data.rounds):
         rounds = len(data.rounds)
-        tiles.append(("merged proxies", str(num), f"in {rounds} round{'s' * (rounds > 1)}, none of them trained"))
+        remark = f"in {rounds} round{'s' * (rounds > 1)}" + (", none of them trained" if data.proxies == "merged" else "")
+        tiles.append((f"{data.proxies} proxies", str(num), remark))
     if data.timings_s:
         tiles.append(("stage time", format_duration(math.fsum(data.timings_s.values())), f"{len(data.timings_s)} stages"))
     return tiles

@@ -69,12 +69,14 @@ def not_measured(data: ReportData, verdict: Verdict) -> list[str]:
             "documents were drawn once."
         )
     items.append(
-        "Whether the merged proxies rank mixtures as models truly trained on them would: no such reference models were trained."
+        f"Whether the {data.proxies} proxies rank mixtures as models trained on them for the final budget would: no such "
+        "reference models were trained."
     )
-    items.append(
-        "Whether merging predicts more than interpolating the components' own scores, or more than short trained proxies "
-        "at the same cost."
-    )
+    if data.proxies == "merged":
+        items.append(
+            "Whether merging predicts more than interpolating the components' own scores, or more than short trained proxies "
+            "at the same cost."
+        )
     items.append("Anything but loss: no downstream task was run.")
     items.append("Other model sizes, token budgets and learning rates: the result is for the settings below.")
     return items

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_demix.errors import ConfigError
 
@@ -32,7 +32,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Proxy:
-    """One merged model. weights: of the components in the merge. shares: the data it stands for."""
+    """A merged model, or one trained on its shares. weights: of the components in the merge. shares: the data it stands for."""
 
     name: str
     weights: Mapping[str, float]
@@ -147,6 +147,7 @@ class ReportData:
     losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose
     names share the part before the slash are drawn together."""
+    proxies: Literal["merged", "trained"] = "merged"
     rounds: Sequence[Round] = ()
     choice: Choice | None = None
     final: Sequence[FinalRun] = ()

@@ -1,0 +1,81 @@
+"""A study that trains its proxies, stage by stage in this process: the same rounds, no components, nothing merged."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.artifact import read_json
+from megatron_demix.errors import ConfigError
+from megatron_demix.evaluate.job import EvaluateJob, evaluate
+from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.mixture import Mixture
+from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.train_stages import num_iterations
+from megatron_demix.study import load_study
+from megatron_demix.train.job import TrainJob
+from megatron_demix.train.trainer import train
+
+TRAINED = ["search.proxies=trained", "search.rounds=[8, 2]", "search.bootstraps=0", "search.surrogate=ridge", "base.tokens=1k"]
+
+
+def dag_of(study_folder: Path, runs: Path, *overrides: str) -> Dag:
+    path = study_folder / "study.yaml"
+    return build_dag(load_study(path, [*TRAINED, *overrides]), path, runs / "run")
+
+
+def make(stage: Stage) -> None:
+    if stage.ranks and stage.begin():
+        if read_json(stage.job)["kind"] == "train":
+            train(TrainJob.read(stage.job))
+        else:
+            evaluate(EvaluateJob.model_validate(read_json(stage.job)), lambda parts, live: ProxyMerger(parts, live))
+    stage.finish()
+
+
+def test_rounds_of_trained_proxies_find_a_mixture(study_folder, tmp_path):
+    dag = dag_of(study_folder, tmp_path)
+    for stage in dag.of_kinds({"rounds"}):
+        make(stage)
+    names = [stage.name for stage in dag.of_kinds({"rounds"})]
+    assert not any(name.startswith("components/") for name in names)
+    assert sum(name.startswith("rounds/1/proxy_") for name in names) == 8
+    assert sum(name.startswith("rounds/2/proxy_") for name in names) == 2
+    entries = read_json(dag.rounds[1].proposal.folder / "mixtures.json")
+    scores = read_json(dag.rounds[1].scores.folder / "scores.json")["rows"]
+    assert [e["name"] for e in entries] == list(scores)
+    assert all(e["weights"] == pytest.approx(e["shares"]) for e in entries)  # no anchor between weights and shares
+    Mixture(read_json(dag.choice.folder / "mixture.json")["weights"])
+    # The model is trained on the shares it was proposed for.
+    proxy = next(s for s in dag.rounds[0].scores.needs if s.name == "rounds/1/proxy_003")
+    wanted = read_json(dag.rounds[0].proposal.folder / "mixtures.json")[3]["shares"]
+    given = {Path(path).parent.name.split("-")[0]: share for path, share in read_json(proxy.job)["blend"]}
+    assert given == pytest.approx({name: share for name, share in wanted.items() if share > 0})
+
+
+def test_by_default_all_trained_proxies_cost_what_the_components_would(study_folder, tmp_path):
+    study = load_study(study_folder / "study.yaml", [*TRAINED, "component.tokens=5120"])
+    assert num_iterations(study, "proxy") * sum(study.search.rounds) == len(study.domains) * num_iterations(study, "component")
+    assert num_iterations(load_study(study_folder / "study.yaml", [*TRAINED, "search.proxy_tokens=2560"]), "proxy") == 10
+
+
+def test_a_round_that_another_made_unnecessary_trains_nothing(study_folder, tmp_path):
+    dag = dag_of(study_folder, tmp_path)
+    proxy = next(s for s in dag.rounds[1].scores.needs if s.name == "rounds/2/proxy_001")
+    proposal = dag.rounds[1].proposal
+    proposal.folder.mkdir(parents=True)
+    (proposal.folder / "mixtures.json").write_text("[]")
+    dag.tokenizer.finish()
+    assert not proxy.begin()
+
+
+def test_there_is_nothing_to_merge(study_folder, tmp_path):
+    dag = dag_of(study_folder, tmp_path)
+    assert dag.proxies is None
+    with pytest.raises(ConfigError, match=r"no stage of kind merge: its proxies are trained"):
+        dag.of_kinds({"merge"})
+
+
+def test_merged_proxies_have_no_tokens_of_their_own(study_folder):
+    with pytest.raises(ConfigError, match=r"proxy_tokens is what trained proxies cost.*set component\.tokens"):
+        load_study(study_folder / "study.yaml", ["search.proxy_tokens=1k"])
