@@ -49,6 +49,11 @@ def available() -> bool:
     return works
 
 
+def required() -> bool:
+    """Whether MEGATRON_DEMIX_CUDA asks for the device whatever it costs."""
+    return os.environ.get("MEGATRON_DEMIX_CUDA") == "1"
+
+
 def weighted_sum(sources: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], weights_MK: np.ndarray) -> None:
     """outs[m] = sum_k weights_MK[m, k] * sources[k], on the tensors' device, in its current stream, without waiting.
 

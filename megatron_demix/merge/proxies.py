@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.merge.components import MERGEABLE, Components
+from megatron_demix.merge.device import DeviceMerge, Staged
 from megatron_demix.merge.methods import Linear, Method, Recipe
 from megatron_demix.merge.plan import Box, BytePlan
-from megatron_demix.merge.resident import ResidentComponents, fits_on_device
 from megatron_demix.merge.weights import Normalize, weight_matrix
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ProxyMerger:
@@ -43,8 +46,7 @@ class ProxyMerger:
         self._plan = BytePlan(self.components, self._method.partition)
         self._threads = threads
         self._live = list(live)
-        self._checked = False
-        self._resident: ResidentComponents | None = None
+        self._device: DeviceMerge | None = None  # chosen in the first merge
         for tensor in self._live:
             self._plan.add(self._box(tensor))
 
@@ -59,37 +61,47 @@ class ProxyMerger:
         The first merge compares the components' checksums too; a file that changes later is not noticed. On a GPU with room for
         them, the components move there in the first merge, and later ones do not leave the device.
         """
-        weights_MK = weight_matrix({"proxy": weights}, self._names, normalize)
-        if not self._checked:
+        self.merge_all({"proxy": weights}, [[tensor.tensor for tensor in self._live]], normalize=normalize)
+
+    def merge_all(
+        self,
+        mixtures: Mapping[str, Mapping[str, float]],
+        models: Sequence[Sequence[torch.Tensor]],
+        *,
+        normalize: Normalize = "error",
+    ) -> None:
+        """Write M mixtures into M models at once, from one read of the components.
+
+        models: [M] tensors in the order, shapes, types and on the device of the live ones. Raises as merge(), ValueError where
+        they are not like the live ones, VerificationFailed where a GPU's first result is not the CPU's.
+        """
+        weights_MK = weight_matrix(mixtures, self._names, normalize)
+        targets = [[tensor.data for tensor in model] for model in models]  # not what autograd watches
+        pattern = [(t.tensor.shape, t.tensor.dtype, t.tensor.device) for t in self._live]
+        if len(models) != len(mixtures) or any([(t.shape, t.dtype, t.device) for t in model] != pattern for model in targets):
+            raise ValueError(f"{len(mixtures)} mixtures need as many models, with tensors like the live ones in their order")
+        if self._device is None:
             if (name := self._plan.damaged(self._threads)) is not None:
                 raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
             self._method.prepare(self._plan, self._threads)
-        recipe = self._method.recipe(weights_MK)
-        if not self._checked:
-            # Coefficients that differ between tensors, and deltas, are the CPU's work: the device holds whole parameters.
-            if self._method.partition is None and fits_on_device(self.components, self._live):
-                self._resident = ResidentComponents(self.components, self._live, self._threads)
-                self._check_resident(recipe)
-            self._checked = True
-        if self._resident is not None:
-            self._resident.merge(recipe.weights_SMK[0, 0])
-            return
-        staged = self._merge_staged(recipe)
-        for s in staged:
-            s.finish()
+            recipe = self._method.recipe(weights_MK)
+            # Coefficients that differ between tensors, and deltas, are the CPU's work: the device sums whole parameters.
+            linear = self._method.partition is None and recipe.deltas is None
+            self._device = DeviceMerge(self.components, self._live, self._threads, allowed=linear)
+        else:
+            recipe = self._method.recipe(weights_MK)
+        contiguous = all(tensor.is_contiguous() for model in targets for tensor in model)
+        if not contiguous or not self._device.merge(recipe.weights_SMK[0], targets, lambda: self._on_cpu(recipe, targets)):
+            for tensors in self._on_cpu(recipe, targets):
+                for staged in tensors:
+                    staged.finish()
 
-    def _merge_staged(self, recipe: Recipe) -> list[_Staged]:
-        staged = [_Staged(tensor.tensor) for tensor in self._live]
-        addresses_TM = np.array([[s.address] for s in staged], np.int64).reshape(len(staged), 1)
+    def _on_cpu(self, recipe: Recipe, targets: Sequence[Sequence[torch.Tensor]]) -> list[list[Staged]]:
+        """[M][T] the results, where the CPU can write them."""
+        staged = [[Staged(tensor) for tensor in model] for model in targets]
+        addresses_TM = np.array([[s.address for s in model] for model in staged], np.int64).reshape(len(staged), -1).T
         self._plan.native.run(recipe.weights_SMK, deltas=recipe.deltas, addresses_TM=addresses_TM, threads=self._threads)
         return staged
-
-    def _check_resident(self, recipe: Recipe) -> None:
-        """Once for each merger, every tensor: the device must give the bits of the CPU."""
-        assert self._resident is not None
-        self._resident.merge(recipe.weights_SMK[0, 0])
-        for index, s in enumerate(self._merge_staged(recipe)):
-            self._resident.check(s.written, index)
 
     def _box(self, live: LiveTensor) -> Box:
         held = self.components.tensors.get(live.key)
@@ -110,25 +122,3 @@ class ProxyMerger:
                 f"parameter {live.key!r} is {dtype} in the live model, expected one of {', '.join(MERGEABLE)}."
             )
         return Box(live.key, tuple(live.global_offset), live.box_shape, dtype)
-
-
-class _Staged:
-    """Where the merge writes a parameter: the parameter itself, or (on a GPU, or not contiguous) a copy that is then moved."""
-
-    def __init__(self, tensor: Any) -> None:
-        self._target = tensor.data  # not a view that autograd watches: writing in place is the point
-        direct = self._target.device.type == "cpu" and self._target.is_contiguous()
-        self.written = self._target
-        if not direct:
-            import torch
-
-            pin = self._target.device.type == "cuda"
-            self.written = torch.empty(self._target.shape, dtype=self._target.dtype, pin_memory=pin)
-
-    @property
-    def address(self) -> int:
-        return self.written.data_ptr()
-
-    def finish(self) -> None:
-        if self.written is not self._target:
-            self._target.copy_(self.written)

@@ -9,7 +9,6 @@ import numpy as np
 
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.live import LiveTensor
-from megatron_demix.errors import VerificationFailed
 from megatron_demix.merge import cuda
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.plan import Box, BytePlan
@@ -28,7 +27,6 @@ class ResidentComponents:
         """Reads each component once, through one pinned buffer for each tensor."""
         import torch
 
-        self._live = [tensor.tensor.data for tensor in live]
         plan = BytePlan(components)
         staged = []
         for tensor in live:
@@ -42,35 +40,19 @@ class ResidentComponents:
             one_hot = np.eye(num_components)[k].reshape(1, 1, num_components)
             plan.native.run(one_hot, addresses_TM=addresses_TM, threads=threads)
             for t, buffer in enumerate(staged):
-                self._sources[t].append(buffer.to(self._live[t].device, copy=True))
+                self._sources[t].append(buffer.to(live[t].tensor.device, copy=True))
 
-    def merge(self, coefficients_K: np.ndarray) -> None:
-        """Write the sum into the live tensors. Same bits as the merge on the CPU."""
-        for sources, target in zip(self._sources, self._live, strict=True):
-            if target.numel():
-                cuda.weighted_sum(sources, [target], coefficients_K[np.newaxis])
-
-    def check(self, expected: torch.Tensor, index: int) -> None:
-        """Compare one live tensor with what the CPU made of it. Raises VerificationFailed."""
-        import torch
-
-        found = self._live[index].cpu()
-        if not torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)):
-            raise VerificationFailed(
-                "the CUDA merge and the CPU merge of one tensor differ. Set MEGATRON_DEMIX_CUDA=0 to merge on the CPU, and "
-                "report the GPU, driver and CUDA version."
-            )
+    def merge(self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Write mixture m into models[m]: contiguous tensors like the live ones, on their device. Bits as on the CPU."""
+        for sources, *outs in zip(self._sources, *models, strict=True):
+            if outs[0].numel():
+                cuda.weighted_sum(sources, outs, weights_MK)
 
 
-def fits_on_device(components: Components, live: Sequence[LiveTensor]) -> bool:
-    """Whether all live tensors are on one GPU that the kernels run on, with room for the components' parts of them."""
-    devices = {tensor.tensor.device for tensor in live}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda" or len(components.checkpoints) > cuda.MAX_SOURCES:
-        return False
-    if not all(tensor.tensor.is_contiguous() for tensor in live) or not cuda.available():
-        return False
+def fits_on_device(components: Components, live: Sequence[LiveTensor], device: torch.device) -> bool:
+    """Whether the device has room for the components' parts of the live tensors."""
     import torch
 
     needed = sum(t.tensor.numel() * ITEM_BYTES[components.tensors[t.key].dtype] for t in live) * len(components.checkpoints)
-    free, _ = torch.cuda.mem_get_info(next(iter(devices)))
+    free, _ = torch.cuda.mem_get_info(device)
     return needed <= free * _FREE_SHARE

@@ -80,3 +80,40 @@ def test_a_damaged_component_is_noticed(parts):
     file.write_bytes(data)
     with pytest.raises(CorruptInput, match=r"fc2.weight' at .*: its bytes differ from their checksum"):
         ProxyMerger(parts, live_rank(0, 1)).merge({"a": 1.0})
+
+
+def test_several_models_at_once(parts):
+    models = [live_rank(0, 2) for _ in range(3)]
+    mixtures = {"x": {"a": 1.0}, "y": {"a": 0.5, "b": 0.5}, "z": {"b": 1.0}}
+    merger = ProxyMerger(parts, models[0])
+    merger.merge_all(mixtures, [[t.tensor for t in model] for model in models])
+    for model, weights in zip(models, mixtures.values(), strict=True):
+        alone = live_rank(0, 2)
+        ProxyMerger(parts, alone).merge(weights)
+        assert all(bits(a.tensor) == bits(b.tensor) for a, b in zip(model, alone, strict=True))
+    with pytest.raises(ValueError, match=r"3 mixtures need as many models"):
+        merger.merge_all(mixtures, [[t.tensor for t in models[0]]])
+    with pytest.raises(ValueError, match=r"tensors like the live ones"):
+        merger.merge_all({"x": {"a": 1.0}}, [[t.tensor.float() for t in models[0]]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("room", [True, False])
+def test_on_a_gpu(parts, room, monkeypatch):
+    from megatron_demix.merge import device, resident
+
+    monkeypatch.setenv("MEGATRON_DEMIX_CUDA", "1")
+    if not room:
+        monkeypatch.setattr(resident, "_FREE_SHARE", 0.0)
+    live = [
+        LiveTensor(key, tuple(t.shape), (0,) * t.dim(), torch.zeros_like(t, device="cuda")) for key, t in small_model(0).items()
+    ]
+    merger = ProxyMerger(parts, live)
+    for weights in ({"a": 0.25, "b": 0.75}, {"b": 1.0}, {"a": 0.9, "b": 0.1}):
+        merger.merge(weights)
+        expected = [LiveTensor(t.key, t.global_shape, t.global_offset, torch.zeros_like(t.tensor.cpu())) for t in live]
+        ProxyMerger(parts, expected).merge(weights)
+        assert all(bits(a.tensor.cpu()) == bits(b.tensor) for a, b in zip(live, expected, strict=True))
+    wanted = device.ResidentComponents if room else device.StreamedComponents
+    assert isinstance(merger._device._method, wanted)

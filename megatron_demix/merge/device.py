@@ -1,0 +1,113 @@
+"""Where proxies are summed: on the GPU, from components that live there or are streamed to it, or on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_demix.checkpoint.live import LiveTensor
+from megatron_demix.errors import VerificationFailed
+from megatron_demix.merge import cuda
+from megatron_demix.merge.components import Components
+from megatron_demix.merge.resident import ResidentComponents, fits_on_device
+from megatron_demix.merge.streamed import StreamedComponents
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DeviceMerge:
+    """The choice for one set of live tensors, made in its first merge, which also compares the GPU's bits with the CPU's.
+
+    Components that fit are kept on the device. Those that do not are streamed where that is measured to be faster than the CPU
+    (which sends one result over the bus instead of K sources). MEGATRON_DEMIX_CUDA=0 is the CPU always, 1 the device always.
+    """
+
+    def __init__(self, components: Components, live: Sequence[LiveTensor], threads: int | None, *, allowed: bool) -> None:
+        """allowed: whether the sum is one that the kernels make. Raises ConfigError where CUDA is asked for and not there."""
+        self._method: ResidentComponents | StreamedComponents | None = None
+        self._chosen = False
+        device = _one_device(live)
+        if device is None or not allowed or len(components.checkpoints) > cuda.MAX_SOURCES or not cuda.available():
+            return
+        self._device = device
+        if fits_on_device(components, live, device):
+            self._method = ResidentComponents(components, live, threads)
+        else:
+            self._method = StreamedComponents(components, live, threads, device)
+
+    def merge(
+        self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]], on_cpu: Callable[[], list[list[Staged]]]
+    ) -> bool:
+        """Write mixture m into models[m], contiguous tensors, and return True; or False if this is the CPU's to do.
+
+        on_cpu: makes the same results for comparison. Raises VerificationFailed.
+        """
+        if self._method is None:
+            return False
+        if self._chosen:
+            self._method.merge(weights_MK, models)
+            return True
+        device_s = self._timed(weights_MK, models)
+        started = time.perf_counter()
+        expected = on_cpu()
+        cpu_s = time.perf_counter() - started
+        for tensors, results in zip(models, expected, strict=True):
+            for tensor, result in zip(tensors, results, strict=True):
+                _compare(tensor, result.written)
+        # A second run, for the first one also made the buffers.
+        if isinstance(self._method, StreamedComponents) and not cuda.required() and cpu_s < device_s:
+            device_s = self._timed(weights_MK, models)
+            if cpu_s < device_s:
+                self._method = None
+        self._chosen = True
+        return True
+
+    def _timed(self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]]) -> float:
+        import torch
+
+        assert self._method is not None
+        started = time.perf_counter()
+        self._method.merge(weights_MK, models)
+        torch.cuda.synchronize(self._device)
+        return time.perf_counter() - started
+
+
+class Staged:
+    """Where the CPU writes a parameter: the parameter itself, or (on a GPU, or not contiguous) a copy that is then moved."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self._target = target
+        direct = target.device.type == "cpu" and target.is_contiguous()
+        self.written = target
+        if not direct:
+            import torch
+
+            self.written = torch.empty(target.shape, dtype=target.dtype, pin_memory=target.device.type == "cuda")
+
+    @property
+    def address(self) -> int:
+        return self.written.data_ptr()
+
+    def finish(self) -> None:
+        if self.written is not self._target:
+            self._target.copy_(self.written)
+
+
+def _one_device(live: Sequence[LiveTensor]) -> torch.device | None:
+    devices = {tensor.tensor.device for tensor in live}
+    one = next(iter(devices)) if len(devices) == 1 else None
+    return one if one is not None and one.type == "cuda" else None
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor) -> None:
+    import torch
+
+    if not torch.equal(found.cpu().reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)):
+        raise VerificationFailed(
+            "the CUDA merge and the CPU merge of one tensor differ. Set MEGATRON_DEMIX_CUDA=0 to merge on the CPU, and report "
+            "the GPU, driver and CUDA version."
+        )

@@ -1,0 +1,96 @@
+"""Components streamed through a device: batches, buffers and copies as on a GPU; without one, the sums are the CPU's."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from dist_checkpoints import bits, parallel_cuts, small_model, write_checkpoint
+
+from megatron_demix.checkpoint.live import LiveTensor
+from megatron_demix.merge import cuda
+from megatron_demix.merge.components import Components
+from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.merge.streamed import StreamedComponents, make_batches
+from megatron_demix.native import MergePlan
+
+WEIGHTS = [{"a": 0.25, "b": 0.75, "c": 0.0}, {"a": 0.0, "b": 1.0, "c": 0.0}, {"a": 0.5, "b": 0.25, "c": 0.25}]
+WEIGHTS_MK = np.array([[row[k] for k in "abc"] for row in WEIGHTS])
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]),
+]
+
+
+@pytest.fixture
+def parts(tmp_path):
+    return {
+        n: write_checkpoint(tmp_path / n, small_model(i), parallel_cuts(i + 1), odd=True, transposed=["output_layer.weight"])
+        for i, n in enumerate("abc")
+    }
+
+
+def live_model(dtype=torch.bfloat16, device="cpu"):
+    return [
+        LiveTensor(key, tuple(t.shape), (0,) * t.dim(), torch.full(t.shape, 7.0, dtype=dtype, device=device))
+        for key, t in small_model(0).items()
+    ]
+
+
+def sum_on_cpu(sources, outs, weights_MK):
+    plan, n = MergePlan(len(sources)), sources[0].numel()
+    records = [plan.add_record(s.view(torch.uint8).numpy().reshape(-1), 0) for s in sources]
+    plan.add_target([n], str(sources[0].dtype).removeprefix("torch."), str(outs[0].dtype).removeprefix("torch."))
+    plan.add_region(0, [0], [n], records, [0] * len(sources), [[1]] * len(sources))
+    plan.run(np.array(weights_MK)[None], addresses_TM=np.array([[o.data_ptr() for o in outs]]))
+
+
+def tensors(model):
+    return [t.tensor for t in model]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch_bytes", [1, 2000, 1 << 20])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("to", DEVICES)
+def test_streamed_is_the_merge_in_place(parts, device, to, batch_bytes, dtype):
+    if device == "cpu" and to == "cuda":
+        pytest.skip("sums on the CPU do not reach a GPU's memory")
+    models = [live_model(dtype, to) for _ in WEIGHTS]
+    expected = [live_model(dtype) for _ in WEIGHTS]
+    sums = cuda.weighted_sum if device == "cuda" else sum_on_cpu
+    streamed = StreamedComponents(
+        Components(parts), models[0], 2, torch.device(device), batch_bytes=batch_bytes, weighted_sum=sums
+    )
+    for _ in range(2):
+        streamed.merge(WEIGHTS_MK, [tensors(model) for model in models])
+    ProxyMerger(parts, expected[0]).merge_all(dict(zip("xyz", WEIGHTS, strict=True)), [tensors(m) for m in expected])
+    for got, want in zip(models, expected, strict=True):
+        assert all(bits(a.tensor.cpu()) == bits(b.tensor) for a, b in zip(got, want, strict=True))
+
+
+def test_batches_tile_every_tensor(parts):
+    live = live_model()
+    for source_bytes in (1, 256, 700, 5000, 1 << 20):
+        batches = make_batches(Components(parts), live, source_bytes)
+        for index, tensor in enumerate(live):
+            pieces = [p for batch in batches for p in batch.pieces if p.tensor == index]
+            ends = [p.start + p.count for p in pieces]
+            assert [p.start for p in pieces] == [0, *ends[:-1]]
+            assert ends[-1] == tensor.tensor.numel()
+        for batch in batches:
+            assert batch.source_bytes <= max(source_bytes, 256) or len(batch.pieces) == 1
+            spans = sorted(
+                (a, a + p.count * 2) for p, row in zip(batch.pieces, batch.addresses(0, 3), strict=True) for a in row
+            )
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+            assert spans[-1][1] <= 3 * batch.source_bytes
+
+
+def test_no_weight_at_all_is_zero(parts):
+    model = live_model()
+    StreamedComponents(Components(parts), model, 1, torch.device("cpu"), weighted_sum=sum_on_cpu).merge(
+        np.zeros((1, 3)), [tensors(model)]
+    )
+    assert all(not t.tensor.any() for t in model)
