@@ -10,7 +10,7 @@ DEV := .venv/.dev
 CORE := .venv/.core
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/cuda/*.cu csrc/cuda/*.hpp)
 
-.PHONY: demo test check format bench bench-train bench-merge bench-data bench-search clean
+.PHONY: demo test check format bench bench-train bench-merge bench-merge-gpu bench-data bench-search clean
 
 demo: $(CORE)
 	$(BIN)/python examples/quickstart/collect.py
@@ -39,6 +39,10 @@ bench-train: $(CORE)
 SCRATCH ?= build/bench
 bench-merge: $(CORE) $(DEV)
 	$(BIN)/python benchmarks/merge.py --work $(SCRATCH)/merge
+
+# Tests, sanitises and measures the CUDA merge; ends with 2 where there is no GPU, so it is not a part of `bench`.
+bench-merge-gpu: $(CORE) $(DEV)
+	$(BIN)/python benchmarks/merge_gpu.py
 
 bench-data: $(CORE) $(DEV)
 	$(BIN)/python benchmarks/data_prepare.py
