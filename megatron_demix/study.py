@@ -225,7 +225,7 @@ class ComponentSpec(Phase):
 
 # The options of each merge method (megatron_demix.merge.named). Random drops take the study's seed.
 MERGE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "linear": ("scale",),
+    "linear": ("scale", "rules"),
     "multislerp": ("from_base",),
     "karcher": ("from_base",),
     "ties": ("scale", "density"),
@@ -236,6 +236,13 @@ MERGE_OPTIONS: dict[str, tuple[str, ...]] = {
     "breadcrumbs": ("scale", "density", "gamma"),
     "breadcrumbs_ties": ("scale", "density", "gamma"),
 }
+
+
+class MergeRule(_Section):
+    tensors: str = "*"
+    layers: int | str | None = None
+    scale: float | None = None
+    weights: dict[str, float] | None = None
 
 
 class MergeSpec(_Section):
@@ -257,6 +264,8 @@ class MergeSpec(_Section):
     """Merge the components' deltas from the base instead of the components."""
     scale: float | None = Field(None, allow_inf_nan=False)
     """Of the merged deltas, which are then added to the base."""
+    rules: list[MergeRule] | None = None
+    """Weights or scales of certain tensors or layers (megatron_demix.merge.rules)."""
     density: float | None = Field(None, gt=0, le=1)
     """Share of each delta that stays."""
     gamma: float | None = Field(None, ge=0, lt=1)
@@ -280,7 +289,8 @@ class MergeSpec(_Section):
 
     @property
     def needs_base(self) -> bool:
-        return bool(self.from_base) or self.scale is not None or self.density is not None
+        scales = (self.scale, *(rule.scale for rule in self.rules or ()))
+        return bool(self.from_base) or self.density is not None or any(scale is not None for scale in scales)
 
     @property
     def options(self) -> dict[str, Any]:

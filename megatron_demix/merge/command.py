@@ -50,6 +50,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     option("--method", default="linear", metavar="NAME", help="default: linear")
     option("--base", type=Path, metavar="PATH", help="what the components were trained from, for methods that merge deltas")
     option("--scale", type=float, metavar="X", help="base + X * the merged deltas (default: 1)")
+    option("--rules", type=Path, metavar="FILE", help="linear: weights or scales of certain tensors or layers (YAML)")
     option("--density", type=float, metavar="SHARE", help="of each delta that stays, in (0, 1]")
     option("--gamma", type=float, metavar="SHARE", help="breadcrumbs: of the largest changes, dropped (default: 0.01)")
     option("--epsilon", type=float, metavar="X", help="della: how far probabilities reach from the density (default: 0.15)")
@@ -76,6 +77,9 @@ well rankings of proxies agreed with those of trained models in the paper (arXiv
                         the small changes, dare any at random, della small ones rather than large ones, breadcrumbs the small
                         and the very large. All but dare_linear, della_linear and breadcrumbs also leave out, element by
                         element, changes against the sign of the weighted sum. For components that moved far
+rules (linear): a YAML list; the last rule that matches a tensor counts. {tensors: "*.mlp.*", layers: 0-11, scale: 1.3} replaces
+the scale, {tensors: "embedding.*", weights: {general: 1}} the weights. Stacked layers have numbers: decoder.layers.3.mlp...
+
 multislerp and karcher average deltas where --base is given. With --normalize off, linear with --base is task arithmetic.
 """
 
@@ -83,8 +87,10 @@ multislerp and karcher average deltas where --base is given. With --normalize of
 def _method(arguments: argparse.Namespace) -> Method:
     from megatron_demix.merge.named import make_method
     from megatron_demix.merge.parts import FusedLayout
+    from megatron_demix.merge.rules import read_rules
 
     options = {name: getattr(arguments, name) for name in ("scale", "density", "gamma", "epsilon", "seed")}
+    options["rules"] = read_rules(arguments.rules) if arguments.rules else None
     layout = FusedLayout(arguments.num_query_groups, arguments.kv_channels, arguments.swiglu)
     return make_method(arguments.method, arguments.base, layout=layout, **options)
 
@@ -163,9 +169,11 @@ def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]],
         iteration = "" if location.iteration is None else f", iteration {location.iteration}"
         print(f"  {name}: {location.path} ({location.kind}{iteration})")
     described = bound.describe()
-    options = [f"{k} {v}" for k, v in described.items() if k not in ("name", "base", "fused")]
+    options = [f"{k} {v}" for k, v in described.items() if k not in ("name", "base", "fused", "rules")]
     within = f"{bound.partition.num_parts} logical tensors" if bound.partition else "all tensors alike"
     print(f"method {', '.join([described['name'], *options])}: {within}")
+    for rule in described.get("rules", ()):
+        print(f"  rule: {', '.join(f'{k} {v}' for k, v in rule.items())}")
     if fused := described.get("fused"):
         print(f"  fused projections: {', '.join(f'{k} {v}' for k, v in fused.items())}")
     print(f"{len(mixtures)} mixtures, {format_bytes(size * len(mixtures))} to write under {arguments.output}")

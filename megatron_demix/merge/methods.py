@@ -21,6 +21,7 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.parts import FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
+from megatron_demix.merge.rules import Rule
 from megatron_demix.native import DeltaRules
 
 BASE = "base"
@@ -89,22 +90,27 @@ class Linear(Method):
     """
 
     scale: float = 1.0
+    rules: tuple[Rule, ...] = ()
+    """For certain tensors or layers; the last one that matches counts, for weights and for the scale each."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale is {self.scale}, expected a finite number.")
+        if self.base is None and any(rule.scale is not None for rule in self.rules):
+            raise ConfigError("a rule with a scale needs a base: give the checkpoint that the components were trained from.")
         if self.base is None and self.scale != 1:
             raise ConfigError(f"scale {self.scale:g} needs a base: give the checkpoint that the components were trained from.")
 
     def bind(self, components: Components) -> BoundMethod:
-        return _BoundLinear(self)
+        return _RuledLinear(self, components) if self.rules else _BoundLinear(self)
 
-    def coefficients(self, weights_MK: np.ndarray) -> np.ndarray:
+    def coefficients(self, weights_MK: np.ndarray, scale: float | None = None) -> np.ndarray:
         """[M, K] the sum's coefficients, or [M, K + 1] with the base's last."""
-        return weights_MK if self.base is None else with_base(self.scale * weights_MK)
+        return weights_MK if self.base is None else with_base((self.scale if scale is None else scale) * weights_MK)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "linear"} if self.base is None else {"name": "linear", "base": BASE, "scale": self.scale}
+        base = {} if self.base is None else {"base": BASE, "scale": self.scale}
+        return {"name": "linear", **base, **({"rules": [rule.describe() for rule in self.rules]} if self.rules else {})}
 
 
 class _BoundLinear(BoundMethod):
@@ -112,6 +118,44 @@ class _BoundLinear(BoundMethod):
 
     def recipe(self, weights_MK: np.ndarray) -> Recipe:
         return Recipe(self.method.coefficients(weights_MK)[np.newaxis])
+
+
+class _RuledLinear(BoundMethod):
+    method: Linear
+    partition: Partition
+
+    def __init__(self, method: Linear, components: Components) -> None:
+        super().__init__(method)
+        self.partition = Partition(components.tensors, None)
+        self._names = [name for name in components.names if method.base is None or name != BASE]
+        self._weights: dict[Rule, np.ndarray] = {}
+        names = [part.name for part in self.partition.parts()]
+        for rule in method.rules:
+            if not any(map(rule.matches, names)):
+                raise ConfigError(f"the rule {rule.describe()} matches no tensor of the components, such as {names[0]!r}.")
+            given = dict(rule.weights or ())
+            if unknown := set(given) - set(self._names):
+                raise ConfigError(
+                    f"the rule {rule.describe()}: {sorted(unknown)[0]!r} is not a component; they are {', '.join(self._names)}."
+                )
+            self._weights[rule] = np.array([given.get(name, 0.0) for name in self._names])
+        # [S] which rule decides the weights and which the scale of each part.
+        last = [[rule for rule in method.rules if rule.matches(name)] for name in names]
+        self._decides = [
+            (
+                next((r for r in reversed(rules) if r.weights is not None), None),
+                next((r for r in reversed(rules) if r.scale is not None), None),
+            )
+            for rules in last
+        ]
+
+    def recipe(self, weights_MK: np.ndarray) -> Recipe:
+        made: dict[tuple[Rule | None, Rule | None], np.ndarray] = {}
+        for weights, scale in self._decides:
+            if (weights, scale) not in made:
+                rows = weights_MK if weights is None else np.tile(self._weights[weights], (len(weights_MK), 1))
+                made[weights, scale] = self.method.coefficients(rows, None if scale is None else scale.scale)
+        return Recipe(np.stack([made[decides] for decides in self._decides]))
 
 
 def with_base(coefficients_MK: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from megatron_demix.merge.sparse import RULES, Sparse
 from megatron_demix.merge.spherical import COEFFICIENTS, Spherical
 
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "linear": ("scale",),
+    "linear": ("scale", "rules"),
     **dict.fromkeys(COEFFICIENTS, ()),
     **{name: ("scale", *rule.options) for name, rule in RULES.items()},
 }

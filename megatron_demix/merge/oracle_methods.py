@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import translate
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -58,25 +59,6 @@ def make_oracle(components: Components, bound: BoundMethod) -> Oracle:
         return _SparseOracle(components, method, fused)
     assert isinstance(method, Linear)
     return _LinearOracle(components, method)
-
-
-class _LinearOracle(Oracle):
-    def __init__(self, components: Components, method: Linear) -> None:
-        super().__init__(components)
-        self._method = method
-
-    def mixture(self, weights_K: np.ndarray) -> Expectation:
-        if self._method.base is not None:
-            deltas = self._method.scale * weights_K
-            rest = 1 - math.fsum(deltas)
-            weights_K = np.append(deltas, rest if abs(rest) >= 1e-12 else 0.0)
-
-        def expect(key: str, indices: np.ndarray) -> list[Expected]:
-            values = component_values(self.components, key, indices)
-            bounds = error_bound(weights_K, values, self.components.tensors[key].dtype)
-            return [Expected(linear(weights_K, values), bounds)]
-
-        return expect
 
 
 # --- logical tensors ------------------------------------------------------------------------------------------------
@@ -164,6 +146,41 @@ class _ByTensor(Oracle):
             found.setdefault(_logical(key, shape, tuple(index), self._fused), []).append(i)
         for logical, members in found.items():
             yield logical, np.array(members)
+
+
+class _LinearOracle(_ByTensor):
+    def __init__(self, components: Components, method: Linear) -> None:
+        super().__init__(components, {})
+        self._method = method
+
+    def mixture(self, weights_K: np.ndarray) -> Expectation:
+        def expect(key: str, indices: np.ndarray) -> list[Expected]:
+            values = component_values(self.components, key, indices)
+            results, bounds = np.zeros(len(indices)), np.zeros(len(indices))
+            groups = self.groups(key, indices) if self._method.rules else [(None, np.arange(len(indices)))]
+            for logical, members in groups:
+                coefficients = self._coefficients(weights_K, logical.name if logical else "")
+                results[members] = linear(coefficients, values[:, members])
+                bounds[members] = error_bound(coefficients, values[:, members], self.components.tensors[key].dtype)
+            return [Expected(results, bounds)]
+
+        return expect
+
+    def _coefficients(self, weights_K: np.ndarray, name: str) -> np.ndarray:
+        scale = self._method.scale
+        for rule in self._method.rules:
+            layer = re.search(r"\blayers\.([0-9]+)\.", name)
+            inside = rule.layers is None or (layer and rule.layers[0] <= int(layer[1]) <= rule.layers[1])
+            if not inside or not re.fullmatch(translate(rule.tensors), name):
+                continue
+            if rule.weights is not None:
+                weights_K = np.array([dict(rule.weights).get(n, 0.0) for n in self.components.names[: len(weights_K)]])
+            if rule.scale is not None:
+                scale = rule.scale
+        if self._method.base is None:
+            return weights_K
+        rest = 1 - math.fsum(scale * weights_K)
+        return np.append(scale * weights_K, rest if abs(rest) >= 1e-12 else 0.0)
 
 
 class _SphericalOracle(_ByTensor):

@@ -20,8 +20,15 @@ def merge_settings(study: Study) -> dict[str, Any]:
 def method_of(spec: MergeSpec, base: Path | None, seed: int) -> Method:
     """base: the checkpoint that the components were trained from, where spec.needs_base. seed: of random drops."""
     from megatron_demix.merge.named import make_method
+    from megatron_demix.merge.rules import parse_rules
 
-    return make_method(spec.method, base if spec.needs_base else None, seed=seed if _is_random(spec) else None, **spec.options)
+    options = dict(spec.options)
+    if spec.rules:
+        given = [rule.model_dump(exclude_none=True) for rule in spec.rules]
+        options["rules"] = parse_rules(given, "merge.rules of the study")
+    if _is_random(spec):
+        options["seed"] = seed
+    return make_method(spec.method, base if spec.needs_base else None, **options)
 
 
 def _is_random(spec: MergeSpec) -> bool:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from megatron_demix.errors import ConfigError
 from megatron_demix.merge.methods import Linear
 from megatron_demix.merge.named import OPTIONS
+from megatron_demix.merge.rules import Rule
 from megatron_demix.merge.sparse import Sparse
 from megatron_demix.merge.spherical import Spherical
 from megatron_demix.pipeline.merging import method_of
@@ -20,6 +22,14 @@ def test_studies_and_the_tool_have_the_same_methods_and_options():
     assert set(known) == set(MERGE_OPTIONS) == set(OPTIONS)
     for name, options in OPTIONS.items():
         assert set(MERGE_OPTIONS[name]) - {"from_base"} == set(options) - {"seed"}
+
+
+def test_rules_of_a_study():
+    spec = MergeSpec(rules=[{"layers": "0-3", "scale": 1.2}, {"tensors": "embedding.*", "weights": {"code": 1.0}}])
+    rules = (Rule("*", (0, 3), scale=1.2), Rule("embedding.*", weights=(("code", 1.0),)))
+    assert method_of(spec, BASE, 7) == Linear(BASE, rules=rules)
+    with pytest.raises(ConfigError, match=r"merge.rules of the study, rule 1: give either scale or weights"):
+        method_of(MergeSpec(rules=[{"layers": 3}]), BASE, 7)
 
 
 def test_the_base_is_used_where_deltas_are():

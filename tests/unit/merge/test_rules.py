@@ -1,0 +1,109 @@
+"""Weights and scales of certain tensors and layers: which rule counts, on disk and in memory, and what is refused."""
+
+import pytest
+import torch
+import yaml
+from dist_checkpoints import bits, read_checkpoint
+from merge_models import model, per_layer, write_components
+
+from megatron_demix.checkpoint.live import LiveTensor
+from megatron_demix.errors import ConfigError
+from megatron_demix.merge.engine import merge_checkpoints
+from megatron_demix.merge.methods import Linear
+from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.merge.rules import Rule, parse_rules, read_rules
+
+RULES = """
+- {tensors: "*.mlp.*", scale: 1.5}
+- {tensors: "*", layers: 1, weights: {b: 1}}
+- {tensors: "*.linear_fc2.weight", layers: 0-1, scale: 0.5}
+- {tensors: "embedding.*", weights: {a: 0.25, c: 0.75}}
+"""
+WEIGHTS = {"even": {"a": 0.5, "b": 0.3, "c": 0.2}, "two": {"a": 0.6, "c": 0.4}}
+
+
+def expected(weights):
+    """The model by hand, layer by layer."""
+    parts = {name: per_layer(model(i, torch.float32)) for i, name in enumerate("abc")}
+    base = per_layer(model(None, torch.float32))
+    result = {}
+    for key, start in base.items():
+        chosen, scale = weights, 1.0
+        if ".mlp." in key:
+            scale = 0.5 if "linear_fc2" in key else 1.5
+        if "layers.1." in key:
+            chosen = {"b": 1.0}
+        if key.startswith("embedding"):
+            chosen = {"a": 0.25, "c": 0.75}
+        result[key] = start.double() + scale * sum(w * (parts[n][key].double() - start.double()) for n, w in chosen.items())
+    return result
+
+
+def test_the_last_rule_that_matches_counts(tmp_path):
+    (tmp_path / "rules.yaml").write_text(RULES)
+    parts, base = write_components(tmp_path)
+    method = Linear(base, rules=read_rules(tmp_path / "rules.yaml"))
+    paths = merge_checkpoints(parts, WEIGHTS, tmp_path / "out", method=method, progress=False, verify="full")
+    for name, path in zip(WEIGHTS, paths, strict=True):
+        stacked = read_checkpoint(path / "release")
+        found = per_layer(stacked)
+        for key, wanted in expected(WEIGHTS[name]).items():
+            assert (found[key].double() - wanted).abs().max() < 2e-6, key
+        # A pipeline stage with the second layer, in memory.
+        live = [
+            LiveTensor(k, tuple(v.shape), (1, *(0 for _ in v.shape[1:])), torch.zeros_like(v[1]))
+            for k, v in stacked.items()
+            if "layers." in k
+        ]
+        ProxyMerger(parts, live, method=method).merge(WEIGHTS[name])
+        assert all(bits(t.tensor) == bits(stacked[t.key][1]) for t in live)
+
+
+def test_components_read_by_some_layers_only_are_checked_whole(tmp_path):
+    """One chunk holds both layers, and a rule takes one of them from components that the other does not use."""
+    parts, _ = write_components(tmp_path, layouts=(1, 1, 1, 1))
+    method = Linear(rules=(Rule("*", (1, 1), weights=(("c", 1.0),)),))
+    (path,) = merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", method=method, progress=False, verify="full")
+    found, a, c = (per_layer(m) for m in (read_checkpoint(path / "release"), model(0, torch.float32), model(2, torch.float32)))
+    assert all(bits(found[k]) == bits((c if "layers.1." in k else a)[k]) for k in found)
+
+
+def test_rules_survive_being_described():
+    rules = parse_rules(yaml.safe_load(RULES), "x")
+    assert parse_rules([rule.describe() for rule in rules], "y") == rules
+
+
+@pytest.mark.parametrize(
+    ("rule", "match"),
+    [
+        ({"tensor": "*", "scale": 1}, r"rule 1: unknown key 'tensor'; a rule has tensors, layers, scale, weights"),
+        ("x", r"rule 1: 'x'; a rule has"),
+        ({"tensors": 3, "scale": 1}, r"rule 1: tensors is 3"),
+        ({"tensors": "*"}, r"rule 1: give either scale or weights"),
+        ({"scale": 1, "weights": {"a": 1}}, r"rule 1: give either scale or weights"),
+        ({"scale": "big"}, r"rule 1: scale is 'big'"),
+        ({"weights": {}}, r"rule 1: weights are \{\}"),
+        ({"weights": {"a": 0.5}}, r"rule 1: weights sum to 0.5, expected 1"),
+        ({"scale": 1, "layers": "4-2"}, r"rule 1: layers is '4-2', expected a number or a range such as 0-11"),
+    ],
+)
+def test_rules_that_are_refused(rule, match):
+    with pytest.raises(ConfigError, match=match):
+        parse_rules([rule], "rules.yaml")
+
+
+def test_rules_that_do_not_fit_the_components(tmp_path):
+    with pytest.raises(ConfigError, match=r"expected a list of rules"):
+        parse_rules({"scale": 1}, "rules.yaml")
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read"):
+        read_rules(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"a rule with a scale needs a base"):
+        Linear(rules=(Rule(scale=2.0),))
+    parts, base = write_components(tmp_path)
+    for rule, match in (
+        (Rule("*.moe.*", scale=2.0), r"matches no tensor of the components, such as 'embedding.word_embeddings.weight'"),
+        (Rule("*", (2, 3), scale=2.0), r"matches no tensor"),
+        (Rule(weights=(("d", 1.0),)), r"'d' is not a component; they are a, b, c"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "o", method=Linear(base, rules=(rule,)), progress=False)
