@@ -56,11 +56,15 @@ class TokenizerSpec(_Section):
     """bpe: number of ids, EOD included."""
     train_bytes: Bytes = 8_000_000
     """bpe: text it is trained on, spread evenly over the domains."""
+    domains: list[str] | None = Field(None, min_length=1)
+    """bpe: domains it is trained on; null: all. Named ones keep it, and what depends on it, valid when others come and go."""
 
     @model_validator(mode="after")
     def _model_given(self) -> TokenizerSpec:
         if (self.model is None) != (self.type in ("byte", "bpe")):
             raise ValueError(f"type {self.type!r} {'needs' if self.model is None else 'takes no'} `model`")
+        if self.domains and self.type != "bpe":
+            raise ValueError(f"type {self.type!r} is not trained, so it takes no `domains`")
         return self
 
 
@@ -440,6 +444,7 @@ class Study(_Section):
         for what, used in (
             ("evaluate.losses", scores),
             ("search.objective", self.search.objective),
+            ("tokenizer.domains", self.tokenizer.domains or []),
             ("base.mixture", self.base.mixture),
             ("component.anchor.mixture", self.component.anchor.mixture),
             *((f"search.groups.{label}", group.domains) for label, group in self.search.groups.items()),

@@ -41,8 +41,9 @@ def tokenizer(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Pat
         if not model.exists() and not digests.absent_ok:
             raise ConfigError(f"tokenizer.model: {model} does not exist; a relative path starts at the study file's folder.")
         spec = spec.model_copy(update={"model": model})
-    settings: dict[str, Any] = spec.model_dump(exclude={"model"}, mode="json")
-    samples = {d.name: inputs[d.name] for d in study.domains if d.prefixes is None}
+    settings: dict[str, Any] = spec.model_dump(exclude={"model", "domains"}, mode="json")
+    sampled = spec.domains or study.domain_names
+    samples = {d.name: inputs[d.name] for d in study.domains if d.prefixes is None and d.name in sampled}
     if spec.type == "bpe":
         settings["inputs"] = {name: digests.of(paths) for name, paths in samples.items()}
     elif spec.model:

@@ -11,7 +11,7 @@ from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study import Study, TrainSpec
+from megatron_demix.study import MixtureSpec, Study, TrainSpec
 from megatron_demix.units import format_count
 
 PhaseName = Literal["base", "component", "proxy", "final"]
@@ -105,22 +105,33 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     if spec.checkpoint is not None:
         return _given_base(root / spec.checkpoint, run, absent_ok=absent_ok)
 
+    used = _domains_of(spec.mixture, data)
+
     def blend() -> list[tuple[Path, float]]:
-        mixture = study.mixture(spec.mixture, data_stages.tokens(data, "train"), "base.mixture")
-        return _sources(study, "base", "base", data, mixture)
+        return _sources(study, "base", "base", data, _mixture(study, spec.mixture, data, "base.mixture"))
 
     return training(
         study,
         "base/base",
         "base",
         run,
-        needs=(tokenizer, *data.values()),
+        needs=(tokenizer, *(data[n] for n in used)),
         tokenizer=tokenizer,
         settings={"mixture": spec.mixture},
         blend=blend,
         seed=study.seed,
         init=lambda: None,
     )
+
+
+def _domains_of(spec: MixtureSpec, data: Mapping[str, Stage]) -> list[str]:
+    """The domains a mixture depends on. One that names its domains stays as it is when others are added, dropped or split."""
+    return list(data) if isinstance(spec, str) else [name for name in data if spec.get(name)]
+
+
+def _mixture(study: Study, spec: MixtureSpec, data: Mapping[str, Stage], label: str) -> Mixture:
+    """A MixtureSpec over all domains; only the natural one asks for the data of all of them."""
+    return study.mixture(spec, data_stages.tokens(data, "train") if spec == "natural" else {}, label)
 
 
 def _given_base(checkpoint: Path, run: Path, *, absent_ok: bool) -> Stage:
@@ -147,14 +158,11 @@ def checkpoint_of(stage: Stage) -> Path:
 
 def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage) -> Stage:
     anchor = study.component.anchor
-    # An anchor on named domains does not need the others: adding a domain then leaves this component valid.
-    used = list(data) if isinstance(anchor.mixture, str) else [n for n in data if n == name or anchor.mixture.get(n)]
-    if not anchor.share:
-        used = [name]
+    anchored = _domains_of(anchor.mixture, data) if anchor.share else []
+    used = [n for n in data if n == name or n in anchored]
 
     def blend() -> list[tuple[Path, float]]:
-        natural = data_stages.tokens(data, "train")
-        mixture = study.mixture(anchor.mixture, natural, "component.anchor.mixture")
+        mixture = _mixture(study, anchor.mixture, data, "component.anchor.mixture")
         shares = actual_shares(Mixture.one_hot(data, name), mixture, anchor.share)
         return _sources(study, "component", f"component {name}", data, shares)
 

@@ -63,13 +63,36 @@ def test_a_setting_changes_what_depends_on_it(study_path, override, expected):
     assert changed(study_path, override) == expected
 
 
-def test_a_new_domain_leaves_the_others_data_alone(study_path):
-    anchored = "component.anchor={mixture: {english: 1}}"
-    study_path.write_text(STUDY.replace("tokenizer:", "  - {name: math, inputs: [math.jsonl]}\ntokenizer:"))
-    three = keys(study_path, anchored, "base.mixture={english: 1}")
-    study_path.write_text(STUDY)
-    two = keys(study_path, anchored, "base.mixture={english: 1}")
-    assert {n for n in two if two[n] == three[n]} >= {"tokenizer/byte", "data/code", "data/english"}
+NAMED = [
+    "tokenizer={type: bpe, train_vocab_size: 300, domains: [english]}",
+    "base.mixture={english: 1}",
+    "component.anchor={mixture: {english: 1}}",
+]
+"""Everything that would depend on all domains names those it depends on."""
+CODE = "  - {name: code, inputs: [code.jsonl]}\n"
+
+
+@pytest.mark.parametrize(
+    ("domains", "search", "components"),
+    [
+        (f"{CODE}  - {{name: math, inputs: [math.jsonl]}}\n", "code", {"code", "english"}),  # one more
+        ("  - {name: math, inputs: [math.jsonl]}\n", "math", {"english"}),  # another
+        ("  - {name: a, inputs: [code.jsonl]}\n  - {name: b, inputs: [math.jsonl]}\n", "a", {"english"}),  # code, split
+    ],
+)
+def test_when_domains_change_the_tokenizer_the_base_and_the_other_components_stay(study_path, domains, search, components):
+    before = keys(study_path, *NAMED)
+    study_path.write_text(STUDY.replace(CODE, domains).replace("{code: 1}", f"{{{search}: 1}}"))
+    after = keys(study_path, *NAMED)
+    kept = {name for name in before if before[name] == after.get(name)}
+    assert kept == {"tokenizer/bpe", "base/base"} | {f"{kind}/{c}" for kind in ("data", "components") for c in components}
+
+
+def test_a_mixture_that_says_nothing_depends_on_every_domain(study_path):
+    before = keys(study_path)
+    study_path.write_text(STUDY.replace(CODE, f"{CODE}  - {{name: math, inputs: [math.jsonl]}}\n"))
+    after = keys(study_path)
+    assert {name for name in before if before[name] == after[name]} == {"tokenizer/byte", "data/code", "data/english"}
 
 
 def test_the_text_decides_not_its_place_or_age(study_path):
