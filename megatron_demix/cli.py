@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _PARTS = {
     "prepare": ({"tokenizer", "data"}, "tokenize the domains into Megatron .bin/.idx, split into train, valid and test"),
     "train": ({"base", "components"}, "train the base and one component per domain"),
-    "evaluate": ({"rounds"}, "merge and score proxies, round by round, and fit the surrogates"),
-    "search": ({"rounds"}, "the same as evaluate, ending with the chosen mixture on standard output"),
+    "evaluate": ({"maturity", "rounds"}, "merge and score proxies, round by round, and fit the surrogates"),
+    "search": ({"maturity", "rounds"}, "the same as evaluate, ending with the chosen mixture on standard output"),
     "merge": ({"merge"}, "write the chosen mixture's proxy as a checkpoint"),
     "blend": ({"blend"}, "build the final run's indexed data at the chosen and the baseline mixtures"),
     "final": ({"final"}, "train and score the final runs"),

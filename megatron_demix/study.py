@@ -225,6 +225,8 @@ class AnchorSpec(_Section):
 
 class ComponentSpec(Phase):
     anchor: AnchorSpec = AnchorSpec()
+    maturity_seeds: int = Field(0, ge=0)
+    """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check."""
 
 
 # The options of each merge method (megatron_demix.merge.named). Random drops take the study's seed.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_demix.errors import ConfigError, CorruptInput
-from megatron_demix.pipeline import data_stages, final_stages, search_stages, train_stages
+from megatron_demix.pipeline import data_stages, final_stages, maturity_stages, search_stages, train_stages
 from megatron_demix.pipeline.inputs import InputDigests
+from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.study import DomainSpec, Study
 
@@ -30,6 +31,8 @@ class Dag:
     proxies: Stage | None
     """The found mixture's merged proxy; none where the study trains its proxies."""
     final_scores: Stage
+    maturity: Maturity | None
+    """The check that the base branched late enough, where the study asks for it and merges."""
 
     @property
     def choice(self) -> Stage:
@@ -38,7 +41,7 @@ class Dag:
 
     @property
     def all(self) -> list[Stage]:
-        return with_needs([self.final_scores])
+        return with_needs([*([self.maturity.scores] if self.maturity else []), self.final_scores])
 
     def stage(self, name: str) -> Stage:
         """Raises ConfigError naming the nearest stage there is."""
@@ -79,7 +82,9 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     finals = final_stages.finals(study, run, tokenizer, blends, base)
     proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
     scores = final_stages.scores(study, run, tokenizer, data, base, finals, proxies)
-    return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores)
+    check = merged and study.component.maturity_seeds
+    maturity = maturity_stages.maturity(study, run, tokenizer, data, base, components) if check else None
+    return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores, maturity)
 
 
 def _inputs(domain: DomainSpec, root: Path, absent_ok: bool) -> list[Path]:

@@ -11,12 +11,13 @@ from megatron_demix.artifact import read_json
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
+from megatron_demix.pipeline.maturity_stages import BASE, MERGED
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
 from megatron_demix.pipeline.stage import Stage
 
 if TYPE_CHECKING:
     from megatron_demix.pipeline.dag import Dag
-    from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, ReportData, Round
+    from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Maturity, ReportData, Round
 
 
 def write_report(dag: Dag) -> Path:
@@ -52,6 +53,7 @@ def collect(dag: Dag) -> ReportData:
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
         rounds=_rounds(dag),
+        maturity=_maturity(dag),
         choice=choice,
         final=_final(dag),
         untrained=_untrained(dag),
@@ -97,6 +99,15 @@ def _rounds(dag: Dag) -> list[Round]:
         }
         rounds.append(Round(mixtures, scores, fit, facts.get("objective", {})))
     return rounds
+
+
+def _maturity(dag: Dag) -> Maturity | None:
+    from megatron_demix.report.data import Maturity
+
+    if dag.maturity is None or not dag.maturity.scores.done():
+        return None
+    rows = ScoreTable.read(dag.maturity.scores.folder / "scores.json").rows
+    return Maturity(rows[MERGED], [rows[name] for name in dag.maturity.trained], rows[BASE])
 
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:

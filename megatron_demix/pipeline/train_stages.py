@@ -157,25 +157,40 @@ def checkpoint_of(stage: Stage) -> Path:
 
 
 def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage) -> Stage:
+    one_hot = Mixture.one_hot(data, name)
+    return on_merge_weights(study, f"components/{name}", run, tokenizer, data, base, one_hot, seed=study.seed)
+
+
+def on_merge_weights(
+    study: Study,
+    name: str,
+    run: Path,
+    tokenizer: Stage,
+    data: Mapping[str, Stage],
+    base: Stage,
+    weights: Mixture,
+    *,
+    seed: int,
+) -> Stage:
+    """A model trained as components are, on the data that a merge of these weights stands for: a component, where one is 1."""
     anchor = study.component.anchor
     anchored = _domains_of(anchor.mixture, data) if anchor.share else []
-    used = [n for n in data if n == name or n in anchored]
+    used = [n for n in data if weights[n] or n in anchored]
 
     def blend() -> list[tuple[Path, float]]:
         mixture = _mixture(study, anchor.mixture, data, "component.anchor.mixture")
-        shares = actual_shares(Mixture.one_hot(data, name), mixture, anchor.share)
-        return _sources(study, "component", f"component {name}", data, shares)
+        return _sources(study, "component", name, data, actual_shares(weights, mixture, anchor.share))
 
     return training(
         study,
-        f"components/{name}",
+        name,
         "component",
         run,
         needs=(tokenizer, *(data[n] for n in used), base),
         tokenizer=tokenizer,
         settings={"anchor": anchor.model_dump()},
         blend=blend,
-        seed=study.seed,
+        seed=seed,
         init=lambda: checkpoint_of(base),
     )
 

@@ -13,6 +13,7 @@ from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import ConfigError
 from megatron_demix.report import caveats, figures
 from megatron_demix.report.data import FOUND, Fit, ReportData
+from megatron_demix.report.maturity import gaps
 from megatron_demix.report.verdict import Verdict, judge, standard_deviation
 from megatron_demix.units import format_bytes, format_count, format_duration
 
@@ -66,6 +67,7 @@ def render(data: ReportData) -> str:
         figures=svg,
         final=_final_table(data, verdict),
         proxies=_proxy_rows(data),
+        maturity=gaps(data),
         surrogates=_surrogates(_last_fit(data)),
         timings=_timings(data),
         warnings=caveats.warnings(data, verdict),

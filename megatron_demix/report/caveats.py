@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_demix.report.data import ReportData
+from megatron_demix.report.maturity import maturity_warning
 from megatron_demix.report.verdict import Verdict
 
 WEAK_RANK_CORRELATION = 0.7
@@ -28,6 +29,8 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
                     f"{fits[score].correlation}: the search was close to guessing there. Use more proxies, or more tokens in "
                     "their evaluation."
                 )
+    if maturity := maturity_warning(data):
+        found.append(maturity)
     if floor := _at_the_floor(data):
         found.append(
             f"The found mixture has hardly any merge weight on {', '.join(floor)}: the shares it has of them come from the "

@@ -112,6 +112,15 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Maturity:
+    """Scores on the validation split of the merged centroid, of models trained on its mixture (one a seed), and of the base."""
+
+    merged: Mapping[str, float]
+    trained: Sequence[Mapping[str, float]]
+    base: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class FinalRun:
     """One final run, scored on the split the search never saw. mixture: FOUND, "uniform" or "natural"."""
 
@@ -149,6 +158,7 @@ class ReportData:
     names share the part before the slash are drawn together."""
     proxies: Literal["merged", "trained"] = "merged"
     rounds: Sequence[Round] = ()
+    maturity: Maturity | None = None
     choice: Choice | None = None
     final: Sequence[FinalRun] = ()
     untrained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

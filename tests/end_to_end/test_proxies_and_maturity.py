@@ -1,4 +1,4 @@
-"""A study that trains its proxies, stage by stage in this process: the same rounds, no components, nothing merged."""
+"""Stage by stage in this process: a study that trains its proxies (no components, nothing merged), and the maturity check."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from megatron_demix.evaluate.job import EvaluateJob, evaluate
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.reporting import collect
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import num_iterations
 from megatron_demix.study import load_study
@@ -74,6 +75,21 @@ def test_there_is_nothing_to_merge(study_folder, tmp_path):
     assert dag.proxies is None
     with pytest.raises(ConfigError, match=r"no stage of kind merge: its proxies are trained"):
         dag.of_kinds({"merge"})
+
+
+def test_the_merged_centroid_is_scored_beside_trained_ones(study_folder, tmp_path):
+    path = study_folder / "study.yaml"
+    overrides = ["base.tokens=1k", "component.tokens=1k", "component.maturity_seeds=2"]
+    dag = build_dag(load_study(path, overrides), path, tmp_path / "run")
+    for stage in dag.of_kinds({"maturity"}):
+        make(stage)
+    check = collect(dag).maturity
+    assert check is not None
+    rows = [check.merged, check.base, *check.trained]
+    assert len({row["code"] for row in rows}) == 4
+    blends = [dict(read_json(stage.job)["blend"]) for stage in dag.maturity.trained.values()]
+    assert [sorted(blend.values()) for blend in blends] == [[0.5, 0.5]] * 2
+    assert check.merged["code"] < check.base["code"]
 
 
 def test_merged_proxies_have_no_tokens_of_their_own(study_folder):

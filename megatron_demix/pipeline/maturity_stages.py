@@ -1,0 +1,56 @@
+"""Did the base branch late enough? Models trained on the centroid mixture, against the merge that stands for it.
+
+What forms only after branching forms differently in each component and does not survive averaging; the merged centroid is then
+worse than a trained one, and the proxies of the search are wrong in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.mixture import Mixture
+from megatron_demix.pipeline import train_stages
+from megatron_demix.pipeline.merging import merge_settings
+from megatron_demix.pipeline.search_stages import scoring
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study import Study
+
+MERGED = "merged"
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Maturity:
+    """trained: by row of the scores, "seed0", ... scores: the stage whose scores.json has them, and MERGED and BASE."""
+
+    trained: dict[str, Stage]
+    scores: Stage
+
+
+def maturity(
+    study: Study, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, components: Mapping[str, Stage]
+) -> Maturity:
+    centroid = Mixture.uniform(data)
+    trained = {
+        f"seed{seed}": train_stages.on_merge_weights(
+            study, f"maturity/centroid-seed{seed}", run, tokenizer, data, base, centroid, seed=study.seed + seed
+        )
+        for seed in range(study.component.maturity_seeds)
+    }
+
+    def models() -> dict[str, Any]:
+        return {
+            "components": {n: c.folder for n, c in components.items()},
+            "mixtures": {MERGED: dict(centroid)},
+            "merge": study.merge,
+            "base": train_stages.checkpoint_of(base),
+            "seed": study.seed,
+            "checkpoints": {BASE: train_stages.checkpoint_of(base), **{name: stage.folder for name, stage in trained.items()}},
+        }
+
+    needs = (base, *components.values(), *trained.values())
+    scores = scoring(study, "maturity/scores", run, tokenizer, data, "valid", needs, models, merge_settings(study))
+    return Maturity(trained, scores)

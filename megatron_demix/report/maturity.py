@@ -1,0 +1,72 @@
+"""Whether the merged centroid is as good as models trained on its mixture, or the base branched too early."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_demix.report.data import ReportData
+from megatron_demix.report.verdict import CONFIDENCE, standard_deviation
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One score. gap: of the merged centroid to the mean of the trained ones, positive where merging is worse.
+
+    interval: of the gap, from the seeds' standard deviation pooled over all scores; None with one seed. kept: the part of what
+    training won over the base that survived merging; None where training won nothing.
+    """
+
+    score: str
+    merged: float
+    trained: float
+    gap: float
+    interval: tuple[float, float] | None
+    kept: float | None
+
+    @property
+    def beyond_noise(self) -> bool:
+        return self.interval is not None and self.interval[0] > 0
+
+
+def gaps(data: ReportData) -> list[Gap]:
+    """By score, in the order of the table; empty where the study has no such check."""
+    check = data.maturity
+    if check is None:
+        return []
+    seeds = {score: [row[score] for row in check.trained] for score in check.merged}
+    half = _half_interval(list(seeds.values()))
+    found = []
+    for score, values in seeds.items():
+        sign = -1.0 if score in data.higher_is_better else 1.0
+        mean = math.fsum(values) / len(values)
+        gap = sign * (check.merged[score] - mean)
+        won = sign * (check.base[score] - mean)
+        interval = (gap - half, gap + half) if half is not None else None
+        found.append(Gap(score, check.merged[score], mean, gap, interval, 1 - gap / won if won > 0 else None))
+    return found
+
+
+def _half_interval(seeds: list[list[float]]) -> float | None:
+    """Half the width of a gap's interval: the merged centroid, too, is one of many that other seeds would have given."""
+    freedom = sum(len(values) - 1 for values in seeds)
+    if freedom == 0:
+        return None
+    from scipy.special import stdtrit  # scipy.stats takes over a second to import
+
+    sum_of_squares = math.fsum((len(values) - 1) * (standard_deviation(values) or 0.0) ** 2 for values in seeds)
+    spread = math.sqrt(sum_of_squares / freedom)
+    return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * spread * math.sqrt(1 + 1 / len(seeds[0]))
+
+
+def maturity_warning(data: ReportData) -> str | None:
+    """What to do where a score of the objective did not survive merging."""
+    worse = [g for g in gaps(data) if g.beyond_noise and data.objective.get(g.score)]
+    if not worse:
+        return None
+    listed = ", ".join(f"{g.score} by {g.gap:.4f}" for g in worse)
+    return (
+        f"The merged centroid is worse than models trained on its mixture, beyond the seed noise: {listed}. What forms after "
+        "branching does not survive averaging, so proxies may rank mixtures wrongly there. Branch from a base trained for "
+        "longer, train components for less, or train the proxies (search.proxies: trained)."
+    )
