@@ -1,6 +1,7 @@
 // The merge core under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: random plans against a plain loop, random
 // and mutated bytes into the look at pickles. Every buffer has exactly the size it needs, so that one element too far is seen.
 // Usage: sanitized_merge SEED PLANS PICKLES
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -112,6 +113,9 @@ void random_plan() {
         for (std::int64_t i = draw(0, 2); i > 0; --i) cuts.insert(draw(0, shape[d]));
         edges[d].assign(cuts.begin(), cuts.end());
     }
+    // Regions have weights of their own, or all the same.
+    const int num_sets = draw(0, 1) ? 1 : int(draw(2, 4));
+    std::vector<int> set_of(elements, 0);
     std::vector<std::size_t> cell(dims, 0);
     for (;;) {
         std::vector<std::int64_t> lo, hi, flat;
@@ -129,15 +133,23 @@ void random_plan() {
         std::vector<std::int64_t> index_strides(dims, 1);
         for (int d = dims - 2; d >= 0; --d) index_strides[d] = index_strides[d + 1] * shape[d + 1];
         for (int d = 0; d < dims; ++d) index += lo[d] * index_strides[d];
-        plan.add_region(0, lo, hi, 0, records, offsets, flat, index, index_strides);
+        const int set = int(draw(0, num_sets - 1));
+        for (std::int64_t i = 0; set && i < elements; ++i) {
+            std::int64_t rest = i;
+            bool inside = true;
+            for (int d = dims - 1; d >= 0; --d) inside = inside && rest % shape[d] >= lo[d] && rest % shape[d] < hi[d], rest /= shape[d];
+            if (inside) set_of[i] = set;
+        }
+        plan.add_region(0, lo, hi, set, records, offsets, flat, index, index_strides);
         int d = dims - 1;
         while (d >= 0 && ++cell[d] + 1 == edges[d].size()) cell[d] = 0, --d;
         if (d < 0) break;
     }
 
     std::vector<float> weights;
-    for (int i = 0; i < num_mixtures * num_sources; ++i) weights.push_back(draw(0, 3) ? float(draw(-8, 8)) / 8 : 0.0f);
+    for (int i = 0; i < num_sets * num_mixtures * num_sources; ++i) weights.push_back(draw(0, 3) ? float(draw(-8, 8)) / 8 : 0.0f);
     Settings settings;
+    settings.num_sets = num_sets;
     settings.num_mixtures = num_mixtures;
     settings.weights = weights.data();
     settings.threads = int(draw(1, 3));
@@ -155,7 +167,7 @@ void random_plan() {
     };
     check_statistics(plan, isa, elements, value);
     DeltaRules rules;
-    const bool thinned = num_sources > 1 && draw(0, 1);
+    const bool thinned = num_sources > 1 && num_sets == 1 && draw(0, 1);
     if (thinned) {
         rules.keep = DeltaRules::Keep(draw(0, 2));
         rules.elect = draw(0, 1), rules.average = draw(0, 1);
@@ -175,20 +187,30 @@ void random_plan() {
         return random_bits(rules.streams[k], std::uint64_t(i)) < 0x80000000u ? 2 * d : 0.0f;
     };
 
-    const bool to_files = draw(0, 1);
+    // A tensor without elements, which writes nothing anywhere.
+    const bool with_empty = draw(0, 1);
+    if (with_empty) plan.add_target({draw(0, 3), 0, draw(0, 3)}, in, out);
+    const bool to_files = draw(0, 1), direct = to_files && draw(0, 1);
     Destinations to;
     std::vector<std::unique_ptr<Bytes>> outs;
-    std::vector<std::FILE*> files;
     for (int m = 0; m < num_mixtures; ++m) {
         outs.push_back(std::make_unique<Bytes>(std::size_t(elements) * size_out, draw(0, 1)));
         if (to_files) {
-            files.push_back(std::tmpfile());
-            to.descriptors.push_back(fileno(files.back()));
+            char path[] = "/var/tmp/sanitized_merge_XXXXXX";  // /tmp may be a file system without direct writes
+            to.descriptors.push_back(::mkstemp(path));
+            CHECK(to.descriptors.back() >= 0);
+            if (direct) to.direct_descriptors.push_back(::open(path, O_WRONLY | O_DIRECT));
+            ::unlink(path);
         } else {
             to.addresses.push_back(outs.back()->data());
         }
     }
-    to.offsets = {std::uint64_t(draw(0, 100))};
+    to.offsets = {std::uint64_t(draw(0, 1) ? draw(0, 100) : 4096 * draw(0, 3))};
+    if (with_empty) {
+        for (auto* list : {&to.descriptors, &to.direct_descriptors}) list->insert(list->end(), list->begin(), list->end());
+        if (!to_files) to.addresses.insert(to.addresses.end(), num_mixtures, nullptr);
+        to.offsets.push_back(to.offsets[0]);
+    }
     const Outcome outcome = plan.run(settings, to);
     CHECK(outcome.error == 0);
     for (const auto damaged : outcome.damaged) CHECK(!damaged);
@@ -197,14 +219,16 @@ void random_plan() {
         if (to_files) {
             CHECK(::pread(to.descriptors[m], got, outs[m]->n, off_t(to.offsets[0])) == ssize_t(outs[m]->n));
             CHECK(outcome.crcs[m] == plain_crc(reinterpret_cast<unsigned char*>(got), outs[m]->n));
-            std::fclose(files[m]);
+            if (with_empty) CHECK(outcome.crcs[num_mixtures + m] == plain_crc(nullptr, 0));
+            ::close(to.descriptors[m]);
+            if (direct && to.direct_descriptors[m] >= 0) ::close(to.direct_descriptors[m]);
         }
         if (thinned && (rules.elect || rules.keep == DeltaRules::Keep::row_rank)) continue;  // the Python tests know what is right
         for (std::int64_t i = 0; i < elements; ++i) {
             double sum = 0, size = 0;
             for (int k = 0; k < num_sources; ++k) {
                 const double x = thinned && k + 1 < num_sources ? thin(k, i) : value(k, i);
-                const double term = double(weights[m * num_sources + k]) * x;
+                const double term = double(weights[(set_of[i] * num_mixtures + m) * num_sources + k]) * x;
                 sum += term, size += std::fabs(term);
             }
             const double unit = out == DType::f32 ? 0x1p-24 : out == DType::bf16 ? 0x1p-8 : 0x1p-11;
