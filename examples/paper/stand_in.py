@@ -9,6 +9,7 @@ trained on this is noise. Remove the folder before the real data goes there; a f
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ VOCAB_SIZE = 151_936
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     data = Path(__file__).with_name("data")
     if data.exists():
         print(f"{data} exists and is left alone")

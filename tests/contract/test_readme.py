@@ -53,8 +53,7 @@ def test_every_command_exists_with_its_flags(command):
         script = next((w for w in words if w.endswith(".py")), None)
         assert script, f"a command this test does not know: {command}"
         assert (ROOT / script).is_file()
-        sub = words[words.index(script) + 1]
-        text = help_of(script, sub) if script.endswith("search_mixture.py") else help_of(script)
+        text = help_of(script, words[words.index(script) + 1]) if script.endswith("search_mixture.py") else help_of(script)
         words = words[words.index(script) :]
     missing = [w for w in words if w.startswith("--") and w.split("=")[0] not in text]
     assert missing == []
