@@ -11,8 +11,9 @@ from typing import Any
 from megatron_demix import __version__
 from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import ConfigError
-from megatron_demix.report import caveats, figures
+from megatron_demix.report import caveats, figures, optimum
 from megatron_demix.report.data import FOUND, Fit, ReportData
+from megatron_demix.report.drawing import colour_variable
 from megatron_demix.report.maturity import gaps
 from megatron_demix.report.verdict import Verdict, judge, standard_deviation
 from megatron_demix.units import format_bytes, format_count, format_duration
@@ -54,7 +55,7 @@ def render(data: ReportData) -> str:
     environment.filters |= {"duration": format_duration}
     verdict = judge(data)
     svg = {name: [Markup(f) for f in found if f] for name, found in _figures(data, verdict).items()}
-    colours = {name: figures.colour_variable(i) for i, name in enumerate(data.domain_names)}
+    colours = {name: colour_variable(i) for i, name in enumerate(data.domain_names)}
     return environment.get_template("page.html.j2").render(
         data=data,
         verdict=verdict,
@@ -84,6 +85,9 @@ def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:
     return {
         "forest": [figures.forest(verdict.comparisons)] if verdict.comparisons else [],
         "parallel": [figures.parallel_coordinates(data)],
+        "ternary": [optimum.ternary(data)],
+        "spread": [optimum.optimum_spread(data)],
+        "pareto": list(optimum.pareto_panels(data)),
         "scores": [figures.score_against_share(data, score) for score in data.score_names],
         "fits": [figures.predicted_against_measured(score, fit) for score, fit in _last_fit(data).items()],
         "rounds": [figures.objective_by_round(data)],
@@ -127,7 +131,7 @@ def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
         tiles.append(("objective of the found mixture", _loss(found.objective), remark))
     elif data.choice:
         mean, std = data.choice.objective
-        tiles.append(("predicted objective", _loss(mean), f"± {std:.2g} of the surrogate; bits per byte, lower is better"))
+        tiles.append(("predicted objective", _loss(mean), f"± {std:.2g} of the surrogate; {data.unit}, lower is better"))
     if data.choice and data.domains:
         moves = {d.name: data.choice.shares.get(d.name, 0.0) - d.natural_share for d in data.domains}
         name = max(moves, key=lambda n: abs(moves[n]))

@@ -1,60 +1,51 @@
-"""The plots, as SVG text that takes its colours and fonts from the page's style, so that it follows light and dark themes."""
+"""The plots of training and of the proxies. Those of the found mixture are in optimum.py."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from megatron_demix.report.data import Fit, ReportData
+from megatron_demix.report.drawing import (
+    ACCENT,
+    CELL,
+    INK,
+    MEDIUM,
+    MUTED,
+    RULE,
+    SMALL,
+    WARM,
+    categorical,
+    legend,
+    new_figure,
+    render,
+    shares_text,
+)
 from megatron_demix.report.verdict import Comparison
 
-# matplotlib knows no CSS variables: these stand-ins are drawn, and replaced in the SVG.
-_INK, _MUTED, _RULE, _ACCENT, _WARM = "#010101", "#010102", "#010103", "#010104", "#010105"
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _ACCENT: "--accent", _WARM: "--warm"}
-_CELL, _MEDIUM = (2.9, 2.4), (3.7, 2.6)
-"""Width and height in inches; the page shows them slightly larger than that, whatever its width."""
-_SMALL = 8
-NUM_COLOURS = 8
-"""Of the categorical palette, --c0 ... in the style sheet."""
-_SVG = "http://www.w3.org/2000/svg"
-
-
-def colour_variable(index: int) -> str:
-    """CSS variable of the index-th domain's colour."""
-    return f"--c{index % NUM_COLOURS}"
-
-
-def _categorical(index: int) -> str:
-    return f"#0102{index % NUM_COLOURS:02x}"
+_Z90 = 1.6448536269514722
 
 
 def forest(comparisons: Sequence[Comparison]) -> str:
     """Found minus each baseline with its interval; the zero line is "no difference"."""
-    figure, axes = _figure(4.3, 1.0 + 0.4 * len(comparisons))
+    figure, axes = new_figure(4.3, 1.0 + 0.4 * len(comparisons))
     for y, c in enumerate(comparisons):
-        colour = {"won": _ACCENT, "lost": _WARM}.get(c.outcome, _MUTED)
+        colour = {"won": ACCENT, "lost": WARM}.get(c.outcome, MUTED)
         if c.interval:
             axes.plot(c.interval, [y, y], color=colour, linewidth=2.5, solid_capstyle="round")
         axes.plot([c.difference], [y], marker="o", color=colour, markersize=7)
-    axes.axvline(0, color=_INK, linewidth=1)
+    axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(comparisons)), [f"against {c.baseline}" for c in comparisons])
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     ends = [abs(v) for c in comparisons for v in (c.interval or (c.difference,))]
     reach = 1.15 * max(ends) or 1.0
     axes.set_xlim(-reach, reach)
     axes.set_xlabel("difference of the objective, bits per byte")
-    axes.text(-reach, -0.5, "← found is better", color=_MUTED, fontsize=_SMALL, va="bottom")
-    axes.text(reach, -0.5, "baseline is better →", color=_MUTED, fontsize=_SMALL, va="bottom", ha="right")
+    axes.text(-reach, -0.5, "← found is better", color=MUTED, fontsize=SMALL, va="bottom")
+    axes.text(reach, -0.5, "baseline is better →", color=MUTED, fontsize=SMALL, va="bottom", ha="right")
     axes.grid(axis="y", visible=False)
-    return _render(figure, "difference between the found mixture and each baseline")
+    return render(figure, "difference between the found mixture and each baseline")
 
 
 def objective_by_round(data: ReportData) -> str | None:
@@ -62,25 +53,25 @@ def objective_by_round(data: ReportData) -> str | None:
     rounds = [[(p.name, value) for p, value in data.measured(n)] for n, r in enumerate(data.rounds) if r.scores]
     if not any(rounds):
         return None
-    figure, axes = _figure(*_CELL)
+    figure, axes = new_figure(*CELL)
     tips, best, best_so_far = [], math.inf, []
     for number, points in enumerate(rounds, start=1):
         # Spread sideways by rank within the round: deterministic, and no two points hide one another.
         xs = [number + 0.5 * ((i * 0.618) % 1 - 0.5) for i in range(len(points))]
-        axes.scatter(xs, [y for _, y in points], s=16, color=_ACCENT, alpha=0.5, linewidths=0, gid=f"points-{number}")
+        axes.scatter(xs, [y for _, y in points], s=16, color=ACCENT, alpha=0.5, linewidths=0, gid=f"points-{number}")
         tips.append([f"{name}: {y:.4f}" for name, y in points])
         best = min([best, *(y for _, y in points)])
         best_so_far.append(best)
     numbers = range(1, len(rounds) + 1)
-    axes.plot(numbers, best_so_far, color=_WARM, linewidth=1.8, marker="_", markersize=14, label="best so far")
+    axes.plot(numbers, best_so_far, color=WARM, linewidth=1.8, marker="_", markersize=14, label="best so far")
     if data.choice:
-        axes.axhline(data.choice.objective[0], color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="predicted for the choice")
+        axes.axhline(data.choice.objective[0], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="predicted for the choice")
     axes.set_xticks(list(numbers), [f"round {n}" for n in numbers])
     axes.set_title("objective by round")
     axes.set_xlim(0.5, len(rounds) + 0.5)
-    axes.set_ylabel("bits per byte")
-    _legend(axes)
-    return _render(figure, "objective by round", {f"points-{n}": t for n, t in enumerate(tips, start=1)})
+    axes.set_ylabel(data.unit)
+    legend(axes)
+    return render(figure, "objective by round", {f"points-{n}": t for n, t in enumerate(tips, start=1)})
 
 
 def parallel_coordinates(data: ReportData) -> str | None:
@@ -93,7 +84,7 @@ def parallel_coordinates(data: ReportData) -> str | None:
     values = [y for _, y in proxies]
     worst, best = max(values), min(values)
     top = max([p.shares.get(d, 0.0) for p, _ in proxies for d in domains]) * 1.05 or 1.0
-    figure, axes = _figure(1.5 * (len(domains) + 1) + 0.8, 3.0)
+    figure, axes = new_figure(1.5 * (len(domains) + 1) + 0.8, 3.0)
     columns = range(len(domains) + 1)
     for rank, (proxy, value) in enumerate(proxies, start=1):
         among_best = rank > 0.9 * len(proxies)
@@ -101,26 +92,26 @@ def parallel_coordinates(data: ReportData) -> str | None:
         axes.plot(
             columns,
             [*(proxy.shares.get(d, 0.0) for d in domains), end],
-            color=_ACCENT if among_best else _MUTED,
+            color=ACCENT if among_best else MUTED,
             alpha=0.8 if among_best else 0.06 + 0.3 * rank / len(proxies),
             linewidth=1.4 if among_best else 0.8,
             gid=f"tip-{proxy.name}",
         )
-    tips = {f"tip-{p.name}": [f"{p.name}: {y:.4f}  " + _shares(p.shares)] for p, y in proxies}
+    tips = {f"tip-{p.name}": [f"{p.name}: {y:.4f}  " + shares_text(p.shares)] for p, y in proxies}
     if data.choice:
         shares = data.choice.shares
-        axes.plot(columns[:-1], [shares.get(d, 0.0) for d in domains], color=_INK, linewidth=2.6, marker="o", label="found")
-        _legend(axes, loc="upper left")
+        axes.plot(columns[:-1], [shares.get(d, 0.0) for d in domains], color=INK, linewidth=2.6, marker="o", label="found")
+        legend(axes, loc="upper left")
     for x in columns:
-        axes.axvline(x, color=_RULE, linewidth=1)
-    axes.text(len(domains) + 0.03, top, f" {best:.4f} (best)", va="top", color=_MUTED, fontsize=_SMALL)
-    axes.text(len(domains) + 0.03, 0, f" {worst:.4f}", va="bottom", color=_MUTED, fontsize=_SMALL)
+        axes.axvline(x, color=RULE, linewidth=1)
+    axes.text(len(domains) + 0.03, top, f" {best:.4f} (best)", va="top", color=MUTED, fontsize=SMALL)
+    axes.text(len(domains) + 0.03, 0, f" {worst:.4f}", va="bottom", color=MUTED, fontsize=SMALL)
     axes.set_xlim(-0.15, len(domains) + 0.45)
     axes.set_ylim(0, top)
     axes.set_xticks(list(columns), [*domains, "objective"])
     axes.set_ylabel("actual share of the data")
     axes.grid(axis="x", visible=False)
-    return _render(figure, "shares of every proxy and its objective", tips)
+    return render(figure, "shares of every proxy and its objective", tips)
 
 
 def score_against_share(data: ReportData, score: str) -> str | None:
@@ -132,17 +123,17 @@ def score_against_share(data: ReportData, score: str) -> str | None:
     values = [value for _, value in found]
     correlations = {d: spearman([p.shares.get(d, 0.0) for p, _ in found], values) for d in data.domain_names}
     domain = max(correlations, key=lambda d: abs(correlations[d]))
-    figure, axes = _figure(*_CELL)
+    figure, axes = new_figure(*CELL)
     xs = [p.shares.get(domain, 0.0) for p, _ in found]
     index = data.domain_names.index(domain)
-    axes.scatter(xs, values, s=14, color=_categorical(index), alpha=0.55, linewidths=0, gid="points")
+    axes.scatter(xs, values, s=14, color=categorical(index), alpha=0.55, linewidths=0, gid="points")
     if data.choice and domain in data.choice.shares:
-        axes.axvline(data.choice.shares[domain], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(data.choice.shares[domain], color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_title(f"{score} · rank correlation {_signed(correlations[domain])}")
     axes.set_xlabel(f"share of {domain}")
     axes.set_ylabel("bits per byte")
-    tips = {"points": [f"{p.name}: {v:.4f}  {_shares(p.shares)}" for p, v in found]}
-    return _render(figure, f"{score} against the share of {domain}", tips)
+    tips = {"points": [f"{p.name}: {v:.4f}  {shares_text(p.shares)}" for p, v in found]}
+    return render(figure, f"{score} against the share of {domain}", tips)
 
 
 def predicted_against_measured(score: str, fit: Fit) -> str | None:
@@ -150,29 +141,39 @@ def predicted_against_measured(score: str, fit: Fit) -> str | None:
     pairs = [(m, p) for m, p in zip(fit.measured, fit.predicted, strict=True) if math.isfinite(m) and math.isfinite(p)]
     if not pairs:
         return None
-    figure, axes = _figure(*_CELL)
+    figure, axes = new_figure(*CELL)
     both = [value for pair in pairs for value in pair]
     margin = 0.04 * (max(both) - min(both)) or 0.01
     ends = (min(both) - margin, max(both) + margin)
-    axes.plot(ends, ends, color=_MUTED, linewidth=1)
+    axes.plot(ends, ends, color=MUTED, linewidth=1)
     measured, predicted = zip(*pairs, strict=True)
-    axes.scatter(measured, predicted, s=14, color=_ACCENT, alpha=0.6, linewidths=0, gid="points")
+    if len(fit.std) == len(fit.measured):
+        spans = [(m, p, _Z90 * s) for m, p, s in zip(fit.measured, fit.predicted, fit.std, strict=True) if math.isfinite(m + p)]
+        axes.vlines(
+            [m for m, _, _ in spans],
+            [p - h for _, p, h in spans],
+            [p + h for _, p, h in spans],
+            color=ACCENT,
+            alpha=0.3,
+            linewidth=1,
+        )
+    axes.scatter(measured, predicted, s=14, color=ACCENT, alpha=0.6, linewidths=0, gid="points")
     axes.set_xlim(ends)
     axes.set_ylim(ends)
     axes.set_title(f"{score} · ρ {fit.correlation} · RMSE {fit.rmse:.2g}")
     axes.set_xlabel("measured, bits per byte")
     axes.set_ylabel("predicted")
     tips = [f"measured {m:.4f}, predicted {p:.4f}" for m, p in pairs]
-    return _render(figure, f"predicted against measured {score}", {"points": tips})
+    return render(figure, f"predicted against measured {score}", {"points": tips})
 
 
 def loss_curves(group: str, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Training loss of the runs of one group, lightly smoothed over the raw curve."""
-    figure, axes = _figure(*_MEDIUM)
+    figure, axes = new_figure(*MEDIUM)
     settled = []
     for index, (name, curve) in enumerate(curves.items()):
         iterations, losses = list(curve["iteration"]), list(curve["lm loss"])
-        colour = _categorical(index) if len(curves) > 1 else _ACCENT
+        colour = categorical(index) if len(curves) > 1 else ACCENT
         axes.plot(iterations, losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(iterations, _smooth(losses), color=colour, linewidth=1.6, label=name.removeprefix(f"{group}/"))
         settled += [loss for loss in losses[len(losses) // 20 :] if math.isfinite(loss)]
@@ -183,8 +184,8 @@ def loss_curves(group: str, curves: Mapping[str, Mapping[str, Sequence[float]]])
     axes.set_xlabel("iteration")
     axes.set_ylabel("lm loss, nats per token")
     if len(curves) > 1:
-        _legend(axes, ncols=2 if len(curves) > 4 else 1)
-    return _render(figure, f"loss curves of {group}")
+        legend(axes, ncols=2 if len(curves) > 4 else 1)
+    return render(figure, f"loss curves of {group}")
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -206,72 +207,6 @@ def _smooth(values: list[float]) -> list[float]:
     half = max(1, len(values) // 40)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(w) / len(w) for w in windows]
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_RULE)
-    axes.grid(color=_RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _legend(axes: Axes, **options: Any) -> None:
-    axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_INK, **options)
-
-
-def _render(figure: Figure, label: str, tips: Mapping[str, Sequence[str]] | None = None) -> str:
-    """SVG text. tips: what to show when the pointer rests on the points (or the line) drawn with that gid."""
-    for axes in figure.axes:
-        axes.tick_params(colors=_MUTED, labelsize=_SMALL, length=0)
-        for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set(color=_MUTED, fontsize=_SMALL)
-        axes.title.set(color=_INK, fontsize=9)
-    stream = io.StringIO()
-    # The salt decides the ids of clip paths and markers: figures on one page must not share them, and runs must not differ.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ET.fromstring(stream.getvalue())
-    _add_tips(root, tips or {})
-    for element in root.iter():
-        own = element.get("id", "")
-        if own and not re.match(r"[mpC][0-9a-f]{6}|h[0-9a-f]{6}", own):
-            del element.attrib["id"]  # "figure_1", "text_3": the same in every figure, and referred to by none.
-    root.set("role", "img")
-    root.set("aria-label", label)
-    root.set("style", f"max-width:{figure.get_figwidth() * 1.45:.1f}in")
-    del root.attrib["height"], root.attrib["width"]
-    return re.sub(r"#0[0-9a-f]{5}", _themed, ET.tostring(root, encoding="unicode"))
-
-
-def _add_tips(root: ET.Element, tips: Mapping[str, Sequence[str]]) -> None:
-    for group in root.iter(f"{{{_SVG}}}g"):
-        texts = tips.get(group.get("id", ""))
-        if texts is None:
-            continue
-        marks = list(group.iter(f"{{{_SVG}}}use")) or [group]
-        for mark, text in zip(marks, texts, strict=True):
-            title = ET.Element(f"{{{_SVG}}}title")
-            title.text = text
-            mark.insert(0, title)
-
-
-def _themed(match: re.Match[str]) -> str:
-    colour = match[0]
-    if colour.startswith("#0102"):
-        return f"var({colour_variable(int(colour[-2:], 16))})"
-    return f"var({_VARIABLES[colour]})" if colour in _VARIABLES else colour
-
-
-def _shares(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def _signed(value: float) -> str:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Fit, Proxy, ReportData, Round
+from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Fit, FrontPoint, Optimum, Proxy, ReportData, Round
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,11 @@ def whole() -> ReportData:
         ]
         scores = {p.name: {"code": 2 - p.shares["code"], "math": 3 - p.shares["math"]} for p in proxies}
         measured = [row["code"] for row in scores.values()]
-        fits = {"code": Fit("quadratic", 0.99, 0.01, measured, measured), "math": Fit("ridge", 0.31, 0.2, measured, measured)}
+        stds = [0.01] * len(measured)
+        fits = {
+            "code": Fit("quadratic", 0.99, 0.01, measured, measured, stds),
+            "math": Fit("ridge", 0.31, 0.2, measured, measured),
+        }
         return Round(proxies, scores, fits)
 
     losses = {
@@ -39,7 +43,15 @@ def whole() -> ReportData:
         losses=losses,
         rounds=[one_round(1), one_round(2)],
         choice=Choice(
-            {"code": 0.6, "math": 0.4}, {"code": 0.7, "math": 0.3}, {"code": (1.4, 0.01), "math": (2.5, 0.02)}, (1.675, 0.01)
+            {"code": 0.6, "math": 0.4},
+            {"code": 0.7, "math": 0.3},
+            {"code": (1.4, 0.01), "math": (2.5, 0.02)},
+            (1.675, 0.01),
+            natural={"code": (1.3, 0.01), "math": (2.8, 0.02)},
+            expected_gain=(0.05, 0.01),
+            optimum=Optimum({"code": [0.58, 0.6, 0.62], "math": [0.42, 0.4, 0.38]}, 0.0004, 0.05, 1.0),
+            pareto=[FrontPoint({"code": c, "math": 1 - c}, {"code": 2 - c, "math": 2 + c}) for c in (0.4, 0.5, 0.6)],
+            binding=["max_epochs of code: at most 60.0 % of the data."],
         ),
         final=[
             FinalRun(name, seed, {"code": loss + noise, "math": loss + noise})

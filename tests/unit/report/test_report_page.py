@@ -167,3 +167,40 @@ def test_the_objective_is_a_weighted_mean_with_higher_scores_negated():
     assert data.objective_of({"a": 1.0, "b": 3.0, "c": math.nan}) == pytest.approx(0.0)
     assert math.isnan(data.objective_of({"a": 1.0}))
     assert data.unit == "weighted mean"
+
+
+def test_how_sure_the_mixture_is_what_it_trades_and_what_binds(whole):
+    page = render(whole)
+    assert "60.0 ± 2 %" in page
+    assert "0.05 better than natural and a perfect further search could win 0.0004 more (bits per byte)" in page
+    assert "beats natural in 100.0 % of the searches" in page
+    assert "<li>max_epochs of code: at most 60.0 % of the data.</li>" in page
+    assert 'aria-label="Pareto front of code and math"' in page
+    assert "in the triangle" not in page  # two domains
+    assert whole.choice
+    bare = dataclasses.replace(whole.choice, optimum=None, pareto=[], binding=[])
+    page = render(dataclasses.replace(whole, choice=bare))
+    assert "Predicted to be 0.05 ± 0.01 better than natural" in page
+    assert "No bound holds it back." in page
+    assert "Pareto" not in page
+
+
+def test_three_domains_are_drawn_in_a_triangle(whole):
+    thirds = [{"a": x, "b": 0.7 - x, "c": 0.3} for x in (0.1, 0.2, 0.3, 0.4)]
+    mixtures = [Proxy(f"p{i}", shares, shares) for i, shares in enumerate(thirds)]
+    found = ReportData("s", {}, {"a": 1}, rounds=[Round(mixtures, {p.name: {"a": p.shares["a"]} for p in mixtures})])
+    page = render(found)
+    assert 'aria-label="every proxy in the triangle of its domains"' in page
+    assert "p0: 0.1000  a 10.0%, b 60.0%, c 30.0%" in page
+
+
+def test_other_aims_are_named_and_a_round_may_be_empty(whole):
+    rounds = [*whole.rounds[:1], dataclasses.replace(whole.rounds[1], mixtures=[], scores={})]
+    values = {p.name: i / 10 for i, p in enumerate(whole.rounds[0].mixtures)}
+    rounds[1] = dataclasses.replace(rounds[1], objective=values)
+    data = dataclasses.replace(whole, aim="percentile_rank", rounds=rounds)
+    assert [value for _, value in data.measured(0)] == list(values.values())
+    page = render(data)
+    assert "the search minimised their mean rank among feasible mixtures" in page
+    assert "mean rank, 0 to 1" in page
+    assert "Round 2 was left empty" in page
