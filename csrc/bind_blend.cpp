@@ -1,13 +1,17 @@
-// Bindings of index_file, blend_index and json_lines. As in bindings.cpp, arguments are addresses that native.py has checked.
+// Bindings of all that handles text, tokens, indexed data and blends. As in bindings.cpp, arguments are addresses that native.py has checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <tuple>
 
-#include "blend_index.hpp"
+#include "content_hash.hpp"
+#include "document_stream.hpp"
+#include "gather.hpp"
 #include "index_file.hpp"
+#include "interleave.hpp"
 #include "json_lines.hpp"
+#include "pack_tokens.hpp"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -19,7 +23,8 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-using SourceTuple = std::tuple<Address, Address, std::int64_t, std::int64_t>;  // lengths, pointers, documents, base
+// lengths, pointers, documents, base, item_shift
+using SourceTuple = std::tuple<Address, Address, std::int64_t, std::int64_t, int>;
 using PartTuple = std::tuple<const demix::Stream*, std::int64_t, std::int64_t, std::int64_t>;  // stream, begin, documents, tokens
 using SpanTuple = std::tuple<Address, std::int64_t, std::int64_t>;  // data, base, bytes
 
@@ -33,13 +38,13 @@ void bind_blend(py::module_& m) {
             c = demix::check_index(at<const std::uint8_t>(data), size, bin_bytes);
         }
         return py::make_tuple(static_cast<int>(c.problem), c.at, c.seen, c.expected, c.dtype_code, c.sequences, c.boundaries,
-                              c.modes, c.tokens);
+                              c.modes, c.tokens, c.end_to_end);
     });
     py::class_<demix::Stream>(m, "Stream")
         .def(py::init([](const std::vector<SourceTuple>& sources, std::uint64_t seed) {
             std::vector<demix::Source> list;
-            for (const auto& [lengths, pointers, documents, base] : sources)
-                list.push_back({at<const std::uint8_t>(lengths), at<const std::uint8_t>(pointers), documents, base});
+            for (const auto& [lengths, pointers, documents, base, item_shift] : sources)
+                list.push_back({at<const std::uint8_t>(lengths), at<const std::uint8_t>(pointers), documents, base, item_shift});
             return demix::Stream(std::move(list), seed);
         }))
         .def_property_readonly("documents", &demix::Stream::documents)
@@ -57,17 +62,19 @@ void bind_blend(py::module_& m) {
             }
             return py::make_tuple(a.documents, a.tokens, a.next_length);
         });
-    m.def("interleave", [](const std::vector<PartTuple>& parts, Address lengths, Address pointers, Address part_of, int threads) {
-        std::vector<demix::Part> list;
-        for (const auto& [stream, begin, documents, tokens] : parts) list.push_back({stream, begin, documents, tokens});
-        {
+    py::class_<demix::Interleaver>(m, "Interleaver")
+        .def(py::init([](const std::vector<PartTuple>& parts) {
+            std::vector<demix::Part> list;
+            for (const auto& [stream, begin, documents, tokens] : parts) list.push_back({stream, begin, documents, tokens});
+            return demix::Interleaver(list);
+        }))
+        .def("next", [](demix::Interleaver& w, std::int64_t count, Address lengths, Address pointers, Address part_of, int threads) {
             py::gil_scoped_release nogil;
-            demix::interleave(list, at<std::uint8_t>(lengths), at<std::uint8_t>(pointers), at<std::uint16_t>(part_of), threads);
-        }
-        std::vector<std::pair<std::int64_t, std::int64_t>> drift;
-        for (const auto& p : list) drift.emplace_back(p.ahead, p.behind);
-        return drift;
-    });
+            w.next(count, at<std::int32_t>(lengths), at<std::int64_t>(pointers), at<std::uint16_t>(part_of), threads);
+        })
+        .def_property_readonly("left", &demix::Interleaver::left)
+        .def("ahead", &demix::Interleaver::ahead)
+        .def("behind", &demix::Interleaver::behind);
     m.def("gather", [](Address lengths, Address pointers, std::int64_t begin, std::int64_t end, int item_bytes,
                        const std::vector<SpanTuple>& spans, int descriptor, std::int64_t offset, int threads) {
         std::vector<demix::Span> list;
@@ -86,6 +93,15 @@ void bind_blend(py::module_& m) {
         demix::hash_documents(at<const std::uint8_t>(content), at<const std::int64_t>(offsets), documents, seed, step,
                               at<std::uint64_t>(out));
     });
+    m.def("hash_file", [](int descriptor, std::int64_t begin, std::int64_t end, int threads) {
+        demix::FileHash h;
+        {
+            py::gil_scoped_release nogil;
+            h = demix::hash_file(descriptor, begin, end, threads);
+        }
+        return py::make_tuple(h.error, h.hash);
+    });
+    m.attr("HASH_BLOCK") = demix::kHashBlock;
     m.def("pack_tokens", [](Address ids, Address offsets, std::int64_t documents, Address route, std::uint8_t which,
                             std::int64_t eod, int item_bytes, Address out) {
         py::gil_scoped_release nogil;

@@ -2,19 +2,13 @@
 
 #include <cstring>
 
+#include "unaligned.hpp"
+
 namespace demix {
 namespace {
 
 constexpr char kMagic[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
 constexpr int kItemBytes[9] = {0, 1, 1, 2, 4, 8, 8, 4, 2};  // by dtype code
-
-// The arrays start at byte 34, so nothing in the file is aligned.
-template <class T>
-T load(const std::uint8_t* p) {
-    T value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
 
 IndexCheck fail(IndexCheck c, IndexProblem problem, std::int64_t at, std::int64_t seen, std::int64_t expected) {
     c.problem = problem;
@@ -51,6 +45,8 @@ IndexCheck check_index(const std::uint8_t* data, std::size_t size, std::uint64_t
     const std::uint8_t* pointers = lengths + sequences * 4;
     const std::uint8_t* documents = pointers + sequences * 8;
     const auto item = static_cast<std::uint64_t>(kItemBytes[c.dtype_code]);
+    std::uint64_t end = 0;
+    bool end_to_end = true;
     for (std::uint64_t i = 0; i < sequences; ++i) {
         const auto length = load<std::int32_t>(lengths + i * 4);
         if (length < 0) return fail(c, IndexProblem::negative_length, static_cast<std::int64_t>(i), length, 0);
@@ -60,7 +56,10 @@ IndexCheck check_index(const std::uint8_t* data, std::size_t size, std::uint64_t
             return fail(c, IndexProblem::bad_pointer, static_cast<std::int64_t>(i), pointer,
                         static_cast<std::int64_t>(need > bin_bytes ? 0 : bin_bytes - need));
         c.tokens += length;
+        end_to_end &= static_cast<std::uint64_t>(pointer) == end;
+        end = static_cast<std::uint64_t>(pointer) + need;
     }
+    c.end_to_end = end_to_end && end == bin_bytes;
     std::int64_t before = load<std::int64_t>(documents);
     if (before != 0) return fail(c, IndexProblem::bad_first_document, 0, before, 0);
     for (std::uint64_t i = 1; i < boundaries; ++i) {

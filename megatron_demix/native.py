@@ -283,6 +283,7 @@ class IndexCheck:
     boundaries: int
     modes: bool
     tokens: int
+    end_to_end: bool
 
 
 def _address(array: np.ndarray, dtype: type | None = None) -> int:
@@ -299,17 +300,19 @@ def check_index(data: np.ndarray, bin_bytes: int) -> IndexCheck:
 class DocumentStream:
     """A domain's documents without end: all of them once in a seeded order, then all again in another, and so on.
 
-    sources: (lengths int32[n], pointers int64[n], base) of each indexed data set; base is where its .bin begins in the pool,
-    in bytes. Takes no memory per document; keeps the arrays alive.
+    sources: (lengths int32[n], pointers int64[n], base, end_to_end) of each indexed data set; base is where its .bin begins in
+    the pool, in bytes; end_to_end: bytes of a token where every document begins where the one before ends, which makes reading
+    faster, else 0. Takes no memory per document; keeps the arrays alive.
     """
 
-    def __init__(self, sources: Sequence[tuple[np.ndarray, np.ndarray, int]], seed: int) -> None:
+    def __init__(self, sources: Sequence[tuple[np.ndarray, np.ndarray, int, int]], seed: int) -> None:
         self._sources = list(sources)
         table = []
-        for lengths, pointers, base in self._sources:
+        for lengths, pointers, base, end_to_end in self._sources:
             if len(lengths) != len(pointers):
                 raise ValueError(f"{len(lengths)} lengths but {len(pointers)} pointers")
-            table.append((_address(lengths, np.int32), _address(pointers, np.int64), len(lengths), base))
+            item_shift = end_to_end.bit_length() - 1
+            table.append((_address(lengths, np.int32), _address(pointers, np.int64), len(lengths), base, item_shift))
         self.native = _core.Stream(table, seed)
         if self.documents < 1:
             raise ValueError("a stream needs at least one document")
@@ -347,23 +350,27 @@ class StreamPart:
     tokens: int
 
 
-def interleave(
-    parts: Sequence[StreamPart], lengths: np.ndarray, pointers: np.ndarray, part_of: np.ndarray, *, threads: int = 1
-) -> list[tuple[int, int]]:
-    """Write the parts' documents in an order that is even at every scale; see csrc/blend_index.hpp.
+class Interleaver:
+    """The parts' documents, given piece by piece in an order that is even at every scale; see csrc/interleave.hpp."""
 
-    lengths int32[n], pointers int64[n], part_of uint16[n], n = all documents. Returns, for each part, how many tokens any
-    prefix is ahead of and behind its share, at most.
-    """
-    total = sum(p.documents for p in parts)
-    if not (len(lengths) == len(pointers) == len(part_of) == total):
-        raise ValueError(f"{total} documents do not fit arrays of {len(lengths)}, {len(pointers)}, {len(part_of)}")
-    if len(parts) > 65536:
-        raise ValueError(f"{len(parts)} parts; at most 65536 fit a uint16")
-    table = [(p.stream.native, p.begin, p.documents, p.tokens) for p in parts]
-    return _core.interleave(
-        table, _address(lengths, np.int32), _address(pointers, np.int64), _address(part_of, np.uint16), threads
-    )
+    def __init__(self, parts: Sequence[StreamPart]) -> None:
+        if len(parts) > 65536:
+            raise ValueError(f"{len(parts)} parts; at most 65536 fit a uint16")
+        self._parts = list(parts)
+        self._native = _core.Interleaver([(p.stream.native, p.begin, p.documents, p.tokens) for p in parts])
+
+    def next(self, lengths: np.ndarray, pointers: np.ndarray, part_of: np.ndarray, *, threads: int = 1) -> None:
+        """Fill the arrays (int32, int64, uint16, of one size) with the next documents: length, pool pointer, part."""
+        if not len(lengths) == len(pointers) == len(part_of) <= self._native.left:
+            sizes = f"{len(lengths)}, {len(pointers)} and {len(part_of)}"
+            raise ValueError(f"arrays of {sizes} documents for the {self._native.left} that are left")
+        addresses = _address(lengths, np.int32), _address(pointers, np.int64), _address(part_of, np.uint16)
+        self._native.next(len(lengths), *addresses, threads)
+
+    @property
+    def drift(self) -> list[tuple[int, int]]:
+        """For each part: how many tokens any prefix so far is ahead of and behind its share, at most."""
+        return [(self._native.ahead(d), self._native.behind(d)) for d in range(len(self._parts))]
 
 
 def gather(
@@ -401,6 +408,20 @@ def hash_documents(content: np.ndarray, offsets: np.ndarray, seed: int, *, step:
     out = np.empty(len(offsets) - 1, np.uint64)
     _core.hash_documents(_address(content, np.uint8), _address(offsets, np.int64), len(out), seed, step, _address(out))
     return out
+
+
+HASH_BLOCK = _core.HASH_BLOCK
+
+
+def hash_file(descriptor: int, begin: int, end: int, *, threads: int = 1) -> int:
+    """The hash (csrc/content_hash.hpp) of bytes [begin, end) of an open file; begin is a multiple of HASH_BLOCK. The hashes of a
+    file's parts add up, modulo 2^64, to that of the whole. OSError, with EIO where the file ends before."""
+    if begin % HASH_BLOCK or not 0 <= begin <= end:
+        raise ValueError(f"bytes [{begin}, {end}) do not begin at a block of {HASH_BLOCK}")
+    code, digest = _core.hash_file(descriptor, begin, end, threads)
+    if code:
+        raise OSError(code, os.strerror(code))
+    return digest
 
 
 def pack_tokens(

@@ -15,7 +15,7 @@ manifest) and, written last, P.blend.json, the manifest. In mode args: P.args.tx
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,10 +69,42 @@ class BlendPlan:
     def tokens(self) -> int:
         return sum(p.tokens for p in self.parts)
 
-    def write(self, lengths: np.ndarray, pointers: np.ndarray, domain_of: np.ndarray, threads: int) -> list[tuple[int, int]]:
-        """Fill the arrays of an index over the pool; see native.interleave."""
-        parts = [native.StreamPart(p.domain.stream(self.seed), p.begin, p.documents, p.tokens) for p in self.parts]
-        return native.interleave(parts, lengths, pointers, domain_of, threads=threads)
+    def order(self) -> Order:
+        return Order(self)
+
+
+@dataclass(frozen=True)
+class OrderPiece:
+    """Some documents in their order. lengths: int32 [n] tokens; pointers: int64 [n] bytes in the pool; owners: uint16 [n] places
+    of their domains in the plan."""
+
+    lengths: np.ndarray
+    pointers: np.ndarray
+    owners: np.ndarray
+
+
+class Order:
+    """The documents of a plan in their order, made piece by piece: memory does not grow with their number."""
+
+    PIECE = 1 << 18
+
+    def __init__(self, plan: BlendPlan) -> None:
+        self._documents = plan.documents
+        parts = [native.StreamPart(p.domain.stream(plan.seed), p.begin, p.documents, p.tokens) for p in plan.parts]
+        self._interleaver = native.Interleaver(parts)
+
+    def pieces(self, threads: int = 1) -> Iterator[tuple[int, OrderPiece]]:
+        """(number of its first document, piece), once."""
+        for first in range(0, self._documents, self.PIECE):
+            n = min(self.PIECE, self._documents - first)
+            piece = OrderPiece(np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n, np.uint16))
+            self._interleaver.next(piece.lengths, piece.pointers, piece.owners, threads=threads)
+            yield first, piece
+
+    @property
+    def drift(self) -> list[tuple[int, int]]:
+        """Of the pieces given so far: for each domain, how many tokens any prefix is ahead of and behind its share, at most."""
+        return self._interleaver.drift
 
 
 def plan_blend(

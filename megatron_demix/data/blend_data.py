@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +23,16 @@ from megatron_demix.artifact import read_json, write_json
 from megatron_demix.errors import CorruptInput
 from megatron_demix.indexed.format import HEADER_BYTES, bin_path, header
 from megatron_demix.indexed.reader import Index
-from megatron_demix.indexed.writer import index_bytes, write_index
+from megatron_demix.indexed.writer import write_index
 from megatron_demix.progress import progress_bar
 
 if TYPE_CHECKING:
-    from megatron_demix.data.blend import BlendPlan
+    from megatron_demix.data.blend import BlendPlan, OrderPiece
 
 DOMAINS_SUFFIX = ".domains.npy"
 # A shard is the smallest number of whole steps that reaches its size.
 SHARD_BYTES = 256 << 20
 SHARD_STEP_DOCUMENTS = 1 << 14
-_CHUNK = 1 << 20
 
 
 def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
@@ -38,15 +40,33 @@ def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
     facts_path = work / "plan.json"
     if facts_path.is_file():
         return read_json(facts_path)
-    lengths, pointers = create_index(work / "plan.idx", plan.pool.dtype, plan.documents)
-    domain_of = np.lib.format.open_memmap(work / f"plan{DOMAINS_SUFFIX}", "w+", np.uint16, (plan.documents,))
-    drift = dict(zip((p.domain.name for p in plan.parts), plan.write(lengths, pointers, domain_of, threads), strict=True))
-    for array in (lengths, pointers, domain_of):
-        array.flush()
+    order = plan.order()
+    longest = 0
+    with (
+        open(work / "plan.idx", "wb", 0) as index,
+        open(work / f"plan{DOMAINS_SUFFIX}", "wb", 0) as owners,
+        ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
+    ):
+        index.write(header(plan.pool.dtype, plan.documents, plan.documents + 1))
+        described = {"descr": "<u2", "fortran_order": False, "shape": (plan.documents,)}
+        np.lib.format.write_array_header_1_0(owners, described)
+        targets = _Targets(index.fileno(), owners.fileno(), plan.documents, owners.tell())
+        written: deque[Future[None]] = deque()
+        for first, piece in order.pieces(threads):
+            # One piece is written while the next is ordered.
+            while len(written) > 1:
+                written.popleft().result()
+            longest = max(longest, int(piece.lengths.max(initial=0)))
+            written.append(writer.submit(targets.write, first, piece))
+        while written:
+            written.popleft().result()
+        targets.finish()
+    drift = dict(zip((p.domain.name for p in plan.parts), order.drift, strict=True))
+    lengths, _ = map_index(work / "plan.idx", plan.documents)
     facts = {
         "shards": sum(1 for _ in shards(lengths, plan.pool.dtype.itemsize)),
         "evenness": {
-            "longest_document_tokens": int(lengths.max(initial=0)),
+            "longest_document_tokens": longest,
             "tokens_ahead_of_share": {name: ahead for name, (ahead, _) in drift.items()},
             "tokens_behind_share": {name: behind for name, (_, behind) in drift.items()},
         },
@@ -55,21 +75,41 @@ def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
     return facts
 
 
-def create_index(path: Path, dtype: np.dtype, documents: int) -> tuple[np.memmap, np.memmap]:
-    """A new .idx of one-sequence documents, its lengths and pointers mapped for writing. Its space is reserved, so that a
-    full disk is an error here and not a signal later."""
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, index_bytes(documents, documents + 1))
-        file.write(header(dtype, documents, documents + 1))
-        file.seek(HEADER_BYTES + 12 * documents)
-        for start in range(0, documents + 1, _CHUNK):
-            file.write(np.arange(start, min(start + _CHUNK, documents + 1), dtype="<i8").data)
-    return _map_index(path, documents, "r+")
+@dataclass(frozen=True)
+class _Targets:
+    """The open plan.idx and plan.domains.npy (its data from byte `owners_at` on), filled piece by piece."""
+
+    index: int
+    owners: int
+    documents: int
+    owners_at: int
+
+    def write(self, first: int, piece: OrderPiece) -> None:
+        """Documents [first, first + n). Written, not mapped: that is faster, and a full disk is an error and not a signal."""
+        count = len(piece.lengths)
+        _write_at(self.index, piece.lengths, HEADER_BYTES + 4 * first)
+        _write_at(self.index, piece.pointers, HEADER_BYTES + 4 * self.documents + 8 * first)
+        boundaries = np.arange(first, first + count, dtype="<i8")
+        _write_at(self.index, boundaries, HEADER_BYTES + 12 * self.documents + 8 * first)
+        _write_at(self.owners, piece.owners, self.owners_at + 2 * first)
+
+    def finish(self) -> None:
+        _write_at(self.index, np.array([self.documents], "<i8"), HEADER_BYTES + 20 * self.documents)
+        for descriptor in (self.index, self.owners):
+            os.fdatasync(descriptor)
 
 
-def _map_index(path: Path, documents: int, mode: Any) -> tuple[np.memmap, np.memmap]:
-    lengths = np.memmap(path, "<i4", mode, HEADER_BYTES, (documents,))
-    return lengths, np.memmap(path, "<i8", mode, HEADER_BYTES + 4 * documents, (documents,))
+def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
+    left = memoryview(array).cast("B") if array.size else memoryview(b"")
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def map_index(path: Path, documents: int) -> tuple[np.memmap, np.memmap]:
+    """Lengths and pointers of an .idx of one-sequence documents."""
+    lengths = np.memmap(path, "<i4", "r", HEADER_BYTES, (documents,))
+    return lengths, np.memmap(path, "<i8", "r", HEADER_BYTES + 4 * documents, (documents,))
 
 
 def shards(lengths: np.ndarray, item_bytes: int) -> Iterator[tuple[int, int, int, int]]:
@@ -145,7 +185,7 @@ def _copy_bin(index: Index, base: int, out: int, advance: Any) -> None:
 def write_shards(plan: BlendPlan, work: Path, name: str, worker: tuple[int, int], *, threads: int, progress: bool) -> None:
     """Write every n-th shard of the .bin from the i-th on, worker = (i, n); finished ones are left alone."""
     item = plan.pool.dtype.itemsize
-    lengths, pointers = _map_index(work / "plan.idx", plan.documents, "r")
+    lengths, pointers = map_index(work / "plan.idx", plan.documents)
     pool = plan.pool.contents()
     todo = list(enumerate(shards(lengths, item)))[worker[0] :: worker[1]]
     total = sum(tokens for _, (*_, tokens) in todo)
@@ -172,7 +212,7 @@ def finish_materialised(plan: BlendPlan, work: Path, name: str) -> dict[str, Any
     if not all(marker.is_file() for marker in markers):
         return None
     content = sum(int(read_json(marker)["content"], 16) for marker in markers) % 2**64
-    lengths, _ = _map_index(work / "plan.idx", plan.documents, "r")
+    lengths, _ = map_index(work / "plan.idx", plan.documents)
     write_index(work / f"{name}.idx", plan.pool.dtype, lengths)
     _take(work / f"plan{DOMAINS_SUFFIX}", work / f"{name}{DOMAINS_SUFFIX}")
     return {"content": f"{content:016x}", "evenness": facts["evenness"]}

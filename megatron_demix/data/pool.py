@@ -98,7 +98,10 @@ class Domain:
     def stream(self, seed: int) -> native.DocumentStream:
         """Its documents in the order that (seed, domain name) alone decides."""
         digest = hashlib.blake2b(f"{seed}/{self.name}".encode(), digest_size=8).digest()
-        sources = [(i.lengths, i.pointers, base) for i, base in zip(self.indexes, self.bases, strict=True)]
+        sources = [
+            (i.lengths, i.pointers, base, 0 if i.is_view else i.dtype.itemsize)
+            for i, base in zip(self.indexes, self.bases, strict=True)
+        ]
         return native.DocumentStream(sources, int.from_bytes(digest, "little"))
 
 

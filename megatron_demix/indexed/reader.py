@@ -27,6 +27,8 @@ class Index:
     documents: np.ndarray
     num_tokens: int
     bin_bytes: int
+    is_view: bool
+    """True where pointers repeat, permute or leave gaps: tools that rebuild pointers from lengths would corrupt it."""
 
     @property
     def num_sequences(self) -> int:
@@ -40,18 +42,6 @@ class Index:
     def one_sequence_a_document(self) -> bool:
         """False for sentence-split data, whose sequences GPTDataset would shuffle apart."""
         return self.num_documents == self.num_sequences and _counts_up(self.documents)
-
-    @property
-    def is_view(self) -> bool:
-        """True where pointers repeat, permute or leave gaps: tools that rebuild pointers from lengths would corrupt it."""
-        expected = 0
-        for start in range(0, self.num_sequences, _CHUNK):
-            sizes = self.lengths[start : start + _CHUNK].astype(np.int64) * self.dtype.itemsize
-            ends = expected + np.cumsum(sizes)
-            if not np.array_equal(self.pointers[start : start + _CHUNK], ends - sizes):
-                return True
-            expected = int(ends[-1])
-        return expected != self.bin_bytes
 
 
 _CHUNK = 1 << 20
@@ -83,7 +73,8 @@ def read_index(prefix: Path | str) -> Index:
     lengths = np.frombuffer(raw, "<i4", sequences, HEADER_BYTES)
     pointers = np.frombuffer(raw, "<i8", sequences, HEADER_BYTES + 4 * sequences)
     documents = np.frombuffer(raw, "<i8", boundaries, HEADER_BYTES + 12 * sequences)
-    return Index(Path(prefix), DTYPES[facts.dtype_code], lengths, pointers, documents, facts.tokens, bin_bytes)
+    dtype = DTYPES[facts.dtype_code]
+    return Index(Path(prefix), dtype, lengths, pointers, documents, facts.tokens, bin_bytes, not facts.end_to_end)
 
 
 def _explain(facts: native.IndexCheck, bin_bytes: int) -> str:

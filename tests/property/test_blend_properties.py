@@ -21,7 +21,7 @@ def domain(name: str, lengths: list[list[int]], max_epochs: float, base: int) ->
         array = np.array(part, np.int32)
         pointers = 2 * (np.cumsum(array, dtype=np.int64) - array)
         indexes.append(
-            Index(f"{name}", np.dtype("<u2"), array, pointers, np.arange(len(part) + 1), int(array.sum()), 2 * int(array.sum()))
+            Index(f"{name}", np.dtype("<u2"), array, pointers, np.arange(len(part) + 1), int(array.sum()), 2 * int(array.sum()), False)
         )
         bases.append(base)
         base += indexes[-1].bin_bytes
@@ -48,10 +48,9 @@ def problems(draw):
 
 
 def order(plan, threads=1):
-    lengths, pointers = np.empty(plan.documents, np.int32), np.empty(plan.documents, np.int64)
-    owners = np.empty(plan.documents, np.uint16)
-    drift = plan.write(lengths, pointers, owners, threads)
-    return lengths, pointers, owners, drift
+    documents = plan.order()
+    pieces = [(p.lengths, p.pointers, p.owners) for _, p in documents.pieces(threads)]
+    return *(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)), documents.drift
 
 
 @settings(max_examples=120, deadline=None)
@@ -134,7 +133,7 @@ def test_redistribution_keeps_the_total_and_the_limits(problem):
 def test_one_domain_is_a_permutation(lengths, seed):
     array = np.array(lengths, np.int32)
     pointers = np.arange(len(lengths), dtype=np.int64)
-    stream = native.DocumentStream([(array, pointers, 0)], seed)
+    stream = native.DocumentStream([(array, pointers, 0, 0)], seed)
     first, second = stream.read(0, len(lengths)), stream.read(len(lengths), len(lengths))
     for drawn, places in (first, second):
         assert sorted(places.tolist()) == list(range(len(lengths)))
@@ -182,7 +181,7 @@ def test_shuffles_are_uniform():
     lengths, places = np.ones(n, np.int32), np.arange(n, dtype=np.int64)
     counts = np.zeros((n, n))
     for seed in range(seeds):
-        counts[np.arange(n), native.DocumentStream([(lengths, places, 0)], seed).read(0, n)[1]] += 1
+        counts[np.arange(n), native.DocumentStream([(lengths, places, 0, 0)], seed).read(0, n)[1]] += 1
     statistic = ((counts - seeds / n) ** 2 / (seeds / n)).sum()
     freedom = (n - 1) ** 2
     assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)

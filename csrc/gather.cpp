@@ -1,0 +1,82 @@
+#include "gather.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <unistd.h>
+
+#include "content_hash.hpp"
+#include "unaligned.hpp"
+
+namespace demix {
+
+Gathered gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::int64_t begin, std::int64_t end,
+                int item_bytes, const std::vector<Span>& spans, int descriptor, std::int64_t offset, int threads) {
+    std::vector<std::int64_t> bases;
+    for (const auto& s : spans) bases.push_back(s.base);
+    // Where each piece of documents starts in the output.
+    const std::int64_t count = end - begin;
+    const auto pieces = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, count / 64));
+    std::vector<std::int64_t> at(static_cast<std::size_t>(pieces) + 1, offset);
+    for (std::int64_t p = 0, i = begin; p < pieces; ++p) {
+        std::int64_t bytes = 0;
+        for (; i < begin + count * (p + 1) / pieces; ++i) bytes += static_cast<std::int64_t>(load<std::int32_t>(lengths + i * 4)) * item_bytes;
+        at[static_cast<std::size_t>(p) + 1] = at[static_cast<std::size_t>(p)] + bytes;
+    }
+    std::atomic<int> error{0};
+    std::atomic<std::uint64_t> content{0};
+    // File systems let one writer into a file at a time and have the others spin; here they sleep, and collect meanwhile.
+    std::mutex writing;
+    const auto work = [&](std::int64_t piece) {
+        constexpr std::size_t kBuffer = 1 << 19;
+        std::vector<std::uint8_t> buffer(kBuffer);
+        std::size_t used = 0;
+        std::uint64_t sum = 0;
+        std::int64_t position = at[static_cast<std::size_t>(piece)];
+        const auto write = [&](const std::uint8_t* data, std::size_t bytes) {
+            const std::lock_guard<std::mutex> only(writing);
+            while (bytes > 0 && error == 0) {
+                const ssize_t written = ::pwrite(descriptor, data, bytes, position);
+                if (written < 0) {
+                    if (errno != EINTR) error = errno;
+                    continue;
+                }
+                data += written;
+                position += written;
+                bytes -= static_cast<std::size_t>(written);
+            }
+        };
+        const std::int64_t to = begin + count * (piece + 1) / pieces;
+        for (std::int64_t i = begin + count * piece / pieces; i < to && error == 0; ++i) {
+            const auto bytes = static_cast<std::size_t>(load<std::int32_t>(lengths + i * 4)) * static_cast<std::size_t>(item_bytes);
+            const auto pointer = load<std::int64_t>(pointers + i * 8);
+            const auto& span =
+                spans.size() == 1 ? spans[0]
+                                  : spans[static_cast<std::size_t>(std::upper_bound(bases.begin(), bases.end(), pointer) - bases.begin() - 1)];
+            const std::uint8_t* data = span.data + (pointer - span.base);
+            sum += hash_document(data, static_cast<std::int64_t>(bytes), static_cast<std::uint64_t>(i));
+            if (used + bytes > kBuffer) {
+                write(buffer.data(), used);
+                used = 0;
+            }
+            if (bytes > kBuffer) {
+                write(data, bytes);
+            } else {
+                std::memcpy(buffer.data() + used, data, bytes);
+                used += bytes;
+            }
+        }
+        write(buffer.data(), used);
+        content += sum;
+    };
+    std::vector<std::thread> others;
+    for (std::int64_t p = 1; p < pieces; ++p) others.emplace_back(work, p);
+    work(0);
+    for (auto& t : others) t.join();
+    return {error, content};
+}
+
+}  // namespace demix
