@@ -48,18 +48,44 @@ class Line {
         while (p_ != end_ && (*p_ == ' ' || *p_ == '\t' || *p_ == '\r')) ++p_;
     }
 
-    // To the next quote, backslash or control character, eight bytes at a time.
-    void skip_plain() {
+    // The high bit of the first byte, and perhaps of later ones, that is a quote, a backslash or a control character.
+    static std::uint64_t specials(std::uint64_t word) {
         constexpr std::uint64_t kOnes = 0x0101010101010101ull, kHigh = 0x8080808080808080ull;
-        const auto zero_byte = [](std::uint64_t x) { return (x - kOnes) & ~x & kHigh; };
-        std::uint64_t word;
+        const auto zero_byte = [](std::uint64_t x) { return (x - kOnes) & ~x; };
+        return (zero_byte(word ^ kOnes * '"') | zero_byte(word ^ kOnes * '\\') | ((word - kOnes * 0x20) & ~word)) & kHigh;
+    }
+
+    static bool is_special(char c) { return c == '"' || c == '\\' || static_cast<unsigned char>(c) < 0x20; }
+
+    // To the next special character, eight bytes at a time.
+    void skip_plain() {
         while (end_ - p_ >= 8) {
+            std::uint64_t word;
             std::memcpy(&word, p_, 8);
-            const std::uint64_t control = (word - kOnes * 0x20) & ~word & kHigh;
-            if (zero_byte(word ^ kOnes * '"') | zero_byte(word ^ kOnes * '\\') | control) break;
+            const std::uint64_t found = specials(word);
+            if (found) {
+                p_ += __builtin_ctzll(found) / 8;
+                return;
+            }
             p_ += 8;
         }
-        while (p_ != end_ && *p_ != '"' && *p_ != '\\' && static_cast<unsigned char>(*p_) >= 0x20) ++p_;
+        while (p_ != end_ && !is_special(*p_)) ++p_;
+    }
+
+    // The same, copying. Up to seven bytes too many are written, which is safe: the output never is ahead of the input, and has
+    // room for all of it.
+    void copy_plain(std::uint8_t*& out) {
+        while (end_ - p_ >= 8) {
+            std::uint64_t word;
+            std::memcpy(&word, p_, 8);
+            std::memcpy(out, &word, 8);
+            const std::uint64_t found = specials(word);
+            const int plain = found ? __builtin_ctzll(found) / 8 : 8;
+            p_ += plain;
+            out += plain;
+            if (found) return;
+        }
+        while (p_ != end_ && !is_special(*p_)) *out++ = static_cast<std::uint8_t>(*p_++);
     }
 
     bool open(char c) {
@@ -166,10 +192,7 @@ class Line {
     bool unescape(std::uint8_t*& out) {
         if (p_ == end_ || *p_++ != '"') return false;
         while (true) {
-            const char* from = p_;
-            skip_plain();
-            std::memcpy(out, from, static_cast<std::size_t>(p_ - from));
-            out += p_ - from;
+            copy_plain(out);
             if (p_ == end_ || static_cast<unsigned char>(*p_) < 0x20) return false;
             if (*p_++ == '"') return true;
             if (p_ == end_) return false;

@@ -414,8 +414,8 @@ HASH_BLOCK = _core.HASH_BLOCK
 
 
 def hash_file(descriptor: int, begin: int, end: int, *, threads: int = 1) -> int:
-    """The hash (csrc/content_hash.hpp) of bytes [begin, end) of an open file; begin is a multiple of HASH_BLOCK. The hashes of a
-    file's parts add up, modulo 2^64, to that of the whole. OSError, with EIO where the file ends before."""
+    """The hash (csrc/content_hash.hpp) of bytes [begin, end) of an open file; begin is a multiple of HASH_BLOCK. Hashes of
+    parts add up, modulo 2^64, to that of the whole. OSError, with EIO where the file ends before."""
     if begin % HASH_BLOCK or not 0 <= begin <= end:
         raise ValueError(f"bytes [{begin}, {end}) do not begin at a block of {HASH_BLOCK}")
     code, digest = _core.hash_file(descriptor, begin, end, threads)

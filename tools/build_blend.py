@@ -39,6 +39,7 @@ def build(arguments: argparse.Namespace) -> list[dict]:
         "worker": None if arguments.worker is None else (arguments.worker, arguments.workers),
         "pool_cache": arguments.pool_cache,
         "index_cache": arguments.data_cache_path,
+        "remember_hashes": True,
         "threads": arguments.threads,
         "progress": not arguments.quiet,
     }

@@ -15,7 +15,7 @@ manifest) and, written last, P.blend.json, the manifest. In mode args: P.args.tx
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ import numpy as np
 
 from megatron_demix import native
 from megatron_demix.artifact import fingerprint
-from megatron_demix.data.pool import Domain, OpenPool, Pool, Source, fingerprint_source, open_pool
+from megatron_demix.data.pool import Domain, OpenPool, Pool, Source, open_pool
 from megatron_demix.data.quota import OnShortfall, feasible_max_shares, quotas
+from megatron_demix.data.source_digest import fingerprint_sources
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import Mixture, apportion
 
@@ -75,8 +76,8 @@ class BlendPlan:
 
 @dataclass(frozen=True)
 class OrderPiece:
-    """Some documents in their order. lengths: int32 [n] tokens; pointers: int64 [n] bytes in the pool; owners: uint16 [n] places
-    of their domains in the plan."""
+    """Some documents in their order. lengths: int32 [n] tokens; pointers: int64 [n] bytes in the pool; owners: uint16 [n], the
+    place of each one's domain in the plan."""
 
     lengths: np.ndarray
     pointers: np.ndarray
@@ -167,6 +168,7 @@ def build_blend(
     pool_cache: Path | None = None,
     index_cache: Path | None = None,
     worker: tuple[int, int] | None = None,
+    remember_hashes: bool = False,
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -179,7 +181,8 @@ def build_blend(
     begin: (documents, tokens) of each domain that an earlier stage of a curriculum used; the blend goes on after them.
     pool_cache: a folder where views of one pool share its .bin. index_cache: the run's --data-cache-path, searched for stale
     indexes. worker: (i, n), one of n processes that write a materialised blend together, on any machines with one file
-    system; the last to finish publishes, the others get a manifest whose "files" is empty.
+    system; the last to finish publishes, the others get a manifest whose "files" is empty. remember_hashes: note each source's
+    hash in a hidden file beside it, and believe such notes; see fingerprint_sources.
 
     Raises MixtureError, ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError; then nothing at `output`
     has changed.
@@ -196,15 +199,21 @@ def build_blend(
     threads = threads or native.default_threads()
     opened = open_pool(pool)
     plan = plan_blend(opened, mixture, target_tokens, seed=seed, on_shortfall=on_shortfall, begin=begin, threads=threads)
-    manifest = _manifest(plan, Path(output), mode, on_shortfall)
+    sources = [i for i, _ in plan.pool.indexes]
+    hashed = fingerprint_sources(sources, threads=threads, progress=progress, remembered=remember_hashes)
+    manifest = _manifest(plan, hashed, Path(output), mode, on_shortfall)
     warn_of_stale_indexes(Path(output), index_cache)
     return blend_files.write(
         plan, manifest, Path(output), threads=threads, progress=progress, worker=worker, pool_cache=pool_cache
     )
 
 
-def _manifest(plan: BlendPlan, output: Path, mode: Mode, on_shortfall: OnShortfall) -> dict[str, Any]:
-    """What the blend is. No time and no absolute path: two runs of one study give the same bytes."""
+def _manifest(
+    plan: BlendPlan, hashed: Sequence[Mapping[str, Any]], output: Path, mode: Mode, on_shortfall: OnShortfall
+) -> dict[str, Any]:
+    """What the blend is. hashed: what identifies each source, in the pool's order. No time and no absolute path: two runs of
+    one study give the same bytes."""
+    sources = iter(hashed)
     domains = {
         p.domain.name: {
             "share": p.share,
@@ -217,7 +226,7 @@ def _manifest(plan: BlendPlan, output: Path, mode: Mode, on_shortfall: OnShortfa
             "max_epochs": p.domain.max_epochs,
             "available_tokens": p.domain.tokens,
             "available_documents": p.domain.documents,
-            "sources": [{"prefix": os.path.relpath(i.prefix, output.parent)} | fingerprint_source(i) for i in p.domain.indexes],
+            "sources": [{"prefix": os.path.relpath(i.prefix, output.parent), **next(sources)} for i in p.domain.indexes],
         }
         for p in plan.parts
     }

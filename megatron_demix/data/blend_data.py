@@ -100,7 +100,7 @@ class _Targets:
 
 
 def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
-    left = memoryview(array).cast("B") if array.size else memoryview(b"")
+    left = array.view(np.uint8).data
     while left:
         written = os.pwrite(descriptor, left, offset)
         left, offset = left[written:], offset + written

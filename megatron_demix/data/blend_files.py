@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_demix.artifact import hash_file, read_json, write_atomic, write_json
 from megatron_demix.data import blend_data
-from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 
 if TYPE_CHECKING:
     from megatron_demix.data.blend import BlendPlan
@@ -154,19 +154,30 @@ def _publish(work: Path, output: Path) -> None:
 
 
 def _write_args(plan: BlendPlan, name: Path) -> None:
-    """The blend as Megatron's arguments: .args.txt for --data-args-path and, where every domain names valid and test data,
-    .args.json for --per-split-data-args-path. A weight is a share of samples; the data sets of one domain share its weight in
-    proportion to their tokens. None is zero: Megatron dies on those."""
+    """The blend as Megatron's arguments: .args.txt for --data-args-path, .args.json for --per-split-data-args-path.
+
+    A weight is a share of samples; the data sets of one domain share its weight in proportion to their tokens. None is zero:
+    Megatron dies on those. The JSON has all three splits, which Megatron asks for; valid and test hold the domains that name
+    such data, with equal weights, and are null (no data) where none does. Raises ConfigError for a path with a blank, at which
+    Megatron would cut the text file.
+    """
     total = sum(p.planned for p in plan.parts)
     train = _weighted({p.domain.name: p.planned / total for p in plan.parts}, plan.pool.domains)
-    write_atomic(Path(f"{name}.args.txt"), "".join(f"{weight} {prefix}\n" for weight, prefix in train))
-    splits = {"train": train}
+    splits: dict[str, list[tuple[str, str]] | None] = {"train": train}
     for split in ("valid", "test"):
-        held_out = {p.domain.name: getattr(p.domain, split) for p in plan.parts}
-        if not all(held_out.values()):
-            return
-        splits[split] = [(f"{1 / len(held_out) / len(ps):.17g}", str(q.resolve())) for ps in held_out.values() for q in ps]
-    write_json(Path(f"{name}.args.json"), {split: [word for pair in pairs for word in pair] for split, pairs in splits.items()})
+        held_out = [prefixes for p in plan.parts if (prefixes := getattr(p.domain, split))]
+        held = [(f"{1 / len(held_out) / len(ps):.17g}", str(q.resolve())) for ps in held_out for q in ps]
+        splits[split] = held or None
+    for chosen in splits.values():
+        for _, prefix in chosen or ():
+            if len(prefix.split()) != 1:
+                raise ConfigError(
+                    f"{prefix!r} has a blank in it, at which Megatron's --data-args-path would cut it. Move or link the data "
+                    "to another path, or build a view."
+                )
+    write_atomic(Path(f"{name}.args.txt"), "".join(f"{weight} {prefix}\n" for weight, prefix in train))
+    words = {split: [word for pair in given for word in pair] if given else None for split, given in splits.items()}
+    write_json(Path(f"{name}.args.json"), words)
 
 
 def _weighted(shares: Mapping[str, float], domains: Mapping[str, Domain]) -> list[tuple[str, str]]:

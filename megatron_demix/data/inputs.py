@@ -143,7 +143,7 @@ def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int]]:
         if cut == 0:
             rest.append(chunk)
             continue
-        data = b"".join([*rest, chunk[:cut]])
+        data = b"".join([*rest, memoryview(chunk)[:cut]])
         rest = [chunk[cut:]]
         yield data, first
         first += data.count(b"\n")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_demix import native
-from megatron_demix.artifact import hash_file, read_json
-from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
-from megatron_demix.indexed.format import bin_path, idx_path
+from megatron_demix.artifact import read_json
+from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
+from megatron_demix.indexed.format import bin_path
 from megatron_demix.indexed.reader import Index, read_index
 
 
@@ -215,26 +215,3 @@ def _common_tokenizer(domains: Mapping[str, Domain]) -> str:
                 )
             found = (fingerprint, index.prefix)
     return found[0] if found else ""
-
-
-def fingerprint_source(index: Index) -> dict[str, Any]:
-    """What identifies one source: its size, the digest of its .idx, and of 64 blocks spread over its .bin (not all of it: a
-    pool may be terabytes). Raises CorruptInput."""
-    path = bin_path(index.prefix)
-    digest = hashlib.blake2b(digest_size=16)
-    block = 1 << 16
-    try:
-        with open(path, "rb") as file:
-            for n in range(64):
-                file.seek(max(0, (index.bin_bytes - block) * n // 63))
-                digest.update(file.read(block))
-        idx_digest = hash_file(idx_path(index.prefix))
-    except OSError as e:
-        raise CorruptInput(f"{path} cannot be read: {e.strerror}.") from e
-    return {
-        "documents": index.num_documents,
-        "tokens": index.num_tokens,
-        "bin_bytes": index.bin_bytes,
-        "idx_blake2b": idx_digest,
-        "bin_sample_blake2b": digest.hexdigest(),
-    }

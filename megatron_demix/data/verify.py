@@ -12,7 +12,8 @@ from megatron_demix.artifact import hash_file
 from megatron_demix.data.blend import BlendPlan, DomainPlan
 from megatron_demix.data.blend_data import DOMAINS_SUFFIX
 from megatron_demix.data.blend_files import manifest_path, read_manifest
-from megatron_demix.data.pool import Pool, Source, fingerprint_source, open_pool
+from megatron_demix.data.pool import Pool, Source, open_pool
+from megatron_demix.data.source_digest import fingerprint_sources
 from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
 from megatron_demix.indexed.reader import Index, read_index
 from megatron_demix.progress import progress_bar
@@ -56,7 +57,7 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
         raise VerificationFailed(
             f"blend {prefix}: content digest {content:016x}, expected {manifest['content']}: tokens changed since it was built."
         )
-    sources = _compare_with_sources(prefix, manifest, index, domain_of)
+    sources = _compare_with_sources(prefix, manifest, index, domain_of, progress)
     return {
         "documents": index.num_documents,
         "tokens": index.num_tokens,
@@ -96,7 +97,7 @@ def _check_repeats(prefix: Path, name: str, pointers: np.ndarray, expected: dict
         )
 
 
-def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, domain_of: np.ndarray) -> str:
+def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, domain_of: np.ndarray, progress: bool) -> str:
     """ "compared", or why not: the sources are gone or have changed since."""
     pool = Pool(
         {
@@ -107,9 +108,11 @@ def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, 
     try:
         opened = open_pool(pool)
         for name, d in manifest["domains"].items():
-            for i, s in zip(opened.domains[name].indexes, d["sources"], strict=True):
-                if fingerprint_source(i) != {k: v for k, v in s.items() if k != "prefix"}:
-                    return f"not compared: {i.prefix} has changed since"
+            indexes = opened.domains[name].indexes
+            hashed = fingerprint_sources(indexes, threads=native.default_threads(), progress=progress, remembered=False)
+            for source, seen, noted in zip(indexes, hashed, d["sources"], strict=True):
+                if seen != {k: v for k, v in noted.items() if k != "prefix"}:
+                    return f"not compared: {source.prefix} has changed since"
     except CorruptInput as e:
         return f"not compared: {e}"
     parts = tuple(

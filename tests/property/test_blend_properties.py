@@ -21,7 +21,16 @@ def domain(name: str, lengths: list[list[int]], max_epochs: float, base: int) ->
         array = np.array(part, np.int32)
         pointers = 2 * (np.cumsum(array, dtype=np.int64) - array)
         indexes.append(
-            Index(f"{name}", np.dtype("<u2"), array, pointers, np.arange(len(part) + 1), int(array.sum()), 2 * int(array.sum()), False)
+            Index(
+                f"{name}",
+                np.dtype("<u2"),
+                array,
+                pointers,
+                np.arange(len(part) + 1),
+                int(array.sum()),
+                2 * int(array.sum()),
+                False,
+            )
         )
         bases.append(base)
         base += indexes[-1].bin_bytes

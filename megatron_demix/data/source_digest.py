@@ -1,0 +1,94 @@
+"""Which bytes a source holds: a hash of all of its .bin, taken at the speed of memory once, and remembered beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_demix import native
+from megatron_demix.artifact import hash_file, write_json
+from megatron_demix.errors import CorruptInput, DemixError
+from megatron_demix.indexed.format import bin_path, idx_path
+from megatron_demix.indexed.reader import Index
+from megatron_demix.progress import Advance, progress_bar
+
+_PART = 256 << 20
+# A file changed this recently could change again within one tick of the file system's clock: its hash is not remembered.
+_SETTLED_NS = 2_000_000_000
+
+
+def fingerprint_sources(
+    indexes: Sequence[Index], *, threads: int = 1, progress: bool = False, remembered: bool = True
+) -> list[dict[str, Any]]:
+    """What identifies each source: its counts and size, the BLAKE2b digest of its .idx, and the 64-bit hash of all of its .bin
+    (csrc/content_hash.hpp: it finds damage and exchanged files, not forgery).
+
+    remembered: a hash that an earlier call left in `.<name>.bin.hash.json` is believed as long as the .bin has the size and the
+    modification time noted there, and new ones are left there where the folder can be written. Raises CorruptInput.
+    """
+    known = [_recall(index) if remembered else None for index in indexes]
+    unknown = sum(i.bin_bytes for i, found in zip(indexes, known, strict=True) if found is None)
+    facts = []
+    with progress_bar("hashing sources", unknown, unit="bytes", enabled=progress and unknown > 0) as advance:
+        for index, found in zip(indexes, known, strict=True):
+            hashed = found or _hash_bin(index, threads, advance, remember=remembered)
+            facts.append(
+                {
+                    "documents": index.num_documents,
+                    "tokens": index.num_tokens,
+                    "bin_bytes": index.bin_bytes,
+                    "idx_blake2b": _hash_idx(index),
+                    "bin_hash64": hashed,
+                }
+            )
+    return facts
+
+
+def _memory(index: Index) -> Path:
+    path = bin_path(index.prefix)
+    return path.with_name(f".{path.name}.hash.json")
+
+
+def _recall(index: Index) -> str | None:
+    try:
+        noted = json.loads(_memory(index).read_text())
+        stat = bin_path(index.prefix).stat()
+        same = (noted["bytes"], noted["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns) and stat.st_size == index.bin_bytes
+        return str(noted["hash64"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hash_bin(index: Index, threads: int, advance: Advance, *, remember: bool) -> str:
+    path = bin_path(index.prefix)
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
+            for begin in range(0, index.bin_bytes, _PART):
+                end = min(begin + _PART, index.bin_bytes)
+                total += native.hash_file(file.fileno(), begin, end, threads=threads)
+                advance(end - begin)
+            after = os.fstat(file.fileno())
+    except OSError as e:
+        raise CorruptInput(f"{path} cannot be read as {index.bin_bytes} bytes: {e.strerror}.") from e
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size) or after.st_size != index.bin_bytes:
+        raise CorruptInput(f"{path} changed while it was read. Wait until it is finished, then run again.")
+    hashed = f"{total % 2**64:016x}"
+    if remember and time.time_ns() - after.st_mtime_ns > _SETTLED_NS:
+        with suppress(OSError, DemixError):  # a folder that cannot be written: hashed again the next time
+            write_json(_memory(index), {"bytes": after.st_size, "mtime_ns": after.st_mtime_ns, "hash64": hashed})
+    return hashed
+
+
+def _hash_idx(index: Index) -> str:
+    path = idx_path(index.prefix)
+    try:
+        return hash_file(path)
+    except OSError as e:
+        raise CorruptInput(f"{path} cannot be read: {e.strerror}.") from e

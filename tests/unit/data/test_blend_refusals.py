@@ -1,0 +1,105 @@
+"""What a blend refuses, and what it says then."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from blends import build
+from indexed_data import make_indexed
+
+from megatron_demix.data.blend import Source, feasible_max_shares
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
+from megatron_demix.indexed.reader import IndexedReader
+from megatron_demix.mixture import Mixture
+
+
+def test_bad_pools(pool, tmp_path):
+    good = pool["code"]
+    narrow = make_indexed(tmp_path / "wide", [3], vocab_size=100000)
+    cases = [
+        ({}, ConfigError, "no domains"),
+        ({"a": Source(())}, ConfigError, "domain 'a' has no prefixes"),
+        ({"a": good, "b": good}, ConfigError, "is given twice, in domain 'a' and 'b'"),
+        ({"a": Source(good.prefixes, float("nan"))}, ConfigError, "max_epochs is nan, expected a finite number > 0"),
+        ({"a": Source(good.prefixes, 0)}, ConfigError, "max_epochs is 0"),
+        ({"a": good, "b": Source((narrow,))}, IncompatibleInputs, "wide holds int32 tokens, .*code_0 uint16"),
+        ({"a": Source((make_indexed(tmp_path / "nil", []),))}, MixtureError, "domain 'a' is empty"),
+        ({"a": Source((tmp_path / "absent",))}, CorruptInput, "absent.idx does not exist"),
+    ]
+    for bad, error, message in cases:
+        with pytest.raises(error, match=message):
+            build(bad, tmp_path / "out", mixture=Mixture.uniform(bad or ["a"]))
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_different_tokenizers_are_refused(pool, tmp_path):
+    (tmp_path / "pool" / "code_0.meta.json").write_text('{"tokenizer": "aaa"}')
+    (tmp_path / "pool" / "math_0.meta.json").write_text('{"tokenizer": "bbb"}')
+    with pytest.raises(IncompatibleInputs, match=r"domain 'math': .*math_0 was made with tokenizer bbb, .*code_0 with aaa"):
+        build(pool, tmp_path / "b")
+
+
+def test_sentence_split_data_is_refused(tmp_path):
+    from megatron_demix.indexed.writer import IndexedWriter
+
+    with IndexedWriter(tmp_path / "s", np.dtype("<u2"), sentences=True) as writer:
+        writer.add(np.arange(10), np.array([4, 6]), sequences_a_document=np.array([2]))
+    with pytest.raises(IncompatibleInputs, match="sentence-split: 2 sequences in 1 documents"):
+        build({"a": Source((tmp_path / "s",))}, tmp_path / "b", target=5, mixture=Mixture({"a": 1}))
+
+
+def test_shortfall_says_what_would_fit(pool, tmp_path):
+    available = IndexedReader(tmp_path / "pool" / "math_0").index.num_tokens
+    with pytest.raises(MixtureError) as raised:
+        build(pool, tmp_path / "b", target=120_000)
+    message = str(raised.value)
+    assert f"'math' has {available:,} tokens x 4 epochs = {4 * available:,} tokens, but a share of 0.3 of 120,000" in message
+    fits = int(4 * available / 0.3)
+    assert f"a target of at most {fits:,} tokens" in message
+    assert build(pool, tmp_path / "fits", target=fits)["tokens"] >= fits
+    assert f"math={4 * available / 120_000:.4g}" in message
+    assert f"math to {36000 / available:.4g}" in message
+    caps = feasible_max_shares(pool, 120_000)
+    assert caps["math"] == 4 * available / 120_000
+    assert caps["prose"] == 1.0
+
+
+def test_cap_and_redistribute(pool, tmp_path):
+    available = IndexedReader(tmp_path / "pool" / "math_0").index.num_tokens
+    capped = build(pool, tmp_path / "c", target=120_000, on_shortfall="cap")
+    spread = build(pool, tmp_path / "r", target=120_000, on_shortfall="redistribute")
+    for report in (capped, spread):
+        assert report["domains"]["math"]["tokens"] == report["domains"]["math"]["planned_tokens"] == 4 * available
+        assert report["domains"]["math"]["epochs"] == 4
+    assert sum(d["planned_tokens"] for d in capped["domains"].values()) == 84_000 + 4 * available
+    assert spread["tokens"] >= 120_000
+    planned = {n: d["planned_tokens"] for n, d in spread["domains"].items()}
+    assert planned["code"] / planned["prose"] == pytest.approx(2.5, rel=1e-3)
+    with pytest.raises(MixtureError, match="at this target nothing does: all its domains together allow"):
+        build(pool, tmp_path / "n", target=10**7, on_shortfall="redistribute")
+
+
+def test_bad_arguments(pool, tmp_path):
+    for options, message in (
+        ({"target": 0}, "target is 0 tokens, expected at least 1"),
+        ({"mode": "copy"}, "blend mode is 'copy', expected one of view, materialise, args"),
+        ({"on_shortfall": "ignore"}, "on_shortfall is 'ignore', expected error, cap or redistribute"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(pool, tmp_path / "b", **options)
+    with pytest.raises(MixtureError, match="unknown domain 'cod'"):
+        build(pool, tmp_path / "b", mixture=Mixture({"cod": 1}))
+
+
+def test_stale_index_caches_are_named(pool, tmp_path):
+    cache = tmp_path / "cache" / "GPTDataset_indices"
+    cache.mkdir(parents=True)
+    (cache / "0-description.txt").write_text(json.dumps({"dataset_path": str(tmp_path / "b")}))
+    (cache / "1-description.txt").write_text(json.dumps({"dataset_path": str(tmp_path / "other")}))
+    with pytest.warns(UserWarning, match=r"cached indexes of other data under .*b \(.*0-description\.txt\)"):
+        build(pool, tmp_path / "b", index_cache=tmp_path / "cache")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(pool, tmp_path / "b", index_cache=tmp_path / "cache")
+        build(pool, tmp_path / "c", index_cache=tmp_path / "cache")
