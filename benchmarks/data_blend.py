@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -90,6 +91,7 @@ def measure_view(documents: int, threads: int, results: Any) -> None:
                 "plan_s": seconds,
                 "documents_per_s": plan.documents / seconds,
                 "anonymous_memory_bytes": peak - before,
+                "index_bytes": sum(file.stat().st_size for file in (folder / "work").iterdir()),
                 "plan_cpu_s": cpu_s,
                 "documents_per_cpu_s": plan.documents / cpu_s,
             }
@@ -163,6 +165,27 @@ def stock_builder(source: Path, documents: int, target: Path) -> None:
     builder.finalize(str(idx_path(target)))
 
 
+def plot(views: list[dict[str, Any]], path: Path) -> None:
+    """Anonymous memory and rate by number of documents, and for comparison what arrays of all documents would take."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    documents = [row["documents"] for row in views]
+    figure, (memory, rate) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    memory.loglog(documents, [row["index_bytes"] / 1e6 for row in views], "--", color="0.6", label="the view's .idx on disk")
+    memory.loglog(documents, [row["anonymous_memory_bytes"] / 1e6 for row in views], "o-", label="memory beyond the page cache")
+    memory.set(xlabel="documents", ylabel="MB")
+    memory.legend(frameon=False)
+    rate.semilogx(documents, [row["documents_per_s"] / 1e6 for row in views], "o-", label="per second")
+    rate.semilogx(documents, [row["documents_per_cpu_s"] / 1e6 for row in views], "s--", label="per CPU second")
+    rate.axhline(10, color="0.6", linewidth=1)
+    rate.set(xlabel="documents", ylabel="million documents", ylim=(0, None))
+    rate.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -195,11 +218,13 @@ def main() -> None:
         results = {
             "threads": arguments.threads,
             "load_average": os.getloadavg()[0],
+            "command": " ".join(["python", *sys.argv]),
             "views": list(views),
             "materialise": written,
         }
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results["views"], arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

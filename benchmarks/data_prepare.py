@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import resource
+import sys
 import sysconfig
 import tempfile
 import time
@@ -111,7 +112,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data_prepare.json")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"workers": arguments.workers, "load_average": os.getloadavg()[0], "corpora": {}}
+    results: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "workers": arguments.workers}
+    results |= {"load_average": os.getloadavg()[0], "corpora": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in ("long", "short"):

