@@ -1,0 +1,97 @@
+"""What a scheduler's job does with one stage, and what its exit code says: here without ranks; with them in end_to_end/."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from megatron_demix.errors import Incomplete, MixtureError, StageFailed, StorageError
+from megatron_demix.launch import stage as task
+from megatron_demix.launch.attempts import Attempts
+from megatron_demix.pipeline.stage import Stage
+
+
+@pytest.fixture
+def stop():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield task._Stop()
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def run(stage, stop):
+    return task._make_and_judge(stage, 1, task.Nodes(), stop)
+
+
+def failing(tmp_path, error):
+    def make(folder):
+        raise error
+
+    return Stage("blend/found", tmp_path, {}, (), make)
+
+
+def test_a_stage_is_made_once(tmp_path, stop):
+    made = []
+    stage = Stage("data/a", tmp_path, {}, (), lambda folder: made.append((folder / "out").write_text("x")))
+    assert run(stage, stop) == 0
+    assert run(stage, stop) == 0
+    assert len(made) == 1
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["name"] == "data/a"
+
+
+@pytest.mark.parametrize(("error", "code"), [(MixtureError("sums to 0.9"), 4), (StorageError("no space"), 74)])
+def test_what_would_come_again_ends_it(tmp_path, stop, capsys, error, code):
+    stage = failing(tmp_path, error)
+    assert run(stage, stop) == code
+    said = f"stage blend/found: {error}"
+    assert Attempts.read(stage).failed == said
+    assert f"demix: {said}\n" == capsys.readouterr().err
+    assert stage.log.read_text() == f"demix: {said}\n"
+
+
+@pytest.mark.parametrize("error", [StageFailed("stage blend/found: a rank is gone"), RuntimeError("NCCL")])
+def test_what_may_not_come_again_is_started_again_three_times(tmp_path, stop, error):
+    stage = failing(tmp_path, error)
+    assert [run(stage, stop) for _ in range(4)] == [75, 75, 75, 8]
+    assert "ended 3 times without saving anything new" in Attempts.read(stage).failed
+    if isinstance(error, RuntimeError):
+        assert "RuntimeError: NCCL" in stage.log.read_text()
+
+
+def test_being_asked_to_stop_does_not_count(tmp_path, stop):
+    stage = Stage("blend/found", tmp_path, {}, (), lambda folder: os.kill(os.getpid(), signal.SIGUSR1))
+    assert {run(stage, stop) for _ in range(5)} == {75}
+    assert Attempts.read(stage).number == 0
+    assert not list(tmp_path.glob("blend/*"))
+    assert not list(tmp_path.glob("blend/.*"))
+
+
+def test_a_need_that_is_not_done_is_named(tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(task, "_NEEDS_WAIT_S", 0)
+    need = Stage("data/a", tmp_path, {}, (), lambda folder: None)
+    stage = Stage("blend/found", tmp_path, {}, (need,), lambda folder: None)
+    with pytest.raises(StageFailed, match="stage blend/found: needs data/a, which is not done"):
+        task.make(stage, threads_per_rank=1, nodes=task.Nodes(), stop=stop)
+
+
+def test_a_stage_that_others_make_is_waited_for_and_named(tmp_path):
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=1)
+    path = stage.log.with_suffix(".lock")
+    assert not task.is_locked(path)
+    with task.stage_lock(stage):
+        assert task.is_locked(path)
+        with open(path) as file, pytest.raises(Incomplete, match=r"waiting for the others: it is still running. Let it finish"):
+            task.lock(file, "the others", wait_s=0)
+    assert not task.is_locked(path)
+
+
+def test_exit_codes_of_ranks_become_errors(tmp_path):
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=1)
+    assert str(task.failure(stage, 137)).startswith("stage base/base: a rank was killed by signal 9.")
+    assert str(task.failure(stage, -9)).startswith("stage base/base: a rank was killed by signal 9.")
+    stage.log.parent.mkdir()
+    stage.log.write_text("noise\nerror (rank 1): run base: the loss is nan\n")
+    diverged = task.failure(stage, 9)
+    assert (diverged.exit_code, str(diverged)) == (9, f"stage base/base: run base: the loss is nan (log: {stage.log})")
+    assert task.failure(stage, 8).exit_code == 8
