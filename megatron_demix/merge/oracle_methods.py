@@ -66,24 +66,24 @@ def make_oracle(components: Components, bound: BoundMethod) -> Oracle:
 
 @dataclass(frozen=True)
 class _Logical:
-    """One logical tensor: which rows of which entry of a stack. rows: None where a scalar is stacked."""
+    """One logical tensor: which runs of rows [first, end) of which entry of a stack. rows: None where a scalar is stacked."""
 
     key: str
     stack: Shape
-    rows: tuple[int, ...] | None
+    rows: tuple[tuple[int, int], ...] | None
     inner: Shape
     name: str
 
     @property
     def size(self) -> int:
-        return math.prod(self.inner[1:]) * len(self.rows) if self.rows is not None else 1
+        return 1 if self.rows is None else math.prod(self.inner[1:]) * sum(end - first for first, end in self.rows)
 
     def number(self, index: Shape) -> int:
         """An element's place in the tensor's own order."""
         if self.rows is None:
             return 0
         row, *rest = index[len(self.stack) :]
-        number = self.rows.index(row)
+        number = sum(max(0, min(row, end) - first) for first, end in self.rows)
         for at, size in zip(rest, self.inner[1:], strict=True):
             number = number * size + at
         return number
@@ -95,17 +95,41 @@ class _Logical:
             yield self.stack, above
             return
         most = max(1, _SLAB // max(1, math.prod(self.inner[1:])))
-        for _, run in itertools.groupby(enumerate(self.rows), lambda pair: pair[1] - pair[0]):
-            rows = [row for _, row in run]
-            for first in range(rows[0], rows[-1] + 1, most):
-                end = min(first + most, rows[-1] + 1)
-                yield (*self.stack, first, *(0 for _ in self.inner[1:])), (*above, end, *self.inner[1:])
+        for begin, end in self.rows:
+            for first in range(begin, end, most):
+                last = min(first + most, end)
+                yield (*self.stack, first, *(0 for _ in self.inner[1:])), (*above, last, *self.inner[1:])
 
 
-@lru_cache(maxsize=65536)
+def _projection(key: str, num_rows: int, row: int, fused: dict[str, Any]) -> str:
+    """Which fused projection a row belongs to; "" where nothing is fused."""
+    *_, module, what = key.split(".")[-2:] if "." in key else ("", key)
+    if what not in ("weight", "bias"):
+        return ""
+    if module == "linear_fc1" and fused.get("swiglu"):
+        return "gate" if row < num_rows // 2 else "up"
+    if module == "linear_qkv" and "num_query_groups" in fused:
+        period = num_rows // fused["num_query_groups"]
+        left = period - row % period
+        return "v" if left <= fused["kv_channels"] else "k" if left <= 2 * fused["kv_channels"] else "q"
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def _runs(key: str, num_rows: int, fused: tuple[tuple[str, Any], ...]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The runs of rows of each projection."""
+    if not _projection(key, num_rows, 0, dict(fused)):
+        return {"": ((0, num_rows),)}
+    runs: dict[str, tuple[tuple[int, int], ...]] = {}
+    for label, group in itertools.groupby(range(num_rows), lambda row: _projection(key, num_rows, row, dict(fused))):
+        rows = list(group)
+        runs[label] = (*runs.get(label, ()), (rows[0], rows[-1] + 1))
+    return runs
+
+
 def _logical(key: str, shape: Shape, index: Shape, fused: tuple[tuple[str, Any], ...]) -> _Logical:
     """The logical tensor that an element belongs to."""
-    known, name, depth = dict(fused), key, 0
+    name, depth = key, 0
     if re.search(r"(^|\.)layers\.[^0-9]", key):
         name, depth = re.sub(r"(^|\.)layers\.", rf"\g<1>layers.{index[0]}.", name, count=1), 1
     if re.search(r"\.experts\.experts\.[^0-9]", key):
@@ -113,22 +137,8 @@ def _logical(key: str, shape: Shape, index: Shape, fused: tuple[tuple[str, Any],
     stack, inner = index[:depth], shape[depth:]
     if not inner:
         return _Logical(key, stack, None, (), name)
-    rows, row = list(range(inner[0])), index[depth]
-    last = key.rsplit(".", 2)[-2:]
-    if last[0] == "linear_fc1" and last[1] in ("weight", "bias") and known.get("swiglu"):
-        up = row >= inner[0] // 2
-        name += "[up]" if up else "[gate]"
-        rows = [r for r in rows if (r >= inner[0] // 2) == up]
-    elif last[0] == "linear_qkv" and last[1] in ("weight", "bias") and "num_query_groups" in known:
-        period, channels = inner[0] // known["num_query_groups"], known["kv_channels"]
-
-        def which(r: int) -> str:
-            left = period - r % period
-            return "v" if left <= channels else "k" if left <= 2 * channels else "q"
-
-        name += f"[{which(row)}]"
-        rows = [r for r in rows if which(r) == which(row)]
-    return _Logical(key, stack, tuple(rows), inner, name)
+    label = _projection(key, inner[0], index[depth], dict(fused))
+    return _Logical(key, stack, _runs(key, inner[0], fused)[label], inner, name + (f"[{label}]" if label else ""))
 
 
 class _ByTensor(Oracle):
