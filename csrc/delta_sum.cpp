@@ -15,20 +15,28 @@ constexpr std::size_t step = 1024;  // elements in work at a time: ten deltas of
 // 32 random bits below this have probability p.
 std::uint64_t threshold_of(double p) { return std::uint64_t(std::llround(p * 4294967296.0)); }
 
-// Sorts by the upper 32 bits (of which the highest is 0), stably.
+// Sorts by the upper 32 bits (of which the highest is 0), stably, `bits` at a time.
+template <int bits>
 void radix_sort(std::vector<std::uint64_t>& keys, std::vector<std::uint64_t>& scratch) {
-    if (keys.size() < 256) {
-        std::sort(keys.begin(), keys.end());  // the lower bits are positions: the same order
-        return;
-    }
+    constexpr std::uint64_t mask = (1u << bits) - 1;
     scratch.resize(keys.size());
-    for (int shift = 32; shift < 64; shift += 11) {
-        std::size_t starts[2048] = {};
-        for (const std::uint64_t key : keys) ++starts[key >> shift & 2047];
-        std::size_t sum = 0;
-        for (std::size_t& start : starts) sum += start, start = sum - start;
-        for (const std::uint64_t key : keys) scratch[starts[key >> shift & 2047]++] = key;
+    for (int shift = 32; shift < 64; shift += bits) {
+        std::uint32_t starts[mask + 1] = {};
+        for (const std::uint64_t key : keys) ++starts[key >> shift & mask];
+        std::uint32_t sum = 0;
+        for (std::uint32_t& start : starts) sum += start, start = sum - start;
+        for (const std::uint64_t key : keys) scratch[starts[key >> shift & mask]++] = key;
         keys.swap(scratch);
+    }
+}
+
+void sort_row(std::vector<std::uint64_t>& keys, std::vector<std::uint64_t>& scratch) {
+    if (keys.size() < 128) {
+        std::sort(keys.begin(), keys.end());  // the lower bits are positions: the same order
+    } else if (keys.size() < 8192) {
+        radix_sort<8>(keys, scratch);
+    } else {
+        radix_sort<11>(keys, scratch);
     }
 }
 
@@ -99,16 +107,26 @@ void DeltaSum::thin(int s, int k, std::int64_t index, float* d, std::size_t n) {
 void DeltaSum::thin_by_rank(int s, int k, std::int64_t index, float* d, std::size_t n) {
     const std::uint64_t stream = rules_.streams[std::size_t(s) * deltas_.size() + std::size_t(k)];
     const std::int64_t columns = RowReader::columns(rules_.tensors->targets()[rules_.target[s]]);
+    if (chances_.size() != std::size_t(2 * columns - 1)) tabulate(columns);
     for (std::size_t i = 0; i < n;) {
         const std::int64_t row = (index + std::int64_t(i)) / columns, column = (index + std::int64_t(i)) % columns;
         rank_row(s, k, row);
         const std::uint32_t* const doubled = &ranks_[k].doubled[column];
         const std::size_t here = std::min(n - i, std::size_t(columns - column));
         for (std::size_t j = 0; j < here; ++j, ++i) {
-            const double rank = columns > 1 ? double(doubled[j]) / double(2 * (columns - 1)) : 0.5;
-            const double p = (rules_.density - rules_.epsilon) + 2 * rules_.epsilon * rank;
-            d[i] = random_bits(stream, std::uint64_t(index) + i) < threshold_of(p) ? d[i] * float(1.0 / p) : 0.0f;
+            const Chance& chance = chances_[doubled[j]];
+            const float scaled = d[i] * chance.factor;
+            d[i] = random_bits(stream, std::uint64_t(index) + i) < chance.threshold ? scaled : 0.0f;
         }
+    }
+}
+
+void DeltaSum::tabulate(std::int64_t columns) {
+    chances_.resize(std::size_t(2 * columns - 1));
+    for (std::size_t i = 0; i < chances_.size(); ++i) {
+        const double rank = columns > 1 ? double(i) / double(2 * (columns - 1)) : 0.5;
+        const double p = (rules_.density - rules_.epsilon) + 2 * rules_.epsilon * rank;
+        chances_[i] = {threshold_of(p), float(1.0 / p)};
     }
 }
 
@@ -123,7 +141,7 @@ void DeltaSum::rank_row(int s, int k, std::int64_t row) {
     rows_.read(t, rules_.tensors->num_sources() - 1, row, 0, std::int64_t(columns), base_row_.data());
     loops_.subtract(row_.data(), base_row_.data(), columns);
     for (std::size_t c = 0; c < columns; ++c) sorted_[c] = std::uint64_t(magnitude_bits(row_[c])) << 32 | c;
-    radix_sort(sorted_, scratch_);
+    sort_row(sorted_, scratch_);
     for (std::size_t first = 0, end; first < columns; first = end) {
         for (end = first + 1; end < columns && sorted_[end] >> 32 == sorted_[first] >> 32;) ++end;
         for (std::size_t i = first; i < end; ++i) ranks.doubled[sorted_[i] & 0xffffffffu] = std::uint32_t(first + end - 1);

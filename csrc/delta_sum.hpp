@@ -50,6 +50,7 @@ private:
     void thin(int s, int k, std::int64_t index, float* d, std::size_t n);
     void thin_by_rank(int s, int k, std::int64_t index, float* d, std::size_t n);
     void rank_row(int s, int k, std::int64_t row);
+    void tabulate(std::int64_t columns);
     void mix(const Combination& c, DType out, char* dst, std::size_t n);
 
     const DeltaRules& rules_;
@@ -69,6 +70,11 @@ private:
         std::vector<std::uint32_t> doubled;  // [columns] twice the mean rank
     };
     std::vector<Ranks> ranks_;  // [K]
+    struct Chance {
+        std::uint64_t threshold;
+        float factor;
+    };
+    std::vector<Chance> chances_;  // by doubled rank, for rows of the length met last
     std::vector<float> row_, base_row_;
     std::vector<std::uint64_t> sorted_, scratch_;
 };
