@@ -38,6 +38,8 @@ def main() -> None:
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         from megatron_demix.merge.engine import merge_checkpoints
+        from megatron_demix.merge.named import make_method
+        from megatron_demix.merge.parts import FusedLayout
         from megatron_demix.merge.proxies import ProxyMerger
         from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
@@ -58,16 +60,26 @@ def main() -> None:
             if name != "pipeline":
                 destroy_parallel()
 
+        layout = FusedLayout(num_query_groups=2, kv_channels=8, swiglu=True)
+        methods = {
+            "karcher": make_method("karcher", layout=layout),
+            "ties": make_method("ties", parts["tensor"], layout=layout, density=0.3),
+            "della": make_method("della", parts["tensor"], layout=layout, density=0.5),
+        }
         if torch.distributed.get_rank() == 0:
             one_hot = {name: {name: 1.0} for name in LAYOUTS}
             merge_checkpoints(parts, one_hot | {"mixed": WEIGHTS}, root / "out", progress=False, verify="full")
+            for name, method in methods.items():
+                merge_checkpoints(parts, {name: WEIGHTS}, root / "out", progress=False, verify="full", method=method)
         torch.distributed.barrier()
 
         # The stock loader puts the merged checkpoint into a pipeline-parallel model; the in-place merge must agree bit for bit.
         live = live_tensors(model)
-        merger = ProxyMerger(parts, live, threads=1)
-        agreed = 0
-        for name, weights in (("mixed", WEIGHTS), ("tensor", {"tensor": 1.0})):
+        linear = ProxyMerger(parts, live, threads=1)
+        mergers = {name: ProxyMerger(parts, live, threads=1, method=method) for name, method in methods.items()}
+        agreed, runs = 0, {"mixed": (WEIGHTS, linear), "tensor": ({"tensor": 1.0}, linear)}
+        runs |= {name: (WEIGHTS, merger) for name, merger in mergers.items()}
+        for name, (weights, merger) in runs.items():
             load_weights(model, root / "out" / name)
             loaded = [t.tensor.data.clone() for t in live]
             for t in live:
@@ -76,7 +88,9 @@ def main() -> None:
             agreed += sum(
                 torch.equal(t.tensor.data.view(torch.int16), x.view(torch.int16)) for t, x in zip(live, loaded, strict=True)
             )
-        (root / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps({"agreed": agreed, "of": 2 * len(live)}))
+        (root / f"rank{torch.distributed.get_rank()}.json").write_text(
+            json.dumps({"agreed": agreed, "of": len(runs) * len(live)})
+        )
         destroy_parallel()
 
 

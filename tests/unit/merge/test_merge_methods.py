@@ -1,16 +1,20 @@
-"""What weights mean: averages, stretched deltas, task arithmetic, on disk and in memory."""
+"""What weights mean: averages, stretched deltas, task arithmetic, on disk and in memory; and methods on the command line."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dist_checkpoints import bits, read_checkpoint, small_model, write_checkpoint
+from merge_models import write_components
 
 from megatron_demix.checkpoint.live import LiveTensor
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, OutputExists
+from megatron_demix.merge.command import main
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.methods import Linear
+from megatron_demix.merge.named import make_method
 from megatron_demix.merge.proxies import ProxyMerger
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
@@ -63,3 +67,41 @@ def test_methods_that_make_no_sense():
         Linear(Path("x"), float("nan"))
     with pytest.raises(ConfigError, match=r"a component is called 'base'"):
         Linear(Path("x")).sources({"base": Path("y")})
+
+
+def test_methods_on_the_command_line(tmp_path, capsys):
+    parts, base = write_components(tmp_path / "x", torch.bfloat16)
+    weighted = [f"{path}:{weight}" for path, weight in zip(parts.values(), (0.5, 0.25, 0.25), strict=True)]
+    command = [*weighted, "--output", str(tmp_path / "out"), "--quiet"]
+    ties = ["--method", "ties", "--base", str(base), "--density", "0.4", "--scale", "1.1"]
+    assert main([*command, *ties, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "method ties, scale 1.1, density 0.4: 18 logical tensors" in shown
+    assert "fused projections: num_query_groups 2, kv_channels 3, swiglu True" in shown
+    assert not (tmp_path / "out").exists()
+    assert main([*command, *ties, "--verify", "full"]) == 0
+    described = json.loads((tmp_path / "out" / "release" / "demix_merge.json").read_text())
+    assert described["method"] == {
+        "name": "ties",
+        "base": "base",
+        "scale": 1.1,
+        "density": 0.4,
+        "fused": {"num_query_groups": 2, "kv_channels": 3, "swiglu": True},
+    }
+    assert list(described["weights"].values()) == [0.5, 0.25, 0.25]
+    (tmp_path / "rules.yaml").write_text("- {layers: 1, scale: 1.5}")
+    assert main([*command, "--base", str(base), "--rules", str(tmp_path / "rules.yaml"), "--dry-run"]) == 0
+    assert "rule: tensors *, layers 1-1, scale 1.5" in capsys.readouterr().out
+    assert main([*command, "--method", "karcher", "--density", "0.4"]) == 2
+    assert "method karcher has no density" in capsys.readouterr().err
+
+
+def test_a_merge_by_another_method_is_another_merge(tmp_path):
+    parts, base = write_components(tmp_path / "x")
+    mixture = {"m": {"a": 0.5, "b": 0.5}}
+    for seed in (1, 1):
+        method = make_method("dare_linear", base, density=0.5, seed=seed)
+        merge_checkpoints(parts, mixture, tmp_path / "out", method=method, progress=False)
+    method = make_method("dare_linear", base, density=0.5, seed=2)
+    with pytest.raises(OutputExists, match=r"made from other inputs or settings"):
+        merge_checkpoints(parts, mixture, tmp_path / "out", method=method, progress=False)
