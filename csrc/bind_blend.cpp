@@ -108,6 +108,10 @@ void bind_blend(py::module_& m) {
         demix::pack_tokens(at<const std::uint32_t>(ids), at<const std::int64_t>(offsets), documents,
                            at<const std::uint8_t>(route), which, eod, item_bytes, at<std::uint8_t>(out));
     });
+    m.def("count_newlines", [](Address data, std::size_t size) {
+        py::gil_scoped_release nogil;
+        return demix::count_newlines(at<const char>(data), size);
+    });
     m.def("scan_json_lines", [](Address data, std::size_t size, const std::string& key, Address content, Address offsets,
                                 Address lines) {
         demix::JsonLines r;

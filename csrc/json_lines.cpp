@@ -1,5 +1,6 @@
 #include "json_lines.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 namespace demix {
@@ -307,6 +308,10 @@ JsonLines scan_json_lines(const char* data, std::size_t size, const char* key, s
     }
     result.bytes = out - content;
     return result;
+}
+
+std::int64_t count_newlines(const char* data, std::size_t size) {
+    return std::count(data, data + size, '\n');
 }
 
 }  // namespace demix

@@ -17,4 +17,6 @@ struct JsonLines {
 JsonLines scan_json_lines(const char* data, std::size_t size, const char* key, std::size_t key_size, std::uint8_t* content,
                           std::int64_t* offsets, std::int64_t* lines);
 
+std::int64_t count_newlines(const char* data, std::size_t size);
+
 }  // namespace demix

@@ -146,7 +146,7 @@ def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int]]:
         data = b"".join([*rest, memoryview(chunk)[:cut]])
         rest = [chunk[cut:]]
         yield data, first
-        first += data.count(b"\n")
+        first += native.count_newlines(data)
     if last := b"".join(rest):
         yield last, first
 

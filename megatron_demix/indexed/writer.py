@@ -131,12 +131,17 @@ class IndexedWriter:
         return self.written
 
     def close(self) -> None:
-        self.checkpoint()
-        for file in self._files():
-            file.close()
+        """Write the .idx, make both files last, and remove the scratch."""
+        with storage_errors(f"writing {bin_path(self.prefix)}"):
+            self._bin.flush()
+            os.fsync(self._bin.fileno())
+            for file in self._files():
+                file.close()
         lengths = _mapped(self._scratch("lengths"))
         documents = np.concatenate([[0], np.cumsum(_mapped(self._scratch("groups")), dtype="<i8")]) if self.sentences else None
         write_index(idx_path(self.prefix), self.dtype, lengths, documents=documents)
+        with storage_errors(f"writing {idx_path(self.prefix)}"), open(idx_path(self.prefix), "rb+") as index:
+            os.fsync(index.fileno())
         del lengths
         self._scratch("lengths").unlink()
         if self.sentences:
