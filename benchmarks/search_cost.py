@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""CPU seconds of each part of the search by itself, from the paper's 224 proxies to 2 000.
+"""Time of each part of the search, from the paper's 224 proxies to 2 000: CPU seconds, the wall time of one idle core.
 
-Scores are a made-up transfer law plus noise over 7 domains: only the cost is measured here, never a ranking. Merging and
-evaluating the proxies are measured where they are done.
+Scores are a made-up transfer law plus noise over 7 domains: only the cost is measured here, never a ranking. Merging a proxy
+and evaluating it are read from a finished study, if one is given: the time of its scoring stages against their proxies.
 
-    OMP_NUM_THREADS=1 python benchmarks/search_cost.py
+    OMP_NUM_THREADS=1 python benchmarks/search_cost.py --run runs/quickstart
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.artifact import write_json
+from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.optimise import choose_mixture, propose
 from megatron_demix.search.sample import sample_mixtures
@@ -31,11 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxies", type=int, nargs="*", default=[224, 500, 1000, 2000])
     parser.add_argument("--candidates", type=int, default=200_000)
+    parser.add_argument("--run", type=Path, help="a finished study of merged proxies: what merging and evaluating took")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search_cost.json")
     args = parser.parse_args()
     report: dict[str, Any] = {
         "command": f"OMP_NUM_THREADS=1 python benchmarks/search_cost.py --proxies {' '.join(map(str, args.proxies))}",
-        "unit": "CPU seconds; fitting, proposing and choosing for one score",
+        "unit": "CPU seconds on one thread; fitting, proposing and choosing for one score",
         "candidates": args.candidates,
         "proxies": {},
     }
@@ -44,8 +46,53 @@ def main() -> None:
     for num in args.proxies:
         report["proxies"][str(num)] = row = measure(num, args.candidates)
         print(f"{num:5d} proxies  " + "  ".join(f"{part} {seconds:.2f}" for part, seconds in row.items()), flush=True)
+    if args.run:
+        report["merging_and_evaluating"] = found = scoring(args.run)
+        print("merging and evaluating: {start_s:.1f} s to start, {per_proxy_s:.3f} s a proxy".format(**found))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, report)
+    plot(report, args.output.with_suffix(".png"))
+
+
+def scoring(run: Path) -> dict[str, Any]:
+    """A line through the wall times of the run's scoring stages: to start the ranks, and for each proxy."""
+    took: list[tuple[int, float]] = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["event"] == "stage" and entry["name"].startswith("rounds/") and entry["name"].endswith("/scores"):
+            table = read_json(run / f"{entry['name']}-{entry['key']}" / "scores.json")
+            took.append((len(table["rows"]), entry["wall_s"]))
+    slope, start = np.polyfit(*zip(*took, strict=True), 1)
+    return {
+        "study": run.name,
+        "proxies_and_wall_s": took,
+        "start_s": round(float(start), 2),
+        "per_proxy_s": round(float(slope), 4),
+    }
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    sizes = [int(size) for size in report["proxies"]]
+    for part in next(iter(report["proxies"].values())):
+        axes.plot(sizes, [row[part] for row in report["proxies"].values()], marker="o", label=part.replace("_", " "))
+    if found := report.get("merging_and_evaluating"):
+        seconds = [found["start_s"] + found["per_proxy_s"] * size for size in sizes]
+        axes.plot(sizes, seconds, color="black", linestyle="--", label=f"merging and evaluating, {found['study']} (wall)")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axes.minorticks_off()
+    axes.set_xlabel("proxies")
+    axes.set_ylabel("seconds, one thread")
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
 
 
 def measure(num: int, candidates: int) -> dict[str, float]:

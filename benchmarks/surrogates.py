@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """How well surrogates fitted on small models rank mixtures for larger ones: RegMix's public runs.
 
-Fits each score on the first n of 512 runs of 1M parameters and predicts 256 unseen mixtures: their 60M runs by rank (mean
+--select compares the families by predicting training runs that a fit has not seen, and opens no test file: 64 runs predict the
+other 448 (four times), 256 the other 256 (twice), and four fifths of 512 the last fifth (five times). Without it, the test:
+fits each score on the first n of 512 runs of 1M parameters and predicts 256 unseen mixtures: their 60M runs by rank (mean
 Spearman over scores), and their 1M runs by rank and by how many of them lie within the 90 % interval. The test runs choose
 nothing: `auto` and the stacks see the training runs only. --data holds, as RegMix publishes them, {train,test}_mixture_1m.csv,
 {train,test}_pile_loss_1m.csv, test_mixture_60m.csv and test_pile_loss_60m.csv.
@@ -19,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.artifact import write_json
+from megatron_demix.search import surrogate
 from megatron_demix.search.consistency import rank_consistency
+from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.surrogate import fit_surrogate
 from megatron_demix.search.tables import Table, as_mixtures
 
@@ -34,8 +38,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="fits side by side")
+    parser.add_argument("--select", action="store_true", help="training runs only")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "surrogates.json")
     args = parser.parse_args()
+    if args.select:
+        select(args)
+        return
     train, small, large = (load(args.data, *names) for names in (("train", "1m"), ("test", "1m"), ("test", "60m")))
     report: dict[str, Any] = {
         "command": f"python benchmarks/surrogates.py --data DIR --sizes {' '.join(map(str, args.sizes))} --seed {args.seed}",
@@ -57,6 +65,60 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, report)
     plot(report, args.output.with_suffix(".png"))
+
+
+def select(args: argparse.Namespace) -> None:
+    """Every method on held-out training runs; writes <output>_select.json."""
+    shares_MD, scores_MT, names = load(args.data, "train", "1m")
+    with ProcessPoolExecutor(args.jobs) as pool:
+        running = {
+            (num, name): [pool.submit(held_out, name, shares_MD, scores_MT, *rows, names, args.seed) for rows in splits(num)]
+            for num in args.sizes
+            for name in SELECTED
+        }
+        found: dict[str, dict[str, Any]] = {}
+        for (num, name), futures in running.items():
+            rows = [future.result() for future in futures]
+            found.setdefault(str(num), {})[name] = row = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
+            print(f"n {num:4d}  {name:28s} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()), flush=True)
+    report = {
+        "command": f"python benchmarks/surrogates.py --data DIR --select --sizes {' '.join(map(str, args.sizes))}",
+        "measured": "held-out training runs; errors in standard deviations of a score",
+        "sizes": found,
+    }
+    output = args.output.with_name(f"{args.output.stem}_select.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, report)
+
+
+def splits(num: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(rows to fit, rows to predict) among the 512 training runs."""
+    order_M = np.random.default_rng(num).permutation(512)
+    if num == 512:
+        return [
+            (np.concatenate(parts[:k] + parts[k + 1 :]), parts[k]) for parts in [np.array_split(order_M, 5)] for k in range(5)
+        ]
+    parts = [order_M[k * num : (k + 1) * num] for k in range(min(4, 512 // num))]
+    return [(part, np.setdiff1d(order_M, part)) for part in parts]
+
+
+def held_out(method: str, shares_MD, scores_MT, fitted, predicted, names, seed) -> dict[str, float]:
+    started = time.process_time()
+    spearman, rmse, cover = [], [], []
+    for t in range(len(names)):
+        mean_M, std_M, _ = SELECTED[method](shares_MD[fitted], scores_MT[fitted, t], shares_MD[predicted], seed)
+        errors_M = mean_M - scores_MT[predicted, t]
+        spearman.append(rank_correlation(mean_M, scores_MT[predicted, t]))
+        rmse.append(np.sqrt(np.mean(np.square(errors_M))) / scores_MT[fitted, t].std())
+        cover.append(np.mean(np.abs(errors_M) <= _Z90 * std_M) if std_M is not None else np.nan)
+    found = {"spearman": np.mean(spearman), "rmse": np.mean(rmse), "cover_90": np.mean(cover)}
+    return {key: float(value) for key, value in found.items() if np.isfinite(value)} | {"cpu_s": time.process_time() - started}
+
+
+def rank_correlation(left_M: np.ndarray, right_M: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(left_M, right_M).statistic)
 
 
 def print_row(num: int, name: str, row: dict[str, Any]) -> None:
@@ -154,6 +216,40 @@ METHODS: dict[str, Method] = {
     "power_law": ours("power_law"),
     "auto": ours("auto"),
 }
+
+
+def with_trees(shares_MD, scores_M, wanted_ND, seed):
+    """`auto` with LightGBM among the families."""
+    from unittest.mock import patch
+
+    with patch.object(surrogate, "_candidates", lambda kind: list(REGRESSORS)):
+        return ours("auto")(shares_MD, scores_M, wanted_ND, seed)
+
+
+def library_process(shares_MD, scores_M, wanted_ND, seed):
+    """scikit-learn's Gaussian process as it comes: the same kernel and inputs, its own likelihood and optimiser."""
+    import warnings
+
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    left, right = shares_MD**0.3, wanted_ND**0.3
+    centre, spread = left.mean(axis=0), left.std(axis=0) + 1e-9
+    kernel = ConstantKernel(10.0, (1e-2, 1e4)) * Matern(np.full(left.shape[1], 3.0), (1e-1, 1e4), nu=1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = GaussianProcessRegressor(kernel + WhiteKernel(1e-2, (1e-6, 1.0)), normalize_y=True)
+        model.fit((left - centre) / spread, np.log(scores_M))
+        mean_M = model.predict((right - centre) / spread)
+    return np.exp(mean_M), None, "scikit-learn"
+
+
+SELECTED: dict[str, Method] = {
+    **{kind: ours(kind) for kind in ("gaussian_process", "power_law", "scheffe_log", "lightgbm", "stack", "auto")},
+    "auto with lightgbm": with_trees,
+    "scikit-learn's process": library_process,
+}
+"""What --select compares."""
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

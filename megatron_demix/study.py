@@ -41,6 +41,8 @@ Surrogate = Literal[
 ]
 
 _MIN_BOOTSTRAPS = 10
+MIN_PROXIES = 8
+"""Fewer do not fix a surrogate."""
 
 
 class _Section(BaseModel):
@@ -346,6 +348,8 @@ class SearchSpec(_Section):
     def _usable(self) -> SearchSpec:
         if any(w < 0 for w in self.objective.values()) or sum(self.objective.values()) <= 0:
             raise ValueError("objective: weights must be >= 0 and not all 0")
+        if self.rounds[0] < MIN_PROXIES:
+            raise ValueError(f"rounds: the first has {self.rounds[0]} proxies, but a surrogate needs {MIN_PROXIES}")
         if self.aim == "worst" and len({w for w in self.objective.values() if w}) > 1:
             raise ValueError(
                 f"aim 'worst' compares scores as equals, but their weights are {self.objective}; make them equal, or 0"

@@ -7,21 +7,18 @@ deviations so that a nominal 90 % interval held 90 % of the proxies that the fit
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.search.regressors import REGRESSORS, Regressor
+from megatron_demix.study import MIN_PROXIES
 
 KINDS = ("auto", *REGRESSORS, "stack")
-MIN_PROXIES = 8
 _FOLDS, _FOLDS_SMALL, _SMALL = 5, 10, 128
 """More folds for fewer proxies, so that each fit still sees most of them."""
 _Z90 = 1.6448536269514722
-_LIGHTGBM_PROXIES = 100
-"""auto leaves the trees out below this: they were the weakest family there in every study seen."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +114,8 @@ def fit_surrogate(
 ) -> Surrogate:
     """Fit scores_M of M proxies against their actual shares_MD.
 
-    auto takes the family, or the stack of them all, with the least cross-validated error; lightgbm takes part where it is
-    installed and there are at least 100 proxies. name labels the errors.
+    auto takes the family, or the stack of them, with the least cross-validated error; lightgbm takes part in neither, so that
+    the choice does not depend on what is installed. name labels the errors.
     Raises ConfigError (unknown kind), IncompatibleInputs (fewer than 8 proxies, NaN, constant scores, shapes).
     """
     shares_MD, scores_M = np.asarray(shares_MD, np.float64), np.asarray(scores_M, np.float64)
@@ -128,7 +125,7 @@ def fit_surrogate(
     folds_M = _folds(len(scores_M), seed)
     fitted: dict[str, Regressor] = {}
     trials: list[_Trial] = []
-    for candidate in _candidates(kind, len(scores_M)):
+    for candidate in _candidates(kind):
         fitted[candidate] = REGRESSORS[candidate](seed)
         fitted[candidate].fit(shares_MD, standard_M)
         trials.append(_cross_validate(candidate, fitted[candidate], shares_MD, standard_M, folds_M))
@@ -175,11 +172,10 @@ def _check(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) ->
         )
 
 
-def _candidates(kind: str, num: int) -> list[str]:
+def _candidates(kind: str) -> list[str]:
     if kind not in ("auto", "stack"):
         return [kind]
-    trees = num >= _LIGHTGBM_PROXIES and find_spec("lightgbm") is not None
-    return [name for name in REGRESSORS if name != "lightgbm" or trees]
+    return [name for name in REGRESSORS if name != "lightgbm"]
 
 
 def _folds(num: int, seed: int) -> np.ndarray:

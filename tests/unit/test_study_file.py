@@ -64,7 +64,7 @@ def test_mixtures_by_name_and_by_weight(load):
     ("overrides", "look", "value"),
     [
         (["final.tokens=20M"], lambda s: s.final.tokens, 20_000_000),
-        (["search.rounds=[2, 1]"], lambda s: s.search.rounds, [2, 1]),
+        (["search.rounds=[12, 1]"], lambda s: s.search.rounds, [12, 1]),
         (["domains.1.max_epochs=7"], lambda s: s.domains[1].max_epochs, 7.0),
         (["merge.threads=3", "merge.threads=4"], lambda s: s.merge.threads, 4),
     ],

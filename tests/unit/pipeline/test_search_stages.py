@@ -123,6 +123,7 @@ def test_a_space_without_mixtures_names_the_setting(study_path):
     ("override", "message"),
     [
         ("search.groups={g: {domains: [law]}}", "search.groups.g: 'law' is not one of code, english, math"),
+        ("search.rounds=[7, 20]", "rounds: the first has 7 proxies, but a surrogate needs 8"),
         ("search.aim=worst", "aim 'worst' compares scores as equals"),
         ("search={rounds: [8], objective: {code: 1}, stop: 0.1, bootstraps: 2}", "stop needs bootstraps of 10 or more"),
         ("search.design=grid", "'dirichlet', 'sobol', 'lattice' or 'optimal'"),
