@@ -245,7 +245,7 @@ def _overall(traces: Mapping[str, Mapping[str, Trace]]) -> dict[str, Any]:
     return {
         name: {
             "rho": _interval(trace),
-            **{f"minus {o}": _interval(trace - whole[o]) for o in ("merged", TRAINED, "interpolated")},
+            **{f"minus {o}": _interval(trace - whole[o]) for o in (*DEFAULTS[:3], TRAINED)},
         }
         for name, trace in whole.items()
     }

@@ -323,6 +323,8 @@ class SearchSpec(_Section):
     """Proxies evaluated in each round."""
     proxies: Literal["merged", "trained"] = "merged"
     """merged from the components (DeMix); or each trained on its mixture: RegMix with one round, CLIMB with several."""
+    proxy_score: Literal["merged", "interpolated", "stack"] = "stack"
+    """What a merged proxy's score is: the merged model's, the components' own averaged with its weights, or a stack of both."""
     proxy_tokens: Tokens | None = None
     """Of each trained proxy. Default: all together cost what the components would."""
     stop: float | None = Field(None, gt=0, lt=1)
@@ -356,6 +358,8 @@ class SearchSpec(_Section):
             )
         if self.stop is not None and self.bootstraps < _MIN_BOOTSTRAPS:
             raise ValueError(f"stop needs bootstraps of {_MIN_BOOTSTRAPS} or more to judge by, found {self.bootstraps}")
+        if self.proxies == "trained" and "proxy_score" in self.model_fields_set:
+            raise ValueError("proxy_score says what the score of a merged proxy is; a trained one has its own")
         if self.proxy_tokens is not None and self.proxies == "merged":
             raise ValueError("proxy_tokens is what trained proxies cost; merged ones cost the components: set component.tokens")
         return self

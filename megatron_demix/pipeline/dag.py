@@ -77,13 +77,13 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     base = train_stages.base(study, root, run, tokenizer, data, absent_ok=absent_inputs)
     merged = study.search.proxies == "merged"
     components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data} if merged else {}
-    rounds = search_stages.rounds(study, run, tokenizer, data, base, components)
+    check = merged and study.component.maturity_seeds
+    maturity = maturity_stages.maturity(study, run, tokenizer, data, base, components) if check else None
+    rounds = search_stages.rounds(study, run, tokenizer, data, base, components, maturity.scores if maturity else None)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
     finals = final_stages.finals(study, run, tokenizer, blends, base)
     proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
     scores = final_stages.scores(study, run, tokenizer, data, base, finals, proxies)
-    check = merged and study.component.maturity_seeds
-    maturity = maturity_stages.maturity(study, run, tokenizer, data, base, components) if check else None
     return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores, maturity)
 
 

@@ -14,17 +14,16 @@ from typing import Any
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.merging import merge_settings
-from megatron_demix.pipeline.search_stages import scoring
+from megatron_demix.pipeline.search_stages import MERGED_CENTROID, TRAINED_CENTROID, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import Study
 
-MERGED = "merged"
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class Maturity:
-    """trained: by row of the scores, "seed0", ... scores: the stage whose scores.json has them, and MERGED and BASE."""
+    """trained: by row of the scores, "seed0", ... scores: the stage whose scores.json has them, MERGED_CENTROID and BASE."""
 
     trained: dict[str, Stage]
     scores: Stage
@@ -35,7 +34,7 @@ def maturity(
 ) -> Maturity:
     centroid = Mixture.uniform(data)
     trained = {
-        f"seed{seed}": train_stages.on_merge_weights(
+        f"{TRAINED_CENTROID}{seed}": train_stages.on_merge_weights(
             study, f"maturity/centroid-seed{seed}", run, tokenizer, data, base, centroid, seed=study.seed + seed
         )
         for seed in range(study.component.maturity_seeds)
@@ -44,7 +43,7 @@ def maturity(
     def models() -> dict[str, Any]:
         return {
             "components": {n: c.folder for n, c in components.items()},
-            "mixtures": {MERGED: dict(centroid)},
+            "mixtures": {MERGED_CENTROID: dict(centroid)},
             "merge": study.merge,
             "base": train_stages.checkpoint_of(base),
             "seed": study.seed,

@@ -11,8 +11,8 @@ from megatron_demix.artifact import read_json
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
-from megatron_demix.pipeline.maturity_stages import BASE, MERGED
-from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
+from megatron_demix.pipeline.maturity_stages import BASE
+from megatron_demix.pipeline.search_stages import CHOICE, FIT, MERGED_CENTROID, MIXTURES
 from megatron_demix.pipeline.stage import Stage
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _maturity(dag: Dag) -> Maturity | None:
     if dag.maturity is None or not dag.maturity.scores.done():
         return None
     rows = ScoreTable.read(dag.maturity.scores.folder / "scores.json").rows
-    return Maturity(rows[MERGED], [rows[name] for name in dag.maturity.trained], rows[BASE])
+    return Maturity(rows[MERGED_CENTROID], [rows[name] for name in dag.maturity.trained], rows[BASE])
 
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:

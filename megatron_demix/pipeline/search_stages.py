@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
@@ -16,6 +16,8 @@ from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study import AnchorSpec, Study
 
 FIT = "fit.json"
+MERGED_CENTROID, TRAINED_CENTROID = "merged", "seed"
+"""Rows of the maturity check's scores: the merged centroid, and (with a number) the ones trained on its mixture."""
 CHOICE = "mixture.json"
 
 
@@ -30,9 +32,15 @@ class Round:
 
 
 def rounds(
-    study: Study, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, components: Mapping[str, Stage]
+    study: Study,
+    run: Path,
+    tokenizer: Stage,
+    data: Mapping[str, Stage],
+    base: Stage,
+    components: Mapping[str, Stage],
+    centroid: Stage | None,
 ) -> list[Round]:
-    """components: empty where the study trains its proxies."""
+    """components: empty where the study trains its proxies. centroid: scores of the maturity check, for the stack."""
     proposal = _first_proposal(study, run, data)
     result: list[Round] = []
     for number, _ in enumerate(study.search.rounds, start=1):
@@ -40,7 +48,8 @@ def rounds(
             scores = _scores_of_merged(study, number, run, tokenizer, data, base, components, proposal)
         else:
             scores = _scores_of_trained(study, number, run, tokenizer, data, base, proposal)
-        fit = _fit(study, number, run, data, [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal])
+        so_far = [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal]
+        fit = _fit(study, number, run, data, *so_far, centroid if _proxy_score(study) == "stack" else None)
         result.append(Round(number, proposal, scores, fit))
         proposal = fit
     return result
@@ -68,6 +77,11 @@ def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
 def _anchor(study: Study) -> AnchorSpec:
     """What every proxy has seen besides its mixture: nothing, where it was trained on that mixture itself."""
     return study.component.anchor if study.search.proxies == "merged" else AnchorSpec(share=0)
+
+
+def _proxy_score(study: Study) -> Literal["merged", "interpolated", "stack"]:
+    """A trained proxy's score is its own, as a merged one's can be."""
+    return study.search.proxy_score if study.search.proxies == "merged" else "merged"
 
 
 def _space_settings(study: Study) -> dict[str, Any]:
@@ -116,17 +130,27 @@ def _scores_of_merged(
     components: Mapping[str, Stage],
     proposal: Stage,
 ) -> Stage:
+    # The first round also scores the components themselves: as merges, whose weights are one-hot.
+    alone = list(components) if number == 1 and _proxy_score(study) != "merged" else []
+
     def models() -> dict[str, Any]:
+        proposed = {m["name"]: m["weights"] for m in read_json(proposal.folder / MIXTURES)}
         return {
             "components": {n: c.folder for n, c in components.items()},
-            "mixtures": {m["name"]: m["weights"] for m in read_json(proposal.folder / MIXTURES)},
+            "mixtures": proposed | {_alone(n): dict(Mixture.one_hot(components, n)) for n in alone},
             "merge": study.merge,
             "base": train_stages.checkpoint_of(base),
             "seed": study.seed,
         }
 
     needs = (proposal, base, *components.values())
-    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", needs, models, merge_settings(study))
+    settings = merge_settings(study) | ({"components": True} if alone else {})
+    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", needs, models, settings)
+
+
+def _alone(component: str) -> str:
+    """A component's name among the proxies of the first round."""
+    return f"component-{component}"
 
 
 def _scores_of_trained(
@@ -218,12 +242,19 @@ def _fit_facts(surrogate: Any, models: list[str]) -> dict[str, Any]:
 
 
 def _fit(
-    study: Study, number: int, run: Path, data: Mapping[str, Stage], scores: Sequence[Stage], proposals: Sequence[Stage]
+    study: Study,
+    number: int,
+    run: Path,
+    data: Mapping[str, Stage],
+    scores: Sequence[Stage],
+    proposals: Sequence[Stage],
+    centroid: Stage | None,
 ) -> Stage:
     """Fit every score on all rounds so far; then propose the next round's mixtures, or after the last round choose."""
     last, search = number == len(study.search.rounds), study.search
     settings = {
         **search.model_dump(include={"objective", "aim", "surrogate", "candidates"}),
+        "proxy_score": _proxy_score(study),
         **(search.model_dump(include={"top", "bootstraps"}) if last else {"num": search.rounds[number], "stop": search.stop}),
         **_space_settings(study),
     }
@@ -234,7 +265,7 @@ def _fit(
         from megatron_demix.search.outcome import outcome
 
         space = search_space(study, data)
-        surrogates, higher, entries = _surrogates(study, space, scores, proposals)
+        surrogates, higher, entries = _surrogates(study, space, scores, proposals, centroid)
         goal = Objective(space, surrogates, search.objective, aim=search.aim, higher_is_better=higher)
         names = [m["name"] for m in entries]
         facts: dict[str, Any] = {
@@ -264,30 +295,49 @@ def _fit(
             _write_mixtures(folder, number + 1, space, proposed_MD)
         write_json(folder / FIT, facts)
 
-    return Stage(f"rounds/{number}/fit", run, settings, (*scores, *proposals, *data.values()), make)
+    return Stage(
+        f"rounds/{number}/fit", run, settings, (*scores, *proposals, *data.values(), *([centroid] if centroid else [])), make
+    )
 
 
 def _surrogates(
-    study: Study, space: Any, scores: Sequence[Stage], proposals: Sequence[Stage]
+    study: Study, space: Any, scores: Sequence[Stage], proposals: Sequence[Stage], centroid: Stage | None
 ) -> tuple[dict[str, Any], set[str], list[dict[str, Any]]]:
     """A surrogate of every score on the proxies of all rounds so far, which scores are better when higher, and the proxies."""
     import numpy as np
 
     from megatron_demix.evaluate.scores import ScoreTable
+    from megatron_demix.search.proxy_score import proxy_scores
     from megatron_demix.search.surrogate import fit_surrogate
 
     entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
     names = [m["name"] for m in entries]
     tables = [ScoreTable.read(s.folder / "scores.json") for s in scores]
     merged = ScoreTable(tables[0].scores, {name: row for table in tables for name, row in table.rows.items()})
-    shares_MD = np.array([[m["shares"][d] for d in space.domains] for m in entries])
-    surrogates = {
-        s.name: fit_surrogate(
-            shares_MD, np.array(merged.column(s.name, names)), study.search.surrogate, seed=study.seed, name=s.name
-        )
-        for s in merged.scores
-    }
+    shares_MD, weights_MD = (np.array([[m[kind][d] for d in space.domains] for m in entries]) for kind in ("shares", "weights"))
+    centroids = _centroids(centroid)
+    alone = [_alone(d) for d in space.domains]
+    surrogates = {}
+    for s in merged.scores:
+        values_M, kind = np.array(merged.column(s.name, names)), _proxy_score(study)
+        if kind != "merged":
+            components_K = np.array(merged.column(s.name, alone))
+            values_M = proxy_scores(kind, weights_MD, values_M, components_K, centroids.get(s.name))
+        surrogates[s.name] = fit_surrogate(shares_MD, values_M, study.search.surrogate, seed=study.seed, name=s.name)
     return surrogates, {s.name for s in merged.scores if s.direction == "higher"}, entries
+
+
+def _centroids(scores: Stage | None) -> dict[str, Any]:
+    """By score, the search.proxy_score.Centroid that a maturity check has measured."""
+    if scores is None:
+        return {}
+    from megatron_demix.evaluate.scores import ScoreTable
+    from megatron_demix.search.proxy_score import Centroid
+
+    table = ScoreTable.read(scores.folder / "scores.json")
+    trained = [name for name in table.rows if name.startswith(TRAINED_CENTROID)]
+    means = {s.name: sum(table.column(s.name, trained)) / len(trained) for s in table.scores}
+    return {name: Centroid(table.rows[MERGED_CENTROID][name], mean) for name, mean in means.items()}
 
 
 def _spread_so_far(study: Study, space: Any, surrogates: Mapping[str, Any], aims: Mapping[str, Any]) -> dict[str, Any]:

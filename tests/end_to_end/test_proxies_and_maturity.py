@@ -77,12 +77,19 @@ def test_there_is_nothing_to_merge(study_folder, tmp_path):
         dag.of_kinds({"merge"})
 
 
-def test_the_merged_centroid_is_scored_beside_trained_ones(study_folder, tmp_path):
+def test_the_merged_centroid_is_scored_beside_trained_ones_and_calibrates_the_stack(study_folder, tmp_path):
     path = study_folder / "study.yaml"
-    overrides = ["base.tokens=1k", "component.tokens=1k", "component.maturity_seeds=2"]
-    dag = build_dag(load_study(path, overrides), path, tmp_path / "run")
-    for stage in dag.of_kinds({"maturity"}):
+    overrides = ["base.tokens=1k", "component.tokens=1k", "component.maturity_seeds=2", "search.rounds=[8]"]
+    dag = build_dag(load_study(path, [*overrides, "search.surrogate=ridge", "search.bootstraps=0"]), path, tmp_path / "run")
+    for stage in dag.of_kinds({"maturity", "rounds"}):
         make(stage)
+    rows = read_json(dag.rounds[0].scores.folder / "scores.json")["rows"]
+    entries = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
+    measured = read_json(dag.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]["measured"]
+    for entry, value in zip(entries, measured, strict=True):
+        interpolated = sum(weight * rows[f"component-{name}"]["code"] for name, weight in entry["weights"].items())
+        ends = sorted([rows[entry["name"]]["code"], interpolated])
+        assert ends[0] - 1e-9 <= value <= ends[1] + 1e-9
     check = collect(dag).maturity
     assert check is not None
     rows = [check.merged, check.base, *check.trained]

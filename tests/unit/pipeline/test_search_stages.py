@@ -23,7 +23,7 @@ train: {seq_length: 16, global_batch_size: 4}
 base: {tokens: 640}
 component: {tokens: 320, anchor: {share: 0.2}}
 search: {rounds: [24, 8], objective: {code: 6, math: 3, english: 1}, surrogate: ridge, candidates: 4000, top: 16,
-         bootstraps: 10}
+         proxy_score: merged, bootstraps: 10}
 final: {tokens: 1k}
 """
 
@@ -51,6 +51,24 @@ def searched(study_path: Path, *overrides: str, higher: bool = False) -> Dag:
             table.write(folder / "scores.json")
         r.fit.finish()
     return dag
+
+
+def test_a_stack_lies_between_merged_and_interpolated_scores(study_path):
+    dag = searched(study_path)
+    merged = read_json(dag.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]
+    table = ScoreTable.read(dag.rounds[0].scores.folder / "scores.json")
+    table.rows |= {f"component-{name}": {"code": 3.0, "english": 3.0, "math": 3.0} for name in dag.data}
+    stacked = build_dag(load_study(study_path, ["search.proxy_score=stack"]), study_path, study_path.parent / "run")
+    with publish(stacked.rounds[0].scores.folder, stacked.rounds[0].scores.key, "scores", {}) as folder:
+        table.write(folder / "scores.json")
+    stacked.rounds[0].fit.finish()
+    measured = read_json(stacked.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]["measured"]
+    assert measured == pytest.approx([(value + 3) / 2 for value in merged["measured"]])
+
+
+def test_a_trained_proxy_has_its_own_score(study_path):
+    with pytest.raises(ConfigError, match="proxy_score says what the score of a merged proxy is"):
+        load_study(study_path, ["search.proxies=trained"])
 
 
 def test_the_choice_carries_how_sure_it_is_what_it_gives_up_and_what_binds(study_path):

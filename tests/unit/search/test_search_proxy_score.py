@@ -1,0 +1,41 @@
+"""Merged, interpolated and stacked scores of proxies, on a score whose every value is known."""
+
+import numpy as np
+import pytest
+
+from megatron_demix.search.proxy_score import Centroid, proxy_scores
+
+WEIGHTS_MK = np.array([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75]])
+MERGED_M = np.array([2.0, 1.0, 1.5])
+COMPONENTS_K = np.array([2.0, 3.0])
+INTERPOLATED_M = np.array([2.0, 2.5, 2.75])
+
+
+def test_merged_and_interpolated_are_what_they_say():
+    assert proxy_scores("merged", WEIGHTS_MK, MERGED_M, COMPONENTS_K) == pytest.approx(MERGED_M)
+    assert proxy_scores("interpolated", WEIGHTS_MK, MERGED_M, COMPONENTS_K) == pytest.approx(INTERPOLATED_M)
+
+
+def test_a_stack_is_the_mean_until_the_centroid_is_known():
+    assert proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K) == pytest.approx((MERGED_M + INTERPOLATED_M) / 2)
+
+
+@pytest.mark.parametrize(
+    ("trained", "part"),
+    [
+        (1.0, 1.0),  # as the merge has it
+        (2.5, 0.0),  # as interpolation has it
+        (2.2, 0.2),
+        (0.5, 1.0),  # beyond the merge: no farther than it
+        (3.0, 0.0),
+    ],
+)
+def test_the_trained_centroid_says_how_much_of_each(trained, part):
+    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, Centroid(merged=1.0, trained=trained))
+    assert stacked_M == pytest.approx(part * MERGED_M + (1 - part) * INTERPOLATED_M)
+    assert stacked_M[1] == pytest.approx(min(max(trained, 1.0), 2.5))
+
+
+def test_a_centroid_where_both_agree_says_nothing():
+    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, Centroid(merged=2.5, trained=2.0))
+    assert stacked_M == pytest.approx((MERGED_M + INTERPOLATED_M) / 2)
