@@ -48,6 +48,7 @@ bench-data: $(CORE) $(DEV)
 	$(BIN)/python benchmarks/data_prepare.py
 	$(BIN)/python benchmarks/data_blend.py
 
+# benchmarks/rank_consistency.py trains about nine hundred small models (50 minutes of a core): run it by hand.
 # benchmarks/surrogates.py needs RegMix's published runs: give it --data by hand.
 bench-search: $(CORE) $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py
