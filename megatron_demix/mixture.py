@@ -26,6 +26,8 @@ class Mixture(Mapping[str, float]):
     __slots__ = ("_weights",)
 
     def __init__(self, weights: Mapping[str, float], *, label: str = "mixture") -> None:
+        if not isinstance(weights, Mapping):
+            raise MixtureError(f"{label}: weights are {weights!r}, expected a share for each domain by name.")
         if not weights:
             raise MixtureError(f"{label}: no domains. Give at least one domain with a weight.")
         for name, weight in weights.items():

@@ -89,7 +89,7 @@ def _explain(facts: native.IndexCheck, bin_bytes: int) -> str:
         case 4:
             return f"dtype code {seen}, expected 1 to 8."
         case 5:
-            asks = "more than a file can hold" if expected < 0 else f"{expected} bytes"
+            asks = "more than it holds" if expected < 0 else f"{expected} bytes"
             return f"{seen} bytes, but its header asks for {asks}: it is truncated, or longer than it should be."
         case 6:
             return f"sequence {at} has length {seen}, expected >= 0."

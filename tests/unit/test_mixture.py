@@ -24,6 +24,7 @@ def mixture(values: list[float]) -> Mixture:
     ("weights", "message"),
     [
         ({}, r"^r2_017: no domains\."),
+        ("x", r"^r2_017: weights are .x., expected a share for each domain by name"),
         ({"a": 0.5, "b": 0.43}, r"^r2_017: weights sum to 0\.93, expected 1 \(tolerance 1e-06\): a 0\.5, b 0\.43\."),
         ({"a": 1.5, "b": -0.5}, r"^r2_017: weight of domain 'b' is -0\.5, expected a finite number >= 0"),
         ({"a": math.nan, "b": 1.0}, "weight of domain 'a' is nan"),

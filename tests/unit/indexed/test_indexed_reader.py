@@ -81,9 +81,9 @@ HOSTILE = {
     "dtype 9": (lambda d: damage(d, 17, "<B", 9), "dtype code 9, expected 1 to 8"),
     "truncated": (lambda d: d[:-1], "121 bytes, but its header asks for 122 bytes: it is truncated"),
     "appended": (lambda d: d + b"trash", "127 bytes, but its header asks for 122 bytes"),
-    "2^63 sequences": (lambda d: damage(d, 18, "<Q", 2**63), "its header asks for more than a file can hold"),
-    "wrapping counts": (lambda d: damage(d, 18, "<Q", 2**64 // 12 + 1), "its header asks for more than a file can hold"),
-    "no boundaries": (lambda d: damage(d, 26, "<Q", 0), "its header asks for more than a file can hold"),
+    "2^63 sequences": (lambda d: damage(d, 18, "<Q", 2**63), "its header asks for more than it holds"),
+    "wrapping counts": (lambda d: damage(d, 18, "<Q", 2**64 // 12 + 1), "its header asks for more than it holds"),
+    "no boundaries": (lambda d: damage(d, 26, "<Q", 0), "its header asks for more than it holds"),
     "negative length": (lambda d: damage(d, HEADER_BYTES + 8, "<i", -3), "sequence 2 has length -3, expected >= 0"),
     "pointer past the end": (
         lambda d: damage(d, POINTERS + 16, "<q", 13),
