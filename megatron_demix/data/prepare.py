@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,11 @@ def _fill(outputs: Outputs, inputs: Sequence[Path], recipe: Recipe, workers: int
     with progress_bar(label, size, unit="bytes", enabled=progress) as advance:
         for _ in range(outputs.blocks):
             advance(next(blocks).file_bytes)
+        before, started = outputs.tokens, time.monotonic()
         for done in tokenize(blocks, recipe, workers):
             outputs.add(done)
-            advance(done.block.file_bytes, info=f"{format_count(outputs.tokens)} tokens")
+            rate = int((outputs.tokens - before) / max(time.monotonic() - started, 1e-6))
+            advance(done.block.file_bytes, info=f"{format_count(outputs.tokens)} tokens, {format_count(rate)}/s")
 
 
 def _named(inputs: Sequence[Path]) -> str:
