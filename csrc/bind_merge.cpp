@@ -75,6 +75,7 @@ void bind_merge(py::module_& m) {
              py::arg("offsets"), py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"), py::arg("check_sources"), py::arg("deltas"))
         .def("done_bytes", &MergePlan::done_bytes)
         .def("cancel", &MergePlan::cancel);
+    m.attr("buffers_per_thread") = buffers_per_thread;
     m.def("crc32",
           [](const py::buffer& buffer) {
               const py::buffer_info info = buffer.request();
@@ -90,9 +91,8 @@ void bind_merge(py::module_& m) {
           },
           py::arg("data"));
     m.def("instruction_sets", [] {
-        std::vector<std::string> names = {"scalar"};
-        if (avx2_kernels()) names.emplace_back("avx2");
-        if (avx512_kernels()) names.emplace_back("avx512");
+        std::vector<std::string> names;
+        for (const Kernels* one : available_kernels()) names.emplace_back(one->isa);
         return names;
     });
 }

@@ -30,7 +30,7 @@ namespace avx512 {
 const DeltaKernels& delta_kernels(const std::string& isa) {
     const std::string found = kernels(isa).isa;
 #if defined(__x86_64__)
-    if (found == "avx512") return avx512::table;
+    if (found == "avx512" || found == "avx512bf16") return avx512::table;
     if (found == "avx2") return avx2::table;
 #endif
     return scalar::table;

@@ -5,8 +5,6 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "merge_write.hpp"
-
 namespace demix {
 namespace {
 
@@ -80,12 +78,13 @@ void DeltaSum::operator()(int s, const WeightSet& set, DType in, DType out, cons
             thin(s, k, index + std::int64_t(i), d, n);
             deltas_[k] = d;
         }
-        for (std::size_t m = 0; m < outs.size(); ++m) {
-            char* const to = outs[m] + i * out_size;
-            char* const dst = streamed ? result_.get(step * 4) : to;
-            mix(set.mixtures[m], out, dst, n);
-            if (streamed) stream_copy(to, dst, n * out_size);
-        }
+        for (const Block& b : set.blocks)
+            for (int r = 0; r < b.count; ++r) {
+                char* const to = outs[b.first + r] + i * out_size;
+                char* const dst = streamed ? result_.get(step * 4) : to;
+                mix(b, b.weights.data() + std::size_t(r) * b.sources.size(), out, dst, n);
+                if (streamed) kernels_.stream_copy(to, dst, n * out_size);
+            }
     }
 }
 
@@ -149,16 +148,17 @@ void DeltaSum::rank_row(int s, int k, std::int64_t row) {
     ranks.set = s, ranks.row = row;
 }
 
-void DeltaSum::mix(const Combination& c, DType out, char* dst, std::size_t n) {
+void DeltaSum::mix(const Block& b, const float* weights, DType out, char* dst, std::size_t n) {
     float* const sum = base_ + step;
     const int num_parts = int(deltas_.size());
     terms_.clear(), weights_.clear();
-    for (std::size_t j = 0; j < c.sources.size(); ++j)
-        if (c.sources[j] < num_parts) terms_.push_back(deltas_[c.sources[j]]), weights_.push_back(c.weights[j]);
+    for (std::size_t j = 0; j < b.sources.size(); ++j)
+        if (b.sources[j] < num_parts) terms_.push_back(deltas_[b.sources[j]]), weights_.push_back(weights[j]);
     if (terms_.empty()) {
         std::memset(sum, 0, n * sizeof(float));
     } else if (!rules_.elect) {
-        kernels_.weighted_sum[int(DType::f32)][int(DType::f32)](terms_.data(), weights_.data(), int(terms_.size()), sum, n);
+        void* const to_sum[] = {sum};
+        kernels_.one_row[int(DType::f32)][int(DType::f32)](terms_.data(), weights_.data(), int(terms_.size()), to_sum, n);
     } else {
         float *const total = sum + step, *const used = total + step;
         std::memset(sum, 0, 3 * step * sizeof(float));
@@ -168,8 +168,9 @@ void DeltaSum::mix(const Combination& c, DType out, char* dst, std::size_t n) {
         if (rules_.average) loops_.divide(sum, used, n);
     }
     const void* const sources[] = {base_, sum};
-    const float weights[] = {1.0f, rules_.scale};
-    kernels_.weighted_sum[int(DType::f32)][int(out)](sources, weights, 2, dst, n);
+    const float scales[] = {1.0f, rules_.scale};
+    void* const to[] = {dst};
+    kernels_.one_row[int(DType::f32)][int(out)](sources, scales, 2, to, n);
 }
 
 }  // namespace demix

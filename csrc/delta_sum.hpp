@@ -51,7 +51,8 @@ private:
     void thin_by_rank(int s, int k, std::int64_t index, float* d, std::size_t n);
     void rank_row(int s, int k, std::int64_t row);
     void tabulate(std::int64_t columns);
-    void mix(const Combination& c, DType out, char* dst, std::size_t n);
+    // weights: those of the block's sources for one of its mixtures
+    void mix(const Block& b, const float* weights, DType out, char* dst, std::size_t n);
 
     const DeltaRules& rules_;
     const Kernels& kernels_;

@@ -1,4 +1,5 @@
 // Eight lanes: AVX2, FMA and F16C.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.hpp"
@@ -14,12 +15,17 @@ namespace {
 
 struct V {
     static constexpr std::size_t lanes = 8;
+    static constexpr int columns = 2;
     using Float = __m256;
 
     INLINE Float splat(float f) { return _mm256_set1_ps(f); }
     INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
     INLINE void store_raw(float* dst, std::size_t i, Float f) { _mm256_storeu_ps(dst + i, f); }
+    INLINE void stream(char* to, const char* from) {
+        for (int half = 0; half < 64; half += 32)
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(to + half), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half)));
+    }
 
     template <DType In>
     INLINE Float load(const void* base, std::size_t i) {
@@ -30,8 +36,14 @@ struct V {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
     }
 
+    template <DType Out, int Columns>
+    INLINE void store(void* base, std::size_t i, const Float (&sums)[Columns]) {
+#pragma GCC unroll 8
+        for (int c = 0; c < Columns; ++c) store_one<Out>(base, i + c * lanes, sums[c]);
+    }
+
     template <DType Out>
-    INLINE void store(void* base, std::size_t i, Float f) {
+    INLINE void store_one(void* base, std::size_t i, Float f) {
         char* at = static_cast<char*>(base) + item_size(Out) * i;
         const __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
         if constexpr (Out == DType::bf16) {

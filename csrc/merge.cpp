@@ -27,7 +27,7 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
     Execution x{*this, settings, to, kernels(settings.isa), make_weight_sets(settings, num_sources_), {}, {0},
                 std::vector<std::atomic<std::uint32_t>>(to_files ? num_results : 0),
                 std::vector<std::atomic<std::uint32_t>>(settings.check_sources ? records_.size() : 0),
-                std::vector<std::atomic<std::uint8_t>>(settings.check_sources ? records_.size() : 0)};
+                std::vector<std::atomic<std::uint64_t>>(settings.check_sources ? records_.size() : 0)};
     for (const Target& t : targets_) {
         x.tilings.push_back(make_tiling(t, settings.tile_bytes));
         x.first_tile.push_back(x.first_tile.back() + x.tilings.back().num_tiles);
@@ -54,7 +54,9 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
         }
     };
     std::vector<std::thread> threads;
-    for (int i = 0; i < std::max(1, settings.threads); ++i) threads.emplace_back(work);
+    // A thread that writes to a file waits for the disk most of that time: a second one sums meanwhile.
+    const int num_threads = std::max(1, settings.threads) * (to_files ? buffers_per_thread : 1);
+    for (int i = 0; i < num_threads; ++i) threads.emplace_back(work);
     for (std::thread& thread : threads) thread.join();
 
     Outcome outcome;
@@ -67,9 +69,13 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
             for (int m = 0; m < settings.num_mixtures; ++m, ++i)
                 outcome.crcs.push_back(crc32_finish(x.target_crcs[i].load(), targets_[t].elements() * item_size(targets_[t].out)));
     if (settings.check_sources)
-        for (std::size_t i = 0; i < records_.size(); ++i)
-            outcome.damaged.push_back(x.record_read[i].load() &&
-                                      crc32_finish(x.record_crcs[i].load(), records_[i].bytes) != records_[i].crc);
+        for (std::size_t i = 0; i < records_.size(); ++i) {
+            const std::uint64_t read = x.record_read[i].load();
+            // One that the plan needs a part of only is read again, whole.
+            const bool whole = read == records_[i].bytes;
+            outcome.damaged.push_back(read && records_[i].crc != (whole ? crc32_finish(x.record_crcs[i].load(), records_[i].bytes)
+                                                                        : crc32(records_[i].base, records_[i].bytes)));
+        }
     return outcome;
 }
 

@@ -15,6 +15,7 @@
 namespace demix {
 
 inline constexpr int max_dims = 8;
+inline constexpr int buffers_per_thread = 2;  // when files are written: one waits for the disk while the other is filled
 
 // Bytes that sources point into: one payload of one checkpoint, with the CRC its container promises.
 struct Record {
@@ -55,11 +56,11 @@ struct DeltaRules;
 struct Settings {
     int num_mixtures = 1, num_sets = 1;
     const float* weights = nullptr;  // [sets][M][K]; a weight of exactly 0 leaves its source out, a lone 1 copies bits
-    int threads = 1;
+    int threads = 1;                 // that sum at a time; each holds one tile of every mixture, twice when files are written
     std::string isa;
     std::size_t tile_bytes = 256 << 10;
     const DeltaRules* deltas = nullptr;  // null: plain weighted sums
-    bool check_sources = false;  // compare the CRC of every record that is read; each must be covered exactly once
+    bool check_sources = false;  // compare the CRC of every record that is read
 };
 
 struct Outcome {

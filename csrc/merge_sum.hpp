@@ -10,16 +10,17 @@
 
 namespace demix {
 
-// One mixture's share of one weight set: only the sources that count.
-struct Combination {
-    std::vector<int> sources;
-    std::vector<float> weights;
-    bool lone_one() const { return sources.size() == 1 && weights[0] == 1.0f; }
+// Mixtures that read the same sources: those whose weight there is not exactly 0, for any of them.
+struct Block {
+    int first, count;            // mixtures [first, first + count); count is 1 or row_block
+    std::vector<int> sources;    // none: the mixtures are 0
+    std::vector<float> weights;  // [count][sources]
+    bool lone_one() const { return count == 1 && sources.size() == 1 && weights[0] == 1.0f; }
 };
 
 struct WeightSet {
-    std::vector<Combination> mixtures;  // [M]
-    std::vector<int> read;              // sources that any mixture of any set needs: a record may lie in several sets' regions
+    std::vector<Block> blocks;  // of all M mixtures
+    std::vector<int> read;      // sources that any mixture of any set needs: a record may lie in several sets' regions
 };
 
 std::vector<WeightSet> make_weight_sets(const Settings& settings, int num_sources);
@@ -30,17 +31,15 @@ public:
     explicit MixtureSum(const Kernels& kernels) : kernels_(kernels) {}
 
     // For every mixture m, `count` elements to outs[m]. views: [K] addresses of contiguous elements, valid where set.read says.
-    // streamed: write past the caches (see stream_copy).
+    // streamed: write past the caches (see StreamCopy).
     void operator()(const WeightSet& set, DType in, DType out, const std::vector<const char*>& views, const std::vector<char*>& outs,
                     std::size_t count, bool streamed);
 
 private:
     const Kernels& kernels_;
-    Buffer<char> result_;
+    Buffer<char> results_;
     Buffer<float> wide_;
-    std::vector<const char*> narrow_;
-    std::vector<const float*> wide_views_;
-    std::vector<const void*> terms_;
+    std::vector<const void*> narrow_, terms_;
 };
 
 }  // namespace demix

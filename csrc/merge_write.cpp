@@ -2,9 +2,7 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
-#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -37,18 +35,6 @@ int write_tile(int descriptor, int direct, const char* data, std::size_t n, std:
         if (!error) data += aligned, offset += aligned, n -= aligned;
     }
     return write_all(descriptor, data, n, offset);
-}
-
-void stream_copy(char* to, const char* from, std::size_t n) {
-#if defined(__x86_64__)
-    const std::size_t head = std::min(n, std::size_t(-reinterpret_cast<std::uintptr_t>(to) % 64));
-    std::memcpy(to, from, head);
-    to += head, from += head, n -= head;
-    for (; n >= 64; to += 64, from += 64, n -= 64)
-        for (int part = 0; part < 64; part += 16)
-            _mm_stream_si128(reinterpret_cast<__m128i*>(to + part), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part)));
-#endif
-    std::memcpy(to, from, n);
 }
 
 void stream_fence() {

@@ -1,4 +1,4 @@
-// How results leave a tile: to a file, past the page cache where that is possible, or to memory past the processor's caches.
+// How results leave a tile: to a file, past the page cache where that is possible.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,7 @@ namespace demix {
 // Writes n bytes at `offset` of a file. direct: the same file opened with O_DIRECT, or -1. Returns 0 or an errno.
 int write_tile(int descriptor, int direct, const char* data, std::size_t n, std::uint64_t offset);
 
-// memcpy past the caches: results that nobody reads soon would otherwise cost a read of the line they overwrite. The thread must
-// call stream_fence() before others may look.
-void stream_copy(char* to, const char* from, std::size_t n);
+// After StreamCopy (kernels.hpp), before others may look.
 void stream_fence();
 
 }  // namespace demix

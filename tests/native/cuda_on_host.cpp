@@ -124,8 +124,10 @@ void random_case() {
             std::memset(expected.data, 0, n * item_out);
         else if (terms.size() == 1 && factors[0] == 1.0f && in == out)
             std::memcpy(expected.data, terms[0], n * item_in);
-        else
-            scalar_kernels().weighted_sum[int(in)][int(out)](terms.data(), factors.data(), int(terms.size()), expected.data, n);
+        else {
+            void* const to_expected[] = {expected.data};
+            scalar_kernels().one_row[int(in)][int(out)](terms.data(), factors.data(), int(terms.size()), to_expected, n);
+        }
         CHECK(std::memcmp(expected.data, to[m], n * item_out) == 0);
     }
 }

@@ -155,9 +155,8 @@ void random_plan() {
     settings.threads = int(draw(1, 3));
     settings.tile_bytes = std::size_t(draw(1, 40000));
     settings.check_sources = draw(0, 1);
-    const char* sets[] = {"scalar", "avx2", "avx512"};
-    settings.isa = sets[draw(0, 2)];
-    if ((settings.isa == "avx2" && !avx2_kernels()) || (settings.isa == "avx512" && !avx512_kernels())) settings.isa = "";
+    const std::vector<const Kernels*> sets = available_kernels();
+    settings.isa = sets[draw(0, std::int64_t(sets.size()) - 1)]->isa;
 
     const std::string isa = settings.isa;
     const auto value = [&](int k, std::int64_t i) {  // of element i of the target, in its order

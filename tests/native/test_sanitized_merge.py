@@ -21,6 +21,7 @@ SOURCES = [
     "kernels_scalar.cpp",
     "kernels_avx2.cpp",
     "kernels_avx512.cpp",
+    "kernels_avx512bf16.cpp",
     "pickle_scan.cpp",
 ]
 

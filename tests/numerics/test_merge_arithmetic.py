@@ -69,7 +69,9 @@ def test_instruction_sets_agree_bit_for_bit(dtype, monkeypatch):
     for source in sources:
         source[: len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64).to(source.dtype)
     sources[1] = sources[1].flip(0)
+    # The last six are summed as a block of four and two alone.
     weights = [[0.2, 0.3, 0.5], [-1.5, 1.0, 1.5], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0], [1e-30, 1e30, 1.0]]
+    weights += [[0.1 * i, 1 - 0.3 * i, 1e-39 * i] for i in range(1, 6)]
     found = set()
     for name in native.instruction_sets():
         monkeypatch.setenv("MEGATRON_DEMIX_ISA", name)
