@@ -7,6 +7,7 @@ depends on the time, the machine or the path, so that two runs of one study can 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -48,6 +49,11 @@ def hash_file(path: Path) -> str:
 def temporary_beside(path: Path) -> Path:
     """A fresh hidden name in the folder of `path`; it says whose it is, so that remove_leftovers knows if its writer lives."""
     return path.with_name(f".{path.name}{_TEMPORARY}{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether temporary_beside gave this name."""
+    return path.name.startswith(".") and _TEMPORARY in path.name
 
 
 def write_atomic(path: Path, text: str | bytes) -> None:
@@ -160,6 +166,23 @@ def publish(target: Path, key: str, kind: str, settings: Mapping[str, Any], *, w
             if work is None:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextmanager
+def only_maker(target: Path) -> Iterator[None]:
+    """One process at a time, of all that share the disk, puts together what is published at `target`; the others wait."""
+    lock = target.parent / f".{target.name}.lock"
+    while True:
+        with open(lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held it before may have removed the file that this is a lock on.
+            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
 
 
 def _seal(folder: Path, key: str, kind: str, settings: Mapping[str, Any]) -> None:

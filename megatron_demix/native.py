@@ -74,6 +74,10 @@ _DTYPES = {
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+# A thread of a merge into files fills one tile of every mixture while another is on its way to the disk.
+BUFFERS_PER_THREAD: int = _core.buffers_per_thread
+
+
 class MergePlan:
     """Which bytes of K sources make which bytes of which targets: built once, run for any weights (csrc/merge.hpp).
 

@@ -28,11 +28,12 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a global tensor, and where it lies."""
+    """A box of a global tensor, and where it lies. layer: it is this index of what is stored, which has a dimension more."""
 
     offset: Shape
     shape: Shape
     location: Location
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_demix.artifact import read_json, temporary_beside, write_json
+from megatron_demix.artifact import is_temporary, only_maker, read_json, remove_leftovers, temporary_beside, write_json
 from megatron_demix.checkpoint.common_state import write_common_state
 from megatron_demix.checkpoint.layout import COMMON, TRACKER
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
 from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
-from megatron_demix.native import crc32
 
 
 def is_published(target: Path, folder: str, provenance: Mapping[str, Any], described_in: str) -> bool:
@@ -45,75 +43,121 @@ def is_published(target: Path, folder: str, provenance: Mapping[str, Any], descr
     return True
 
 
-class Output:
-    """The files of one checkpoint. Use: create, write elements at `descriptors`, seal with their CRCs, publish; or discard."""
+# Beside a finished file while others are not: the CRCs of its tensor items.
+_RECORD = ".finished.json"
 
-    def __init__(self, target: Path, folder: str, described_in: str) -> None:
-        """target: a run's root. folder: "release" or "iter_0001000". described_in: name of the file for the provenance."""
+
+class Output:
+    """The files of one checkpoint. Use: create, write elements at `descriptors`, complete, finish, seal, publish; or discard.
+
+    Several processes may share the work: each creates, writes and finishes some of the files, and whoever finds all of them
+    finished seals and publishes. A file counts when it is whole, so a killed process's files can be made by any other one.
+    create, finish, seal and publish are then called within `turn`.
+    """
+
+    def __init__(self, target: Path, folder: str, described_in: str, *, shared_key: str | None = None) -> None:
+        """target: a run's root. folder: "release" or "iter_0001000". described_in: name of the file for the provenance.
+
+        shared_key: names the work that processes share: equal if and only if the checkpoint is.
+        """
         self.target = Path(target)
         self._described_in = described_in
-        self.temporary = temporary_beside(self.target)
+        self._shared = shared_key is not None
+        work = self.target.with_name(f".{self.target.name}.work-{shared_key}")
+        self.temporary = work if self._shared else temporary_beside(self.target)
         self.folder = self.temporary / folder
         self.descriptors: dict[str, int] = {}
         self.direct: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}
+        self._written: dict[str, Path] = {}
+        self._crcs: dict[str, list[int]] = {}
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Only one of the processes that share the work is in here at a time."""
+        if not self._shared:
+            yield
+            return
+        with only_maker(self.target):
+            yield
 
     def create(self, placements: Sequence[Placement]) -> None:
-        """Make the files at their full size. Raises StorageError."""
+        """Make the files that the placements are in, at their full size. Raises StorageError."""
         with storage_errors(f"writing {self.target}"):
-            self.folder.mkdir(parents=True)
-            for p in placements:
-                self._sizes[p.file] = max(self._sizes.get(p.file, 0), p.position + p.length)
-            for file, size in self._sizes.items():
+            self.folder.mkdir(parents=True, exist_ok=self._shared)
+            remove_leftovers(self.folder)
+            for file, size in _sizes(placements).items():
                 path = self.folder / file
+                if self._shared:
+                    path = temporary_beside(path)
+                self._written[file] = path
                 self.descriptors[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
                 _reserve(self.descriptors[file], size)
                 self.direct[file] = _open_direct(path)
 
-    def write_elements(self, placement: Placement, elements: np.ndarray) -> int:
-        """Write a tensor item's elements where they belong, and return their CRC-32, which seal() wants."""
-        assert isinstance(placement.item, TensorItem)
-        data = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
-        frame = placement.item.frame(placement.position)
-        with storage_errors(f"writing {self.target}"):
-            _write(self.descriptors[placement.file], data.data, placement.position + frame.record_at)
-        return crc32(data)
-
-    def seal(
-        self,
-        placements: Sequence[Placement],
-        crcs: Sequence[int],
-        common: Mapping[str, Any],
-        provenance: Mapping[str, Any],
-        tracker: str,
-    ) -> None:
-        """Write all that is not elements, and put everything on stable storage. crcs: of the tensor items, in order."""
+    def complete(self, placements: Sequence[Placement], crcs: Sequence[int]) -> None:
+        """Write what is not elements into the created files, and put them on stable storage. crcs: of their tensor items."""
         remaining = iter(crcs)
+        self._crcs |= {file: [] for file in self._written}
         with storage_errors(f"writing {self.target}"):
             for p in placements:
                 descriptor = self.descriptors[p.file]
                 if isinstance(p.item, TensorItem):
-                    frame = p.item.frame(p.position, next(remaining))
+                    crc = next(remaining)
+                    self._crcs[p.file].append(crc)
+                    frame = p.item.frame(p.position, crc)
                     _write(descriptor, frame.head, p.position)
                     _write(descriptor, frame.tail, p.position + frame.record_at + frame.record_bytes)
                 else:
                     assert isinstance(p.item, CopiedItem)
                     _write(descriptor, p.item.data, p.position)
-            write_metadata(self.folder, placements)
-            write_common_state(self.folder / COMMON, common)
-            checksums = {"files": self._sizes, "tensors_crc32": _combined(placements, crcs)}
-            write_json(self.folder / self._described_in, dict(provenance) | {"checksums": checksums})
-            (self.temporary / TRACKER).write_text(tracker)
             for descriptor in self.descriptors.values():
                 os.fsync(descriptor)
             self._close()
+
+    def finish(self) -> None:
+        """Count the completed files as whole."""
+        if not self._shared:
+            return
+        with storage_errors(f"writing {self.target}"):
+            for file, path in self._written.items():
+                os.rename(path, self.folder / file)
+                write_json(self._record(file), {"crcs": self._crcs[file]})
+            self._written = {}
+
+    def finished(self, file: str) -> list[int] | None:
+        """The CRCs of a file's tensor items if some process has finished it."""
+        if file not in self._crcs and self._shared and self._record(file).is_file() and (self.folder / file).is_file():
+            self._crcs[file] = [int(crc) for crc in read_json(self._record(file))["crcs"]]
+        return self._crcs.get(file)
+
+    def _record(self, file: str) -> Path:
+        return self.folder / f"{file}{_RECORD}"
+
+    def seal(
+        self, placements: Sequence[Placement], common: Mapping[str, Any], provenance: Mapping[str, Any], tracker: str
+    ) -> None:
+        """Write what is beside the files of `placements`, all of which must be finished."""
+        sizes = _sizes(placements)
+        per_file = {file: iter(self.finished(file) or ()) for file in sizes}
+        crcs = [next(per_file[p.file]) for p in placements if isinstance(p.item, TensorItem)]
+        with storage_errors(f"writing {self.target}"):
+            write_metadata(self.folder, placements)
+            write_common_state(self.folder / COMMON, common)
+            checksums = {"files": sizes, "tensors_crc32": _combined(placements, crcs)}
+            write_json(self.folder / self._described_in, dict(provenance) | {"checksums": checksums})
+            (self.temporary / TRACKER).write_text(tracker)
             for path in (*self.folder.iterdir(), self.folder, *self.temporary.iterdir(), self.temporary):
-                if path.name not in self._sizes:
+                # A file that another process is still writing, for a second time, is of no use to anyone.
+                if self._shared and path.is_file() and is_temporary(path):
+                    path.unlink()
+                elif path.name not in sizes and not path.name.endswith(_RECORD):
                     _fsync(path)
 
     def publish(self) -> None:
         """Rename into place. Raises OutputExists if something else has appeared there."""
         with storage_errors(f"publishing {self.target}"):
+            for path in self.folder.glob(f"*{_RECORD}"):
+                path.unlink()
             if self.target.is_dir() and not any(self.target.iterdir()):
                 self.target.rmdir()
             try:
@@ -125,6 +169,14 @@ class Output:
             _fsync(self.target.parent)
 
     def discard(self) -> None:
+        """Remove what this process made; what others finished stays for the next attempt."""
+        self._close()
+        for path in self._written.values():
+            path.unlink(missing_ok=True)
+        if not self._shared:
+            self.discard_all()
+
+    def discard_all(self) -> None:
         """Remove everything that was not published."""
         self._close()
         shutil.rmtree(self.temporary, ignore_errors=True)
@@ -134,6 +186,13 @@ class Output:
             if descriptor >= 0:
                 os.close(descriptor)
         self.descriptors, self.direct = {}, {}
+
+
+def _sizes(placements: Sequence[Placement]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for p in placements:
+        sizes[p.file] = max(sizes.get(p.file, 0), p.position + p.length)
+    return sizes
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -6,7 +6,8 @@ rebuilds the tensor from its storage, offset, sizes and strides. A saved view or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,15 @@ class Payload:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset_bytes: int
+
+    def at(self, index: int) -> Payload:
+        """Its part at an index of the first dimension. The index must lie within it."""
+        offset = self.offset_bytes + index * self.strides[0] * ITEM_BYTES[self.dtype]
+        return replace(self, shape=self.shape[1:], strides=self.strides[1:], offset_bytes=offset)
+
+    def stacked(self) -> Payload:
+        """With a first dimension of size 1."""
+        return replace(self, shape=(1, *self.shape), strides=(math.prod(self.shape), *self.strides))
 
 
 def read_payload(blob: np.ndarray, what: str) -> Payload:

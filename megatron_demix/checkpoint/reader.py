@@ -55,9 +55,13 @@ class Checkpoint:
         return data[location.position : location.position + location.length]
 
     def payload(self, info: TensorInfo, chunk: Chunk) -> Payload:
-        """The elements of one chunk. Raises CorruptInput if they are not what the metadata says."""
+        """The elements of one chunk (also of with_keys(), layers.py). Raises CorruptInput if they are not what it promises."""
         what = f"{self.location.path / chunk.location.file} ({info.key!r} at {chunk.offset})"
         payload = read_payload(self.blob(chunk.location, info.key), what)
+        if chunk.layer is not None and payload.shape and chunk.layer < payload.shape[0]:
+            payload = payload.at(chunk.layer)
+        elif len(payload.shape) == len(chunk.shape) - 1 and chunk.shape[0] == 1:
+            payload = payload.stacked()
         if payload.dtype != info.dtype or payload.shape != chunk.shape:
             raise CorruptInput(
                 f"{what}: holds {payload.dtype} {payload.shape}, but .metadata promises {info.dtype} {chunk.shape}."

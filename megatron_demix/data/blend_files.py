@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_demix.artifact import hash_file, read_json, write_atomic, write_json
+from megatron_demix.artifact import hash_file, only_maker, read_json, write_atomic, write_json
 from megatron_demix.data import blend_data
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 
@@ -62,7 +60,7 @@ def write(
     mode, work = manifest["mode"], output.parent / f".{output.name}.work-{manifest['key']}"
     with storage_errors(f"writing blend {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _only_builder(output):
+        with only_maker(output):
             if done := _finished(output, manifest["key"]):
                 return done
             work.mkdir(exist_ok=True)
@@ -71,7 +69,7 @@ def write(
         if mode == "materialise" and worker is not None and not _is_sealed(work, output):
             # Shards of different workers do not overlap, so they are written without the lock.
             blend_data.write_shards(plan, work, output.name, worker, threads=threads, progress=progress)
-        with _only_builder(output):
+        with only_maker(output):
             if done := _finished(output, manifest["key"]):
                 return done
             if not _is_sealed(work, output):
@@ -99,23 +97,6 @@ def _finished(output: Path, key: str) -> dict[str, Any] | None:
             "another output; nothing is overwritten."
         )
     return done
-
-
-@contextmanager
-def _only_builder(output: Path) -> Iterator[None]:
-    """One builder at a time for a target; the others wait."""
-    lock = output.parent / f".{output.name}.lock"
-    while True:
-        with open(lock, "w") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            # Whoever held it before may have removed the file that this is a lock on.
-            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink()
-            return
 
 
 def _is_sealed(work: Path, output: Path) -> bool:

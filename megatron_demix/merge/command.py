@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,12 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         default="error",
         help="weights that do not sum to 1 (default: error)",
     )
+    add(
+        "--max-chunk",
+        type=parse_bytes,
+        metavar="BYTES",
+        help="cut tensors anew, by layer and expert, into chunks of at most this (default: as the first component is cut)",
+    )
     add("--verify", choices=("none", "sample", "full"), default="sample", help="what is read again before publishing")
     method = parser.add_argument_group("method", "what the weights mean; see below")
     option = method.add_argument
@@ -58,6 +65,12 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     option("--num-query-groups", type=int, metavar="N", help="of fused attention, where the components do not say")
     option("--kv-channels", type=int, metavar="N", help="the same")
     option("--swiglu", action=argparse.BooleanOptionalAction, help="the same, for linear_fc1")
+    add(
+        "--worker", metavar="I", help="with --workers: write every N-th file from the I-th on; auto: torchrun's or SLURM's rank"
+    )
+    add(
+        "--workers", type=int, metavar="N", help="N processes write together, on any machines with one disk; the last publishes"
+    )
     add("--threads", type=int, metavar="N", help="default: all processors this process may use")
     add("--max-memory", type=parse_bytes, default="256MiB", metavar="BYTES", help="for buffers (default: 256MiB)")
     add("--dry-run", action="store_true", help="check everything, say what would be written, write nothing")
@@ -113,12 +126,38 @@ def _run(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
         verify=arguments.verify,
         max_memory=arguments.max_memory,
+        max_chunk=arguments.max_chunk,
+        worker=_worker(arguments),
         into_output=single,
         method=_method(arguments),
     )
     for path in written:
         print(path)
+    if len(written) < len(mixtures):
+        print(
+            f"{len(mixtures) - len(written)} outputs are not published yet: other workers write parts of them", file=sys.stderr
+        )
     return 0
+
+
+# Set by torchrun and by srun, for each process: its number, and how many there are.
+_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+
+
+def _worker(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Raises ConfigError where --worker and --workers do not say who this process is."""
+    if arguments.worker == "auto" and arguments.workers is None:
+        for rank, size in _RANKS:
+            if os.environ.get(rank, "").isdecimal() and os.environ.get(size, "").isdecimal():
+                return int(os.environ[rank]), int(os.environ[size])
+        raise ConfigError("--worker auto: neither torchrun nor srun has started this process. Give --worker I --workers N.")
+    if (arguments.worker is None) != (arguments.workers is None):
+        raise ConfigError("--worker and --workers go together.")
+    if arguments.worker is None:
+        return None
+    if not arguments.worker.isdecimal():
+        raise ConfigError(f"--worker is {arguments.worker!r}, expected a number from 0, or auto without --workers.")
+    return int(arguments.worker), arguments.workers
 
 
 def _what(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dict[str, float]], bool]:

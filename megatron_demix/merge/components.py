@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 
+from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -16,7 +17,10 @@ MERGEABLE = ("float32", "bfloat16", "float16")
 
 
 class Components:
-    """K checkpoints by name. `tensors`: the float tensors they share, by key. `copied`: those of other types, not averaged."""
+    """K checkpoints by name. `tensors`: the float tensors they share, by key. `copied`: those of other types, not averaged.
+
+    Keys are the first component's; where another one has the same layers stacked, or by themselves, it is seen as the first.
+    """
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         """Raises ConfigError / CorruptInput as Checkpoint does, IncompatibleInputs where the components differ."""
@@ -30,15 +34,16 @@ class Components:
         first = self.checkpoints[0].model_tensors
         if not first:
             raise CorruptInput(f"{self.checkpoints[0].location.path}: holds no model tensors.")
-        for name, checkpoint in zip(self.names, self.checkpoints, strict=True):
-            self._check_against_first(name, checkpoint)
+        self._tensors = [with_keys(checkpoint.model_tensors, first) for checkpoint in self.checkpoints]
+        for k in range(len(self.names)):
+            self._check_against_first(k)
         for key, info in first.items():
             self._check_type(info)
             (self.tensors if info.dtype in MERGEABLE else self.copied)[key] = info
 
     def infos(self, key: str) -> list[TensorInfo]:
         """[K] the tensor in each component."""
-        return [checkpoint.metadata.tensors[key] for checkpoint in self.checkpoints]
+        return [tensors[key] for tensors in self._tensors]
 
     def payload(self, k: int, info: TensorInfo, index: int) -> Payload:
         """The elements of chunk `index` of a tensor of component k; read once."""
@@ -51,17 +56,17 @@ class Components:
     def digest(self, k: int) -> str:
         """A fingerprint of component k's model: names, shapes, types, and the CRCs its archives promise for all elements."""
         hashed = blake2b(digest_size=16)
-        for key in sorted(self.tensors):
-            info = self.checkpoints[k].metadata.tensors[key]
+        for key, info in sorted(self.checkpoints[k].model_tensors.items()):
+            if info.dtype not in MERGEABLE:
+                continue
             for i, chunk in enumerate(info.chunks):
                 hashed.update(
                     repr((key, info.dtype, info.shape, chunk.offset, chunk.shape, self.payload(k, info, i).crc)).encode()
                 )
         return hashed.hexdigest()
 
-    def _check_against_first(self, name: str, checkpoint: Checkpoint) -> None:
-        first_name, first = self.names[0], self.checkpoints[0].model_tensors
-        tensors = checkpoint.model_tensors
+    def _check_against_first(self, k: int) -> None:
+        first_name, first, name, tensors = self.names[0], self._tensors[0], self.names[k], self._tensors[k]
         pair = f"components {first_name!r} and {name!r}"
         if missing := sorted(first.keys() ^ tensors.keys()):
             key = missing[0]
@@ -90,8 +95,9 @@ class Components:
             covered = sum(math.prod(chunk.shape) for chunk in info.chunks)
             if covered != info.elements or len({chunk.offset for chunk in info.chunks}) != len(info.chunks):
                 raise CorruptInput(
-                    f"{checkpoint.location.path}: the {len(info.chunks)} chunks of {key!r} have {covered} elements, its shape "
-                    f"{info.shape} {info.elements}. The checkpoint was not saved by all ranks, or saves some elements twice."
+                    f"{self.checkpoints[k].location.path}: the {len(info.chunks)} chunks of {key!r} have {covered} elements, "
+                    f"its shape {info.shape} {info.elements}. The checkpoint was not saved by all ranks, or saves some "
+                    "elements twice."
                 )
 
     def _check_type(self, info: TensorInfo) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,19 +13,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from megatron_demix import __version__
-from megatron_demix.artifact import remove_leftovers
+from megatron_demix.artifact import fingerprint, remove_leftovers
 from megatron_demix.checkpoint.common_state import merged_common_state, read_common_state
 from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.checkpoint.output import Output, is_published
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
-from megatron_demix.errors import ConfigError, CorruptInput, StorageError, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, StorageError, VerificationFailed, storage_errors
+from megatron_demix.merge.chunks import cut_anew
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.methods import BoundMethod, Linear, Method
 from megatron_demix.merge.oracle_methods import Oracle, make_oracle
 from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.verify import Verify, verify_merge
 from megatron_demix.merge.weights import Normalize, weight_matrix
-from megatron_demix.native import default_threads
+from megatron_demix.native import BUFFERS_PER_THREAD, default_threads
 from megatron_demix.progress import progress_bar
 from megatron_demix.units import format_bytes
 
@@ -48,10 +49,12 @@ def merge_checkpoints(
     progress: bool = True,
     verify: Verify = "sample",
     max_memory: int = _MAX_MEMORY,
+    max_chunk: int | None = None,
+    worker: tuple[int, int] | None = None,
     into_output: bool = False,
     method: Method | None = None,
 ) -> list[Path]:
-    """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return their paths.
+    """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return those now published.
 
     Elements are summed in float32 and rounded once to the components' type. The result is a Megatron run's root (tracker and
     release/ or iter_*/) with the model only, and loads with a plain --load: optimizer and random state are not carried,
@@ -59,27 +62,35 @@ def merge_checkpoints(
     what was merged. Equal inputs give equal bytes, whatever the number of threads. A mixture that is already there is skipped.
 
     method: what the weights mean (megatron_demix.merge.methods); None: a plain weighted average. layout: release starts at
-    iteration 0; iter keeps the first component's iteration. into_output: write the only mixture to output itself. max_memory:
-    bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums are compared
-    as they are read), OutputExists, VerificationFailed, StorageError; nothing is then published.
+    iteration 0; iter keeps the first component's iteration. max_chunk: cut tensors anew, into chunks of at most so many bytes
+    and one layer or expert; None: as the first component is cut. worker (i, n): one of n processes that write together, on any
+    machines with one file system: every n-th file from the i-th on, with all mixtures; who finds all files written verifies and
+    publishes. Killed, the same or any other worker can be run again. into_output: write the only mixture to output itself.
+    max_memory: bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums
+    are compared as they are read), OutputExists, VerificationFailed, StorageError; what is published is whole and verified.
     """
     for name, value, allowed in (("layout", layout, get_args(Layout)), ("verify", verify, get_args(Verify))):
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(allowed)}.")
     if into_output and len(mixtures) != 1:
         raise ConfigError(f"{len(mixtures)} mixtures cannot be written to {output} itself: give it one, or a folder for all.")
+    if max_chunk is not None and max_chunk < 1:
+        raise ConfigError(f"max_chunk is {max_chunk} bytes, expected at least 1.")
+    if worker is not None and not 0 <= worker[0] < worker[1]:
+        raise ConfigError(f"worker is {worker[0]} of {worker[1]}, expected 0 <= worker < number of workers.")
     method = method or Linear()
     parts = Components(method.sources(components))
     weights_MK = weight_matrix(mixtures, list(components), normalize)
     output = Path(output)
     targets = [output if into_output else output / name for name in mixtures]
-    job = _Job(parts, layout, method.bind(parts))
+    job = _Job(parts, layout, method.bind(parts), max_chunk)
     provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
     todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m], PROVENANCE)]
     with storage_errors(f"writing {output}"):
         for parent in {target.parent for target in targets}:
             parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(parent)
+    job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
     _check_space(output if output.exists() else output.parent, job, len(todo))
     threads = threads or default_threads()
     per_pass = _outputs_per_pass(job, threads, max_memory)
@@ -89,7 +100,7 @@ def merge_checkpoints(
         group = todo[start : start + per_pass]
         _merge_group(
             job,
-            [targets[m] for m in group],
+            [job.output(targets[m], provenances[m], worker) for m in group],
             weights_MK[group],
             [provenances[m] for m in group],
             threads,
@@ -97,14 +108,15 @@ def merge_checkpoints(
             verify,
             progress,
         )
-    return targets
+    return [target for m, target in enumerate(targets) if m not in todo or target.exists()]
 
 
 class _Job:
     """What all outputs of a merge have in common: targets, placement, copied items, common state."""
 
-    def __init__(self, parts: Components, layout: Layout, method: BoundMethod) -> None:
+    def __init__(self, parts: Components, layout: Layout, method: BoundMethod, max_chunk: int | None) -> None:
         self.parts = parts
+        self.max_chunk = max_chunk
         self.method = method
         first = parts.checkpoints[0]
         iteration = first.location.iteration
@@ -118,7 +130,23 @@ class _Job:
         self.tracker = str(self.iteration) if layout == "iter" else "release"
         self.placements = place(self._items())
         self.common, self.left_out = merged_common_state(self.common_state, self.iteration)
-        self.bytes_each = sum(p.length for p in self.placements)
+        self.mine = self.placements
+
+    def output(self, target: Path, provenance: Mapping[str, Any], worker: tuple[int, int] | None) -> Output:
+        return Output(target, self.folder, PROVENANCE, shared_key=None if worker is None else fingerprint(provenance))
+
+    def take(self, worker: tuple[int, int] | None, outputs: Sequence[Output]) -> None:
+        """Leave out the files that other workers write, and those that are finished in all outputs."""
+        if worker is None:
+            return
+        files = sorted({p.file for p in self.placements}, key=lambda file: (len(file), file))
+        mine = {f for f in files[worker[0] :: worker[1]] if any(out.finished(f) is None for out in outputs)}
+        self.mine = [p for p in self.placements if p.file in mine]
+
+    @property
+    def bytes_each(self) -> int:
+        """That this process writes for each output."""
+        return sum(p.length for p in self.mine)
 
     @cached_property
     def oracle(self) -> Oracle:
@@ -126,7 +154,8 @@ class _Job:
 
     @property
     def tensor_placements(self) -> list[Placement]:
-        return [p for p in self.placements if isinstance(p.item, TensorItem)]
+        """Of the files that this process writes."""
+        return [p for p in self.mine if isinstance(p.item, TensorItem)]
 
     @cached_property
     def plan(self) -> BytePlan:
@@ -144,6 +173,7 @@ class _Job:
             "mixture": name,
             "method": self.method.describe(),
             "normalize": normalize,
+            "max_chunk": self.max_chunk,
             "weights": dict(zip(self.parts.names[: len(weights)], weights.tolist(), strict=True)),
             "components": {
                 part: {"model": self._digest(k), "iteration": self.parts.checkpoints[k].location.iteration}
@@ -159,13 +189,18 @@ class _Job:
         return self._digests[k]
 
     def _items(self) -> list[TensorItem | CopiedItem]:
-        """In the order the first component stores them, so that reading it is sequential."""
+        """In the order the first component stores them, so that reading it is sequential; what is cut anew lies together."""
         first = self.parts.checkpoints[0]
         located: list[tuple[tuple, TensorItem | CopiedItem]] = []
         for info in self.parts.tensors.values():
-            for chunk in info.chunks:
-                item = TensorItem(info.key, info.dtype, info.shape, chunk.offset, chunk.shape)
-                located.append(((chunk.location.file, chunk.location.position), item))
+            if self.max_chunk is None:
+                for chunk in info.chunks:
+                    item = TensorItem(info.key, info.dtype, info.shape, chunk.offset, chunk.shape)
+                    located.append(((chunk.location.file, chunk.location.position), item))
+            else:
+                first_place = min((chunk.location.file, chunk.location.position) for chunk in info.chunks)
+                for offset, shape in cut_anew(info, self.max_chunk):
+                    located.append((first_place, TensorItem(info.key, info.dtype, info.shape, offset, shape)))
         for info in self.parts.copied.values():
             for chunk in info.chunks:
                 data = first.blob(chunk.location, info.key).data
@@ -178,7 +213,7 @@ class _Job:
 
 def _merge_group(
     job: _Job,
-    targets: list[Path],
+    outputs: list[Output],
     weights_MK: np.ndarray,
     provenances: list[dict[str, Any]],
     threads: int,
@@ -186,19 +221,19 @@ def _merge_group(
     verify: Verify,
     progress: bool,
 ) -> None:
-    outputs = [Output(target, job.folder, PROVENANCE) for target in targets]
     plan, recipe = job.plan, job.method.recipe(weights_MK)
     placed = job.tensor_placements
     try:
         for out in outputs:
-            out.create(job.placements)
+            with out.turn():
+                out.create(job.mine)
         shape_TM = (len(placed), len(outputs))
         descriptors_TM = np.array([[out.descriptors[p.file] for out in outputs] for p in placed], np.int64).reshape(shape_TM)
         direct_TM = np.array([[out.direct[p.file] for out in outputs] for p in placed], np.int64).reshape(shape_TM)
         offsets_T = [p.position + p.item.frame(p.position).record_at for p in placed if isinstance(p.item, TensorItem)]
         total = sum(plan.native.target_bytes) * len(outputs)
         with (
-            storage_errors(f"writing {targets[0].parent}"),
+            storage_errors(f"writing {outputs[0].target.parent}"),
             progress_bar(
                 f"merging {len(job.parts.names)} into {len(outputs)}", total, unit="bytes", enabled=progress
             ) as advance,
@@ -221,10 +256,21 @@ def _merge_group(
             )
         crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(shape_TM)
         for m, out in enumerate(outputs):
-            out.seal(job.placements, crcs_TM[:, m].tolist(), job.common, provenances[m], job.tracker)
-            verify_merge(out.folder, job.parts, job.oracle.mixture(weights_MK[m]), verify, str(out.target))
-        for out in outputs:
-            out.publish()
+            out.complete(job.mine, crcs_TM[:, m].tolist())
+            with out.turn():
+                if is_published(out.target, job.folder, provenances[m], PROVENANCE):
+                    out.discard_all()
+                    continue
+                out.finish()
+                if any(out.finished(p.file) is None for p in job.placements):
+                    continue
+                out.seal(job.placements, job.common, provenances[m], job.tracker)
+                try:
+                    verify_merge(out.folder, job.parts, job.oracle.mixture(weights_MK[m]), verify, str(out.target))
+                except VerificationFailed:
+                    out.discard_all()
+                    raise
+                out.publish()
     except BaseException:
         for out in outputs:
             out.discard()
@@ -244,14 +290,16 @@ class _Increments:
 
 def _tile_bytes(num_outputs: int, threads: int, max_memory: int) -> int:
     wanted = max(_USUAL_TILE, min(_LARGEST_TILE, _TILES // num_outputs))
-    return max(_SMALLEST_TILE, min(wanted, max_memory // (num_outputs * threads)) // 4096 * 4096)
+    return max(_SMALLEST_TILE, min(wanted, max_memory // (num_outputs * threads * BUFFERS_PER_THREAD)) // 4096 * 4096)
 
 
 def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
     """As many outputs as the buffers' memory and the open files allow; more are made in further reads."""
-    if max_memory < threads * _SMALLEST_TILE:
-        needed = format_bytes(threads * _SMALLEST_TILE)
-        raise ConfigError(f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({needed}).")
+    smallest = threads * BUFFERS_PER_THREAD * _SMALLEST_TILE
+    if max_memory < smallest:
+        raise ConfigError(
+            f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({format_bytes(smallest)})."
+        )
     files = 2 * len({p.file for p in job.placements})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files * 1024 + 256
@@ -259,7 +307,7 @@ def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
         soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
-    return max(1, min(max_memory // (threads * _SMALLEST_TILE), (soft - in_use - 32) // files))
+    return max(1, min(max_memory // smallest, (soft - in_use - 32) // files))
 
 
 def _check_space(folder: Path, job: _Job, num_outputs: int) -> None:

@@ -135,13 +135,17 @@ class Partition:
         return self._tensors[key].cut(offset, shape) if math.prod(shape) else []
 
 
+def num_stacked(key: str, shape: Shape) -> int:
+    """How many leading dimensions count layers or experts."""
+    return min(bool(_STACKED_LAYERS.search(key)) + bool(_STACKED_EXPERTS.search(key)), len(shape))
+
+
 class _Split:
     """How one stored tensor falls into parts."""
 
     def __init__(self, key: str, shape: Shape, first: int, layout: FusedLayout | None) -> None:
         self.key, self.first = key, first
-        stacked = bool(_STACKED_LAYERS.search(key)) + bool(_STACKED_EXPERTS.search(key))
-        self._stacked = min(stacked, len(shape))
+        self._stacked = num_stacked(key, shape)
         self.stack, self.inner = shape[: self._stacked], shape[self._stacked :]
         num_rows = self.inner[0] if self.inner else 1
         self.rows = _fused_rows(key, num_rows, layout) if layout is not None and self.inner else []

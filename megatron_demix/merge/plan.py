@@ -66,7 +66,7 @@ class BytePlan:
         self.boxes: list[Box] = []
         self.parts: set[int] = set()
         self._grids: dict[str, list[_Grid]] = {}
-        self._records: dict[tuple[int, str, Shape], int] = {}
+        self._records: dict[tuple[int, str, int], int] = {}
         self._names: list[str] = []
         self._crcs: list[int] = []
 
@@ -164,7 +164,7 @@ class BytePlan:
 
     def _source(self, k: int, info: TensorInfo, index: int, lo: Shape) -> tuple[int, int, Shape]:
         chunk, payload = info.chunks[index], self.components.payload(k, info, index)
-        at = (k, info.key, chunk.offset)
+        at = (k, chunk.location.file, chunk.location.position)
         if at not in self._records:
             self._records[at] = self.native.add_record(payload.record, payload.crc)
             self._crcs.append(payload.crc)

@@ -107,7 +107,7 @@ def test_disk_and_memory_agree_with_the_plain_sum(data):
     try:
         folders = write(root, parts, data.draw)
         (path,) = merge_checkpoints(
-            folders, {"m": named}, root / "out", progress=False, threads=data.draw(st.integers(1, 3)), max_memory=3 << 16
+            folders, {"m": named}, root / "out", progress=False, threads=data.draw(st.integers(1, 3)), max_memory=6 << 16
         )
         merged = read_checkpoint(path / "release")
         live = []

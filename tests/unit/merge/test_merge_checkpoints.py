@@ -100,7 +100,7 @@ def test_bytes_do_not_depend_on_threads_memory_or_company(parts, tmp_path):
         return files_of(tmp_path / name / "m")
 
     alone = merged("alone", {"m": WEIGHTS}, threads=1)
-    assert merged("threads", {"m": WEIGHTS}, threads=5, max_memory=5 * 65536) == alone
+    assert merged("threads", {"m": WEIGHTS}, threads=5, max_memory=10 * 65536) == alone
     many = {f"x{i}": {"a": i / 8, "b": 1 - i / 8} for i in range(9)} | {"m": WEIGHTS}
     assert merged("many", many, threads=2) == alone
 
