@@ -10,7 +10,7 @@ DEV := .venv/.dev
 CORE := .venv/.core
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/cuda/*.cu csrc/cuda/*.hpp)
 
-.PHONY: demo test check format bench bench-train bench-merge bench-merge-gpu bench-data bench-search clean
+.PHONY: demo test check format bench bench-train bench-merge bench-merge-gpu bench-data bench-search bench-faults clean
 
 demo: $(CORE)
 	$(BIN)/python examples/quickstart/collect.py
@@ -52,6 +52,9 @@ bench-data: $(CORE) $(DEV)
 # benchmarks/surrogates.py needs RegMix's published runs: give it --data by hand.
 bench-search: $(CORE) $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py
+
+bench-faults: $(CORE) $(DEV)
+	$(BIN)/python benchmarks/faults.py
 
 $(READY): pyproject.toml
 	@command -v g++ >/dev/null || { echo "g++ is missing: install a C++17 compiler (apt-get install g++)"; exit 2; }
