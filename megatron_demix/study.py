@@ -6,16 +6,17 @@ Model, parallelism and optimiser keys carry Megatron's own argument names, so th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.mixture import Mixture
-from megatron_demix.units import parse_bytes, parse_duration, parse_tokens
+from megatron_demix.units import Cut, parse_bytes, parse_cut, parse_duration, parse_tokens
 
 
 def _or_value_error(parse):
@@ -33,6 +34,7 @@ def _or_value_error(parse):
 Tokens = Annotated[int, Field(gt=0), _or_value_error(parse_tokens)]
 Bytes = Annotated[int, Field(gt=0), _or_value_error(parse_bytes)]
 Seconds = Annotated[int, Field(gt=0), _or_value_error(parse_duration)]
+CutOff = Annotated[Cut, _or_value_error(lambda value: value if isinstance(value, Cut) else parse_cut(value))]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 MixtureSpec = Literal["natural", "uniform"] | dict[str, float]
@@ -43,6 +45,9 @@ Surrogate = Literal[
 _MIN_BOOTSTRAPS = 10
 MIN_PROXIES = 8
 """Fewer do not fix a surrogate."""
+
+
+_Checked = TypeVar("_Checked", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -90,7 +95,89 @@ class DomainSpec(_Section):
         return self
 
 
+class HeuristicsSpec(_Section):
+    use: list[Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]] = Field(min_length=1)
+    """Published rules, in this order. c4 also takes lines out of the documents that it keeps."""
+    domains: list[Name] | None = None
+    """Domains they are for; null: all."""
+
+
+class NearDuplicatesSpec(_Section):
+    """MinHash over n-grams of words; the defaults are the paper's and find documents that are about 90 % alike."""
+
+    ngram: int = Field(24, ge=1)
+    """Words in an n-gram. Documents with fewer have no n-gram and are near duplicates of nothing."""
+    bands: int = Field(20, ge=1)
+    hashes: int = Field(13, ge=1)
+    """MinHashes in a band; documents that agree on all of one band are duplicates."""
+
+
+class ContaminationSpec(_Section):
+    tasks: dict[Name, list[str]] = Field(min_length=1)
+    """By task: files or globs with one item a line. A document that contains an n-gram of an item is removed."""
+    ngram: int = Field(13, ge=1)
+    """Words in an n-gram."""
+    keys: list[str] = []
+    """Fields of an item that count; none: all."""
+
+
+class PerplexitySpec(_Section):
+    model: Path
+    """KenLM's .arpa or binary file."""
+    sentencepiece: Path | None = None
+    """SentencePiece model that the KenLM model's tokens come from (as CCNet's do); null: words between blanks."""
+    drop: CutOff = Cut(0.02, True)
+    """The worst of each domain: 2% of the documents, or those above a perplexity. The paper: about 2 %."""
+    domains: list[Name] | None = None
+
+
+class QualitySpec(_Section):
+    model: Path
+    """fastText's .bin file."""
+    label: str = "high"
+    """The label whose probability is the score."""
+    drop: CutOff = Cut(0.03, True)
+    """The worst of each domain: 3% of the documents, or those below a probability. The paper: about 3 %."""
+    domains: list[Name] | None = None
+
+
+class CleanSpec(_Section):
+    """What is removed from text before it is tokenized, in this order. Needs the extra [data]."""
+
+    heuristics: HeuristicsSpec | None = None
+    exact_duplicates: bool = True
+    contamination: ContaminationSpec | None = None
+    near_duplicates: NearDuplicatesSpec | None = NearDuplicatesSpec()
+    perplexity: PerplexitySpec | None = None
+    quality: QualitySpec | None = None
+
+    def models(self) -> list[tuple[str, Path]]:
+        """(place, file) of every model that scores documents."""
+        found = [("perplexity.model", self.perplexity.model)] if self.perplexity else []
+        if self.perplexity and self.perplexity.sentencepiece:
+            found.append(("perplexity.sentencepiece", self.perplexity.sentencepiece))
+        return [*found, ("quality.model", self.quality.model)] if self.quality else found
+
+    def under(self, root: Path) -> CleanSpec:
+        """The same with the models' paths starting at `root`."""
+        sections: dict[str, BaseModel] = {}
+        for place, path in self.models():
+            section, key = place.split(".")
+            sections[section] = sections.get(section, getattr(self, section)).model_copy(update={key: root / path})
+        return self.model_copy(update=sections)
+
+    def unknown_domain(self, known: Collection[str]) -> tuple[str, str] | None:
+        """(place, name) of a domain that is named here and is not one of `known`."""
+        for place in ("heuristics", "perplexity", "quality"):
+            for name in getattr(getattr(self, place), "domains", None) or ():
+                if name not in known:
+                    return f"{place}.domains", name
+        return None
+
+
 class PrepareSpec(_Section):
+    clean: CleanSpec | None = None
+    """Clean the text first; null: it is used as it is."""
     split: tuple[float, float, float] = (0.94, 0.03, 0.03)
     """Shares of the documents for train, valid (scores the search) and test (scores the final run only)."""
     workers: int = Field(2, ge=1)
@@ -450,6 +537,9 @@ class Study(_Section):
         names = self.domain_names
         if repeated := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"domains: {sorted(repeated)[0]!r} is named twice")
+        if self.prepare.clean and (unknown := self.prepare.clean.unknown_domain(names)):
+            place, name = unknown
+            raise ValueError(f"prepare.clean.{place}: {name!r} is not one of {', '.join(names)}{_nearest(name, names)}")
         scores = names if self.evaluate.losses == "all" else self.evaluate.losses
         for what, used in (
             ("evaluate.losses", scores),
@@ -513,15 +603,24 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
         raise ConfigError(f"study {path}: expected a mapping with name, domains, model, ...; found {type(data).__name__}.")
     for override in overrides or []:
         _override(data, override)
+    return _checked(Study, data, f"study {path}")
+
+
+def clean_spec(data: Mapping[str, Any]) -> CleanSpec:
+    """What a study holds under prepare.clean, for use without a study. Raises ConfigError."""
+    return _checked(CleanSpec, data, "cleaning")
+
+
+def _checked(section: type[_Checked], data: Any, what: str) -> _Checked:
     try:
-        return Study.model_validate(data)
+        return section.model_validate(data)
     except ValidationError as e:
         # A value that fits no form of a field gives one error a form: shown as one line a field.
         reasons: dict[str, list[str]] = {}
         for error in e.errors():
-            reasons.setdefault(_place(error), []).append(_explain(error))
+            reasons.setdefault(_place(error), []).append(_explain(error, section))
         lines = (f"  {where}: {', or '.join(found)}" if where else f"  {found[0]}" for where, found in reasons.items())
-        raise ConfigError(f"study {path}:\n" + "\n".join(lines)) from e
+        raise ConfigError(f"{what}:\n" + "\n".join(lines)) from e
 
 
 def _override(data: dict, text: str) -> None:
@@ -547,19 +646,19 @@ def _place(error: ErrorDetails) -> str:
     return ".".join(str(part) for part in error["loc"] if "[" not in str(part))
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     if error["type"] != "extra_forbidden":
         seen = f", found {error['input']!r}" if isinstance(error["input"], (str, int, float, bool, type(None))) else ""
         return f"{error['msg']}{seen}"
-    section = _section_at(error["loc"][:-1])
+    section = _section_at(root, error["loc"][:-1])
     known = list(section.model_fields) if section else []
     return f"unknown key{_nearest(str(error['loc'][-1]), known)}" + (f" Known here: {', '.join(known)}." if known else "")
 
 
-def _section_at(location: tuple) -> type[BaseModel] | None:
-    section: Any = Study
+def _section_at(root: type[BaseModel], location: tuple) -> type[BaseModel] | None:
+    section: Any = root
     for part in location:
         if isinstance(part, int):
             continue
@@ -567,7 +666,8 @@ def _section_at(location: tuple) -> type[BaseModel] | None:
         if field is None:
             return None
         inner = field.annotation
-        inner = getattr(inner, "__args__", (inner,))[0] if getattr(inner, "__origin__", None) is list else inner
+        if getattr(inner, "__origin__", None) is list or isinstance(inner, UnionType):
+            inner = inner.__args__[0]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return None
         section = inner

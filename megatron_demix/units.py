@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from typing import NamedTuple
 
 from megatron_demix.errors import ConfigError
 
@@ -45,6 +46,21 @@ def parse_duration(text: str | int | float) -> int:
         hours, minutes, seconds = (a, b, c or 0) if c is not None or days is not None else (0, a, b)
         return ((days or 0) * 24 + (hours or 0)) * 3600 + (minutes or 0) * 60 + (seconds or 0)
     return _parse(text, _SECONDS, "duration", "90s, 30min, 4h or 1-12:00:00")
+
+
+class Cut(NamedTuple):
+    """Where a list of scored documents is cut: at a score, or after a share (0 ... 1) of the documents."""
+
+    value: float
+    share: bool
+
+
+def parse_cut(text: str | int | float) -> Cut:
+    """ "2%" is a share of the documents, "0.8" or "1e3" a score. Raises ConfigError."""
+    match = re.fullmatch(r"\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)\s*(%?)\s*", str(text))
+    if match is None or (match[2] and not 0 <= float(match[1]) <= 100):
+        raise ConfigError(f"cut: {text!r} is not understood. Write 2% for a share of the documents, or a score like 0.8.")
+    return Cut(float(Decimal(match[1]) / 100), True) if match[2] else Cut(float(match[1]), False)
 
 
 def format_count(value: float) -> str:

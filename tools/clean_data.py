@@ -1,48 +1,129 @@
 #!/usr/bin/env python3
-"""Remove near-duplicate documents, within and across domains, and documents that heuristics call junk, before tokenizing.
+"""Clean text before it is tokenized: of exact and near duplicates within and across domains, of junk, of evaluation tasks'
+text, and of what a language model or a classifier scores worst. Grades split a domain by quality.
 
-Writes OUTPUT/<domain>/*.jsonl.gz, OUTPUT/removed/<reason>/<domain>/*.jsonl.gz and OUTPUT/clean.json, the account of both. The
-steps are datatrove's (pip install 'megatron-demix[data]'); the defaults are the paper's: 24-grams, 20 bands of 13 MinHashes.
+Writes OUTPUT/<domain>/*.jsonl.zst, OUTPUT/removed/<reason>/<domain>/*.jsonl.zst and OUTPUT/clean.json, the account of both. The
+steps are datatrove's (pip install 'megatron-demix[data]'); the defaults are the paper's. Interrupted, the same command goes on.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from megatron_demix.data.clean import HEURISTICS, CleanSpec, clean_domains
 from megatron_demix.data.inputs import resolve_inputs
 from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.units import Cut, parse_cut
+
+HEURISTICS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="DOMAIN=PATH", help="JSON Lines (.gz, .zst), Parquet or text: files, "
+        "folders, globs; of duplicates across domains the domain named first keeps its own")  # fmt: skip
+    add("--output", type=Path, required=True, metavar="DIR")
+    add("--json-key", default="text", metavar="KEY", help="field or column that holds the text (default: text)")
+    add("--on-bad-document", choices=("error", "reject"), default="error", help="stop at what is no document, or list it")
+    add("--workers", type=int, default=1, metavar="N", help="files worked on at a time; changes no byte of the output")
+    add("--slurm", nargs="+", metavar="KEY=VALUE", help="submit job arrays instead: settings of datatrove's "
+        "SlurmPipelineExecutor, such as partition=cpu time=8:00:00 workers=64 mem_per_cpu_gb=4")  # fmt: skip
+    group = parser.add_argument_group("duplicates")
+    group.add_argument("--keep-exact-duplicates", action="store_true")
+    group.add_argument("--ngram", type=int, default=24, help="words in a shingle; 0 keeps near duplicates (default: 24)")
+    group.add_argument("--bands", type=int, default=20, help="default: 20")
+    group.add_argument("--hashes", type=int, default=13, help="MinHashes in a band (default: 13)")
+    group = parser.add_argument_group("junk")
+    group.add_argument("--heuristics", nargs="*", default=[], choices=HEURISTICS, metavar="NAME", help=", ".join(HEURISTICS))
+    group.add_argument("--heuristics-domains", nargs="+", metavar="DOMAIN", help="default: all")
+    group = parser.add_argument_group("evaluation tasks", "documents that contain an n-gram of a task's item are removed")
+    group.add_argument("--tasks", nargs="+", default=[], metavar="TASK=PATH", help="files with one item a line")
+    group.add_argument("--task-ngram", type=int, default=13, metavar="WORDS", help="default: 13")
+    group.add_argument("--task-keys", nargs="+", default=[], metavar="KEY", help="fields of an item that count (default: all)")
+    group = parser.add_argument_group("perplexity (tools/train_filters.py perplexity makes a model)")
+    group.add_argument("--perplexity", type=Path, metavar="MODEL", help="KenLM's .arpa or binary file")
+    group.add_argument("--sentencepiece", type=Path, metavar="MODEL", help="whose pieces are the KenLM model's tokens")
+    group.add_argument("--perplexity-drop", default="2%", metavar="CUT", help="share of each domain, or a perplexity (2%%)")
+    group.add_argument("--perplexity-domains", nargs="+", metavar="DOMAIN", help="default: all")
+    group = parser.add_argument_group("quality (tools/train_filters.py quality makes a model)")
+    group.add_argument("--quality", type=Path, metavar="MODEL", help="fastText's .bin file")
+    group.add_argument("--quality-label", default="high", metavar="LABEL", help="its probability is the score (high)")
+    group.add_argument("--quality-drop", default="3%", metavar="CUT", help="share of each domain, or a probability (3%%)")
+    group.add_argument("--quality-domains", nargs="+", metavar="DOMAIN", help="default: all")
+    group.add_argument("--grades", nargs="+", default=[], metavar="DOMAIN=NAME:CUT,...,NAME", help="best grade first, the last "
+                       "is the rest: math=high:20%%,medium:50%%,low makes math_high, math_medium and math_low")  # fmt: skip
+    return parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="DOMAIN=PATH", help="JSON Lines files, folders, globs; of "
-                        "duplicates across domains the domain named first keeps its own")  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--json-key", default="text", metavar="KEY")
-    parser.add_argument("--heuristics", nargs="*", default=[], choices=HEURISTICS, metavar="NAME", help=", ".join(HEURISTICS))
-    parser.add_argument(
-        "--ngram", type=int, default=CleanSpec.ngram, help="words in a shingle; 0 keeps duplicates (default: 24)"
-    )
-    parser.add_argument("--bands", type=int, default=CleanSpec.bands, help="default: 20")
-    parser.add_argument("--hashes", type=int, default=CleanSpec.hashes, help="MinHashes in a band (default: 13)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     try:
         inputs: dict[str, list[Path]] = {}
-        for given in arguments.input:
-            domain, equals, pattern = given.partition("=")
-            if not equals:
-                raise ConfigError(f"--input {given}: expected DOMAIN=PATH.")
+        for domain, pattern in pairs("--input", arguments.input):
             inputs.setdefault(domain, []).extend(resolve_inputs([pattern]))
-        spec = CleanSpec(tuple(arguments.heuristics), arguments.ngram, arguments.bands, arguments.hashes)
-        report = clean_domains(inputs, arguments.output, spec, json_key=arguments.json_key, workers=arguments.workers)
+        spec, grades = settings(arguments), dict(map(grade, pairs("--grades", arguments.grades)))
+        slurm = dict(pairs("--slurm", arguments.slurm)) if arguments.slurm is not None else None
+        # Here, because it takes seconds to import.
+        from megatron_demix.data.clean.run import clean_domains
+
+        report = clean_domains(
+            inputs,
+            arguments.output,
+            spec,
+            grades=grades,
+            json_keys=dict.fromkeys(inputs, arguments.json_key),
+            on_bad_document=arguments.on_bad_document,
+            workers=arguments.workers,
+            slurm=slurm and {k: int(v) if v.isdigit() else v for k, v in slurm.items()},
+        )
     except DemixError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    print(json.dumps(report, indent=1))
+    if report is None:
+        print(f"submitted; {arguments.output} appears when the last job has ended.")
+    else:
+        print(json.dumps(report, indent=1))
     return 0
+
+
+def settings(arguments: argparse.Namespace) -> Any:
+    from megatron_demix.study import clean_spec
+
+    given = arguments
+    tasks: dict[str, list[str]] = {}
+    for task, pattern in pairs("--tasks", given.tasks):
+        tasks.setdefault(task, []).append(pattern)
+    near = {"ngram": given.ngram, "bands": given.bands, "hashes": given.hashes}
+    perplexity = {"model": given.perplexity, "sentencepiece": given.sentencepiece, "drop": given.perplexity_drop}
+    quality = {"model": given.quality, "label": given.quality_label, "drop": given.quality_drop}
+    return clean_spec(
+        {
+            "heuristics": {"use": given.heuristics, "domains": given.heuristics_domains} if given.heuristics else None,
+            "exact_duplicates": not given.keep_exact_duplicates,
+            "contamination": {"tasks": tasks, "ngram": given.task_ngram, "keys": given.task_keys} if tasks else None,
+            "near_duplicates": near if given.ngram else None,
+            "perplexity": perplexity | {"domains": given.perplexity_domains} if given.perplexity else None,
+            "quality": quality | {"domains": given.quality_domains} if given.quality else None,
+        }
+    )
+
+
+def pairs(flag: str, given: list[str]) -> list[tuple[str, str]]:
+    found = []
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"{flag} {text}: expected NAME=VALUE.")
+        found.append((name, value))
+    return found
+
+
+def grade(given: tuple[str, str]) -> tuple[str, dict[str, Cut | None]]:
+    domain, text = given
+    parts = [part.partition(":") for part in text.split(",")]
+    return domain, {name: parse_cut(cut) if colon else None for name, colon, cut in parts}
 
 
 if __name__ == "__main__":

@@ -93,6 +93,23 @@ def read_documents(
         yield parse(block, json_key=json_key, on_bad_document=on_bad_document)
 
 
+def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[int, str, Any]]:
+    """(line or row, kind, item) of one file's documents, for text_of: kind "json" is a line's bytes, "text" the file's bytes,
+    "row" a dictionary with every column of a Parquet file. json_key: the column that must be there.
+
+    Raises CorruptInput naming the file that cannot be read.
+    """
+    if file.suffix == ".parquet":
+        row = 1
+        for batch, _ in _batches(file, json_key, None):
+            for record in batch.to_pylist():
+                yield row, "row", record
+                row += 1
+        return
+    for block in read_blocks([file]):
+        yield from ((line, block.kind, item) for line, item in _items(block))
+
+
 def _blocks_of(file: Path, json_key: str, block_bytes: int) -> Iterator[tuple[Any, Any, int, int]]:
     """(kind, data, first line or row, bytes of the file read so far)."""
     if file.suffix == ".parquet":
@@ -152,6 +169,15 @@ def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int]]:
 
 
 def _rows(file: Path, column: str) -> Iterator[tuple[str, Any, int, int]]:
+    row, size = 1, file.stat().st_size
+    for batch, rows in _batches(file, column, [column]):
+        values = batch.column(0)
+        yield "column", values, row, size * (row - 1 + len(values)) // max(rows, 1)
+        row += len(values)
+
+
+def _batches(file: Path, column: str | None, columns: list[str] | None) -> Iterator[tuple[Any, int]]:
+    """(record batch of these or all columns, rows of the file). column: must be there and hold strings."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -159,16 +185,14 @@ def _rows(file: Path, column: str) -> Iterator[tuple[str, Any, int, int]]:
         raise ConfigError(f"{file}: pyarrow is not installed: pip install 'megatron-demix[data]'.") from e
     try:
         with pq.ParquetFile(file) as table:
-            if column not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
+            schema = table.schema_arrow
+            if column is not None and column not in schema.names:
+                names = ", ".join(schema.names)
                 raise CorruptInput(f"{file}: no column {column!r}; it has {names}. Name the right one as the JSON key.")
-            row, rows, size = 1, table.metadata.num_rows, file.stat().st_size
-            for batch in table.iter_batches(batch_size=1 << 14, columns=[column]):
-                values = batch.column(0)
-                if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-                    raise CorruptInput(f"{file}: column {column!r} holds {values.type}, expected strings.")
-                yield "column", values, row, size * (row - 1 + len(values)) // max(rows, 1)
-                row += len(values)
+            if column is not None and not (pa.types.is_string(t := schema.field(column).type) or pa.types.is_large_string(t)):
+                raise CorruptInput(f"{file}: column {column!r} holds {t}, expected strings.")
+            for batch in table.iter_batches(batch_size=1 << 14, columns=columns):
+                yield batch, table.metadata.num_rows
     except pa.ArrowException as e:
         raise CorruptInput(f"{file}: not a Parquet file, or a damaged one ({e}).") from e
 
@@ -193,7 +217,7 @@ def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments
     rejected: list[tuple[str, str]] = []
     for line, item in _items(block):
         try:
-            text = _text(item, block.kind, json_key)
+            text = text_of(item, block.kind, json_key)
         except ValueError as e:
             if on_bad_document == "error":
                 raise CorruptInput(
@@ -220,11 +244,12 @@ def _items(block: Block) -> Iterator[tuple[int, Any]]:
         yield block.first, block.data
 
 
-def _text(item: Any, kind: str, json_key: str) -> bytes:
+def text_of(item: Any, kind: str, json_key: str) -> bytes:
+    """The text of one document as UTF-8, b"" for a missing value of a column. Raises ValueError with what is wrong."""
+    if kind == "row":
+        item, kind = item[json_key], "column"
     if kind == "column":
-        if item is None:
-            return b""
-        return item.encode()
+        return b"" if item is None else item.encode()
     try:
         text = item.decode("utf-8")
     except UnicodeDecodeError as e:

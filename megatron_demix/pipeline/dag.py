@@ -71,8 +71,9 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     root = study_path.resolve().parent
     digests = InputDigests(run / "cache" / "input_digests.json", absent_ok=absent_inputs)
     inputs = {d.name: _inputs(d, root, absent_inputs) for d in study.domains}
-    tokenizer = data_stages.tokenizer(study, root, run, inputs, digests)
-    data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests) for d in study.domains}
+    cleaned = data_stages.clean(study, root, run, inputs, digests)
+    tokenizer = data_stages.tokenizer(study, root, run, inputs, digests, cleaned)
+    data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests, cleaned) for d in study.domains}
     digests.save()
     base = train_stages.base(study, root, run, tokenizer, data, absent_ok=absent_inputs)
     merged = study.search.proxies == "merged"

@@ -34,7 +34,60 @@ def resolve(spec: DomainSpec, root: Path) -> list[Path]:
     return files
 
 
-def tokenizer(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests) -> Stage:
+def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests) -> Stage | None:
+    """All domains of text at once, since duplicates are looked for across them; None if the study cleans nothing."""
+    spec = study.prepare.clean
+    texts = {d.name: inputs[d.name] for d in study.domains if d.prefixes is None}
+    if spec is None or not texts:
+        return None
+    spec = spec.under(root)
+    json_keys = {d.name: d.json_key for d in study.domains}
+    settings = spec.model_dump(mode="json", exclude={"perplexity": {"model", "sentencepiece"}, "quality": {"model"}})
+    settings |= {"inputs": {name: [json_keys[name], digests.of(files)] for name, files in texts.items()}}
+    for place, path in spec.models():
+        if not path.is_file():
+            raise ConfigError(
+                f"prepare.clean.{place}: {path} does not exist; a relative path starts at the study file's folder."
+            )
+        settings[place] = digests.of([path])
+    if spec.contamination:
+        from megatron_demix.data.inputs import resolve_inputs
+
+        tasks = spec.contamination.tasks
+        settings["tasks"] = {task: digests.of(resolve_inputs(files, root)) for task, files in tasks.items()}
+        settings["contamination"].pop("tasks")
+
+    def make(folder: Path) -> None:
+        from megatron_demix.data.clean.run import clean_domains
+
+        clean_domains(
+            texts,
+            folder,
+            spec,
+            json_keys=json_keys,
+            root=root,
+            work=stage.work,
+            workers=study.prepare.workers,
+            progress=False,
+        )
+
+    stage = Stage("clean/text", run, settings, (), make)
+    return stage
+
+
+def text_of(spec: DomainSpec, inputs: list[Path], cleaned: Stage | None) -> list[Path]:
+    """A domain's files as they are tokenized; of a cleaning only once it is done."""
+    if cleaned is None or spec.prefixes is not None:
+        return inputs
+    files = sorted((cleaned.folder / spec.name).glob("*.jsonl.zst"))
+    if not files:
+        raise ConfigError(f"domain {spec.name!r}: the cleaning kept none of its documents; {cleaned.folder} says why.")
+    return files
+
+
+def tokenizer(
+    study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests, cleaned: Stage | None = None
+) -> Stage:
     spec = study.tokenizer
     if spec.model is not None:
         model = root / spec.model
@@ -43,28 +96,46 @@ def tokenizer(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Pat
         spec = spec.model_copy(update={"model": model})
     settings: dict[str, Any] = spec.model_dump(exclude={"model", "domains"}, mode="json")
     sampled = spec.domains or study.domain_names
-    samples = {d.name: inputs[d.name] for d in study.domains if d.prefixes is None and d.name in sampled}
-    if spec.type == "bpe":
-        settings["inputs"] = {name: digests.of(paths) for name, paths in samples.items()}
+    samples = [d for d in study.domains if d.prefixes is None and d.name in sampled]
+    needs: tuple[Stage, ...] = ()
+    if spec.type == "bpe" and cleaned:
+        settings["domains"] = [d.name for d in samples]
+        needs = (cleaned,)
+    elif spec.type == "bpe":
+        settings["inputs"] = {d.name: digests.of(inputs[d.name]) for d in samples}
     elif spec.model:
         settings["model"] = digests.of(sorted(spec.model.iterdir()) if spec.model.is_dir() else [spec.model])
 
     def make(folder: Path) -> None:
         from megatron_demix.data.tokenizer import train_tokenizer
 
-        train_tokenizer(spec, samples, folder, json_key={d.name: d.json_key for d in study.domains})
+        texts = {d.name: text_of(d, inputs[d.name], cleaned if needs else None) for d in samples}
+        train_tokenizer(spec, texts, folder, json_key={d.name: d.json_key for d in study.domains})
 
-    return Stage(f"tokenizer/{spec.type}", run, settings, (), make)
+    return Stage(f"tokenizer/{spec.type}", run, settings, needs, make)
 
 
-def domain(study: Study, spec: DomainSpec, run: Path, inputs: list[Path], tokenizer: Stage, digests: InputDigests) -> Stage:
+def domain(
+    study: Study,
+    spec: DomainSpec,
+    run: Path,
+    inputs: list[Path],
+    tokenizer: Stage,
+    digests: InputDigests,
+    cleaned: Stage | None = None,
+) -> Stage:
     settings: dict[str, Any]
+    needs: tuple[Stage, ...] = (tokenizer,)
     if spec.prefixes is not None:
         # A .bin may be terabytes: its size and the digest of its .idx (every document's length and place) stand for it.
         index_files = [file for file in inputs if file.suffix == ".idx"]
         settings = {"inputs": digests.of(index_files), "bytes": [f.with_suffix(".bin").stat().st_size for f in index_files]}
     else:
-        settings = {"inputs": digests.of(inputs), "json_key": spec.json_key, "split": study.prepare.split, "seed": study.seed}
+        settings = {"json_key": spec.json_key, "split": study.prepare.split, "seed": study.seed}
+        if cleaned:
+            needs = (tokenizer, cleaned)
+        else:
+            settings["inputs"] = digests.of(inputs)
 
     def make(folder: Path) -> None:
         from megatron_demix.data.prepare import prepare_domain
@@ -74,7 +145,7 @@ def domain(study: Study, spec: DomainSpec, run: Path, inputs: list[Path], tokeni
             write_json(folder / STATS, _stats_of_prefixes(spec, inputs))
             return
         prepare_domain(
-            inputs,
+            text_of(spec, inputs, cleaned),
             load_tokenizer(tokenizer.folder),
             folder,
             json_key=spec.json_key,
@@ -84,7 +155,7 @@ def domain(study: Study, spec: DomainSpec, run: Path, inputs: list[Path], tokeni
             progress=False,
         )
 
-    return Stage(f"data/{spec.name}", run, settings, (tokenizer,), make)
+    return Stage(f"data/{spec.name}", run, settings, needs, make)
 
 
 def _stats_of_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, Any]:

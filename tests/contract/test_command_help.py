@@ -35,7 +35,19 @@ COMMANDS = (
 # Others call these: more may be added, none may go.
 CONTRACT = {
     "preprocess_data.py": ["--input", "--output-prefix", "--tokenizer-type", "--tokenizer-model", "--append-eod", "--workers"],
-    "clean_data.py": ["--input", "--output", "--heuristics", "--bands", "--hashes"],
+    "clean_data.py": [
+        "--input",
+        "--output",
+        "--heuristics",
+        "--bands",
+        "--hashes",
+        "--tasks",
+        "--grades",
+        "--workers",
+        "--slurm",
+    ],
+    "train_filters.py perplexity": ["--input", "--output", "--order"],
+    "train_filters.py quality": ["LABEL=PATH", "--output"],
     "merge_dist_ckpt.py": ["PATH:WEIGHT", "--components", "--weights", "--output", "--layout", "--normalize"],
     "inspect_dist_ckpt.py": ["--json"],
     "search_mixture.py sample": ["--domains", "--num", "--seed", "--output"],

@@ -1,56 +1,314 @@
-"""Cleaning with datatrove: real documents with planted duplicates come out without them, and the account is right."""
+"""Cleaning: real documents with planted duplicates, junk, and leaked test items come out without them, with an account."""
 
 import gzip
+import inspect
+import io
 import json
 import pydoc_data.topics
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from megatron_demix.errors import ConfigError, OutputExists
-
 pytest.importorskip("datatrove")
 
-from megatron_demix.data.clean import CleanSpec, clean_domains
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from megatron_demix.artifact import hash_file
+from megatron_demix.data.clean import run
+from megatron_demix.data.clean.models import train_perplexity, train_quality
+from megatron_demix.data.clean.run import clean_domains
+from megatron_demix.errors import ConfigError, CorruptInput, Incomplete, OutputExists
+from megatron_demix.study import clean_spec
+from megatron_demix.units import parse_cut
+
+ROOT = Path(__file__).parents[3]
+TOPICS = [t for t in pydoc_data.topics.topics.values() if len(t.split()) > 300]
+PROSE = [p for t in pydoc_data.topics.topics.values() for p in t.split("\n\n") if len(p.split()) > 30]
+CODE = [
+    text
+    for module in (io, json.decoder, inspect, pytest, subprocess, random)
+    for text in Path(module.__file__).read_text().split("\n\n\n")
+    if len(text.split()) > 30
+]
+NOTHING = {"exact_duplicates": False, "near_duplicates": None}
 
 
-def write(path, texts):
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+def write(path, texts, **fields):
+    path.write_text("".join(json.dumps({"text": t, **fields}) + "\n" for t in texts))
     return [path]
 
 
-def read(folder):
-    return [json.loads(line)["text"] for p in sorted(folder.glob("*.jsonl.gz")) for line in gzip.open(p, "rt")]
+def records(folder):
+    lines = (line for p in sorted(folder.glob("*.jsonl.zst")) for line in zstandard.open(p, "rt", encoding="utf-8"))
+    return [json.loads(line) for line in lines]
 
 
-def test_planted_duplicates_are_found_across_domains(tmp_path):
-    topics = [t for t in pydoc_data.topics.topics.values() if len(t.split()) > 300][:30]
-    near = topics[3].replace(topics[3].split()[150], "changed", 1)
-    junk = "buy now " * 200
-    inputs = {
-        "manual": write(tmp_path / "manual.jsonl", [*topics[:20], topics[0], near]),
-        "other": write(tmp_path / "other.jsonl", [*topics[20:], topics[5], junk]),
+def texts(folder):
+    return [record["text"] for record in records(folder)]
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def clean(inputs, output, spec, **options):
+    return clean_domains(inputs, output, clean_spec(spec), progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """(inputs, output, report) of two domains with what each step should find."""
+    folder = tmp_path_factory.mktemp("planted")
+    near = TOPICS[3].replace(TOPICS[3].split()[150], "changed", 1)
+    nearer = TOPICS[25].replace(TOPICS[25].split()[100], "changed", 1)
+    item = {
+        "question": "Which of the four seasons does the old gardener of the southern village like best, and why?",
+        "answer": "Spring",
     }
-    report = clean_domains(inputs, tmp_path / "clean", CleanSpec(heuristics=("gopher_repetition",)))
-    kept = {name: read(tmp_path / "clean" / name) for name in inputs}
-    removed = [t for name in inputs for t in read(tmp_path / "clean" / "removed" / "duplicate" / name)]
-    assert sorted(removed) == sorted([topics[0], near, topics[5]]) or sorted(removed) == sorted(
-        [topics[0], topics[3], topics[5]]
-    )
-    assert topics[5] in kept["manual"]
-    assert junk in read(tmp_path / "clean" / "removed" / "gopher_repetition" / "other")
-    for name, counts in report["domains"].items():
-        assert counts["kept"] == len(kept[name])
-        assert counts["documents"] == counts["kept"] + sum(counts["removed"].values()) == len(read_lines(inputs[name]))
-    assert json.loads((tmp_path / "clean" / "clean.json").read_text()) == json.loads(json.dumps(report))
-    assert sorted(p.name for p in (tmp_path / "clean").iterdir()) == ["clean.json", "manual", "other", "removed"]
-    with pytest.raises(OutputExists, match=r"clean exists\. Move it away"):
-        clean_domains(inputs, tmp_path / "clean", CleanSpec())
+    (folder / "gardens.jsonl").write_text(json.dumps(item) + "\n" + json.dumps({"question": "Why?", "answer": "No."}) + "\n")
+    leak = f"{PROSE[0]} As they say: {item['question'].upper()} Nobody knows."
+    inputs = {
+        "manual": write(folder / "a.jsonl", [*TOPICS[:20], TOPICS[0], near, "Too short.", "Too short."], url="x")
+        + write(folder / "b.jsonl", [nearer]),
+        "other": write(folder / "c.jsonl", [*TOPICS[20:30], TOPICS[5], "buy now " * 200, leak, ""]),
+    }
+    spec = {
+        "heuristics": {"use": ["gopher_repetition"], "domains": ["other"]},
+        "contamination": {"tasks": {"gardens": [str(folder / "gardens.jsonl")]}},
+    }
+    return inputs, folder / "clean", spec, clean(inputs, folder / "clean", spec), (near, nearer, leak)
 
 
-def read_lines(paths):
-    return [line for p in paths for line in p.read_text().splitlines()]
+def test_what_was_planted_is_removed_with_its_reason(planted):
+    _, output, _, report, (near, _, leak) = planted
+    removed = output / "removed"
+    assert texts(removed / "exact_duplicate/manual") == [TOPICS[0], "Too short."]
+    assert TOPICS[5] in texts(removed / "exact_duplicate/other")
+    assert texts(removed / "near_duplicate/manual") == [near]
+    assert "buy now " * 200 in texts(removed / "gopher_repetition/other")
+    (found,) = records(removed / "contaminated/other")
+    assert found["text"] == leak
+    assert found["removed"]["document"] == "c.jsonl:13"
+    assert found["removed"]["contaminated_task"] == "gardens"
+    assert "old gardener" in found["removed"]["contaminated_ngram"]
+    assert texts(removed / "unreadable/other") == [""]
+    assert report["tasks"] == {"gardens": {"items": 2, "too_short": 1, "ngrams": 6}}
 
 
-def test_unknown_heuristic(tmp_path):
-    with pytest.raises(ConfigError, match="heuristic 'magic' is not one of gopher_repetition, gopher_quality, c4, fineweb"):
-        clean_domains({}, tmp_path / "x", CleanSpec(heuristics=("magic",)))
+def test_the_domain_named_first_keeps_its_own(planted):
+    """Of near duplicates, too: TOPICS[25] is removed from `other`, though `manual` has only an altered copy of it."""
+    _, output, _, _, (_, nearer, _) = planted
+    kept = texts(output / "manual")
+    assert TOPICS[5] in kept
+    assert nearer in kept
+    assert TOPICS[25] not in texts(output / "other")
+
+
+def test_the_account_adds_up_and_names_examples(planted):
+    inputs, output, _, report, _ = planted
+    assert report == json.loads((output / "clean.json").read_text())
+    assert sorted(p.name for p in output.iterdir()) == ["clean.json", "manual", "other", "removed"]
+    for name, entry in report["domains"].items():
+        lines = [json.loads(line)["text"] for p in inputs[name] for line in p.read_text().splitlines()]
+        kept = texts(output / name)
+        assert entry["documents"] == len(lines)
+        assert entry["kept"] == {name: {"documents": len(kept), "bytes": sum(len(t.encode()) for t in kept)}}
+        gone = {reason: texts(output / "removed" / reason / name) for reason in entry["removed"]}
+        assert {r: e["documents"] for r, e in entry["removed"].items()} == {r: len(t) for r, t in gone.items()}
+        assert sorted([*kept, *(t for found in gone.values() for t in found)]) == sorted(lines)
+    assert report["domains"]["manual"]["removed"]["exact_duplicate"]["examples"][0] == {"document": "a.jsonl:21"}
+    assert str(output.parent) not in (output / "clean.json").read_text()
+
+
+def test_records_keep_their_fields(planted):
+    _, output, _, _, _ = planted
+    assert {frozenset(r.items()) for r in records(output / "manual")} >= {frozenset({"text": TOPICS[1], "url": "x"}.items())}
+
+
+def test_any_number_of_workers_gives_the_same_bytes(planted, tmp_path):
+    inputs, output, spec, _, _ = planted
+    clean(inputs, tmp_path / "again", spec, workers=3)
+    assert files(tmp_path / "again") == files(output)
+
+
+def test_parquet_gz_zst_and_plain_text(tmp_path):
+    rows = pa.table({"body": TOPICS[:3], "year": [1, 2, 3]})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    lines = "".join(json.dumps({"body": t}) + "\n" for t in TOPICS[2:5]).encode()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "d.txt").write_text(TOPICS[7])
+    inputs = {"x": [tmp_path / n for n in ("a.parquet", "b.jsonl.gz", "c.jsonl.zst", "d.txt")]}
+    report = clean(inputs, tmp_path / "out", {"near_duplicates": None}, json_keys={"x": "body"})
+    assert [r["body"] for r in records(tmp_path / "out/x")] == [*TOPICS[:5], TOPICS[7]]
+    assert records(tmp_path / "out/x")[1] == {"body": TOPICS[1], "year": 2}
+    assert report["domains"]["x"]["removed"]["exact_duplicate"]["documents"] == 4
+
+
+def test_what_is_no_document_ends_the_run_or_is_listed(tmp_path):
+    huge = '{"text": "fine", "n": 123456789012345678901234567890}'
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\nnot json\n{{"body": "x"}}\n{huge}\n')
+    with pytest.raises(CorruptInput, match=r"a\.jsonl:2: not JSON .* \(--on-bad-document reject\)"):
+        clean({"x": [tmp_path / "a.jsonl"]}, tmp_path / "out", NOTHING)
+    assert not (tmp_path / "out").exists()
+    report = clean({"x": [tmp_path / "a.jsonl"]}, tmp_path / "out", NOTHING, on_bad_document="reject")
+    assert report["domains"]["x"]["removed"]["unreadable"]["documents"] == 3
+    listed = records(tmp_path / "out/removed/unreadable/x")
+    assert listed[0]["text"] == "not json"
+    assert [r["removed"]["document"] for r in listed] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
+    assert "a field that cannot be written as JSON" in listed[2]["removed"]["why"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A language model of prose, and a classifier of prose (high) against code (low)."""
+    folder = tmp_path_factory.mktemp("models")
+    prose, code = write(folder / "prose.jsonl", PROSE[100:]), write(folder / "code.jsonl", CODE)
+    perplexity = train_perplexity(prose, folder / "prose", vocab_size=1000)
+    quality = train_quality({"high": prose, "low": code}, folder / "quality.bin")
+    return folder, perplexity, quality
+
+
+def test_models_say_how_good_they_are(models):
+    folder, perplexity, quality = models
+    assert sorted(p.name for p in (folder / "prose").iterdir()) == ["model.arpa", "sentencepiece.model"]
+    assert perplexity["documents"] == len(PROSE[100:])
+    assert 1 < perplexity["perplexity"]["sample"] < perplexity["perplexity"]["held_out"] < 500
+    assert quality["high"]["documents"] == len(PROSE[100:]) // 10
+    assert min(quality["high"]["precision"], quality["low"]["recall"]) > 0.8
+    with pytest.raises(OutputExists, match="nothing is overwritten"):
+        train_quality({"high": [folder / "prose.jsonl"], "low": [folder / "code.jsonl"]}, folder / "quality.bin")
+
+
+def test_scores_drop_the_worst_and_grade_the_rest(models, tmp_path):
+    folder, _, _ = models
+    rng = random.Random(1)
+    noise = [" ".join("".join(rng.choices("bcdfgxzq", k=6)) for _ in range(60)) for _ in range(2)]
+    general = [*PROSE[:98], *noise]
+    math = [*PROSE[:40], *CODE[:40]]
+    inputs = {"general": write(tmp_path / "g.jsonl", general), "math": write(tmp_path / "m.jsonl", math)}
+    spec = NOTHING | {
+        "perplexity": {
+            "model": folder / "prose/model.arpa",
+            "sentencepiece": folder / "prose/sentencepiece.model",
+            "domains": ["general"],
+        },
+        "quality": {"model": folder / "quality.bin", "drop": "0%", "domains": ["math"]},
+    }
+    grades = {"math": {"high": parse_cut("50%"), "medium": parse_cut("25%"), "low": None}}
+    report = clean(inputs, tmp_path / "out", spec, grades=grades)
+    assert texts(tmp_path / "out/removed/perplexity/general") == noise
+    assert report["domains"]["general"]["kept"]["general"]["documents"] == 98
+    assert "general" not in {p.name for p in (tmp_path / "out/removed").glob("quality/*")}
+    assert {k: v["documents"] for k, v in report["domains"]["math"]["kept"].items()} == {
+        "math_high": 40,
+        "math_medium": 20,
+        "math_low": 20,
+    }
+    high = texts(tmp_path / "out/math_high")
+    assert sum(t in PROSE for t in high) >= 36
+    assert sum(t in PROSE for t in texts(tmp_path / "out/math_low")) <= 2
+    bounds = report["domains"]["math"]["bounds"]
+    assert bounds["grade high"] > bounds["grade medium"]
+    # The same cut, given as a score.
+    again = {"math": {"high": parse_cut(bounds["grade high"]), "low": None}}
+    report = clean(inputs, tmp_path / "again", spec, grades=again)
+    assert texts(tmp_path / "again/math_high") == high
+
+
+def test_a_model_of_words(models, tmp_path):
+    """Without SentencePiece: an ARPA file of words, scored line by line."""
+    unigrams = "-9\t<unk>\t0\n-99\t<s>\t0\n-1\t</s>\n-1\tgood\t0"
+    arpa = f"\\data\\\nngram 1=4\nngram 2=1\n\n\\1-grams:\n{unigrams}\n\n\\2-grams:\n-1\tgood good\n\n\\end\\\n"
+    (tmp_path / "words.arpa").write_text(arpa)
+    inputs = {"x": write(tmp_path / "x.jsonl", ["good good good", "good good bad", "good\ngood"])}
+    spec = NOTHING | {"perplexity": {"model": tmp_path / "words.arpa", "drop": 100}}
+    clean(inputs, tmp_path / "out", spec)
+    (dropped,) = records(tmp_path / "out/removed/perplexity/x")
+    assert dropped["text"] == "good good bad"
+    assert dropped["removed"]["perplexity"] == 1000.0
+    assert dropped["removed"]["filter_reason"] == "perplexity 1000, the domain's bound is 100"
+
+
+@pytest.mark.parametrize(
+    ("spec", "grades", "message"),
+    [
+        ({"heuristics": {"use": ["magic"]}}, {}, "heuristics.use.0: Input should be 'gopher_repetition', .*found 'magic'"),
+        ({"near_dups": None}, {}, "near_dups: unknown key; did you mean 'near_duplicates'"),
+        ({"quality": {"model": "q.bin", "drop": "3 percent"}}, {}, "quality.drop: cut: '3 percent' is not understood"),
+        ({"heuristics": {"use": ["c4"], "domains": ["y"]}}, {}, "heuristics.domains: 'y' is not one of x"),
+        ({"perplexity": {"model": "no.arpa"}}, {}, "the model no.arpa does not exist. .* nothing is downloaded"),
+        ({}, {"x": {"high": None}}, "grades: 'x' has no score"),
+        ({"quality": {"model": "q.bin"}}, {"x": {"high": None}}, "expected two or more, each with a cut but the last"),
+        (
+            {"quality": {"model": "q.bin"}},
+            {"x": {"a": "60%", "b": "50%", "c": None}},
+            "add up to 110%, nothing is left for 'c'",
+        ),
+        ({"quality": {"model": "q.bin"}}, {"x": {"a": "60%", "b": "0.5", "c": None}}, "partly shares and partly scores"),
+        (
+            {"quality": {"model": "q.bin"}},
+            {"x": {"a": "0.5", "b": "0.6", "c": None}},
+            "the scores must fall from grade to grade",
+        ),
+        ({"quality": {"model": "q.bin"}}, {"y": {}}, "grades: 'y' is not one of x"),
+        ({"contamination": {"tasks": {"t": ["no.jsonl"]}}}, {}, "no.jsonl matches no file"),
+    ],
+)
+def test_settings_that_cannot_be(spec, grades, message, tmp_path):
+    cuts = {d: {name: cut and parse_cut(cut) for name, cut in g.items()} for d, g in grades.items()}
+    with pytest.raises(ConfigError, match=message):
+        clean({"x": write(tmp_path / "x.jsonl", ["a"])}, tmp_path / "out", spec, grades=cuts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_none(models, tmp_path):
+    folder, _, _ = models
+    inputs = {"x": write(tmp_path / "x.jsonl", ["a"])}
+    for name, what in (("perplexity", "not a model that KenLM reads"), ("quality", "not a fastText model")):
+        with pytest.raises(CorruptInput, match=what):
+            clean(inputs, tmp_path / "out", {name: {"model": inputs["x"][0]}})
+    with pytest.raises(ConfigError, match=r"quality\.bin knows no label 'best'; it has (high, low|low, high)"):
+        clean(inputs, tmp_path / "out", {"quality": {"model": folder / "quality.bin", "label": "best"}})
+
+
+def test_nothing_is_overwritten_and_one_works_at_a_time(tmp_path):
+    inputs = {"x": write(tmp_path / "x.jsonl", ["a"])}
+    with run._only_one(tmp_path / ".out.work"), pytest.raises(Incomplete, match="another process is cleaning there"):
+        clean(inputs, tmp_path / "out", NOTHING)
+    clean(inputs, tmp_path / "out", NOTHING)
+    assert not (tmp_path / ".out.work").exists()
+    with pytest.raises(OutputExists, match=r"out exists\. Move it away"):
+        clean(inputs, tmp_path / "out", NOTHING)
+    with pytest.raises(ConfigError, match="cannot be called 'removed'"):
+        clean({"removed": inputs["x"]}, tmp_path / "else", NOTHING)
+
+
+def test_killed_and_run_again_it_ends_with_the_same_bytes(planted, tmp_path):
+    inputs, output, _, _, _ = planted
+    given = [f"{domain}={p}" for domain, paths in inputs.items() for p in paths]
+    tasks = output.parent / "gardens.jsonl"
+    command = [sys.executable, ROOT / "tools/clean_data.py", "--input", *given, "--output", tmp_path / "out", "--workers", "2",
+               "--heuristics", "gopher_repetition", "--heuristics-domains", "other", "--tasks", f"gardens={tasks}"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    done = tmp_path / ".out.work/logs/find_exact/completions"
+    for _ in range(1200):
+        if done.is_dir() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / ".out.work/logs").glob("*/completions/*")}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert finished.returncode == 0, finished.stderr
+    assert len(before) >= 4
+    assert json.loads(finished.stdout)["domains"]["manual"]["documents"] == 25
+    assert files(tmp_path / "out") == files(output)

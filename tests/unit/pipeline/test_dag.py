@@ -63,6 +63,44 @@ def test_a_setting_changes_what_depends_on_it(study_path, override, expected):
     assert changed(study_path, override) == expected
 
 
+def test_cleaning_is_a_stage_that_text_depends_on(study_path):
+    """Off by default; a model of other bytes under the same name is another cleaning."""
+    model = study_path.parent / "quality.bin"
+    model.write_bytes(b"one")
+    assert "clean/text" not in keys(study_path)
+    cleaned = keys(study_path, "prepare.clean={quality: {model: quality.bin}}")
+    assert set(keys(study_path)) | {"clean/text"} == set(cleaned)
+    assert changed(study_path, "prepare.clean={}") >= {"clean", "data", "base", "final"}
+    model.write_bytes(b"two")
+    again = keys(study_path, "prepare.clean={quality: {model: quality.bin}}")
+    assert cleaned["clean/text"] != again["clean/text"]
+    assert cleaned["data/code"] != again["data/code"]
+    with pytest.raises(ConfigError, match=r"prepare\.clean\.quality\.model: .* does not exist"):
+        keys(study_path, "prepare.clean={quality: {model: nowhere.bin}}")
+
+
+def test_a_study_cleans_before_it_prepares(study_path):
+    """Text that is in two domains stays in the first alone, and what was removed is kept."""
+    import json
+
+    pytest.importorskip("datatrove")
+    shared = json.dumps({"text": "the same words in both domains " * 10}) + "\n"
+    for name in ("code", "english"):
+        path = study_path.parent / f"{name}.jsonl"
+        path.write_text(path.read_text() + shared)
+    overrides = ["prepare.clean={near_duplicates: null}", "prepare.workers=1"]
+    dag = build_dag(load_study(study_path, overrides), study_path, study_path.parent / "run")
+    for stage in (s for s in dag.all if s.kind in ("clean", "tokenizer", "data")):
+        stage.finish()
+    documents = {
+        name: sum(split["documents"] for split in json.loads((stage.folder / "stats.json").read_text())["splits"].values())
+        for name, stage in dag.data.items()
+    }
+    assert documents == {"code": 201, "english": 200}
+    cleaned = next(s for s in dag.all if s.kind == "clean").folder
+    assert len(list((cleaned / "removed" / "exact_duplicate" / "english").iterdir())) == 1
+
+
 NAMED = [
     "tokenizer={type: bpe, train_vocab_size: 300, domains: [english]}",
     "base.mixture={english: 1}",

@@ -1,0 +1,204 @@
+"""Running a cleaning: its passes one after the other on this machine, or as chained job arrays on SLURM."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.artifact import fingerprint, read_json, write_json
+from megatron_demix.data.clean import trove
+from megatron_demix.data.clean.account import MANIFEST
+from megatron_demix.data.clean.cuts import Grades
+from megatron_demix.data.clean.documents import Source
+from megatron_demix.data.clean.plan import Pass, plan
+from megatron_demix.data.clean.scores import Perplexity, Quality
+from megatron_demix.data.inputs import BadDocuments, resolve_inputs
+from megatron_demix.errors import ConfigError, Incomplete, OutputExists, storage_errors
+from megatron_demix.process import die_with_parent
+from megatron_demix.progress import progress_bar
+from megatron_demix.study import CleanSpec
+from megatron_demix.units import Cut
+
+IDENTITY = "identity.json"
+
+
+def clean_domains(
+    inputs: Mapping[str, Sequence[Path]],
+    output: Path,
+    spec: CleanSpec,
+    *,
+    grades: Grades | None = None,
+    json_keys: Mapping[str, str] | None = None,
+    on_bad_document: BadDocuments = "error",
+    root: Path | str = ".",
+    work: Path | None = None,
+    workers: int = 1,
+    slurm: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Write output/<domain>/*.jsonl.zst of what is kept, output/removed/<reason>/<domain>/*.jsonl.zst of the rest, and
+    output/clean.json, which is returned. The same bytes for any number of workers.
+
+    inputs: files by domain; of duplicates across domains the domain named first keeps its own. grades: the kept documents of
+    these domains go to output/<domain>_<grade>. json_keys: by domain, "text" where none is given. root: what the tasks' files
+    are relative to. work: scratch, by default beside the output; an interrupted cleaning of the same inputs with the same
+    settings goes on there. slurm: arguments of datatrove's SlurmPipelineExecutor; submits all passes and returns None.
+    Raises ConfigError, CorruptInput, OutputExists, Incomplete (another process is at it), StorageError, VerificationFailed.
+    """
+    grades, output = grades or {}, Path(output).absolute()
+    _check(inputs, spec, grades)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputExists(f"{output} exists. Move it away or choose another output; nothing is overwritten.")
+    work = Path(work or output.with_name(f".{output.name}.work")).absolute()
+    sources = [Source(d, f.absolute(), (json_keys or {}).get(d, "text")) for d, files in inputs.items() for f in files]
+    tasks = {n: resolve_inputs(files, root) for n, files in (spec.contamination.tasks if spec.contamination else {}).items()}
+    with storage_errors(f"writing {output}"), _only_one(work):
+        _begin(work, fingerprint(_identity(sources, tasks, spec, grades, output, on_bad_document)))
+        passes = plan(sources, tasks, spec, grades, work, output, on_bad_document)
+        if slurm is not None:
+            _submit(passes, work, slurm)
+            return None
+        with progress_bar("cleaning", len(passes), unit="passes", enabled=progress) as advance:
+            for step in passes:
+                _Local(step.steps, step.tasks, min(step.tasks, workers), work / "logs" / step.name).run()
+                advance(1, info=step.name)
+        shutil.rmtree(work)
+    return read_json(output / MANIFEST)
+
+
+def _check(inputs: Mapping[str, Sequence[Path]], spec: CleanSpec, grades: Grades) -> None:
+    """All that can be known to be wrong before anything is read."""
+    names = ", ".join(inputs)
+    if "removed" in inputs:
+        raise ConfigError("a domain cannot be called 'removed': the folder of that name holds what was removed.")
+    if unknown := spec.unknown_domain(inputs):
+        raise ConfigError(f"{unknown[0]}: {unknown[1]!r} is not one of {names}.")
+    for domain, cuts in grades.items():
+        if domain not in inputs:
+            raise ConfigError(f"grades: {domain!r} is not one of {names}.")
+        if spec.quality is None or domain not in (spec.quality.domains or inputs):
+            raise ConfigError(f"grades: {domain!r} has no score; grades are cut from `quality`, which is not set for it.")
+        _check_grades(domain, list(cuts.items()))
+        if taken := [f"{domain}_{grade}" for grade in cuts if f"{domain}_{grade}" in inputs]:
+            raise ConfigError(f"grades: {taken[0]!r} is a domain already.")
+    if spec.perplexity:
+        Perplexity(Path(), spec.perplexity).check()
+    if spec.quality:
+        Quality(Path(), spec.quality).check()
+
+
+def _check_grades(domain: str, cuts: list[tuple[str, Cut | None]]) -> None:
+    bounds = [cut for _, cut in cuts[:-1]]
+    if not bounds or cuts[-1][1] is not None or any(cut is None for cut in bounds):
+        raise ConfigError(f"grades of {domain!r}: expected two or more, each with a cut but the last, which is the rest.")
+    known = [cut for cut in bounds if cut is not None]
+    if len({cut.share for cut in known}) > 1:
+        raise ConfigError(f"grades of {domain!r}: the cuts are partly shares and partly scores; use one kind.")
+    values = [cut.value for cut in known]
+    if known[0].share and sum(values) >= 1:
+        raise ConfigError(f"grades of {domain!r}: the shares add up to {sum(values):.0%}, nothing is left for {cuts[-1][0]!r}.")
+    if not known[0].share and values != sorted(set(values), reverse=True):
+        raise ConfigError(f"grades of {domain!r}: the scores must fall from grade to grade, found {values}.")
+
+
+def _identity(sources: list[Source], tasks: dict[str, list[Path]], spec: CleanSpec, *rest: Any) -> list[Any]:
+    """What the bytes in the work folder depend on."""
+    models = [path for _, path in spec.models()]
+    files = [s.file for s in sources] + [f for found in tasks.values() for f in found] + models
+    facts = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return [facts, [[s.domain, s.json_key] for s in sources], spec.model_dump(mode="json"), *rest]
+
+
+def _begin(work: Path, identity: str) -> None:
+    """An empty work folder, or the one of an interrupted cleaning of the same."""
+    noted = work / IDENTITY
+    if noted.is_file() and read_json(noted) == identity:
+        return
+    for path in work.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(noted, identity)
+
+
+_LOCK = "lock"
+
+
+@contextmanager
+def _only_one(work: Path) -> Iterator[None]:
+    """One process at a time in a work folder. Its workers die with it, so that nobody writes there when the lock is free."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise Incomplete(f"{work}: another process is cleaning there. Wait for it, or stop it first.") from e
+        yield
+
+
+class _Local(trove.LocalPipelineExecutor):
+    """datatrove's, with what its tasks report in their log files only, and with workers that die with their parent."""
+
+    def __init__(self, steps: list[Any], tasks: int, workers: int, logs: Path) -> None:
+        super().__init__(steps, tasks=tasks, workers=workers, logging_dir=str(logs))
+
+    def run(self) -> Any:
+        global _forking_workers
+        _watch_forks()
+        _forking_workers = True
+        trove.logger.disable(_EXECUTOR)
+        try:
+            return super().run()
+        finally:
+            trove.logger.enable(_EXECUTOR)
+            _forking_workers = False
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        if self.workers > 1:
+            trove.logger.disable(_EXECUTOR)
+            die_with_parent(signal.SIGKILL)
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+_EXECUTOR = "datatrove.executor.local"
+_forking_workers = False
+
+
+@cache
+def _watch_forks() -> None:
+    """The executor's queue lives in a process of its own, which would outlive a killed parent and keep its lock."""
+    os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL) if _forking_workers else None)
+
+
+def _submit(passes: list[Pass], work: Path, slurm: Mapping[str, Any]) -> None:
+    """Each pass as a job array that starts when the one before has ended well."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        raise ConfigError("this is a task of a SLURM array; submit from outside of one.")
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch is not in PATH; submit from a machine that has SLURM's commands, or leave out --slurm.")
+    settings: dict[str, Any] = {"env_command": f'export PATH="{sys.prefix}/bin:$PATH"', "qos": None} | dict(slurm)
+    before = None
+    for step in passes:
+        try:
+            before = trove.SlurmPipelineExecutor(
+                step.steps,
+                tasks=step.tasks,
+                depends=before,
+                job_name=f"clean_{step.name}",
+                logging_dir=str(work / "logs" / step.name),
+                **settings,
+            )
+        except TypeError as e:
+            raise ConfigError(
+                f"slurm: {e}. The settings are those of datatrove's SlurmPipelineExecutor; time and partition are needed."
+            ) from e
+    assert before is not None
+    before.run()
