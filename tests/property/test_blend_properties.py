@@ -1,13 +1,18 @@
 """What holds for every pool, mixture, target and seed."""
 
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexed_data import make_pool
 
 from megatron_demix import native
-from megatron_demix.data.blend import plan_blend
+from megatron_demix.data import blend_data
+from megatron_demix.data.blend import build_blend, plan_blend
 from megatron_demix.data.pool import Domain, OpenPool
 from megatron_demix.data.quota import quotas
 from megatron_demix.errors import MixtureError
@@ -158,6 +163,37 @@ def test_advance_is_what_walking_gives(pool, begin, budget, threads):
     lengths, _ = stream.read(begin, documents + 1)
     assert tokens == lengths[:-1].sum() <= budget < tokens + following
     assert following == lengths[-1]
+
+
+@settings(max_examples=80, deadline=None)
+@given(pools(1), st.integers(0, 2**32))
+def test_a_blend_of_one_domain_is_a_permutation(pool, seed):
+    """One epoch of one domain: every document once."""
+    own = pool.domains["d0"]
+    plan = plan_blend(pool, Mixture({"d0": 1.0}), own.tokens, seed=seed)
+    _, pointers, _, _ = order(plan)
+    places = [base + int(p) for i, base in zip(own.indexes, own.bases, strict=True) for p in i.pointers]
+    assert sorted(pointers.tolist()) == sorted(places)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=30, max_size=200), st.integers(1, 5), st.permutations(range(5)), st.integers(0, 99)
+)
+def test_any_workers_in_any_order_write_the_same_bytes(lengths, num_workers, order_of_workers, seed):
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blend_data, "SHARD_BYTES", 1)
+        patch.setattr(blend_data, "SHARD_STEP_DOCUMENTS", 7)
+        pool = make_pool(Path(name, "pool"), {"a": lengths, "b": lengths[::3]})
+        arguments = pool, Mixture({"a": 0.7, "b": 0.3}), sum(lengths)
+        options = {"mode": "materialise", "seed": seed, "progress": False}
+        whole = build_blend(*arguments, Path(name, "whole"), **options)
+        workers = [(i, num_workers) for i in order_of_workers if i < num_workers]
+        manifests = [build_blend(*arguments, Path(name, "b"), worker=worker, **options) for worker in workers]
+        assert [bool(m["files"]) for m in manifests] == [False] * (num_workers - 1) + [True]
+        assert manifests[-1] == whole
+        for suffix in whole["files"]:
+            assert Path(f"{name}/b{suffix}").read_bytes() == Path(f"{name}/whole{suffix}").read_bytes()
 
 
 def test_windows_of_a_million_tokens():
