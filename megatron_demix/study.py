@@ -203,6 +203,9 @@ class ModelSpec(_Section):
     """Default: train.seq_length."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     rotary_base: int = 10000
+    use_rope_scaling: bool = False
+    """Llama 3's scaling of low frequencies, by rope_scaling_factor."""
+    rope_scaling_factor: float = Field(8.0, gt=0)
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_epsilon: float = 1e-5
     swiglu: bool = True
@@ -216,6 +219,7 @@ class ModelSpec(_Section):
     make_vocab_size_divisible_by: int = Field(128, ge=1)
     num_experts: int | None = Field(None, ge=2)
     moe_router_topk: int = Field(2, ge=1)
+    moe_router_pre_softmax: bool = False
     moe_ffn_hidden_size: int | None = None
     moe_aux_loss_coeff: float = 1e-2
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"

@@ -100,17 +100,25 @@ def merged_common_state(state: Mapping[str, Any], iteration: int) -> tuple[dict[
                 kept[name] = 0 if name in _ZEROED else value
             else:
                 left_out.append(f"args.{name}")
-        kept["iteration"] = iteration
-        namespace = inert("argparse.Namespace")()
-        namespace.arguments, namespace.state = None, kept
-        merged["args"] = namespace
+        merged["args"] = _namespace(kept | {"iteration": iteration})
     if _is_plain(state.get("content_metadata")) and state.get("content_metadata") is not None:
         merged["content_metadata"] = state["content_metadata"]
     return merged, left_out
 
 
+def new_common_state(arguments: Mapping[str, Any], iteration: int) -> dict[str, Any]:
+    """The common state of a checkpoint that is not made from others. arguments: Megatron's, by name; plain values."""
+    return {"iteration": iteration, "checkpoint_version": 3.0, "args": _namespace({**arguments, "iteration": iteration})}
+
+
+def _namespace(arguments: dict[str, Any]) -> Inert:
+    namespace = inert("argparse.Namespace")()
+    namespace.arguments, namespace.state = None, arguments
+    return namespace
+
+
 def write_common_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write common.pt so that torch.load reads it. state: as merged_common_state returns it."""
+    """Write common.pt so that torch.load reads it. state: as merged_common_state or new_common_state return it."""
     entries = {
         "common/byteorder": b"little",
         "common/version": b"3\n",

@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_demix.artifact import is_temporary, only_maker, read_json, remove_leftovers, temporary_beside, write_json
 from megatron_demix.checkpoint.common_state import write_common_state
 from megatron_demix.checkpoint.layout import COMMON, TRACKER
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
 from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
+from megatron_demix.native import crc32
 
 
 def is_published(target: Path, folder: str, provenance: Mapping[str, Any], described_in: str) -> bool:
@@ -93,6 +96,15 @@ class Output:
                 self.descriptors[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
                 _reserve(self.descriptors[file], size)
                 self.direct[file] = _open_direct(path)
+
+    def write_elements(self, placement: Placement, elements: np.ndarray) -> int:
+        """Write a tensor item's elements where they belong, and return their CRC-32, which complete() wants."""
+        assert isinstance(placement.item, TensorItem)
+        data = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
+        frame = placement.item.frame(placement.position)
+        with storage_errors(f"writing {self.target}"):
+            _write(self.descriptors[placement.file], data.data, placement.position + frame.record_at)
+        return crc32(data)
 
     def complete(self, placements: Sequence[Placement], crcs: Sequence[int]) -> None:
         """Write what is not elements into the created files, and put them on stable storage. crcs: of their tensor items."""

@@ -127,6 +127,7 @@ def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpe
         moe = {
             "num_moe_experts": model.num_experts,
             "moe_router_topk": model.moe_router_topk,
+            "moe_router_pre_softmax": model.moe_router_pre_softmax,
             "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn_hidden_size(model),
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
@@ -213,6 +214,8 @@ def build_model(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec, voca
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
     )
     for parameter in stage.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

@@ -56,6 +56,8 @@ CONTRACT = {
     "build_blend.py": ["--pool", "--mixture", "--target-tokens", "--output", "--mode", "--seed"],
     "verify_blend.py": ["PREFIX"],
     "train_component.py": ["--job"],
+    "convert_hf.py import": ["HF_DIR", "--output", "--tensor", "--pipeline"],
+    "convert_hf.py export": ["CHECKPOINT", "--output", "--reference"],
 }
 
 

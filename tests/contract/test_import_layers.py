@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "units", "mixture", "native", "progress", "process", "__init__"},
     {"artifact", "study"},
     {"indexed", "checkpoint"},
-    {"data", "train", "merge", "evaluate", "search", "report"},
+    {"data", "train", "merge", "evaluate", "search", "report", "huggingface"},
     {"pipeline"},
     {"launch"},
     {"cli", "tools"},

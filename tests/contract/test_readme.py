@@ -13,6 +13,7 @@ from megatron_demix import errors
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+_WITH_COMMANDS = ("search_mixture.py", "convert_hf.py")
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -53,7 +54,7 @@ def test_every_command_exists_with_its_flags(command):
         script = next((w for w in words if w.endswith(".py")), None)
         assert script, f"a command this test does not know: {command}"
         assert (ROOT / script).is_file()
-        text = help_of(script, words[words.index(script) + 1]) if script.endswith("search_mixture.py") else help_of(script)
+        text = help_of(script, words[words.index(script) + 1]) if script.endswith(_WITH_COMMANDS) else help_of(script)
         words = words[words.index(script) :]
     missing = [w for w in words if w.startswith("--") and w.split("=")[0] not in text]
     assert missing == []

@@ -1,0 +1,183 @@
+"""A Megatron distributed checkpoint becomes a Hugging Face folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.artifact import remove_leftovers, temporary_beside
+from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
+from megatron_demix.checkpoint.elements import ARRAY_DTYPES, ElementReader
+from megatron_demix.checkpoint.metadata import TensorInfo
+from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.errors import ConfigError, IncompatibleInputs, OutputExists, storage_errors
+from megatron_demix.huggingface.config import (
+    DESCRIBING,
+    ModelArguments,
+    from_huggingface,
+    from_megatron,
+    read_config,
+    to_huggingface,
+)
+from megatron_demix.huggingface.folder import COMPANIONS, copy_companions, write_weights
+from megatron_demix.huggingface.names import MOE_NORMS, Parameter, parameters, part_shapes, split, stack_shape
+from megatron_demix.progress import progress_bar
+
+_SHARD_BYTES = 4 << 30
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    reference: Path | None = None,
+    vocab_size: int | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+    progress: bool = True,
+) -> ModelArguments:
+    """Write the model of a checkpoint to `output` as safetensors with config.json and, where known, its tokenizer.
+
+    checkpoint: a run's root, an iter_* or release folder; a merged one too. Optimizer and random state stay behind.
+    reference: a Hugging Face folder whose configuration and tokenizer are taken; default: the huggingface/ folder that an
+    import left beside the checkpoint, if it is there. Without one, config.json follows the arguments saved in the checkpoint,
+    and vocab_size (default: all rows, padding included) says how many rows of the embedding are kept.
+
+    At most `shard_bytes` are in memory. Raises ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError;
+    nothing is then at `output`.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputExists(f"{output} exists. Nothing is overwritten: move it away or choose another output.")
+    opened = Checkpoint(Path(checkpoint))
+    where = str(opened.location.path)
+    beside = opened.location.root / COMPANIONS
+    reference = reference or (beside if (beside / "config.json").is_file() else None)
+    saved = model_arguments(read_common_state(opened))
+    model = _model(opened, saved, reference, vocab_size)
+    source = _Source(opened, model, where)
+    config = read_config(reference) if reference else to_huggingface(model, source.dtype)
+    if reference:
+        config |= {key: source.dtype for key in ("dtype", "torch_dtype") if key in config}
+    sizes = source.sizes()
+    temporary = temporary_beside(output)
+    try:
+        with storage_errors(f"writing {output}"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(output.parent)
+            temporary.mkdir()
+            if reference:
+                copy_companions(reference, temporary)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            with progress_bar(f"exporting {output.name}", sum(sizes.values()), unit="bytes", enabled=progress) as advance:
+                write_weights(temporary, sizes, source.tensors(advance), shard_bytes)
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            if output.is_dir():
+                output.rmdir()
+            os.rename(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return model
+
+
+def _model(checkpoint: Checkpoint, saved: dict[str, Any], reference: Path | None, vocab_size: int | None) -> ModelArguments:
+    where = str(checkpoint.location.path)
+    embedding = checkpoint.model_tensors.get(_EMBEDDING)
+    if embedding is None:
+        raise IncompatibleInputs(f"{where}: has no {_EMBEDDING!r}; only GPT models are exported.")
+    if reference is None:
+        return from_megatron(saved, vocab_size or embedding.shape[0], where)
+    if vocab_size is not None:
+        raise ConfigError("--vocab-size and --reference both say how large the vocabulary is. Give one of them.")
+    model = from_huggingface(read_config(reference), str(reference))
+    if saved.keys() >= DESCRIBING:
+        # Shapes are compared later; this finds what shapes do not show.
+        trained = from_megatron(saved, model.vocab_size, where)
+        free = {"vocab_size", "max_position_embeddings"}
+        if model.num_experts is None:
+            free |= {"moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size"}
+        if not model.use_rope_scaling and not trained.use_rope_scaling:
+            free.add("rope_scaling_factor")
+        for name, value in vars(trained).items():
+            if name not in free and value != getattr(model, name):
+                raise IncompatibleInputs(
+                    f"{where} was trained with {name} {value}, but {reference / 'config.json'} means "
+                    f"{getattr(model, name)}. Give a reference of the same architecture, or none."
+                )
+    return model
+
+
+class _Source:
+    """The checkpoint's tensors under their Hugging Face names, checked against the model."""
+
+    def __init__(self, checkpoint: Checkpoint, model: ModelArguments, where: str) -> None:
+        self._reader, self._model, self._where = ElementReader(checkpoint), model, where
+        self._stored = checkpoint.model_tensors
+        moe_norm = next((n for n in MOE_NORMS.values() if any(n in key for key in self._stored)), MOE_NORMS["local"])
+        self._table = parameters(model, moe_norm=moe_norm)
+        used = {
+            info.key for parameter in self._table for at in self._positions(parameter) for info in [self._at(parameter, at)[0]]
+        }
+        if unused := sorted(set(self._stored) - used):
+            raise IncompatibleInputs(
+                f"{where}: has {len(unused)} tensors that a {model.family.model_type} model has not, such as {unused[0]!r}. "
+                "Exporting without them would give another model."
+            )
+
+    @property
+    def dtype(self) -> str:
+        return self._stored[_EMBEDDING].dtype
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every Hugging Face tensor, in the order of tensors()."""
+        return {
+            name: int(np.prod(shape)) * ARRAY_DTYPES[self._at(parameter, at)[0].dtype].itemsize
+            for parameter in self._table
+            for at in self._positions(parameter)
+            for name, shape in zip(parameter.names(at), part_shapes(parameter, self._model), strict=True)
+        }
+
+    def tensors(self, advance: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+        for parameter in self._table:
+            for at in self._positions(parameter):
+                info, offset = self._at(parameter, at)
+                box = self._reader.read(info, offset, (1,) * (len(info.shape) - len(parameter.shape)) + parameter.shape)
+                for name, part in zip(
+                    parameter.names(at), split(parameter, box.reshape(parameter.shape), self._model), strict=True
+                ):
+                    yield name, info.dtype, part
+                    advance(part.nbytes)
+
+    def _positions(self, parameter: Parameter) -> Iterator[tuple[int, ...]]:
+        return iter(np.ndindex(*stack_shape(parameter, self._model)))
+
+    def _at(self, parameter: Parameter, at: tuple[int, ...]) -> tuple[TensorInfo, tuple[int, ...]]:
+        """The stored tensor a slice lies in, and where: layers are stacked in one tensor, or each has its own."""
+        stack = stack_shape(parameter, self._model)
+        zeros = (0,) * len(parameter.shape)
+        if (info := self._stored.get(parameter.key)) is not None:
+            expected, offset = (*stack, *parameter.shape), (*at, *zeros)
+        elif at and (info := self._stored.get(parameter.key.replace("layers.", f"layers.{at[0]}.", 1))) is not None:
+            expected, offset = (*stack[1:], *parameter.shape), (*at[1:], *zeros)
+        else:
+            raise IncompatibleInputs(
+                f"{self._where}: has no {parameter.key!r}, which a {self._model.family.model_type} model needs."
+            )
+        fits = info.shape == expected
+        if parameter.vocabulary:
+            fits = info.shape[1:] == expected[1:] and info.shape[0] >= expected[0]
+        if not fits:
+            raise IncompatibleInputs(
+                f"{self._where}: {info.key!r} has shape {list(info.shape)}, expected {list(expected)}"
+                f"{' or more rows' if parameter.vocabulary else ''}."
+            )
+        return info, offset

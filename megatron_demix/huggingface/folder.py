@@ -1,0 +1,162 @@
+"""The weights of a Hugging Face folder: safetensors files, one or many with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_demix.artifact import read_json
+from megatron_demix.checkpoint.elements import ARRAY_DTYPES
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
+
+COMPANIONS = "huggingface"
+"""The folder beside an imported checkpoint that keeps what is not weights."""
+
+_ONE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# safetensors' names of the types that are converted.
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# What belongs to a model beside its weights. Never .py files: nothing that comes along is ever run.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+class HuggingFaceFolder:
+    """A model's tensors by name; each is read when asked for. Nothing in the folder is executed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError where the folder has no safetensors, CorruptInput where a shard is missing or damaged."""
+        self.path = Path(path)
+        self.files = self._files()
+        self._opened = {file: _open(file) for file in self.files}
+        self._file_of: dict[str, Path] = {}
+        for file, opened in self._opened.items():
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                self._file_of[name] = file
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype, shape) of a tensor. Raises IncompatibleInputs if it is missing, or of a type that is not converted."""
+        if name not in self._file_of:
+            raise IncompatibleInputs(
+                f"{self.path}: its weights have no {name!r}, which its config.json promises. They have {len(self._file_of)} "
+                f"tensors, such as {', '.join(sorted(self._file_of)[:3])}."
+            )
+        entry = self._opened[self._file_of[name]].get_slice(name)
+        if entry.get_dtype() not in _DTYPES:
+            raise IncompatibleInputs(
+                f"{self.path}: {name!r} is stored as {entry.get_dtype()}, expected one of {', '.join(_DTYPES)}. Quantised "
+                "weights are not converted: take the model's bf16 weights."
+            )
+        return _DTYPES[entry.get_dtype()], tuple(entry.get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor, as ARRAY_DTYPES says."""
+        import torch
+
+        dtype, _ = self.describe(name)
+        tensor = self._opened[self._file_of[name]].get_tensor(name)
+        return (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy().astype(ARRAY_DTYPES[dtype], copy=False)
+
+    def _files(self) -> list[Path]:
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path}: no such folder. Give a Hugging Face model folder on this machine.")
+        if (index := self.path / _INDEX).is_file():
+            try:
+                named = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, TypeError, AttributeError) as e:
+                raise CorruptInput(f"{index}: not an index of safetensors files ({e!r}).") from e
+            files = [self.path / name for name in named if isinstance(name, str) and "/" not in name]
+            if missing := [f.name for f in files if not f.is_file()]:
+                raise CorruptInput(
+                    f"{self.path}: {len(missing)} of the {len(files)} files that {_INDEX} names are missing, the first is "
+                    f"{missing[0]}. Finish the download."
+                )
+            return files
+        if (self.path / _ONE).is_file():
+            return [self.path / _ONE]
+        raise ConfigError(
+            f"{self.path}: holds neither {_ONE} nor {_INDEX}. Weights in pickle files (.bin, .pt) are not read: save the model "
+            "again with transformers' save_pretrained."
+        )
+
+
+def companions(folder: Path) -> list[Path]:
+    """Configuration and tokenizer files of a Hugging Face folder."""
+    return sorted({p for pattern in _COMPANIONS for p in Path(folder).glob(pattern) if p.is_file()})
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copy them into an existing folder, durably."""
+    for path in companions(folder):
+        shutil.copyfile(path, target / path.name)
+        with open(target / path.name, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _open(file: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as e:
+        raise ConfigError("safetensors is not installed: pip install 'megatron-demix[hf]'.") from e
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise CorruptInput(f"{file}: not a whole safetensors file ({e}).") from e
+
+
+def write_weights(
+    folder: Path, sizes: Mapping[str, int], tensors: Iterator[tuple[str, str, np.ndarray]], shard_bytes: int
+) -> None:
+    """Write safetensors files of at most about `shard_bytes`, one in memory at a time, and their index where there are several.
+
+    sizes: bytes of every tensor, in the order of `tensors`, which yields (name, dtype, array).
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    shards = _shards(sizes, shard_bytes)
+    files = [_ONE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        held = {}
+        for expected in names:
+            name, dtype, array = next(tensors)
+            assert name == expected
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            held[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+        save_file(held, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Sequence[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
