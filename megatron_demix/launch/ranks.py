@@ -19,12 +19,12 @@ _TORCHRUN_HANDLES = "SIGINT,SIGHUP,SIGQUIT"
 
 
 def main() -> int:
+    import psutil  # not in the handler: a second signal would find it half imported
+
     asked: list[int] = []
 
     def pass_on(signum: int, frame: object) -> None:
         """Ranks save and end with a code of their own, which ends torchrun. Without ranks there is nothing to save."""
-        import psutil
-
         asked.append(signum)
         ranks = psutil.Process().children()
         for rank in ranks:

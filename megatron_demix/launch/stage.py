@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -239,7 +239,8 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
             attempts.number -= 1  # asked to stop: nothing is wrong with it
             attempts.write(stage)
         if nodes.rank > 0 and not isinstance(e, Incomplete):
-            time.sleep(_LINGER_S)
+            with suppress(Incomplete):  # asked to stop while it waits
+                time.sleep(_LINGER_S)
         return e.exit_code if isinstance(e, DemixError) and over else Incomplete.exit_code
 
 

@@ -13,7 +13,7 @@ from megatron_demix import errors
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-_WITH_COMMANDS = ("search_mixture.py", "convert_hf.py")
+_WITH_COMMANDS = ("search_mixture.py", "convert_hf.py", "train_filters.py")
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

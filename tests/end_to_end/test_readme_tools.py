@@ -71,6 +71,7 @@ def test_searching(place):
     (place / "scores.csv").write_text("id,loss\n" + "".join(f"{i},{loss:.6f}\n" for i, loss in losses))
     (place / "proxies.csv").write_text((place / "scores.csv").read_text())
     (place / "references.csv").write_text("id,loss\n" + "".join(f"{i},{loss + 0.3:.6f}\n" for i, loss in losses))
+    (place / "again.csv").write_text("id,loss\n" + "".join(f"{i},{loss + 0.301:.6f}\n" for i, loss in losses))
     run_block("Search with your own scores", place, **{"--num 64": "--num 16"})
     predicted = [line.split(",") for line in (place / "predicted.csv").read_text().splitlines()]
     assert predicted[0] == ["id", "loss", "loss_std"]
