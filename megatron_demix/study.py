@@ -180,6 +180,8 @@ class PrepareSpec(_Section):
     """Clean the text first; null: it is used as it is."""
     split: tuple[float, float, float] = (0.94, 0.03, 0.03)
     """Shares of the documents for train, valid (scores the search) and test (scores the final run only)."""
+    on_bad_document: Literal["error", "reject"] = "error"
+    """A line that is not UTF-8, not JSON or without text: stop, or leave it out and list it."""
     workers: int = Field(2, ge=1)
 
     @model_validator(mode="after")

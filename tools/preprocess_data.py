@@ -3,7 +3,12 @@
 
 Writes PREFIX_<key>_document.bin/.idx (PREFIX_<key>_sentence with --split-sentences) for each JSON key. Inputs are JSON Lines
 (.jsonl, .json, .ndjson; also .gz and .zst), Parquet, plain text, folders of them, or globs. Interrupted, the same command goes
-on where it stopped. The output does not depend on --workers.
+on where it stopped; finished, it says so and changes nothing. The output does not depend on --workers and --partitions.
+
+On several machines with one disk, each runs the same command with a --partition of its own, in a SLURM array for example:
+    preprocess_data.py ... --partitions 16 --partition $SLURM_ARRAY_TASK_ID
+The last to finish puts the parts together. Uncompressed JSON Lines are cut between lines, Parquet between row groups;
+compressed and plain text files stay whole.
 """
 
 import argparse
@@ -60,8 +65,9 @@ def main() -> int:
     parser.add_argument("--on-bad-document", choices=("error", "reject"), default="error",
                         help="a line that is not UTF-8, not JSON or without text: stop (default), or leave it out and list it "
                         "in PREFIX_<key>_document.rejected.jsonl")  # fmt: skip
-    parser.add_argument("--partitions", type=int, default=1, metavar="N",
-                        help="accepted for Megatron's scripts; the output is the same for any number")  # fmt: skip
+    parser.add_argument("--partitions", type=int, default=1, metavar="N", help="parts the input is cut into (default: 1)")
+    parser.add_argument("--partition", type=int, metavar="I", help="make only this part, 0 to N - 1 (default: all, in turn; "
+                        "what other processes have made is used)")  # fmt: skip
     parser.add_argument("--log-interval", type=int, metavar="N", help="accepted for Megatron's scripts; progress is a bar")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
@@ -75,20 +81,29 @@ def main() -> int:
             from megatron_demix.data.sentences import punkt
 
             sentences = punkt(keep_newlines=arguments.keep_newlines)
+        number = arguments.partitions
+        if number < 1 or not 0 <= (arguments.partition or 0) < number:
+            raise ConfigError(f"--partition is {arguments.partition} of {number} partitions, expected 0 to {number - 1}.")
+        parts = [(i, number) for i in range(number)] if arguments.partition is None else [(arguments.partition, number)]
         for key in arguments.json_keys:
             prefix = Path(f"{arguments.output_prefix}_{key}_{'sentence' if sentences else 'document'}")
-            counts = preprocess(
-                inputs,
-                tokenizer,
-                prefix,
-                json_key=key,
-                workers=arguments.workers,
-                append_eod=arguments.append_eod,
-                sentences=sentences,
-                on_bad_document=arguments.on_bad_document,
-                progress=not arguments.quiet,
-            )
-            print(json.dumps({"prefix": str(prefix)} | counts))
+            for part in parts:
+                counts = preprocess(
+                    inputs,
+                    tokenizer,
+                    prefix,
+                    json_key=key,
+                    workers=arguments.workers,
+                    append_eod=arguments.append_eod,
+                    sentences=sentences,
+                    on_bad_document=arguments.on_bad_document,
+                    part=part if number > 1 else None,
+                    progress=not arguments.quiet,
+                )
+            if counts:
+                print(json.dumps({"prefix": str(prefix)} | counts))
+            else:
+                print(f"{prefix} is not published yet: other partitions are missing", file=sys.stderr)
     except DemixError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

@@ -22,6 +22,8 @@ from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput
 
 BLOCK_BYTES = 8 << 20
+_WHOLE = 1 << 62
+"""An end that is beyond that of any file."""
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 BadDocuments = Literal["error", "reject"]
@@ -38,7 +40,12 @@ class Block:
     first: int
     """Of its first document: the line (json) or row (column), counted from 1."""
     file_bytes: int
-    """How much of its file it took, as compressed as the file is: the blocks of a file add up to its size."""
+    """How much of its file it took, as compressed as the file is: the blocks of a file add up to its size, those
+    of its parts to within a line each."""
+    num_lines: int = 0
+    """json: line ends in it."""
+    skipped_bytes: int = 0
+    """json: of its file, before the part that is read. `first` counts from there, since nobody has counted the lines before."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +80,38 @@ def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> li
     return list(files)
 
 
-def read_blocks(files: Sequence[Path], *, json_key: str = "text", block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All blocks of all files, in order. Raises CorruptInput naming the file that cannot be read."""
+def read_blocks(
+    files: Sequence[Path], *, json_key: str = "text", block_bytes: int | None = None, part: tuple[int, int] = (0, 1)
+) -> Iterator[Block]:
+    """All blocks of all files, in order. Raises CorruptInput naming the file that cannot be read.
+
+    part: (i, n), only the i-th of n parts of the stream, cut by bytes. What begins in a part belongs to it: a line of an
+    uncompressed file, a row group of a Parquet file, and compressed and plain text files as a whole. So the parts are known
+    to each process by itself, and end to end they are the stream.
+    """
     number = 0
-    for file in files:
-        taken = 0
+    for file, begin, end in _part_of(files, part):
         try:
-            for kind, data, first, position in _blocks_of(file, json_key, block_bytes):
-                yield Block(number, file, kind, data, first, position - taken)
+            taken = begin
+            for kind, data, first, lines, position in _blocks_of(file, json_key, block_bytes or BLOCK_BYTES, begin, end):
+                skipped = begin if kind == "json" else 0
+                yield Block(number, file, kind, data, first, position - taken, lines, skipped)
                 number, taken = number + 1, position
         except (OSError, EOFError, zlib.error) as e:
             raise CorruptInput(f"{file} cannot be read: {e}.") from e
+
+
+def _part_of(files: Sequence[Path], part: tuple[int, int]) -> Iterator[tuple[Path, int, int]]:
+    """(file, begin, end): the bytes of each file that lie in a part, if any do."""
+    if part == (0, 1):
+        yield from ((file, 0, _WHOLE) for file in files)
+        return
+    sizes = [file.stat().st_size for file in files]
+    begin, end = (sum(sizes) * i // part[1] for i in (part[0], part[0] + 1))
+    for file, size in zip(files, sizes, strict=True):
+        if max(begin, 0) < min(end, size):
+            yield file, max(begin, 0), min(end, size)
+        begin, end = begin - size, end - size
 
 
 def read_documents(
@@ -100,29 +128,41 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
     Raises CorruptInput naming the file that cannot be read.
     """
     if file.suffix == ".parquet":
-        row = 1
-        for batch, _ in _batches(file, json_key, None):
-            for record in batch.to_pylist():
-                yield row, "row", record
-                row += 1
+        for batch, first, _ in _batches(file, json_key, None):
+            yield from ((row, "row", record) for row, record in enumerate(batch.to_pylist(), first))
         return
     for block in read_blocks([file]):
         yield from ((line, block.kind, item) for line, item in _items(block))
 
 
-def _blocks_of(file: Path, json_key: str, block_bytes: int) -> Iterator[tuple[Any, Any, int, int]]:
-    """(kind, data, first line or row, bytes of the file read so far)."""
+def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int) -> Iterator[tuple[Any, Any, int, int, int]]:
+    """(kind, data, first line or row, line ends, bytes of the file read so far) of what begins in its bytes [begin, end)."""
     if file.suffix == ".parquet":
-        yield from _rows(file, json_key)
+        yield from _rows(file, json_key, begin, end)
         return
     name = file.name.removesuffix(".gz").removesuffix(".zst")
     with open(file, "rb") as raw:
-        stream = _decompressed(raw, file)
-        if name.endswith(_JSON_LINES):
-            for data, first in _lines(stream, block_bytes):
-                yield "json", data, first, raw.tell()
+        if name == file.name and name.endswith(_JSON_LINES):
+            stop = _line_from(raw, end)
+            raw.seek(_line_from(raw, begin))
+            for data, first, lines in _lines(raw, block_bytes, stop - raw.tell()):
+                yield "json", data, first, lines, raw.tell()
+        elif begin > 0:
+            return
+        elif name.endswith(_JSON_LINES):
+            for data, first, lines in _lines(_decompressed(raw, file), block_bytes, _WHOLE):
+                yield "json", data, first, lines, raw.tell()
         else:
-            yield "text", stream.read(), 1, raw.tell()
+            yield "text", _decompressed(raw, file).read(), 1, 0, raw.tell()
+
+
+def _line_from(raw: IO[bytes], position: int) -> int:
+    """Where the first line begins that does not begin before this byte."""
+    if position in (0, _WHOLE):
+        return position
+    raw.seek(position - 1)
+    raw.readline()
+    return raw.tell()
 
 
 def _decompressed(raw: IO[bytes], file: Path) -> Any:
@@ -152,32 +192,36 @@ class _Zstd:
             raise OSError(f"not a Zstandard file, or a damaged one ({e})") from e
 
 
-def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+def _lines(stream: Any, block_bytes: int, left: int) -> Iterator[tuple[bytes, int, int]]:
+    """(whole lines, number of the first, how many end) of the stream's next `left` bytes."""
     rest: list[bytes] = []
     first = 1
-    while chunk := stream.read(block_bytes):
+    while left > 0 and (chunk := stream.read(min(block_bytes, left))):
+        left -= len(chunk)
         cut = chunk.rfind(b"\n") + 1
         if cut == 0:
             rest.append(chunk)
             continue
         data = b"".join([*rest, memoryview(chunk)[:cut]])
         rest = [chunk[cut:]]
-        yield data, first
-        first += native.count_newlines(data)
+        lines = native.count_newlines(data)
+        yield data, first, lines
+        first += lines
     if last := b"".join(rest):
-        yield last, first
+        yield last, first, 0
 
 
-def _rows(file: Path, column: str) -> Iterator[tuple[str, Any, int, int]]:
-    row, size = 1, file.stat().st_size
-    for batch, rows in _batches(file, column, [column]):
-        values = batch.column(0)
-        yield "column", values, row, size * (row - 1 + len(values)) // max(rows, 1)
-        row += len(values)
+def _rows(file: Path, column: str, begin: int, end: int) -> Iterator[tuple[str, Any, int, int, int]]:
+    size = file.stat().st_size
+    for batch, row, rows in _batches(file, column, [column], begin, end):
+        yield "column", batch.column(0), row, 0, size * (row - 1 + len(batch)) // max(rows, 1)
 
 
-def _batches(file: Path, column: str | None, columns: list[str] | None) -> Iterator[tuple[Any, int]]:
-    """(record batch of these or all columns, rows of the file). column: must be there and hold strings."""
+def _batches(
+    file: Path, column: str | None, columns: list[str] | None, begin: int = 0, end: int = _WHOLE
+) -> Iterator[tuple[Any, int, int]]:
+    """(record batch of these or all columns, number of its first row from 1 on, rows of the file) of the row groups that
+    begin in the file's bytes [begin, end), rows being taken as equally large. column: must be there and hold strings."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -191,8 +235,13 @@ def _batches(file: Path, column: str | None, columns: list[str] | None) -> Itera
                 raise CorruptInput(f"{file}: no column {column!r}; it has {names}. Name the right one as the JSON key.")
             if column is not None and not (pa.types.is_string(t := schema.field(column).type) or pa.types.is_large_string(t)):
                 raise CorruptInput(f"{file}: column {column!r} holds {t}, expected strings.")
-            for batch in table.iter_batches(batch_size=1 << 14, columns=columns):
-                yield batch, table.metadata.num_rows
+            rows, row, size = table.metadata.num_rows, 0, file.stat().st_size
+            for group in range(table.num_row_groups):
+                first, row = row, row + table.metadata.row_group(group).num_rows
+                if begin <= size * first // max(rows, 1) < end:
+                    for batch in table.iter_batches(batch_size=1 << 14, columns=columns, row_groups=[group]):
+                        yield batch, first + 1, rows
+                        first += len(batch)
     except pa.ArrowException as e:
         raise CorruptInput(f"{file}: not a Parquet file, or a damaged one ({e}).") from e
 
@@ -221,8 +270,8 @@ def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments
         except ValueError as e:
             if on_bad_document == "error":
                 raise CorruptInput(
-                    f"{block.file}:{line}: {e}. Correct the file, or have such documents rejected and listed "
-                    "(--on-bad-document reject)."
+                    f"{block.file}:{line + _lines_before(block)}: {e}. Correct the file, or have such documents rejected and "
+                    "listed (--on-bad-document reject; in a study, prepare.on_bad_document)."
                 ) from e
             rejected.append((f"{block.file.name}:{line}", str(e)))
             continue
@@ -231,6 +280,17 @@ def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments
         else:
             rejected.append((f"{block.file.name}:{line}", "empty"))
     return Documents(TextBatch.of(texts), rejected)
+
+
+def _lines_before(block: Block) -> int:
+    """Lines of its file before the part that was read, counted now that someone wants to know."""
+    number, left = 0, block.skipped_bytes
+    with open(block.file, "rb") as file:
+        left = _line_from(file, left)
+        file.seek(0)
+        while left > 0 and (chunk := file.read(min(BLOCK_BYTES, left))):
+            number, left = number + native.count_newlines(chunk), left - len(chunk)
+    return number
 
 
 def _items(block: Block) -> Iterator[tuple[int, Any]]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import fingerprint, write_json
+from megatron_demix.artifact import fingerprint, only_maker, write_json
 from megatron_demix.data.inputs import BadDocuments, read_blocks, resolve_inputs
-from megatron_demix.data.outputs import REJECTED, Outputs
+from megatron_demix.data.outputs import Outputs
+from megatron_demix.data.parts import complete_parts, part_folder, remove_parts
+from megatron_demix.data.prefix import finished, is_sealed, publish, seal, unseal
 from megatron_demix.data.recipe import Recipe, SentenceSplitter, tokenize
 from megatron_demix.data.tokenizer import Tokenizer
-from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
 from megatron_demix.progress import progress_bar
 from megatron_demix.units import format_count
 
@@ -35,20 +36,26 @@ def prepare_domain(
     workers: int = 1,
     append_eod: bool = True,
     on_bad_document: BadDocuments = "error",
+    part: tuple[int, int] | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Write train, valid and test (.bin, .idx, .meta.json each), stats.json and rejected.jsonl into the folder `output`.
 
-    Returns the statistics: {"splits": {split: {documents, tokens, bytes}}, "rejected": n, "tokenizer": fingerprint}. A folder
-    in which an earlier call was interrupted is gone on with. Raises ConfigError, CorruptInput, StorageError.
+    part: (i, n), make only the i-th of n parts, in a folder there; a call without it makes the whole, of the parts if all are
+    there. A folder in which an earlier call was interrupted is gone on with. Returns the statistics, None of a part:
+    {"splits": {split: {documents, tokens, bytes}}, "rejected": n, "tokenizer": fingerprint}. Raises ConfigError, CorruptInput,
+    StorageError.
     """
     if len(split) != len(SPLITS) or min(split) < 0 or abs(sum(split) - 1) > 1e-6 or split[0] == 0:
         raise ConfigError(
             f"split is {split}, expected three shares >= 0 for train, valid and test that sum to 1, with some train."
         )
     recipe = Recipe(tokenizer, json_key, append_eod, on_bad_document, tuple(split), seed)
-    with _outputs(inputs, Path(output), SPLITS, recipe) as outputs:
-        _fill(outputs, inputs, recipe, workers, progress)
+    run = _Run(inputs, Path(output), SPLITS, recipe, workers, progress)
+    if part is not None:
+        run.make_part(part)
+        return None
+    with run.whole() as outputs:
         documents = _check_documents(inputs, outputs)
         for name, share in zip(SPLITS, split, strict=True):
             if share > 0 and outputs.counts[name]["documents"] == 0:
@@ -59,6 +66,7 @@ def prepare_domain(
         outputs.close()
     stats = {"splits": outputs.counts, "rejected": outputs.num_rejected, "tokenizer": tokenizer.fingerprint}
     write_json(Path(output) / STATS, stats)
+    remove_parts(Path(output))
     return stats
 
 
@@ -72,51 +80,96 @@ def preprocess(
     append_eod: bool = True,
     sentences: SentenceSplitter | None = None,
     on_bad_document: BadDocuments = "error",
+    part: tuple[int, int] | None = None,
     progress: bool = True,
-) -> dict[str, int]:
+) -> dict[str, int] | None:
     """All documents as one indexed data set, `prefix`.bin/.idx/.meta.json, and `prefix`.rejected.jsonl if any was rejected.
 
-    Interrupted, it goes on with its next call; nothing lies at `prefix` before it is whole. Returns {documents, tokens,
-    bytes, rejected}. Raises OutputExists, ConfigError, CorruptInput, StorageError.
+    Interrupted, it goes on with its next call; nothing lies at `prefix` before it is whole. Done before with the same inputs
+    and settings, it returns at once. Of several processes with one prefix, one works and the others wait for it.
+
+    part: (i, n), make only the i-th of n parts of the input, and the whole if all others are there. Returns {documents, tokens,
+    bytes, rejected}, None while parts are missing. Raises OutputExists, ConfigError, CorruptInput, StorageError.
     """
+    if part is not None and not 0 <= part[0] < part[1]:
+        raise ConfigError(f"part is {part[0]} of {part[1]}, expected 0 <= part < parts.")
     prefix = Path(prefix)
-    suffixes = (".bin", ".idx", ".meta.json", f".{REJECTED}")
-    for suffix in suffixes:
-        if Path(f"{prefix}{suffix}").exists():
-            raise OutputExists(f"{prefix}{suffix} exists. Move it away or choose another output; nothing is overwritten.")
     recipe = Recipe(tokenizer, json_key, append_eod, on_bad_document, sentences=sentences)
     work = prefix.parent / f".{prefix.name}.work"
+    run = _Run(inputs, work, [prefix.name], recipe, workers, progress)
     with storage_errors(f"writing {prefix}"):
-        work.mkdir(parents=True, exist_ok=True)
-        with _outputs(inputs, work, [prefix.name], recipe) as outputs:
-            _fill(outputs, inputs, recipe, workers, progress)
-            _check_documents(inputs, outputs)
-            outputs.close()
-        os.replace(work / REJECTED, work / f"{prefix.name}.{REJECTED}")
-        for suffix in suffixes[::-1]:  # the .bin last: without it nobody takes the rest for a data set
-            if suffix != f".{REJECTED}" or outputs.num_rejected:
-                os.rename(work / f"{prefix.name}{suffix}", f"{prefix}{suffix}")
-        shutil.rmtree(work)
-    return outputs.counts[prefix.name] | {"rejected": outputs.num_rejected}
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        if part is not None:
+            with only_maker(prefix):
+                if done := finished(prefix, run.identity, work):
+                    return done
+            run.make_part(part)
+        with only_maker(prefix):
+            if done := finished(prefix, run.identity, work):
+                return done
+            if part is not None and not complete_parts(work, run.identity) and not is_sealed(work, run.identity):
+                return None
+            if not is_sealed(work, run.identity):
+                unseal(work)
+                with run.whole() as outputs:
+                    _check_documents(inputs, outputs)
+                    outputs.close({"rejected": outputs.num_rejected, "made_from": run.identity})
+                seal(work, prefix.name, run.identity)
+            publish(work, prefix)
+            return finished(prefix, run.identity, work)
 
 
-def _outputs(inputs: Sequence[Path], folder: Path, names: Sequence[str], recipe: Recipe) -> Outputs:
-    files = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]
-    return Outputs(folder, names, recipe, fingerprint([files, recipe.describe()]))
+class _Run:
+    """One tokenizing of some inputs into a folder, as a whole or in parts."""
 
+    def __init__(
+        self, inputs: Sequence[Path], folder: Path, names: Sequence[str], recipe: Recipe, workers: int, progress: bool
+    ) -> None:
+        self._inputs, self._folder, self._names, self._recipe = inputs, folder, names, recipe
+        self._workers, self._progress = workers, progress
+        # A moved or copied file that kept its time is the same file.
+        files = [[p.name, (facts := p.stat()).st_size, facts.st_mtime_ns] for p in inputs]
+        self.identity = fingerprint([files, recipe.describe()])
 
-def _fill(outputs: Outputs, inputs: Sequence[Path], recipe: Recipe, workers: int, progress: bool) -> None:
-    size = sum(p.stat().st_size for p in inputs)
-    blocks = read_blocks(inputs, json_key=recipe.json_key)
-    label = f"tokenizing {_named(inputs)}"
-    with progress_bar(label, size, unit="bytes", enabled=progress) as advance:
-        for _ in range(outputs.blocks):
-            advance(next(blocks).file_bytes)
-        before, started = outputs.tokens, time.monotonic()
-        for done in tokenize(blocks, recipe, workers):
-            outputs.add(done)
-            rate = int((outputs.tokens - before) / max(time.monotonic() - started, 1e-6))
-            advance(done.block.file_bytes, info=f"{format_count(outputs.tokens)} tokens, {format_count(rate)}/s")
+    def make_part(self, part: tuple[int, int]) -> None:
+        """Raises ConfigError, CorruptInput, StorageError."""
+        folder = part_folder(self._folder, part)
+        # The lock lies beside the folder that is removed when everything is published.
+        with only_maker(self._folder.with_name(f"{self._folder.name}.{folder.name}")):
+            with storage_errors(f"writing {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)
+            with Outputs(folder, self._names, self._recipe, self.identity) as outputs:
+                if outputs.whole:
+                    outputs.abandon()
+                    return
+                self._fill(outputs, part)
+                outputs.finish_part()
+
+    @contextmanager
+    def whole(self) -> Iterator[Outputs]:
+        """Everything, filled and not yet closed: of the parts if all are there."""
+        with storage_errors(f"writing {self._folder}"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        parts = complete_parts(self._folder, self.identity)
+        with Outputs(self._folder, self._names, self._recipe, self.identity, resume=not parts) as outputs:
+            if parts:
+                outputs.take(parts)
+            else:
+                self._fill(outputs, (0, 1))
+            yield outputs
+
+    def _fill(self, outputs: Outputs, part: tuple[int, int]) -> None:
+        size = sum(p.stat().st_size for p in self._inputs) // part[1]
+        blocks = read_blocks(self._inputs, json_key=self._recipe.json_key, part=part)
+        label = f"tokenizing {_named(self._inputs)}" + (f", part {part[0]} of {part[1]}" if part[1] > 1 else "")
+        with progress_bar(label, size, unit="bytes", enabled=self._progress) as advance:
+            for _ in range(outputs.blocks):
+                advance(next(blocks).file_bytes)
+            before, started = outputs.tokens, time.monotonic()
+            for done in tokenize(blocks, self._recipe, self._workers):
+                outputs.add(done)
+                rate = int((outputs.tokens - before) / max(time.monotonic() - started, 1e-6))
+                advance(done.block.file_bytes, info=f"{format_count(outputs.tokens)} tokens, {format_count(rate)}/s")
 
 
 def _named(inputs: Sequence[Path]) -> str:

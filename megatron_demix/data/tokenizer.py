@@ -17,6 +17,7 @@ import numpy as np
 from megatron_demix.artifact import fingerprint, read_json, write_json
 from megatron_demix.data import vocabularies
 from megatron_demix.data.engines import PROBE, Engine, agrees
+from megatron_demix.data.inputs import BadDocuments, read_documents
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
 from megatron_demix.study import TokenizerSpec
@@ -111,6 +112,7 @@ def train_tokenizer(
     output: Path,
     *,
     json_key: str | Mapping[str, str] = "text",
+    on_bad_document: BadDocuments = "error",
 ) -> None:
     """Write the tokenizer's folder: trained on the domains' text (type bpe), or copied from spec.model.
 
@@ -122,7 +124,7 @@ def train_tokenizer(
         output.mkdir(parents=True, exist_ok=True)
         if spec.type == "bpe":
             file: Path | None = output / "tokenizer.json"
-            text = _sample(spec, samples, json_key)
+            text = _sample(spec, samples, json_key, on_bad_document)
             (output / "tokenizer.json").write_text(vocabularies.train_bpe(text, spec.train_vocab_size))
         else:
             file = _copy(spec, output)
@@ -143,10 +145,14 @@ def _copy(spec: TokenizerSpec, output: Path) -> Path | None:
     return target
 
 
-def _sample(spec: TokenizerSpec, samples: Mapping[str, Sequence[Path]], json_key: str | Mapping[str, str]) -> bytes:
+def _sample(
+    spec: TokenizerSpec,
+    samples: Mapping[str, Sequence[Path]],
+    json_key: str | Mapping[str, str],
+    on_bad_document: BadDocuments,
+) -> bytes:
     """An even sample of every domain's documents, chosen by their content so that it does not depend on their order."""
     from megatron_demix import native
-    from megatron_demix.data.inputs import read_documents
 
     if not samples:
         raise ConfigError("tokenizer type 'bpe' needs text to be trained on, and no domain has text inputs.")
@@ -158,7 +164,7 @@ def _sample(spec: TokenizerSpec, samples: Mapping[str, Sequence[Path]], json_key
         size = sum(p.stat().st_size for p in paths)
         keep = min(1.0, 1.1 * quota / max(size, 1))
         chosen: list[tuple[int, bytes]] = []
-        for batch in read_documents(paths, json_key=key):
+        for batch in read_documents(paths, json_key=key, on_bad_document=on_bad_document):
             hashes = native.hash_documents(batch.text.content, batch.text.offsets, 0)
             content = batch.text.content
             chosen += [

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -184,7 +185,7 @@ def train_bpe(text: bytes, vocab_size: int) -> str:
     import gigatoken
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    with _stdout_to_stderr():
+    with _silent():
         vocabulary, merges = gigatoken.train_bpe(text, vocab_size - 1, [])
     spelled = {_to_byte_level(token): i for i, token in vocabulary.items()}
     model = models.BPE(vocab=spelled, merges=[(_to_byte_level(a), _to_byte_level(b)) for a, b in merges])
@@ -196,16 +197,24 @@ def train_bpe(text: bytes, vocab_size: int) -> str:
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """gigatoken reports its progress on standard output, which belongs to our results."""
+def _silent() -> Iterator[None]:
+    """gigatoken reports its progress on standard output and error from native code: shown only if an error comes of it."""
     sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as said:
+        try:
+            for descriptor in (1, 2):
+                os.dup2(said.fileno(), descriptor)
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(kept[1], said.read())
+            raise
+        finally:
+            for descriptor, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
 
 
 def _gigatoken(load_with: Any) -> Engine | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -120,6 +121,22 @@ class IndexedWriter:
             before.bin_bytes + len(tokens) * self.dtype.itemsize,
             before.sequences + len(lengths),
             before.documents + len(groups),
+        )
+
+    def append(self, prefix: Path, written: Written) -> None:
+        """Append what a writer of the same dtype at `prefix` had checkpointed when it was abandoned. Raises StorageError."""
+        sizes = {"bin": written.bin_bytes, "lengths": 4 * written.sequences, "groups": 4 * written.documents}
+        with storage_errors(f"writing {bin_path(self.prefix)}"):
+            for (what, size), file in zip(sizes.items(), self._files(), strict=False):
+                with open(f"{prefix}.{what}", "rb") as source:
+                    shutil.copyfileobj(source, file, _CHUNK)
+                    if source.tell() != size:
+                        raise ValueError(f"{prefix}.{what} has {source.tell()} bytes, expected {size}")
+        before = self.written
+        self.written = Written(
+            before.bin_bytes + written.bin_bytes,
+            before.sequences + written.sequences,
+            before.documents + written.documents,
         )
 
     def checkpoint(self) -> Written:

@@ -43,6 +43,7 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
     spec = spec.under(root)
     json_keys = {d.name: d.json_key for d in study.domains}
     settings = spec.model_dump(mode="json", exclude={"perplexity": {"model", "sentencepiece"}, "quality": {"model"}})
+    settings |= {"on_bad_document": study.prepare.on_bad_document}
     settings |= {"inputs": {name: [json_keys[name], digests.of(files)] for name, files in texts.items()}}
     for place, path in spec.models():
         if not path.is_file():
@@ -65,6 +66,7 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
             folder,
             spec,
             json_keys=json_keys,
+            on_bad_document=study.prepare.on_bad_document,
             root=root,
             work=stage.work,
             workers=study.prepare.workers,
@@ -103,6 +105,7 @@ def tokenizer(
         needs = (cleaned,)
     elif spec.type == "bpe":
         settings["inputs"] = {d.name: digests.of(inputs[d.name]) for d in samples}
+        settings["on_bad_document"] = study.prepare.on_bad_document
     elif spec.model:
         settings["model"] = digests.of(sorted(spec.model.iterdir()) if spec.model.is_dir() else [spec.model])
 
@@ -110,7 +113,8 @@ def tokenizer(
         from megatron_demix.data.tokenizer import train_tokenizer
 
         texts = {d.name: text_of(d, inputs[d.name], cleaned if needs else None) for d in samples}
-        train_tokenizer(spec, texts, folder, json_key={d.name: d.json_key for d in study.domains})
+        keys = {d.name: d.json_key for d in study.domains}
+        train_tokenizer(spec, texts, folder, json_key=keys, on_bad_document=study.prepare.on_bad_document)
 
     return Stage(f"tokenizer/{spec.type}", run, settings, needs, make)
 
@@ -135,7 +139,7 @@ def domain(
         if cleaned:
             needs = (tokenizer, cleaned)
         else:
-            settings["inputs"] = digests.of(inputs)
+            settings |= {"inputs": digests.of(inputs), "on_bad_document": study.prepare.on_bad_document}
 
     def make(folder: Path) -> None:
         from megatron_demix.data.prepare import prepare_domain
@@ -152,6 +156,7 @@ def domain(
             split=study.prepare.split,
             seed=study.seed,
             workers=study.prepare.workers,
+            on_bad_document=study.prepare.on_bad_document,
             progress=False,
         )
 

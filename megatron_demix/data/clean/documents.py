@@ -54,7 +54,7 @@ class ReadSources(PipelineStep):
                 elif problem != EMPTY and self.on_bad_document == "error":
                     raise CorruptInput(
                         f"{source.file}:{line}: {problem}. Correct the file, or have such documents removed and listed "
-                        "(--on-bad-document reject)."
+                        "(--on-bad-document reject; in a study, prepare.on_bad_document)."
                     )
                 else:
                     document.metadata["why"] = problem

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from megatron_demix.data import vocabularies
 from megatron_demix.data.engines import PROBE
 from megatron_demix.data.text import TextBatch
 from megatron_demix.data.tokenizer import load_tokenizer, train_tokenizer
@@ -49,6 +50,19 @@ def text_bytes(tokenizer, texts):
     ids, offsets = tokenizer.encode_batch(texts)
     sums = np.concatenate([[0], np.cumsum(tokenizer.token_bytes[ids])])
     return (sums[offsets[1:]] - sums[offsets[:-1]]).tolist()
+
+
+def test_training_is_silent_unless_it_fails(monkeypatch, capfd):
+    import os
+
+    import gigatoken
+
+    vocabularies.train_bpe(b"some text " * 50, 300)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(gigatoken, "train_bpe", lambda *_: (os.write(1, b"what went wrong\n"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        vocabularies.train_bpe(b"some text", 300)
+    assert capfd.readouterr() == ("", "what went wrong\n")
 
 
 def test_bpe(bpe):

@@ -1,0 +1,88 @@
+"""Publishing an indexed data set at a path prefix: its files appear whole, the .bin last, and nothing is overwritten.
+
+They are made in a hidden folder beside it and sealed there: `sealed.json`, written when all of them have been made, lets a
+process that finds a publication interrupted go on with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.artifact import read_json, write_json
+from megatron_demix.data.outputs import REJECTED
+from megatron_demix.errors import CorruptInput, OutputExists
+from megatron_demix.indexed.format import bin_path
+from megatron_demix.indexed.reader import read_index
+
+SEALED = "sealed.json"
+_SUFFIXES = (f".{REJECTED}", ".meta.json", ".idx", ".bin")
+"""In the order in which they appear: without its .bin nobody takes the rest for a data set."""
+
+
+def finished(prefix: Path, identity: str, work: Path) -> dict[str, int] | None:
+    """Counts of the data set at a prefix, if it was made from these inputs and settings; None if nothing lies there yet.
+
+    Raises OutputExists for anything else, CorruptInput for a finished one that has been damaged.
+    """
+    there = [path for suffix in _SUFFIXES if (path := Path(f"{prefix}{suffix}")).exists()]
+    if not there or is_sealed(work, identity):
+        return None
+    facts = _facts(prefix)
+    if facts.get("made_from") != identity or not bin_path(prefix).exists():
+        raise OutputExists(
+            f"{there[-1]} exists, and was not made from these inputs with these settings. Move it away or choose another "
+            "output; nothing is overwritten."
+        )
+    index = read_index(prefix)
+    if index.num_tokens != facts["tokens"]:
+        raise CorruptInput(
+            f"{prefix} has {index.num_tokens} tokens, {prefix}.meta.json says {facts['tokens']}. Delete both to have it made "
+            "again."
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return {what: facts[what] for what in ("documents", "tokens", "bytes", "rejected")}
+
+
+def _facts(prefix: Path) -> dict[str, Any]:
+    try:
+        facts = read_json(Path(f"{prefix}.meta.json"))
+    except CorruptInput:  # none, or not ours
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def is_sealed(work: Path, identity: str) -> bool:
+    """Whether everything that will lie at the prefix has been made, and some of it may lie there already."""
+    path = work / SEALED
+    return path.is_file() and read_json(path)["made_from"] == identity
+
+
+def seal(work: Path, name: str, identity: str) -> None:
+    """Of a folder with a closed data set of this name."""
+    rejected = work / f"{name}.{REJECTED}"
+    os.replace(work / REJECTED, rejected)
+    if not rejected.stat().st_size:
+        rejected.unlink()
+    write_json(work / SEALED, {"made_from": identity})
+
+
+def unseal(work: Path) -> None:
+    """What other inputs were sealed as is about to be overwritten."""
+    (work / SEALED).unlink(missing_ok=True)
+
+
+def publish(work: Path, prefix: Path) -> None:
+    """Move what has been sealed to its place. Killed in between, the next call goes on where it stopped."""
+    left = [suffix for suffix in _SUFFIXES if (work / f"{prefix.name}{suffix}").exists()]
+    for suffix in left:
+        if (target := Path(f"{prefix}{suffix}")).exists():
+            raise OutputExists(f"{target} exists. Move it away or choose another output; nothing is overwritten.")
+    for suffix in left:
+        os.rename(work / f"{prefix.name}{suffix}", f"{prefix}{suffix}")
+    descriptor = os.open(prefix.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shutil.rmtree(work)
