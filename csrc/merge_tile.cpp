@@ -9,14 +9,9 @@
 namespace demix {
 namespace {
 
-// Elements in work at a time: sources stay in the caches between their CRC and their sum.
-constexpr std::int64_t block = 2048;
-
-// Reading ahead while the block before is in work: the processor's own prefetching gives up at the end of a page, and knows
-// nothing of the next source.
-void prefetch(const char* from, std::size_t n) {
-    for (std::size_t at = 0; at < n; at += 64) __builtin_prefetch(from + at, 0, 2);
-}
+// Elements in work at a time. Their sources must stay in half of a 1 MiB second-level cache between their CRC and their sum, also
+// where two threads share it; but every source is a stream of its own to the memory, and long pieces of few streams are faster.
+std::int64_t block_of(std::size_t num_sources) { return std::clamp<std::int64_t>((128 << 10) / std::int64_t(num_sources), 2048, 16384); }
 
 }  // namespace
 
@@ -33,7 +28,8 @@ Tiling make_tiling(const Target& t, std::size_t tile_bytes) {
 }
 
 TileWorker::TileWorker(Execution& execution)
-    : x_(execution), num_mixtures_(execution.settings.num_mixtures), to_files_(execution.to.addresses.empty()), sum_(execution.kernels),
+    : x_(execution), num_mixtures_(execution.settings.num_mixtures), to_files_(execution.to.addresses.empty()),
+      block_(block_of(execution.plan.num_sources())), sum_(execution.kernels),
       gathered_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
     if (execution.settings.deltas) delta_sum_ = std::make_unique<DeltaSum>(*execution.settings.deltas, execution.kernels);
 }
@@ -101,8 +97,8 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
     const std::size_t in = item_size(t.in), out = item_size(t.out);
     const bool check = x_.settings.check_sources;
     if (check) crcs_.assign(set.read.size(), 0);
-    for (std::int64_t i = 0; i < n; i += block) {
-        const std::int64_t count = std::min(block, n - i);
+    for (std::int64_t i = 0; i < n; i += block_) {
+        const std::int64_t count = std::min(block_, n - i);
         views_.assign(sources_.begin(), sources_.end());
         for (std::size_t j = 0; j < set.read.size(); ++j) {
             const int k = set.read[j];
@@ -110,7 +106,6 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
             views_[k] = stride == 1 || count == 1 ? sources_[k] + std::size_t(i) * in
                                                   : gather(k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
             if (check && (stride == 1 || n == 1)) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
-            if (stride == 1 && i + count < n) prefetch(views_[k] + std::size_t(count) * in, std::size_t(std::min(block, n - i - count)) * in);
             if (check && stride != 1 && n > 1) check_scattered(r, k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
         }
         for (int m = 0; m < num_mixtures_; ++m) outs_here_[m] = outs_[m] + std::size_t(to + i) * out;
@@ -155,7 +150,7 @@ void TileWorker::check_scattered(const Region& r, int k, const char* at, std::in
 }
 
 const char* TileWorker::gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {
-    char* to = gathered_[k].get(block * 4);
+    char* to = gathered_[k].get(block_ * 4);
     for (std::int64_t i = 0; i < n; ++i, at += stride * std::int64_t(item)) std::memcpy(to + i * item, at, item);
     return to;
 }

@@ -59,6 +59,7 @@ private:
     Execution& x_;
     const int num_mixtures_;
     const bool to_files_;
+    const std::int64_t block_;  // elements in work at a time
     MixtureSum sum_;
     std::unique_ptr<DeltaSum> delta_sum_;  // takes the place of sum_ where the elements are deltas under a rule
     Buffer<char> tile_buffer_;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 from pathlib import Path
 
@@ -26,10 +28,16 @@ def is_model_key(key: str) -> bool:
 class Checkpoint:
     """Read-only view of one torch_dist checkpoint. Files are mapped when first used and stay mapped with their arrays."""
 
-    def __init__(self, path: Path) -> None:
-        """path: anything find_checkpoint accepts. Raises as find_checkpoint and read_metadata do."""
+    def __init__(self, path: Path, *, read_ahead: bool = True) -> None:
+        """path: anything find_checkpoint accepts. Raises as find_checkpoint and read_metadata do.
+
+        read_ahead: False where a few scattered bytes are read of what is not in the page cache: a disk may otherwise read
+        megabytes around each of them. prefetch() then fetches what is needed whole.
+        """
         self.location: CheckpointDir = find_checkpoint(path)
         self.metadata: CheckpointMetadata = read_metadata(self.location.path)
+        self._read_ahead = read_ahead
+        self._maps: dict[str, mmap.mmap | None] = {}
         self._files: dict[str, np.ndarray] = {}
 
     @property
@@ -45,7 +53,7 @@ class Checkpoint:
         """The bytes of one stored item, uint8. Raises CorruptInput if the file is missing or too short."""
         path = self.location.path / location.file
         if location.file not in self._files:
-            self._files[location.file] = _map(path)
+            self._open(path, location.file)
         data = self._files[location.file]
         if location.position + location.length > data.nbytes:
             raise CorruptInput(
@@ -54,9 +62,16 @@ class Checkpoint:
             )
         return data[location.position : location.position + location.length]
 
+    def prefetch(self, location: Location, key: str) -> None:
+        """Have one stored item read from disk in one go. Raises as blob() does."""
+        self.blob(location, key)
+        if (mapped := self._maps[location.file]) is not None:
+            begin = location.position // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, begin, location.position + location.length - begin)
+
     def payload(self, info: TensorInfo, chunk: Chunk) -> Payload:
         """The elements of one chunk (also of with_keys(), layers.py). Raises CorruptInput if they are not what it promises."""
-        what = f"{self.location.path / chunk.location.file} ({info.key!r} at {chunk.offset})"
+        what = f"{self.location.path}/{chunk.location.file} ({info.key!r} at {chunk.offset})"
         payload = read_payload(self.blob(chunk.location, info.key), what)
         if chunk.layer is not None and payload.shape and chunk.layer < payload.shape[0]:
             payload = payload.at(chunk.layer)
@@ -68,10 +83,14 @@ class Checkpoint:
             )
         return payload
 
-
-def _map(path: Path) -> np.ndarray:
-    try:
-        # A plain array: slicing a memmap object costs more than all else that reading a header does.
-        return np.asarray(np.memmap(path, np.uint8, mode="r")) if path.stat().st_size else np.zeros(0, np.uint8)
-    except OSError as e:
-        raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
+    def _open(self, path: Path, name: str) -> None:
+        try:
+            with open(path, "rb") as file:
+                # An empty file cannot be mapped.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else None
+        except OSError as e:
+            raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
+        if mapped is not None and not self._read_ahead:
+            mapped.madvise(mmap.MADV_RANDOM)
+        self._maps[name] = mapped
+        self._files[name] = np.frombuffer(mapped if mapped is not None else b"", np.uint8)

@@ -9,6 +9,7 @@ import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,9 @@ def _properties(dtype: str) -> Inert:
     return instance(f"{_DCP}.metadata.TensorProperties", state=(Global(f"torch.{dtype}"), layout, False, contiguous, False))
 
 
+@lru_cache(maxsize=4096)
 def _describe_tensor(dtype: str, shape: Shape) -> bytes:
-    """data.pkl of a contiguous tensor, as torch.save writes it."""
+    """data.pkl of a contiguous tensor, as torch.save writes it. Cached: most chunks look alike."""
     elements, strides = 1, []
     for size in reversed(shape):
         strides.append(elements)

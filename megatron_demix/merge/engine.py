@@ -35,7 +35,7 @@ PROVENANCE = "demix_merge.json"
 
 _MAX_MEMORY = 256 << 20
 # The tiles of all outputs together should stay in a second-level cache until they are written, but small writes are slow.
-_TILES, _LARGEST_TILE, _USUAL_TILE, _SMALLEST_TILE = 2 << 20, 1 << 20, 128 << 10, 64 << 10
+_TILES, _LARGEST_TILE, _SMALLEST_TILE = 2 << 20, 1 << 20, 64 << 10
 
 
 def merge_checkpoints(
@@ -289,7 +289,7 @@ class _Increments:
 
 
 def _tile_bytes(num_outputs: int, threads: int, max_memory: int) -> int:
-    wanted = max(_USUAL_TILE, min(_LARGEST_TILE, _TILES // num_outputs))
+    wanted = min(_LARGEST_TILE, _TILES // num_outputs)
     return max(_SMALLEST_TILE, min(wanted, max_memory // (num_outputs * threads * BUFFERS_PER_THREAD)) // 4096 * 4096)
 
 

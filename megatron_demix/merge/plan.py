@@ -169,7 +169,7 @@ class BytePlan:
             self._records[at] = self.native.add_record(payload.record, payload.crc)
             self._crcs.append(payload.crc)
             folder = self.components.checkpoints[k].location.path
-            self._names.append(f"{folder / chunk.location.file} ({info.key!r} at {chunk.offset})")
+            self._names.append(f"{folder}/{chunk.location.file} ({info.key!r} at {chunk.offset})")
         inside = sum((a - o) * s for a, o, s in zip(lo, chunk.offset, payload.strides, strict=True))
         return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides
 
@@ -181,11 +181,17 @@ class _Grid:
         dims = len(info.shape)
         self.lo = np.array([c.offset for c in info.chunks], np.int64).reshape(len(info.chunks), dims)
         self.hi = self.lo + np.array([c.shape for c in info.chunks], np.int64).reshape(len(info.chunks), dims)
+        self._exactly = {
+            (lo, hi): i
+            for i, (lo, hi) in enumerate(zip(map(tuple, self.lo.tolist()), map(tuple, self.hi.tolist()), strict=True))
+        }
 
     def holding(self, lo: Shape, hi: Shape) -> int | None:
+        if (found := self._exactly.get((lo, hi))) is not None:
+            return found
         inside = ((self.lo <= np.array(lo, np.int64)) & (self.hi >= np.array(hi, np.int64))).all(axis=1)
-        found = np.flatnonzero(inside)
-        return int(found[0]) if found.size else None
+        holders = np.flatnonzero(inside)
+        return int(holders[0]) if holders.size else None
 
     def cuts(self, axis: int, lo: int, hi: int, touching: np.ndarray) -> set[int]:
         edges = np.concatenate([self.lo[touching, axis], self.hi[touching, axis]])
@@ -197,6 +203,8 @@ class _Grid:
 
 def _cells(lo: Shape, hi: Shape, grids: Sequence[_Grid]) -> list[tuple[Shape, Shape]]:
     """A box of a tensor cut wherever a chunk of any component ends: (lo, hi) in the tensor's coordinates, in order."""
+    if all(grid.holding(lo, hi) is not None for grid in grids):
+        return [(lo, hi)]
     touching = [grid.touching(lo, hi) for grid in grids]
     spans = []
     for axis in range(len(lo)):
