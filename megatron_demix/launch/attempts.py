@@ -57,6 +57,10 @@ def _path(stage: Stage) -> Path:
 
 
 def _saved(stage: Stage) -> str:
-    """Names the checkpoints and finished rows in the stage's work folder; the trainer's log of losses is ahead of them."""
-    rows = [[p.name, p.stat().st_size] for p in sorted(stage.work.glob("rows-*.jsonl"))]
-    return fingerprint([sorted(p.name for p in stage.work.glob("iter_*")), rows])
+    """Names the checkpoints and finished rows in the stage's work folder (the trainer's log of losses is ahead of them), and
+    how far its text is tokenized or its blend written."""
+    work = stage.whole.work
+    rows = [[p.name, p.stat().st_size] for p in sorted(work.glob("rows-*.jsonl"))]
+    journals = [[str(p.relative_to(work)), p.read_text()] for p in sorted(work.rglob("journal.json"))]
+    shards = sorted(p.name for p in work.glob(".*.work-*/shard-*.json"))
+    return fingerprint([sorted(p.name for p in work.glob("iter_*")), rows, journals, shards])

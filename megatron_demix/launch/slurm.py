@@ -47,14 +47,15 @@ class Slurm:
                     f"{self._dag.run} is already being worked on by the SLURM jobs {_ids(live)}: see `demix status`, or "
                     "`demix cancel` them first."
                 )
-            for stage in self._dag.all:
-                forget(stage)
+            for g in self._groups():
+                for stage in g.stages:
+                    forget(stage)
             self._scripts.cancelled.unlink(missing_ok=True)
             jobs = self._submit([s for s in self._dag.all if not s.done()])
         return {"said": f"{len(jobs)} jobs, scripts in {self._scripts.folder}", "jobs": jobs}
 
     def scripts(self) -> str:
-        groups = group(self._dag.all)
+        groups = self._groups()
         files = [(self._scripts.path(g.name), self._scripts.of_group(g)) for g in groups]
         files.append((self._scripts.path(CONCLUDE), self._scripts.of_conclusion()))
         return "\n".join(f"# ---- {path}\n{text}" for path, text in files)
@@ -85,10 +86,12 @@ class Slurm:
             members = read_json(self._scripts.folder / "groups.json")
         except DemixError:
             return {}
-        found = {}
-        for _, name, index, state, reason in self._jobs():
-            if stages := members.get(name):
-                found[stages[index or 0]] = "running" if state in ("RUNNING", "COMPLETING") else f"queued ({reason})"
+        found: dict[str, str] = {}
+        for _, of_group, index, state, reason in self._jobs():
+            if stages := members.get(of_group):
+                # Of a stage in parts, each has a job; one that runs counts more than one that waits.
+                name, running = stages[index or 0], state in ("RUNNING", "COMPLETING")
+                found[name] = "running" if running or found.get(name) == "running" else f"queued ({reason})"
         return found
 
     def conclude(self) -> None:
@@ -115,14 +118,17 @@ class Slurm:
             jobs = self._submit(possible)
         print(f"{len(missing)} stages are not done: submitted again as {', '.join(jobs.values())}", flush=True)
 
+    def _groups(self) -> list[Group]:
+        return group(self._dag.all, self._scripts.spec.parts)
+
     def _submit(self, stages: Sequence[Stage]) -> dict[str, str]:
         """Job ids by group. Of an array only the elements that are missing are submitted."""
-        groups = group(self._dag.all)
+        groups = self._groups()
         scripts = self._scripts
         (self._dag.run / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
         scripts.folder.mkdir(exist_ok=True)
         write_json(scripts.study, self._dag.study.model_dump(mode="json"))
-        write_json(scripts.folder / "groups.json", {g.name: [s.name for s in g.stages] for g in groups})
+        write_json(scripts.folder / "groups.json", {g.name: [s.whole.name for s in g.stages] for g in groups})
         for g in groups:
             write_atomic(scripts.path(g.name), scripts.of_group(g))
         write_atomic(scripts.path(CONCLUDE), scripts.of_conclusion())
@@ -131,7 +137,7 @@ class Slurm:
         wanted = {s.name for s in stages}
         try:
             for g in groups:
-                if missing := [i for i, s in enumerate(g.stages) if s.name in wanted]:
+                if missing := [i for i, s in enumerate(g.stages) if s.whole.name in wanted]:
                     jobs[g.name] = self._sbatch(g, missing, [jobs[n] for n in g.needs if n in jobs])
             everything = ":".join(jobs.values())
             after = [f"--dependency=afterany:{everything}"] if jobs else []
@@ -167,7 +173,7 @@ class Slurm:
 
     def _progress(self) -> str:
         """Changes whenever a stage is done, or has been tried."""
-        return fingerprint([[s.name, s.done(), vars(Attempts.read(s))] for s in self._dag.all])
+        return fingerprint([[s.name, s.done(), vars(Attempts.read(s))] for g in self._groups() for s in g.stages])
 
 
 def _ids(jobs: Sequence[tuple]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,11 @@ class Group:
     needs: tuple[str, ...]
 
 
-def group(stages: Sequence[Stage]) -> list[Group]:
-    """stages: needs first, each with all it needs. Stages of one kind, as many ranks and the same depth form a group."""
+def group(stages: Sequence[Stage], parts: Mapping[str, int] = {}) -> list[Group]:
+    """stages: needs first, each with all it needs. Stages of one kind, as many ranks and the same depth form a group.
+
+    parts: by kind, in how many parts its stages are made. All parts of a group are a group of their own, which it needs.
+    """
     depth: dict[str, int] = {}
     for stage in stages:
         depth[stage.name] = 1 + max((depth[n.name] for n in stage.needs), default=0)
@@ -38,10 +41,16 @@ def group(stages: Sequence[Stage]) -> list[Group]:
         name = members[0].kind if len(members) > 1 else members[0].name.replace("/", ".")
         names[where] = f"{name}.{where[0]}" if name in names.values() else name
     of_stage = {stage.name: names[where] for where, members in alike.items() for stage in members}
-    return [
-        Group(name, tuple(alike[where]), tuple(dict.fromkeys(of_stage[n.name] for s in alike[where] for n in s.needs)))
-        for where, name in names.items()
-    ]
+    groups = []
+    for where, name in names.items():
+        members = alike[where]
+        needs = tuple(dict.fromkeys(of_stage[n.name] for s in members for n in s.needs))
+        number = parts.get(members[0].kind, 1)
+        if number > 1 and (made := tuple(s.part((i, number)) for s in members if s.make_part for i in range(number))):
+            groups.append(Group(f"{name}.parts", made, needs))
+            needs = (*needs, f"{name}.parts")
+        groups.append(Group(name, tuple(members), needs))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -161,11 +170,13 @@ class Scripts:
 
 
 def check_kinds(spec: SlurmSpec, stages: Sequence[Stage]) -> None:
-    """Raises ConfigError for an override of a kind of stages that the study has not."""
+    """Raises ConfigError for an override of a kind of stages that the study has not, or that is not made in parts."""
     kinds = list(dict.fromkeys(s.kind for s in stages))
-    for kind in spec.kinds:
-        if kind not in kinds:
-            raise ConfigError(f"launch.slurm.kinds: {kind!r} is not one of {', '.join(kinds)}.")
+    in_parts = list(dict.fromkeys(s.kind for s in stages if s.make_part))
+    for key, given, possible in (("kinds", spec.kinds, kinds), ("parts", spec.parts, in_parts)):
+        for kind in given:
+            if kind not in possible:
+                raise ConfigError(f"launch.slurm.{key}: {kind!r} is not one of {', '.join(possible) or 'this study (none)'}.")
 
 
 def _given(overrides: SlurmResources) -> dict:

@@ -235,6 +235,8 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         if nodes.rank == 0 and over:
             attempts.failed = said
             attempts.write(stage)
+            if stage.whole is not stage:
+                Attempts(failed=said).write(stage.whole)
         elif nodes.rank == 0 and isinstance(e, Incomplete):
             attempts.number -= 1  # asked to stop: nothing is wrong with it
             attempts.write(stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,13 @@ class Dag:
         return with_needs([*([self.maturity.scores] if self.maturity else []), self.final_scores])
 
     def stage(self, name: str) -> Stage:
-        """Raises ConfigError naming the nearest stage there is."""
+        """Also a part, by its own name. Raises ConfigError naming the nearest stage there is."""
+        name, _, part = name.partition("@")
         for stage in self.all:
-            if stage.name == name:
+            if stage.name == name and not part:
                 return stage
+            if stage.name == name and stage.make_part and (numbers := re.fullmatch(r"(\d+)-of-(\d+)", part)):
+                return stage.part((int(numbers[1]), int(numbers[2])))
         close = difflib.get_close_matches(name, [s.name for s in self.all], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"study {self.study.name!r} has no stage {name!r}{hint} `demix plan` lists them.")

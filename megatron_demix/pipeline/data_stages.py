@@ -141,13 +141,10 @@ def domain(
         else:
             settings |= {"inputs": digests.of(inputs), "on_bad_document": study.prepare.on_bad_document}
 
-    def make(folder: Path) -> None:
+    def prepare(folder: Path, part: tuple[int, int] | None = None) -> None:
         from megatron_demix.data.prepare import prepare_domain
         from megatron_demix.data.tokenizer import load_tokenizer
 
-        if spec.prefixes is not None:
-            write_json(folder / STATS, _stats_of_prefixes(spec, inputs))
-            return
         prepare_domain(
             text_of(spec, inputs, cleaned),
             load_tokenizer(tokenizer.folder),
@@ -157,10 +154,16 @@ def domain(
             seed=study.seed,
             workers=study.prepare.workers,
             on_bad_document=study.prepare.on_bad_document,
+            part=part,
             progress=False,
         )
 
-    return Stage(f"data/{spec.name}", run, settings, needs, make)
+    def describe(folder: Path) -> None:
+        write_json(folder / STATS, _stats_of_prefixes(spec, inputs))
+
+    if spec.prefixes is not None:
+        return Stage(f"data/{spec.name}", run, settings, needs, describe)
+    return Stage(f"data/{spec.name}", run, settings, needs, prepare, make_part=prepare)
 
 
 def _stats_of_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
     target = train_stages.num_tokens(study, "final") + 1
 
     def blend(name: str) -> Stage:
-        def make(folder: Path) -> None:
+        def make(folder: Path, part: tuple[int, int] | None = None) -> None:
             from megatron_demix.data.blend import build_blend
             from megatron_demix.data.pool import Pool, Source
 
@@ -43,7 +43,8 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
                 {d.name: Source(tuple(data_stages.prefixes(data[d.name], "train")), d.max_epochs) for d in study.domains}
             )
             shares = _shares(study, name, data, choice)
-            build_blend(pool, shares, target, folder / BLEND, mode=study.final.blend, seed=study.seed, progress=False)
+            output = folder / BLEND
+            build_blend(pool, shares, target, output, mode=study.final.blend, seed=study.seed, worker=part, progress=False)
 
         settings = {
             "mixture": name,
@@ -52,7 +53,10 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
             "max_epochs": {d.name: d.max_epochs for d in study.domains},
             "seed": study.seed,
         }
-        return Stage(f"blend/{name}", run, settings, (*data.values(), *([choice] if name == FOUND else [])), make)
+        needs = (*data.values(), *([choice] if name == FOUND else []))
+        return Stage(
+            f"blend/{name}", run, settings, needs, make, make_part=make if study.final.blend == "materialise" else None
+        )
 
     return {name: blend(name) for name in _mixtures(study)}
 

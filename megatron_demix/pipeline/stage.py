@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ class Stage:
     ranks: 0 for work done by `make` alone. Otherwise `make` writes the job file, and then this many ranks of
         `megatron_demix.pipeline.worker` finish the folder; what they have done survives a kill. Where nothing is left for ranks
         to do, `make` finishes the folder itself and writes no job file.
+    make_part: makes part i of n, (i, n), in the work folder; `make` goes on with what it finds there, and gives the same bytes
+        if that is nothing. Only a scheduler starts parts, as processes of their own.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Stage:
     needs: tuple[Stage, ...]
     make: Callable[[Path], None]
     ranks: int = 0
+    make_part: Callable[[Path, tuple[int, int]], None] | None = None
 
     @cached_property
     def key(self) -> str:
@@ -49,7 +52,7 @@ class Stage:
 
     @property
     def work(self) -> Path:
-        """Where a stage with ranks keeps unfinished work between runs."""
+        """Where a stage that keeps its unfinished work does so between runs."""
         return self.folder.with_name(f".{self.folder.name}.work")
 
     @property
@@ -65,11 +68,24 @@ class Stage:
     def heartbeat(self) -> Path:
         return self.log.with_suffix(".heartbeat")
 
+    @property
+    def whole(self) -> Stage:
+        """The stage that this is a part of: itself."""
+        return self
+
+    def part(self, index: tuple[int, int]) -> Part:
+        name = f"{self.name}@{index[0]}-of-{index[1]}"
+        return Part(name, self.run, self.settings, self.needs, self.make, make_part=self.make_part, of=self, index=index)
+
+    @property
+    def _keeps_work(self) -> bool:
+        return bool(self.ranks or self.make_part)
+
     def done(self) -> bool:
         return is_done(self.folder, self.key)
 
     def state(self) -> State:
-        return "done" if self.done() else "partial" if self.ranks and self.work.exists() else "to do"
+        return "done" if self.done() else "partial" if self._keeps_work and self.work.exists() else "to do"
 
     def begin(self) -> bool:
         """For a stage with ranks: the work folder and the job file, ready for the workers. False if they have nothing to do."""
@@ -83,9 +99,33 @@ class Stage:
         """Publish the artifact: make it, or take over what the ranks have finished."""
         # Settings are stored as JSON; going through it here makes the manifest the same whatever Python types they had.
         settings = json.loads(json.dumps(self.settings, default=str))
-        with publish(self.folder, self.key, self.kind, settings, work=self.work if self.ranks else None) as folder:
+        with publish(self.folder, self.key, self.kind, settings, work=self.work if self._keeps_work else None) as folder:
             if not self.ranks:
                 self.make(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Stage):
+    """Part index = (i, n) of a stage, as a process of its own makes it: done when the stage is."""
+
+    of: Stage = field(kw_only=True)
+    index: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def key(self) -> str:
+        return self.of.key
+
+    @property
+    def whole(self) -> Stage:
+        return self.of
+
+    def done(self) -> bool:
+        return self.of.done()
+
+    def finish(self) -> None:
+        assert self.make_part is not None
+        self.of.work.mkdir(parents=True, exist_ok=True)
+        self.make_part(self.of.work, self.index)
 
 
 def with_needs(stages: Iterable[Stage]) -> list[Stage]:

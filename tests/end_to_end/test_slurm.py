@@ -15,6 +15,8 @@ import pytest
 from slurm_cluster import Cluster, missing_programs, private_cluster
 
 from megatron_demix.artifact import hash_file
+from megatron_demix.pipeline.dag import build_dag
+from megatron_demix.study import load_study
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -36,10 +38,11 @@ base: {tokens: 2560}
 component: {tokens: 76800}                # 300 steps, long enough to be disturbed
 search: {rounds: [8], objective: {code: 0.7, english: 0.3}, candidates: 1000, top: 16}
 evaluate: {tokens_per_domain: 1k}
-final: {tokens: 2560, baselines: []}
+final: {tokens: 2560, baselines: [], blend: materialise}
 launch:
   backend: slurm
-  slurm: {ranks_per_node: 1, cpus_per_task: 1, time: 10min, setup: "export GLOO_SOCKET_IFNAME=lo"}
+  slurm:
+    {ranks_per_node: 1, cpus_per_task: 1, time: 10min, setup: "export GLOO_SOCKET_IFNAME=lo", parts: {data: 2, blend: 2}}
 """
 LIMIT_S = 300
 
@@ -147,9 +150,21 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
         published = next(run.glob(f"components/{name}-*"))
         undisturbed = train_again(run, f"components.{name}", tmp_path / name)
         assert {k: v for k, v in contents(published).items() if k != "manifest.json"} == undisturbed
+    check_what_was_made_in_parts(study, run, tmp_path)
 
     again, errors = demix(cluster, "submit", study, "--json").communicate(timeout=120)
     assert list(json.loads(again)["jobs"]) == ["conclude"], errors
+
+
+def check_what_was_made_in_parts(study: Path, run: Path, folder: Path) -> None:
+    """An array for the domains, one for the blend; and the domains' bytes are those that one process makes."""
+    logs = [p.name.rpartition("-")[0] for p in (run / "logs" / "slurm").glob("*.parts-*.log")]
+    assert (logs.count("data.parts"), logs.count("blend.found.parts")) == (4, 2)
+    dag = build_dag(load_study(study), study, folder / "alone")
+    dag.tokenizer.finish()
+    for name, stage in dag.data.items():
+        stage.finish()
+        assert contents(stage.folder) == contents(run / "data" / stage.folder.name), name
 
 
 def train_again(run: Path, stage: str, work: Path) -> dict[str, str]:

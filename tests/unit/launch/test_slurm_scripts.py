@@ -51,6 +51,24 @@ def test_what_is_alike_is_one_array(stages):
         seen.add(g.name)
 
 
+def test_parts_are_an_array_that_their_stages_wait_for(stages):
+    code, math, base, *_ = stages
+    code = Stage("data/code", RUN, {}, (), lambda folder: None, make_part=lambda folder, part: None)
+    groups = group([code, math, stage("base/base", code, math)], {"data": 3, "base": 2})
+    assert [(g.name, [s.name for s in g.stages], g.needs) for g in groups] == [
+        ("data.parts", ["data/code@0-of-3", "data/code@1-of-3", "data/code@2-of-3"], ()),
+        ("data", ["data/code", "data/math"], ("data.parts",)),
+        ("base.base", ["base/base"], ("data",)),
+    ]
+    text = Scripts(SlurmSpec(parts={"data": 3}), "s", RUN, Path("/studies")).of_group(groups[0])
+    assert "#SBATCH --array=0-2\n" in text
+    assert "    data/code@2-of-3\n" in text
+    with pytest.raises(ConfigError, match=r"launch\.slurm\.parts: 'base' is not one of data\."):
+        check_kinds(SlurmSpec(parts={"base": 2}), [code, base])
+    with pytest.raises(ConfigError, match=r"launch\.slurm\.parts: 'data' is not one of this study \(none\)\."):
+        check_kinds(SlurmSpec(parts={"data": 2}), [math])
+
+
 def test_two_arrays_of_one_kind_have_two_names():
     first = [stage("blend/a"), stage("blend/b")]
     second = [stage("blend/c", *first), stage("blend/d", *first)]

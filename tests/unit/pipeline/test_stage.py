@@ -61,6 +61,28 @@ def test_ranks_keep_their_work_between_runs(tmp_path):
     assert not a.work.exists()
 
 
+def test_parts_are_made_in_the_work_folder_and_put_together(tmp_path):
+    def make(folder, part=None):
+        if part:
+            (folder / f"part-{part[0]}").write_text(str(part))
+            return
+        parts = sorted(folder.glob("part-*"))
+        (folder / "out.txt").write_text("".join(p.read_text() for p in parts))
+        for path in parts:
+            path.unlink()
+
+    a = Stage("data/a", tmp_path, {}, (), make, make_part=make)
+    first, second = a.part((0, 2)), a.part((1, 2))
+    assert (second.name, second.kind, second.key, second.whole) == ("data/a@1-of-2", "data", a.key, a)
+    second.finish()
+    assert (a.state(), second.done()) == ("partial", False)
+    first.finish()
+    a.finish()
+    assert (a.folder / "out.txt").read_text() == "(0, 2)(1, 2)"
+    assert (a.state(), first.done(), a.work.exists()) == ("done", True, False)
+    assert Stage("data/a", tmp_path, {}, (), make).key == a.key
+
+
 def test_with_needs_lists_needs_first_and_once(tmp_path):
     a = stage(tmp_path)
     b = stage(tmp_path, "train/b", needs=(a,))
