@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,6 +53,22 @@ def test_the_study_plans(stood_in, capsys):
     for stage in ("components/code_3", "rounds/3/fit", "blend/found", "final/natural-seed0"):
         assert stage in shown
     assert "31 to do" in shown
+
+
+def test_it_is_shown_as_sbatch_scripts_before_the_data_is_there(tmp_path, capsys):
+    study = shutil.copy(PAPER / "study.yaml", tmp_path)
+    assert main(["submit", study, "--runs", str(tmp_path / "runs"), "--dry-run"]) == 0
+    written = capsys.readouterr().out.split("# ---- ")[1:]
+    scripts = {Path(name).stem: text for name, _, text in (part.partition("\n") for part in written)}
+    assert {"data", "base.base", "components", "rounds.1.scores", "rounds.3.fit", "blend", "final", "conclude"} <= set(scripts)
+    for name, text in scripts.items():
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        of_ranks = name.split(".")[0] in ("base", "components", "final") or name.endswith("scores")
+        assert ("#SBATCH --gpus-per-node=8" in text) == of_ranks, name
+    assert "#SBATCH --nodes=8" in scripts["components"]
+    assert "#SBATCH --array=0-6" in scripts["components"]  # seven components side by side
+    assert "#SBATCH --time=2-00:00:00" in scripts["final"]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_studys_figures_are_the_papers():
