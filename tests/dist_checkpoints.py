@@ -26,11 +26,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 Cuts = Sequence[Sequence[int]]  # one axis each: the positions where chunks end, the size included
+Boxes = Sequence[tuple[Sequence[int], Sequence[int]]]  # (offset, shape) of each chunk
 
 
 def even_cuts(shape: Sequence[int], parts: Sequence[int]) -> list[list[int]]:
     """Cuts into equal parts by axis: even_cuts((4, 8), (1, 2)) == [[4], [4, 8]]."""
     return [[size * (i + 1) // n for i in range(n)] for size, n in zip(shape, parts, strict=True)]
+
+
+def grid_boxes(axes: Cuts) -> Boxes:
+    """The boxes of a grid, in order."""
+    spans = [list(itertools.pairwise([0, *ends])) for ends in axes]
+    return [([a for a, _ in box], [b - a for a, b in box]) for box in itertools.product(*spans)]
 
 
 def write_checkpoint(
@@ -42,10 +49,13 @@ def write_checkpoint(
     num_files: int = 1,
     odd: bool = False,
     transposed: Sequence[str] = (),
+    spread: Sequence[str] = (),
+    boxes: Mapping[str, Boxes] | None = None,
     common: dict | None = None,
 ) -> Path:
     """Write a bare torch_dist folder. odd: put 1 to 3 bytes before every chunk, so that payloads lie at any address.
-    transposed: keys whose chunks are stored column by column."""
+    transposed: keys whose chunks are stored column by column. spread: those whose chunks are every other element of a storage.
+    boxes: chunks that are no grid, in place of cuts."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [io.BytesIO() for _ in range(num_files)]
     entries, stored = {}, {}
@@ -64,16 +74,19 @@ def write_checkpoint(
     for key, tensor in tensors.items():
         chunks = []
         axes = (cuts or {}).get(key) or [[n] for n in tensor.shape]
-        spans = [list(itertools.pairwise([0, *ends])) for ends in axes]
-        for box in itertools.product(*spans):
-            part = tensor[tuple(slice(a, b) for a, b in box)].clone()
+        for offset, size in (boxes or {}).get(key) or grid_boxes(axes):
+            part = tensor[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))].clone()
             if key in transposed:
                 part = part.transpose(-1, -2).contiguous().transpose(-1, -2)
+            if key in spread and part.dim():
+                storage = torch.full([2 * n + 1 for n in part.shape], 7.0).to(part.dtype)
+                every_other = tuple(slice(1, None, 2) for _ in part.shape)
+                storage[every_other] = part
+                part = storage[every_other]
             buffer = io.BytesIO()
             torch.save(part, buffer)
-            offset = torch.Size(a for a, _ in box)
-            chunks.append(ChunkStorageMetadata(offset, torch.Size(b - a for a, b in box)))
-            stored[MetadataIndex(key, offset)] = put(buffer.getvalue())
+            chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
+            stored[MetadataIndex(key, torch.Size(offset))] = put(buffer.getvalue())
         entries[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
     for n, file in enumerate(files):
         (folder / f"__{n}_0.distcp").write_bytes(file.getvalue())

@@ -57,7 +57,11 @@ def read_payload(blob: np.ndarray, what: str) -> Payload:
         raise CorruptInput(f"{what}: was written on a big-endian machine, which is not supported.")
     record, crc = entries[archive + "data/" + record_name]
     item = ITEM_BYTES[dtype]
-    extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if all(shape) else 0
+    extent = 0
+    if all(shape):
+        extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    else:
+        offset = 0  # a view of nothing may begin anywhere
     if record.nbytes < num_elements * item or (offset + extent) * item > record.nbytes:
         raise CorruptInput(
             f"{what}: its record has {record.nbytes} bytes, but its description needs "
