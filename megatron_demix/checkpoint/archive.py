@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 
@@ -17,12 +18,32 @@ _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64 = b"PK\3\4", b"PK\1\2", b"PK\5\6", b"
 _FULL32 = 0xFFFFFFFF
 
 
-def read_archive(blob: np.ndarray, what: str) -> dict[str, tuple[np.ndarray, int]]:
-    """name -> (bytes, CRC-32) of a zip whose entries are stored uncompressed. Raises CorruptInput naming `what`."""
+def read_archive(blob: np.ndarray, what: str) -> dict[str, tuple[np.ndarray, int | None]]:
+    """name -> (bytes, CRC-32) of a zip whose entries are stored uncompressed. Raises CorruptInput naming `what`.
+
+    The CRCs are None where torch was told not to compute any (torch.serialization.set_crc32_options): it then writes 0 for all.
+    """
     try:
-        return _read(blob)
+        entries = _read(blob)
+        known = any(crc for _, crc in entries.values())
+        return {name: (data, crc if known else None) for name, (data, crc) in entries.items()}
     except (struct.error, UnicodeDecodeError, _BadZip) as e:
         raise CorruptInput(f"{what}: not a whole torch.save archive ({e}); the file is truncated or damaged.") from e
+
+
+def check_archive(blob: np.ndarray, what: str) -> None:
+    """Compare every entry with its CRC-32, where the bytes are an archive at all. Raises CorruptInput naming `what`."""
+    # One damaged byte cannot hide both that it begins and that it ends as an archive.
+    if blob[:4].tobytes() == _LOCAL or blob[max(0, blob.nbytes - 22) :][:4].tobytes() == _END:
+        for name, (data, crc) in read_archive(blob, what).items():
+            check_entry(data.tobytes(), crc, name, what)
+
+
+def check_entry(data: bytes, crc: int | None, name: str, what: str) -> bytes:
+    """The data. Raises CorruptInput naming `what` if it does not have this CRC-32 (None: any)."""
+    if crc is not None and crc32(data) != crc:
+        raise CorruptInput(f"{what}: the bytes of {name} differ from their checksum. Copy or save the checkpoint again.")
+    return data
 
 
 class _BadZip(Exception):
@@ -117,8 +138,6 @@ def frame_archive(small: dict[str, bytes], record: str, record_bytes: int, crc: 
 
     Head and tail have the same length whatever the CRC: lay the archive out with 0, write the record, frame it again.
     """
-    from zlib import crc32
-
     head, directory = b"", b""
     for name, data in small.items():
         directory += _central(name, crc32(data), len(data), len(head))
@@ -144,8 +163,6 @@ def write_archive(entries: dict[str, bytes]) -> bytes:
     """A whole archive of small entries; the last one is its record."""
     *small, record = entries
     data = entries[record]
-    from zlib import crc32
-
     frame = frame_archive({name: entries[name] for name in small}, record, len(data), crc32(data), 0)
     return frame.head + data + frame.tail
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.checkpoint.archive import read_archive, write_archive
+from megatron_demix.checkpoint.archive import check_entry, read_archive, write_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.pickles import Global, Inert, inert, plain_tuple, read_pickle, write_pickle
@@ -71,9 +71,8 @@ def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     names = [name for name in entries if name.endswith("/data.pkl")]
     if len(names) != 1:
         raise CorruptInput(f"{what}: not a torch.save archive.")
-    state = read_pickle(
-        entries[names[0]][0].tobytes(), _ALLOWED, what, persistent=lambda pid: _Foreign(), other=lambda name: _Foreign
-    )
+    pickled = check_entry(entries[names[0]][0].tobytes(), entries[names[0]][1], "data.pkl", what)
+    state = read_pickle(pickled, _ALLOWED, what, persistent=lambda pid: _Foreign(), other=lambda name: _Foreign)
     if not isinstance(state, dict):
         raise CorruptInput(f"{what}: holds a {type(state).__name__}, expected a dictionary.")
     return state

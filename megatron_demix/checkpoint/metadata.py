@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import OrderedDict
@@ -124,6 +125,7 @@ def _interpret(root: Any, path: Path) -> CheckpointMetadata:
     for index, info in root["storage_data"].items():
         offset = index.get("offset")
         stored[index["fqn"], None if offset is None else _sizes(offset)] = _location(info, index["fqn"], path)
+    _check_apart(stored, path)
     tensors, objects = {}, {}
     for key, entry in root["state_dict_metadata"].items():
         if not isinstance(key, str) or not isinstance(entry, Inert):
@@ -135,6 +137,14 @@ def _interpret(root: Any, path: Path) -> CheckpointMetadata:
         else:
             tensors[key] = _tensor(key, entry, stored, path)
     return CheckpointMetadata(tensors, objects)
+
+
+def _check_apart(stored: dict[tuple[str, Shape | None], Location], path: Path) -> None:
+    """Each item has bytes of its own: of two at one place, one is not where the other says it is."""
+    entries = sorted(stored.items(), key=lambda entry: (entry[1].file, entry[1].position))
+    for ((key, _), one), ((other, _), next_one) in itertools.pairwise(entries):
+        if one.file == next_one.file and one.position + one.length > next_one.position:
+            raise CorruptInput(f"{path}: {key!r} and {other!r} lie at the same bytes of {one.file}: the metadata is damaged.")
 
 
 def _tensor(key: str, entry: Inert, stored: dict[tuple[str, Shape | None], Location], path: Path) -> TensorInfo:

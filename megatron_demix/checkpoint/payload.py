@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.checkpoint.archive import read_archive
+from megatron_demix.checkpoint.archive import check_entry, read_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES, STORAGES
 from megatron_demix.checkpoint.pickles import plain_tuple, read_pickle
 from megatron_demix.errors import CorruptInput
+from megatron_demix.native import crc32
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A tensor inside its record. record: uint8 view of the file; strides in elements; offset_bytes: of the first element."""
+    """A tensor inside its record. record: uint8 view of the file; strides in elements; offset_bytes: of the first element.
+
+    crc: what the archive promises of the record, or, where it was saved without checksums, what it has now.
+    """
 
     record: np.ndarray
     crc: int
@@ -47,8 +51,10 @@ def read_payload(blob: np.ndarray, what: str) -> Payload:
     if len(names) != 1:
         raise CorruptInput(f"{what}: not a torch.save archive (it has {len(names)} data.pkl records, expected 1).")
     archive = names[0].removesuffix("data.pkl")
+    described, crc = entries[names[0]]
+    pickled = check_entry(described.tobytes(), crc, "data.pkl", what)
     try:
-        record_name, dtype, offset, shape, strides, num_elements = _describe(entries[names[0]][0].tobytes())
+        record_name, dtype, offset, shape, strides, num_elements = _describe(pickled)
     except CorruptInput as e:
         raise CorruptInput(f"{what}: {e}") from e
     if archive + "data/" + record_name not in entries:
@@ -67,7 +73,7 @@ def read_payload(blob: np.ndarray, what: str) -> Payload:
             f"{what}: its record has {record.nbytes} bytes, but its description needs "
             f"{max(num_elements, offset + extent) * item}."
         )
-    return Payload(record, crc, dtype, shape, strides, offset * item)
+    return Payload(record, crc32(record) if crc is None else crc, dtype, shape, strides, offset * item)
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_demix.checkpoint.archive import check_archive
 from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint
 from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, TensorInfo, read_metadata
 from megatron_demix.checkpoint.payload import Payload, read_payload
@@ -61,6 +62,12 @@ class Checkpoint:
                 f"{location.position + location.length}. The file is truncated: copy or save the checkpoint again."
             )
         return data[location.position : location.position + location.length]
+
+    def sound_blob(self, location: Location, key: str) -> np.ndarray:
+        """The same, compared with the checksums in it, which are those of a torch.save archive. Raises CorruptInput."""
+        data = self.blob(location, key)
+        check_archive(data, f"{self.location.path / location.file} ({key!r})")
+        return data
 
     def prefetch(self, location: Location, key: str) -> None:
         """Have one stored item read from disk in one go. Raises as blob() does."""

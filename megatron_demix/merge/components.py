@@ -11,6 +11,7 @@ from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 
 MERGEABLE = ("float32", "bfloat16", "float16")
@@ -91,9 +92,8 @@ class Components:
                     f"{pair}: {key!r} is {first[key].dtype} in {first_name!r} and {info.dtype} in {name!r}. Save all "
                     "components in one precision."
                 )
-            # Chunks that cover every element once are what a merge relies on; gaps are found when they are needed.
-            covered = sum(math.prod(chunk.shape) for chunk in info.chunks)
-            if covered != info.elements or len({chunk.offset for chunk in info.chunks}) != len(info.chunks):
+            if not tile(info.shape, tuple((chunk.offset, chunk.shape) for chunk in info.chunks)):
+                covered = sum(math.prod(chunk.shape) for chunk in info.chunks)
                 raise CorruptInput(
                     f"{self.checkpoints[k].location.path}: the {len(info.chunks)} chunks of {key!r} have {covered} elements, "
                     f"its shape {info.shape} {info.elements}. The checkpoint was not saved by all ranks, or saves some "

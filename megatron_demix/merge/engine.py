@@ -203,11 +203,11 @@ class _Job:
                     located.append((first_place, TensorItem(info.key, info.dtype, info.shape, offset, shape)))
         for info in self.parts.copied.values():
             for chunk in info.chunks:
-                data = first.blob(chunk.location, info.key).data
+                data = first.sound_blob(chunk.location, info.key).data
                 copied = CopiedItem(info.key, data, info.dtype, info.shape, chunk.offset, chunk.shape)
                 located.append(((chunk.location.file, chunk.location.position), copied))
         for key, location in first.model_objects.items():
-            located.append(((location.file, location.position), CopiedItem(key, first.blob(location, key).data)))
+            located.append(((location.file, location.position), CopiedItem(key, first.sound_blob(location, key).data)))
         return [item for _, item in sorted(located, key=lambda entry: entry[0])]
 
 

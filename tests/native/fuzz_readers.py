@@ -21,6 +21,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["megatron_demix.checkpoint"]):
+    from megatron_demix.checkpoint import common_state, payload
     from megatron_demix.checkpoint.common_state import merged_common_state, read_common_state
     from megatron_demix.checkpoint.metadata import read_metadata
     from megatron_demix.checkpoint.payload import read_payload
@@ -72,6 +73,8 @@ def main() -> None:
         at = flags.index("--record")
         record(target, flags[:at] + flags[at + 2 :], Path(flags[at + 1]))
         return
+    # Checksums are not compared: every mutation would end there.
+    common_state.check_entry = payload.check_entry = lambda data, *_: data  # type: ignore[assignment]
     for name in ("system", "popen", "execv", "posix_spawn"):
         setattr(os, name, forbidden)
     folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)

@@ -21,6 +21,7 @@ from megatron_demix.checkpoint.metadata import read_metadata
 from megatron_demix.checkpoint.payload import read_payload
 from megatron_demix.checkpoint.pickles import Global, instance, read_pickle, write_pickle
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
+from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import CorruptInput
 
 
@@ -261,3 +262,84 @@ def test_written_pickles_are_what_pickle_reads():
         "dtype": torch.bfloat16,
         "size": torch.Size((2, 3)),
     }
+
+
+# --- what a checkpoint promises of itself ---------------------------------------------------------------------------
+
+
+def test_a_description_that_differs_from_its_checksum(tmp_path):
+    """A stride that has changed would give other elements of the same record."""
+    blob = blob_of(torch.arange(64.0).reshape(8, 8)).copy()
+    at = blob.tobytes().find(b"K\x08K\x01\x86")
+    assert at > 0
+    blob[at + 1] = 4
+    with pytest.raises(CorruptInput, match=r"x: the bytes of data.pkl differ from their checksum"):
+        read_payload(blob, "x")
+    folder = write_checkpoint(tmp_path, small_model(0))
+    data = (folder / "common.pt").read_bytes()
+    (folder / "common.pt").write_bytes(data.replace(b"consumed_train_samples", b"consumed_train_sampler"))
+    with pytest.raises(CorruptInput, match=r"common.pt: the bytes of data.pkl differ"):
+        read_common_state(Checkpoint(folder))
+
+
+def test_objects_are_compared_with_their_checksums(tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"state": torch.arange(8)}, buffer)
+    folder = write_checkpoint(tmp_path, small_model(0), objects={"a._extra_state/shard_0_1": buffer.getvalue()})
+    sound = Checkpoint(folder)
+    ((key, location),) = sound.model_objects.items()
+    assert sound.sound_blob(location, key).tobytes() == buffer.getvalue()
+    file = folder / location.file
+    data = file.read_bytes()
+    # A byte of the tensor, and one of what tells that this is an archive.
+    for offset in (buffer.getvalue().find(torch.arange(8).numpy().tobytes()) + 9, 0, len(buffer.getvalue()) - 22):
+        changed = bytearray(data)
+        changed[location.position + offset] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(CorruptInput, match=r"a._extra_state/shard_0_1'\): (the bytes of .* differ|not a whole)"):
+            Checkpoint(folder).sound_blob(location, key)
+
+
+def test_archives_saved_without_checksums():
+    computes = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        blob = blob_of(torch.arange(5.0))
+    finally:
+        torch.serialization.set_crc32_options(computes)
+    payload = read_payload(blob, "x")
+    assert payload.record.tobytes() == torch.arange(5.0).numpy().tobytes()
+    assert payload.crc == read_payload(blob_of(torch.arange(5.0)), "x").crc
+
+
+def test_a_view_of_nothing_may_begin_anywhere():
+    payload = read_payload(blob_of(torch.zeros(3, 3)[3:, 2:]), "x")
+    assert (payload.shape, payload.offset_bytes) == ((0, 1), 0)
+
+
+def test_two_items_at_the_same_bytes(tmp_path):
+    """What a rank's file name with one other digit looks like."""
+    write_checkpoint(tmp_path, {"v": torch.zeros(4, 4), "w": torch.ones(4, 4)}, num_files=2)
+    _edited(tmp_path, lambda m: setattr(list(m.storage_data.values())[1], "relative_path", "__0_0.distcp"))
+    with pytest.raises(CorruptInput, match=r"'[vw]' and '[vw]' lie at the same bytes of __0_0.distcp"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "boxes", "tiles"),
+    [
+        ((4, 6), [((0, 0), (4, 3)), ((0, 3), (4, 3))], True),
+        ((4, 6), [((0, 0), (3, 3)), ((3, 0), (1, 5)), ((0, 3), (3, 3)), ((3, 5), (1, 1))], True),
+        ((4, 6), [((0, 0), (4, 3)), ((0, 2), (4, 3))], False),  # the right number of elements
+        ((8,), [((0,), (4,)), ((5,), (2,)), ((5,), (2,))], False),
+        ((4, 4), [((0, 0), (2, 2)), ((2, 2), (2, 2)), ((0, 2), (2, 2)), ((0, 0), (2, 2))], False),
+        ((4, 4), [((0, 0), (4, 4)), ((1, 1), (0, 2))], True),
+        ((0, 4), [((0, 0), (0, 2)), ((0, 2), (0, 2))], True),
+        ((), [((), ())], True),
+        ((), [], False),
+        ((3,), [], False),
+        ((0,), [], True),
+    ],
+)
+def test_chunks_tile_their_tensor_or_not(shape, boxes, tiles):
+    assert tile(shape, tuple(boxes)) is tiles
