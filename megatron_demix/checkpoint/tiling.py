@@ -30,4 +30,4 @@ def tile(shape: Shape, boxes: tuple[tuple[Shape, Shape], ...]) -> bool:
         first, last = (places[np.searchsorted(edges, at)] for at in (lo, hi))
         volumes = volumes * ((last + np.uint64(_PRIME) - first) % _PRIME) % _PRIME
         whole = whole * int((int(places[-1]) - int(places[0])) % _PRIME) % _PRIME
-    return int(volumes.sum()) % _PRIME == (whole if all(shape) or not shape else 0)
+    return int(volumes.sum()) % _PRIME == whole
