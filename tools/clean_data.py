@@ -82,7 +82,7 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     if report is None:
-        print(f"submitted; {arguments.output} appears when the last job has ended.")
+        print(f"submitted; {arguments.output} appears when the last job has ended. The same command then tidies up.")
     else:
         print(json.dumps(report, indent=1))
     return 0

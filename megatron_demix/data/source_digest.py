@@ -36,7 +36,11 @@ def fingerprint_sources(
     facts = []
     with progress_bar("hashing sources", unknown, unit="bytes", enabled=progress and unknown > 0) as advance:
         for index, found in zip(indexes, known, strict=True):
-            hashed = found or _hash_bin(index, threads, advance, remember=remembered)
+            hashed = found
+            if hashed is None:
+                hashed, mtime_ns = hash_bin(bin_path(index.prefix), index.bin_bytes, threads=threads, advance=advance)
+                if remembered:
+                    _remember(index, hashed, mtime_ns)
             facts.append(
                 {
                     "documents": index.num_documents,
@@ -64,26 +68,30 @@ def _recall(index: Index) -> str | None:
         return None
 
 
-def _hash_bin(index: Index, threads: int, advance: Advance, *, remember: bool) -> str:
-    path = bin_path(index.prefix)
+def hash_bin(
+    path: Path, size: int, *, threads: int = 1, advance: Advance = lambda units=1, *, info=None: None
+) -> tuple[str, int]:
+    """The 64-bit hash of a .bin of this size, as hex, and its modification time. Raises CorruptInput if it becomes another."""
     total = 0
     try:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
-            for begin in range(0, index.bin_bytes, _PART):
-                end = min(begin + _PART, index.bin_bytes)
+            for begin in range(0, size, _PART):
+                end = min(begin + _PART, size)
                 total += native.hash_file(file.fileno(), begin, end, threads=threads)
                 advance(end - begin)
             after = os.fstat(file.fileno())
     except OSError as e:
-        raise CorruptInput(f"{path} cannot be read as {index.bin_bytes} bytes: {e.strerror}.") from e
-    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size) or after.st_size != index.bin_bytes:
+        raise CorruptInput(f"{path} cannot be read as {size} bytes: {e.strerror}.") from e
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size) or after.st_size != size:
         raise CorruptInput(f"{path} changed while it was read. Wait until it is finished, then run again.")
-    hashed = f"{total % 2**64:016x}"
-    if remember and time.time_ns() - after.st_mtime_ns > _SETTLED_NS:
+    return f"{total % 2**64:016x}", after.st_mtime_ns
+
+
+def _remember(index: Index, hashed: str, mtime_ns: int) -> None:
+    if time.time_ns() - mtime_ns > _SETTLED_NS:
         with suppress(OSError, DemixError):  # a folder that cannot be written: hashed again the next time
-            write_json(_memory(index), {"bytes": after.st_size, "mtime_ns": after.st_mtime_ns, "hash64": hashed})
-    return hashed
+            write_json(_memory(index), {"bytes": index.bin_bytes, "mtime_ns": mtime_ns, "hash64": hashed})
 
 
 def _hash_idx(index: Index) -> str:

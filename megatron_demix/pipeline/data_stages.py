@@ -131,9 +131,7 @@ def domain(
     settings: dict[str, Any]
     needs: tuple[Stage, ...] = (tokenizer,)
     if spec.prefixes is not None:
-        # A .bin may be terabytes: its size and the digest of its .idx (every document's length and place) stand for it.
-        index_files = [file for file in inputs if file.suffix == ".idx"]
-        settings = {"inputs": digests.of(index_files), "bytes": [f.with_suffix(".bin").stat().st_size for f in index_files]}
+        settings = {"inputs": digests.of(inputs)}
     else:
         settings = {"json_key": spec.json_key, "split": study.prepare.split, "seed": study.seed}
         if cleaned:

@@ -189,3 +189,30 @@ def test_cancel_saves_and_resume_goes_on(cluster, study, tmp_path):
     assert not list(run.glob("components/*/manifest.json"))
     out, errors = demix(cluster, "cancel", study, *more).communicate(timeout=200)
     assert out == "nothing is running\n", errors
+
+
+def test_text_is_cleaned_by_arrays(cluster, tmp_path):
+    """By tools/clean_data.py --slurm: the bytes of a cleaning on this machine; a pass that fails takes those after it along."""
+    pytest.importorskip("datatrove")
+    texts = {"a": ["one text", "another", "one text"], "b": ["another", "a third"]}
+    for name, own in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
+    tool = Path(__file__).parents[2] / "tools" / "clean_data.py"
+
+    def clean(output: str, *more: str, b: str = "b.jsonl") -> subprocess.CompletedProcess:
+        command = [sys.executable, tool, "--input", "a=a.jsonl", f"b={b}", "--output", output, "--ngram", "0", *more]
+        return subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=120)
+
+    slurm = ("--slurm", "partition=debug", "time=0:10:00", "mem_per_cpu_gb=1", "tasks_per_job=8")
+    submitted = clean("out", *slurm)
+    assert (submitted.returncode, submitted.stdout[:10]) == (0, "submitted;"), submitted.stderr
+    (tmp_path / "bad.jsonl").write_text("no JSON\n")
+    assert clean("bad", *slurm, b="bad.jsonl").returncode == 0
+    wait_for("both cleanings", lambda: not cluster.jobs())
+    assert clean("here").returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "here")
+    again = clean("out", *slurm)
+    assert (again.returncode, json.loads(again.stdout)["domains"]["b"]["documents"]) == (0, 2), again.stderr
+    assert not (tmp_path / ".out.work").exists()
+    assert not (tmp_path / "bad").exists()
+    assert "bad.jsonl:1: not JSON" in "".join(p.read_text() for p in (tmp_path / ".bad.work").rglob("*.out"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -55,13 +57,17 @@ def clean_domains(
     """
     grades, output = grades or {}, Path(output).absolute()
     _check(inputs, spec, grades)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputExists(f"{output} exists. Move it away or choose another output; nothing is overwritten.")
     work = Path(work or output.with_name(f".{output.name}.work")).absolute()
     sources = [Source(d, f.absolute(), (json_keys or {}).get(d, "text")) for d, files in inputs.items() for f in files]
     tasks = {n: resolve_inputs(files, root) for n, files in (spec.contamination.tasks if spec.contamination else {}).items()}
+    identity = fingerprint(_identity(sources, tasks, spec, grades, output, on_bad_document))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if _identity_of(work) != identity:
+            raise OutputExists(f"{output} exists. Move it away or choose another output; nothing is overwritten.")
+        shutil.rmtree(work)  # jobs on SLURM have made it, and this is the first look at it since
+        return read_json(output / MANIFEST)
     with storage_errors(f"writing {output}"), _only_one(work):
-        _begin(work, fingerprint(_identity(sources, tasks, spec, grades, output, on_bad_document)))
+        _begin(work, identity)
         passes = plan(sources, tasks, spec, grades, work, output, on_bad_document)
         if slurm is not None:
             _submit(passes, work, slurm)
@@ -119,13 +125,16 @@ def _identity(sources: list[Source], tasks: dict[str, list[Path]], spec: CleanSp
 
 def _begin(work: Path, identity: str) -> None:
     """An empty work folder, or the one of an interrupted cleaning of the same."""
-    noted = work / IDENTITY
-    if noted.is_file() and read_json(noted) == identity:
+    if _identity_of(work) == identity:
         return
     for path in work.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(noted, identity)
+    write_json(work / IDENTITY, identity)
+
+
+def _identity_of(work: Path) -> str | None:
+    return read_json(work / IDENTITY) if (work / IDENTITY).is_file() else None
 
 
 _LOCK = "lock"
@@ -184,11 +193,13 @@ def _submit(passes: list[Pass], work: Path, slurm: Mapping[str, Any]) -> None:
         raise ConfigError("this is a task of a SLURM array; submit from outside of one.")
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not in PATH; submit from a machine that has SLURM's commands, or leave out --slurm.")
-    settings: dict[str, Any] = {"env_command": f'export PATH="{sys.prefix}/bin:$PATH"', "qos": None} | dict(slurm)
+    settings: dict[str, Any] = {"env_command": f"export PATH={shlex.quote(str(_commands(work)))}:$PATH", "qos": None}
+    # Without it, what waits for a pass that failed would wait for ever.
+    settings |= {"sbatch_args": {"kill-on-invalid-dep": "yes"}} | dict(slurm)
     before = None
     for step in passes:
         try:
-            before = trove.SlurmPipelineExecutor(
+            before = _Slurm(
                 step.steps,
                 tasks=step.tasks,
                 depends=before,
@@ -201,4 +212,29 @@ def _submit(passes: list[Pass], work: Path, slurm: Mapping[str, Any]) -> None:
                 f"slurm: {e}. The settings are those of datatrove's SlurmPipelineExecutor; time and partition are needed."
             ) from e
     assert before is not None
-    before.run()
+    trove.logger.disable(_SLURM)
+    try:
+        before.run()
+    except subprocess.CalledProcessError as e:
+        raise ConfigError(f"sbatch refused ({e.stderr or e}); {work}/logs has the scripts.") from e
+    finally:
+        trove.logger.enable(_SLURM)
+
+
+class _Slurm(trove.SlurmPipelineExecutor):
+    """datatrove's, without a second job after each pass: its statistics are of no use here."""
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+
+_SLURM = "datatrove.executor.slurm"
+
+
+def _commands(work: Path) -> Path:
+    """A folder with the command that datatrove's jobs begin with, run by this Python wherever it has its scripts."""
+    command = work / "bin" / "launch_pickled_pipeline"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m datatrove.tools.{command.name} "$@"\n')
+    command.chmod(0o755)
+    return command.parent

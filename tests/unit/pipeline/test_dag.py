@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from indexed_data import make_indexed
 
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture
+from megatron_demix.pipeline import inputs
 from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.pipeline.train_stages import _sources, num_iterations, num_tokens
 from megatron_demix.study import load_study
@@ -46,6 +48,7 @@ def changed(study_path: Path, *overrides: str) -> set[str]:
 def test_where_and_how_fast_it_runs_changes_nothing(study_path):
     overrides = ["parallel.data=2", "train.micro_batch_size=2", "launch.jobs=2", "prepare.workers=1", "train.save_interval=7"]
     assert changed(study_path, *overrides, "evaluate.replicas=2") == set()
+    assert changed(study_path, "launch.slurm.parts={data: 4, blend: 2}") == set()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,21 @@ def test_the_text_decides_not_its_place_or_age(study_path):
     study_path.with_name("code.jsonl").write_text(text + "more")
     assert keys(study_path)["data/code"] != before["data/code"]
     assert keys(study_path)["data/english"] == before["data/english"]
+
+
+def test_every_byte_of_ready_made_data_decides_and_is_read_once(study_path, monkeypatch):
+    code = make_indexed(study_path.parent / "code", [5, 6, 7])
+    ready = f"domains.0={{name: code, prefixes: {{train: [{code}], valid: [{code}], test: [{code}]}}}}"
+    before = keys(study_path, ready)
+    assert before["data/code"] != keys(study_path)["data/code"]
+    data = bytearray(code.with_suffix(".bin").read_bytes())
+    data[0] ^= 1
+    code.with_suffix(".bin").write_bytes(bytes(data))
+    after = keys(study_path, ready)
+    assert [n for n in before if before[n] != after[n]][:2] == ["data/code", "base/base"]
+    monkeypatch.setattr(inputs, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(inputs, "_digest", lambda path: pytest.fail(f"{path} was read again"))
+    assert keys(study_path, ready) == after
 
 
 def test_missing_text_is_named(study_path):
