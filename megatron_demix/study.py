@@ -454,9 +454,59 @@ class SearchSpec(_Section):
         return self
 
 
+# The scores of each format of task files (megatron_demix.evaluate.tasks.formats). The first of each is the usual one.
+TASK_SCORES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("arc", "hellaswag", "piqa", "siqa", "winogrande"), ("acc", "acc_norm", "bits_per_byte")),
+    **dict.fromkeys(("gsm8k", "math"), ("exact_match", "bits_per_byte")),
+    **dict.fromkeys(("humaneval", "mbpp"), ("pass@1", "bits_per_byte")),
+}
+
+
+class TaskSpec(_Section):
+    """One task from local files. Its scores are called <name>/acc and so on, in the objective too."""
+
+    name: Name
+    format: Literal["arc", "hellaswag", "piqa", "siqa", "winogrande", "gsm8k", "math", "humaneval", "mbpp"]
+    """How the files are made: as the public data set of this name ships, JSON lines or Parquet."""
+    path: Path
+    """A file, or a folder in which files are named after their split."""
+    split: Literal["train", "validation", "test"] | None = None
+    """What the search is scored on. Default: validation where that is published with answers, else test."""
+    final_split: Literal["train", "validation", "test"] | None = None
+    """What final runs are compared on. Default: test where that is published with answers, else what the search uses."""
+    scores: list[str] | None = Field(None, min_length=1)
+    """Some of the format's scores. Without exact_match or pass@1 nothing is generated, which saves most of the cost."""
+    num_shots: int = Field(0, ge=0)
+    """Worked examples before each question: the first ones of the training split."""
+    limit: int | None = Field(None, ge=1)
+    """No more items than this, spread evenly over the split."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest generated answer. Default: half of what the model reads, at most 512."""
+    timeout: Seconds = 10
+    """Of one answer that is run or compared; longer is a failure."""
+
+    @model_validator(mode="after")
+    def _known(self) -> TaskSpec:
+        has = TASK_SCORES[self.format]
+        for score in self.scores or ():
+            if score not in has:
+                raise ValueError(
+                    f"scores: format {self.format} has no {score!r}, only {', '.join(has)}{_nearest(score, [*has])}"
+                )
+        if self.format == "humaneval" and self.num_shots:
+            raise ValueError("num_shots: format humaneval has no worked examples; set it to 0")
+        return self
+
+    @property
+    def score_names(self) -> dict[str, str]:
+        """Name in the score table -> the format's score."""
+        return {f"{self.name}/{score}": score for score in self.scores or TASK_SCORES[self.format]}
+
+
 class EvaluateSpec(_Section):
     losses: Literal["all"] | list[str] = "all"
     """Domains whose validation loss is measured for each proxy."""
+    tasks: list[TaskSpec] = []
     tokens_per_domain: Tokens = 32768
     micro_batch_size: int = Field(8, ge=1)
     replicas: int = Field(1, ge=1)
@@ -548,9 +598,22 @@ class Study(_Section):
         if self.prepare.clean and (unknown := self.prepare.clean.unknown_domain(names)):
             place, name = unknown
             raise ValueError(f"prepare.clean.{place}: {name!r} is not one of {', '.join(names)}{_nearest(name, names)}")
-        scores = names if self.evaluate.losses == "all" else self.evaluate.losses
+        losses = names if self.evaluate.losses == "all" else self.evaluate.losses
+        tasks = [task.name for task in self.evaluate.tasks]
+        if repeated := {n for n in tasks if tasks.count(n) > 1}:
+            raise ValueError(f"evaluate.tasks: {sorted(repeated)[0]!r} is named twice")
+        if not losses and not tasks:
+            raise ValueError("evaluate: neither losses nor tasks are measured; name one")
+        scores = [*losses, *(score for task in self.evaluate.tasks for score in task.score_names)]
+        longest = self.model.max_position_embeddings or self.train.seq_length
+        for task in self.evaluate.tasks:
+            if task.max_new_tokens is not None and task.max_new_tokens >= longest:
+                raise ValueError(
+                    f"evaluate.tasks: max_new_tokens of {task.name!r} is {task.max_new_tokens}, but the model reads {longest} "
+                    "tokens with the question"
+                )
         for what, used in (
-            ("evaluate.losses", scores),
+            ("evaluate.losses", losses),
             ("search.objective", self.search.objective),
             ("tokenizer.domains", self.tokenizer.domains or []),
             ("base.mixture", self.base.mixture),

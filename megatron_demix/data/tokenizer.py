@@ -46,13 +46,18 @@ class Tokenizer:
         return fingerprint([self.type, self.vocab_size, self.eod_id, self._vocabulary.digest])
 
     @cached_property
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes each id stands for; 0 for special tokens."""
-        sizes = np.zeros(self.vocab_size, np.int32)
+    def pieces(self) -> list[bytes]:
+        """The UTF-8 bytes each id stands for; none for special tokens."""
+        pieces = [b""] * self.vocab_size
         for token, raw in self._vocabulary.pieces().items():
-            sizes[token] = len(raw)
-        sizes[self.eod_id] = 0
-        return sizes
+            pieces[token] = raw
+        pieces[self.eod_id] = b""
+        return pieces
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: how many UTF-8 bytes each id stands for; 0 for special tokens."""
+        return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @cached_property
     def _engine(self) -> Engine:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from megatron_demix.artifact import write_json
 from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.evaluate.tasks.suite import Scored, Suite, TextCodec, read_task
 from megatron_demix.evaluate.windows import Windows, read_windows
 from megatron_demix.progress import Heartbeat
-from megatron_demix.study import MergeSpec, ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study import MergeSpec, ModelSpec, ParallelSpec, TaskSpec, TrainSpec
 
 if TYPE_CHECKING:
     from megatron_demix.checkpoint.live import LiveTensor
 
-SCORES = "scores.json"
+SCORES, NOTES = "scores.json", "tasks.json"
 
 
 class EvaluateJob(BaseModel):
@@ -36,6 +38,10 @@ class EvaluateJob(BaseModel):
     domains: dict[str, list[Path]]
     """Indexed prefixes of the split to score on."""
     tokens_per_domain: int
+    tasks: list[TaskSpec] = []
+    """Each with the path and the split that are scored."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, for tasks."""
     micro_batch_size: int
     components: dict[str, Path] = {}
     mixtures: dict[str, dict[str, float]] = {}
@@ -50,6 +56,11 @@ class EvaluateJob(BaseModel):
     heartbeat: Path | None = None
     threads_per_rank: int = 1
 
+    @property
+    def max_tokens(self) -> int:
+        """What the model reads at once."""
+        return self.model.max_position_embeddings or self.train.seq_length
+
 
 class Merger(Protocol):
     """Writes a proxy into the parameters it was made for (megatron_demix.merge.proxies.ProxyMerger)."""
@@ -57,8 +68,13 @@ class Merger(Protocol):
     def merge(self, weights: Mapping[str, float]) -> None: ...
 
 
-def evaluate(job: EvaluateJob, make_merger: Callable[[Mapping[str, Path], Sequence[LiveTensor]], Merger]) -> None:
-    """Run by every rank: score every model of the job and let rank 0 write work/scores.json.
+def evaluate(
+    job: EvaluateJob,
+    make_merger: Callable[[Mapping[str, Path], Sequence[LiveTensor]], Merger],
+    load_codec: Callable[[Path], TextCodec] | None = None,
+) -> None:
+    """Run by every rank: score every model of the job and let rank 0 write work/scores.json, and work/tasks.json with what
+    should be known about the tasks' scores. load_codec: the tokenizer in a folder, where there are tasks.
 
     Each data-parallel replica takes every n-th model. A finished row is appended to work/rows-<replica>.jsonl at once, so a
     killed run goes on where it stopped, on any number of replicas.
@@ -79,9 +95,12 @@ def evaluate(job: EvaluateJob, make_merger: Callable[[Mapping[str, Path], Sequen
             replicas = parallel_state.get_data_parallel_world_size()
             pending = [n for n in (*job.mixtures, *job.checkpoints) if n not in known]
             torch.distributed.barrier()  # everyone has read the rows before anyone appends to them
+            suite = _suite(job, load_codec)
             if pending:
-                windows = list(_windows(job))
-                model = build_model(job.model, job.train, job.parallel, job.vocab_size)
+                # A token of an answer at a time cannot be spread over ranks.
+                parallel = job.parallel.model_copy(update={"sequence_parallel": False}) if suite else job.parallel
+                model = build_model(job.model, job.train, parallel, job.vocab_size, cached=suite is not None)
+                score = _scorer(job, model, suite)
                 merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
                 writes = parallel_state.get_model_parallel_group().rank() == 0
                 heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
@@ -95,23 +114,45 @@ def evaluate(job: EvaluateJob, make_merger: Callable[[Mapping[str, Path], Sequen
                         merger.merge(job.mixtures[name])
                     else:
                         load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
-                    row = {w.name: _bits_per_byte(model, w, job.micro_batch_size) for w in windows}
+                    scored = score()
                     if writes:
                         with open(job.work / f"rows-{replica}.jsonl", "a") as file:
                             # The leading newline ends a line that a kill cut short.
-                            file.write("\n" + json.dumps({"model": name, "scores": row}) + "\n")
+                            row = {"model": name, "scores": scored.scores, "notes": scored.notes}
+                            file.write("\n" + json.dumps(row) + "\n")
             torch.distributed.barrier()
             if torch.distributed.get_rank() == 0:
-                _collect(job)
+                _collect(job, suite)
             torch.distributed.barrier()
         finally:
             destroy_parallel()
 
 
-def _bits_per_byte(model, windows: Windows, micro_batch_size: int) -> float:
+def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> Suite | None:
+    if not job.tasks:
+        return None
+    assert load_codec is not None
+    assert job.tokenizer is not None
+    tasks = [read_task(spec, spec.split or "") for spec in job.tasks]
+    return Suite(tasks, load_codec(job.tokenizer), max_tokens=job.max_tokens)
+
+
+def _scorer(job: EvaluateJob, model: Any, suite: Suite | None) -> Callable[[], Scored]:
+    """What scores the model as it is at the time."""
+    from megatron_demix.evaluate.live import LiveModel
     from megatron_demix.evaluate.loss import bits_per_byte
 
-    return bits_per_byte(model, windows, micro_batch_size=micro_batch_size)
+    windows = list(_windows(job))
+    live = LiveModel(model, vocab_size=job.vocab_size, max_tokens=job.max_tokens) if suite else None
+
+    def score() -> Scored:
+        losses = {w.name: bits_per_byte(model, w, micro_batch_size=job.micro_batch_size) for w in windows}
+        if suite is None or live is None:
+            return Scored(losses)
+        scored = suite.score(live, batch_tokens=job.micro_batch_size * job.train.seq_length)
+        return Scored(losses | scored.scores, scored.notes)
+
+    return score
 
 
 def _windows(job: EvaluateJob) -> Iterator[Windows]:
@@ -127,7 +168,8 @@ def _windows(job: EvaluateJob) -> Iterator[Windows]:
         )
 
 
-def _finished_rows(work: Path) -> dict[str, dict[str, float]]:
+def _finished_rows(work: Path) -> dict[str, dict[str, Any]]:
+    """By model, the rows that have been written: "scores" and "notes"."""
     rows = {}
     for path in sorted(work.glob("rows-*.jsonl")):
         for line in path.read_text().splitlines():
@@ -135,14 +177,17 @@ def _finished_rows(work: Path) -> dict[str, dict[str, float]]:
                 row = json.loads(line)
             except ValueError:
                 continue  # empty, or cut short by a kill: that model is scored again
-            rows[row["model"]] = row["scores"]
+            rows[row["model"]] = row
     return rows
 
 
-def _collect(job: EvaluateJob) -> None:
+def _collect(job: EvaluateJob, suite: Suite | None) -> None:
     rows = _finished_rows(job.work)
-    table = ScoreTable([Score(name, "bits/byte", "lower") for name in job.domains])
-    table.rows = {name: rows[name] for name in (*job.mixtures, *job.checkpoints)}
+    names = (*job.mixtures, *job.checkpoints)
+    table = ScoreTable([*(Score(name, "bits/byte", "lower") for name in job.domains), *(suite.scores if suite else ())])
+    table.rows = {name: rows[name]["scores"] for name in names}
+    if suite:
+        write_json(job.work / NOTES, {name: rows[name]["notes"] for name in names})
     table.write(job.work / SCORES)
     for path in job.work.glob("rows-*.jsonl"):
         path.unlink()

@@ -12,6 +12,7 @@ from megatron_demix.pipeline import data_stages, final_stages, maturity_stages, 
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
+from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study import DomainSpec, Study
 
 
@@ -78,17 +79,19 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     cleaned = data_stages.clean(study, root, run, inputs, digests)
     tokenizer = data_stages.tokenizer(study, root, run, inputs, digests, cleaned)
     data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests, cleaned) for d in study.domains}
+    tasks = task_inputs(study, root, digests)
     digests.save()
     base = train_stages.base(study, root, run, tokenizer, data, absent_ok=absent_inputs)
     merged = study.search.proxies == "merged"
     components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data} if merged else {}
     check = merged and study.component.maturity_seeds
     maturity = maturity_stages.maturity(study, run, tokenizer, data, base, components) if check else None
-    rounds = search_stages.rounds(study, run, tokenizer, data, base, components, maturity.scores if maturity else None)
+    centroid = maturity.scores if maturity else None
+    rounds = search_stages.rounds(study, run, tokenizer, data, base, components, tasks.search, centroid)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
     finals = final_stages.finals(study, run, tokenizer, blends, base)
     proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
-    scores = final_stages.scores(study, run, tokenizer, data, base, finals, proxies)
+    scores = final_stages.scores(study, run, tokenizer, data, tasks.final, base, finals, proxies)
     return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores, maturity)
 
 

@@ -12,6 +12,7 @@ from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.merging import merge_settings, method_of
 from megatron_demix.pipeline.search_stages import CHOICE, scoring
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.study import Study
 
 FOUND = "found"
@@ -105,6 +106,7 @@ def scores(
     run: Path,
     tokenizer: Stage,
     data: Mapping[str, Stage],
+    tasks: ScoredTasks,
     base: Stage,
     finals: Mapping[str, Stage],
     proxies: Stage | None,
@@ -122,4 +124,4 @@ def scores(
         }
 
     needs = (base, *([proxies] if proxies else []), *finals.values())
-    return scoring(study, "final/scores", run, tokenizer, data, "test", needs, models)
+    return scoring(study, "final/scores", run, tokenizer, data, "test", tasks, needs, models)

@@ -16,6 +16,7 @@ from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.search_stages import MERGED_CENTROID, TRAINED_CENTROID, scoring
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.study import Study
 
 BASE = "base"
@@ -51,5 +52,7 @@ def maturity(
         }
 
     needs = (base, *components.values(), *trained.values())
-    scores = scoring(study, "maturity/scores", run, tokenizer, data, "valid", needs, models, merge_settings(study))
+    # By losses alone: the noise of the comparison is pooled over all scores, which therefore have one unit.
+    none = ScoredTasks()
+    scores = scoring(study, "maturity/scores", run, tokenizer, data, "valid", none, needs, models, merge_settings(study))
     return Maturity(trained, scores)

@@ -49,6 +49,7 @@ def collect(dag: Dag) -> ReportData:
         objective=dag.study.search.objective,
         aim=dag.study.search.aim,
         higher_is_better=_higher_is_better(dag),
+        tasks=_tasks(dag),
         domains=_domains(dag, {name: row.epochs for name, row in blend.items()}),
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
@@ -60,6 +61,15 @@ def collect(dag: Dag) -> ReportData:
         blend=blend,
         timings_s=_timings(dag),
     )
+
+
+def _tasks(dag: Dag) -> dict[str, bool]:
+    """By name, whether the search and the final runs are scored on different splits."""
+    if not dag.study.evaluate.tasks:
+        return {}
+    from megatron_demix.evaluate.tasks.suite import final_split, search_split
+
+    return {task.name: final_split(task) != search_split(task) for task in dag.study.evaluate.tasks}
 
 
 def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:
@@ -97,7 +107,7 @@ def _rounds(dag: Dag) -> list[Round]:
             name: Fit(f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"], f["std"])
             for name, f in facts.get("surrogates", {}).items()
         }
-        rounds.append(Round(mixtures, scores, fit, facts.get("objective", {})))
+        rounds.append(Round(mixtures, scores, fit, facts.get("objective", {}), facts.get("constant", {})))
     return rounds
 
 

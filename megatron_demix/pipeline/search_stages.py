@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
+from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study import AnchorSpec, Study
 
@@ -38,6 +40,7 @@ def rounds(
     data: Mapping[str, Stage],
     base: Stage,
     components: Mapping[str, Stage],
+    tasks: ScoredTasks,
     centroid: Stage | None,
 ) -> list[Round]:
     """components: empty where the study trains its proxies. centroid: scores of the maturity check, for the stack."""
@@ -45,9 +48,9 @@ def rounds(
     result: list[Round] = []
     for number, _ in enumerate(study.search.rounds, start=1):
         if study.search.proxies == "merged":
-            scores = _scores_of_merged(study, number, run, tokenizer, data, base, components, proposal)
+            scores = _scores_of_merged(study, number, run, tokenizer, data, base, components, tasks, proposal)
         else:
-            scores = _scores_of_trained(study, number, run, tokenizer, data, base, proposal)
+            scores = _scores_of_trained(study, number, run, tokenizer, data, base, tasks, proposal)
         so_far = [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal]
         fit = _fit(study, number, run, data, *so_far, centroid if _proxy_score(study) == "stack" else None)
         result.append(Round(number, proposal, scores, fit))
@@ -128,6 +131,7 @@ def _scores_of_merged(
     data: Mapping[str, Stage],
     base: Stage,
     components: Mapping[str, Stage],
+    tasks: ScoredTasks,
     proposal: Stage,
 ) -> Stage:
     # The first round also scores the components themselves: as merges, whose weights are one-hot.
@@ -145,7 +149,7 @@ def _scores_of_merged(
 
     needs = (proposal, base, *components.values())
     settings = merge_settings(study) | ({"components": True} if alone else {})
-    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", needs, models, settings)
+    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", tasks, needs, models, settings)
 
 
 def _alone(component: str) -> str:
@@ -154,7 +158,14 @@ def _alone(component: str) -> str:
 
 
 def _scores_of_trained(
-    study: Study, number: int, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, proposal: Stage
+    study: Study,
+    number: int,
+    run: Path,
+    tokenizer: Stage,
+    data: Mapping[str, Stage],
+    base: Stage,
+    tasks: ScoredTasks,
+    proposal: Stage,
 ) -> Stage:
     trained = [
         train_stages.proxy(study, f"rounds/{number}/proxy_{entry:03d}", run, tokenizer, data, base, proposal, entry)
@@ -165,7 +176,7 @@ def _scores_of_trained(
         names = [m["name"] for m in read_json(proposal.folder / MIXTURES)]
         return {"checkpoints": {name: stage.folder for name, stage in zip(names, trained, strict=False)}}
 
-    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", (proposal, *trained), models)
+    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", tasks, (proposal, *trained), models)
 
 
 def scoring(
@@ -175,11 +186,12 @@ def scoring(
     tokenizer: Stage,
     data: Mapping[str, Stage],
     split: str,
+    tasks: ScoredTasks,
     needs: Sequence[Stage],
     models: Callable[[], dict[str, Any]],
     merge: Mapping[str, Any] | None = None,
 ) -> Stage:
-    """A stage that scores models on one split. models: the components, mixtures and checkpoints of its EvaluateJob.
+    """A stage that scores models on one split and on tasks. models: the components, mixtures and checkpoints of its job.
 
     merge: how mixtures are made, for the key.
     """
@@ -190,6 +202,7 @@ def scoring(
         "tokens_per_domain": study.evaluate.tokens_per_domain,
         "seq_length": study.train.seq_length,
         "precision": study.train.precision,
+        **tasks.settings,
         **({"merge": dict(merge)} if merge else {}),
     }
 
@@ -212,6 +225,8 @@ def scoring(
             token_bytes=vocabulary.token_bytes.tolist(),
             domains={n: data_stages.prefixes(data[n], split) for n in domains},
             tokens_per_domain=study.evaluate.tokens_per_domain,
+            tasks=list(tasks.specs),
+            tokenizer=tokenizer.folder,
             micro_batch_size=study.evaluate.micro_batch_size,
             work=work,
             heartbeat=stage.heartbeat,
@@ -265,19 +280,21 @@ def _fit(
         from megatron_demix.search.outcome import outcome
 
         space = search_space(study, data)
-        surrogates, higher, entries = _surrogates(study, space, scores, proposals, centroid)
-        goal = Objective(space, surrogates, search.objective, aim=search.aim, higher_is_better=higher)
+        surrogates, constant, higher, entries = _surrogates(study, space, scores, proposals, centroid)
+        objective = _usable_objective(search.objective, constant)
+        goal = Objective(space, surrogates, objective, aim=search.aim, higher_is_better=higher)
         names = [m["name"] for m in entries]
         facts: dict[str, Any] = {
             "surrogates": {name: _fit_facts(surrogate, names) for name, surrogate in surrogates.items()},
             "objective": dict(zip(names, goal.measured().tolist(), strict=True)),
+            **({"constant": constant} if constant else {}),
         }
         aims: dict[str, Any] = {"aim": search.aim, "higher_is_better": higher, "seed": study.seed + number}
         if last:
             found = outcome(
                 space,
                 surrogates,
-                search.objective,
+                objective,
                 candidates=search.candidates,
                 top=search.top,
                 bootstraps=search.bootstraps,
@@ -285,11 +302,9 @@ def _fit(
             )
             write_json(folder / CHOICE, found)
         else:
-            proposed_MD = propose(
-                space, surrogates, search.objective, num=search.rounds[number], candidates=search.candidates, **aims
-            )
+            proposed_MD = propose(space, surrogates, objective, num=search.rounds[number], candidates=search.candidates, **aims)
             if search.stop is not None:
-                facts["spread"] = spread = _spread_so_far(study, space, surrogates, aims)
+                facts["spread"] = spread = _spread_so_far(study, space, surrogates, objective, aims)
                 if spread["enough"]:
                     proposed_MD = proposed_MD[:0]
             _write_mixtures(folder, number + 1, space, proposed_MD)
@@ -302,8 +317,9 @@ def _fit(
 
 def _surrogates(
     study: Study, space: Any, scores: Sequence[Stage], proposals: Sequence[Stage], centroid: Stage | None
-) -> tuple[dict[str, Any], set[str], list[dict[str, Any]]]:
-    """A surrogate of every score on the proxies of all rounds so far, which scores are better when higher, and the proxies."""
+) -> tuple[dict[str, Any], dict[str, float], set[str], list[dict[str, Any]]]:
+    """Of the proxies of all rounds so far: a surrogate of each score; the value of each score that is the same for all, and has
+    none; which of the others are better when higher; and the proxies."""
     import numpy as np
 
     from megatron_demix.evaluate.scores import ScoreTable
@@ -317,14 +333,30 @@ def _surrogates(
     shares_MD, weights_MD = (np.array([[m[kind][d] for d in space.domains] for m in entries]) for kind in ("shares", "weights"))
     centroids = _centroids(centroid)
     alone = [_alone(d) for d in space.domains]
-    surrogates = {}
+    surrogates, constant = {}, {}
     for s in merged.scores:
         values_M, kind = np.array(merged.column(s.name, names)), _proxy_score(study)
         if kind != "merged":
             components_K = np.array(merged.column(s.name, alone))
             values_M = proxy_scores(kind, weights_MD, values_M, components_K, centroids.get(s.name))
-        surrogates[s.name] = fit_surrogate(shares_MD, values_M, study.search.surrogate, seed=study.seed, name=s.name)
-    return surrogates, {s.name for s in merged.scores if s.direction == "higher"}, entries
+        if np.ptp(values_M) <= 1e-12 * max(1.0, np.abs(values_M).max()):
+            constant[s.name] = float(values_M[0])
+        else:
+            surrogates[s.name] = fit_surrogate(shares_MD, values_M, study.search.surrogate, seed=study.seed, name=s.name)
+    higher = {s.name for s in merged.scores if s.direction == "higher"} - set(constant)
+    return surrogates, constant, higher, entries
+
+
+def _usable_objective(objective: Mapping[str, float], constant: Mapping[str, float]) -> dict[str, float]:
+    """The objective without the scores that are the same for every proxy, which prefer no mixture."""
+    usable = {name: weight for name, weight in objective.items() if name not in constant}
+    if not any(usable.values()):
+        seen = ", ".join(f"{name} is {value:g}" for name, value in constant.items() if objective.get(name))
+        raise IncompatibleInputs(
+            f"search.objective: {seen} for every proxy, so that no mixture can be preferred. Give weight to a finer score (a "
+            "loss, or a task's bits_per_byte); what was measured is kept."
+        )
+    return usable
 
 
 def _centroids(scores: Stage | None) -> dict[str, Any]:
@@ -340,18 +372,20 @@ def _centroids(scores: Stage | None) -> dict[str, Any]:
     return {name: Centroid(table.rows[MERGED_CENTROID][name], mean) for name, mean in means.items()}
 
 
-def _spread_so_far(study: Study, space: Any, surrogates: Mapping[str, Any], aims: Mapping[str, Any]) -> dict[str, Any]:
+def _spread_so_far(
+    study: Study, space: Any, surrogates: Mapping[str, Any], objective: Mapping[str, float], aims: Mapping[str, Any]
+) -> dict[str, Any]:
     """Whether another round is worth its cost: what is left to win, and what has been won over the natural mixture."""
     from megatron_demix.search.optimise import choose_mixture
     from megatron_demix.search.uncertainty import optimum_distribution
 
     search = study.search
     assert search.stop is not None
-    wanted = {name: surrogate for name, surrogate in surrogates.items() if search.objective.get(name)}
+    wanted = {name: surrogate for name, surrogate in surrogates.items() if objective.get(name)}
     aims = {**aims, "higher_is_better": aims["higher_is_better"] & set(wanted)}
-    choice = choose_mixture(space, wanted, search.objective, candidates=search.candidates, top=search.top, **aims)
+    choice = choose_mixture(space, wanted, objective, candidates=search.candidates, top=search.top, **aims)
     aims["candidates"] = max(1000, search.candidates // 10)
-    spread = optimum_distribution(space, wanted, search.objective, choice, num=search.bootstraps, **aims)
+    spread = optimum_distribution(space, wanted, objective, choice, num=search.bootstraps, **aims)
     return {
         "expected_regret": spread.expected_regret,
         "expected_gain": spread.expected_gain,

@@ -26,13 +26,14 @@ def main() -> int:
 
             train(TrainJob.model_validate(job))
         else:
+            from megatron_demix.data.tokenizer import load_tokenizer
             from megatron_demix.evaluate.job import EvaluateJob, evaluate
             from megatron_demix.merge.proxies import ProxyMerger
             from megatron_demix.pipeline.merging import method_of
 
             evaluation = EvaluateJob.model_validate(job)
             method, threads = method_of(evaluation.merge, evaluation.base, evaluation.seed), evaluation.threads_per_rank
-            evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=threads, method=method))
+            evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=threads, method=method), load_tokenizer)
     except DemixError as e:
         print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
         return e.exit_code

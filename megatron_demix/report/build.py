@@ -83,13 +83,13 @@ def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:
         if curve.get("iteration"):
             groups.setdefault(name.split("/")[0], {})[name] = curve
     return {
-        "forest": [figures.forest(verdict.comparisons)] if verdict.comparisons else [],
+        "forest": [figures.forest(verdict.comparisons, data.final_unit)] if verdict.comparisons else [],
         "parallel": [figures.parallel_coordinates(data)],
         "ternary": [optimum.ternary(data)],
         "spread": [optimum.optimum_spread(data)],
         "pareto": list(optimum.pareto_panels(data)),
         "scores": [figures.score_against_share(data, score) for score in data.score_names],
-        "fits": [figures.predicted_against_measured(score, fit) for score, fit in _last_fit(data).items()],
+        "fits": [figures.predicted_against_measured(s, fit, data.unit_of(s)) for s, fit in _last_fit(data).items()],
         "rounds": [figures.objective_by_round(data)],
         "losses": [figures.loss_curves(group, curves) for group, curves in groups.items()],
     }
@@ -127,7 +127,7 @@ def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
     tiles = []
     if verdict.groups and verdict.groups[0].mixture == FOUND:
         found = verdict.groups[0]
-        remark = f"{found.num_seeds} seed{'s' * (found.num_seeds > 1)}, bits per byte, lower is better"
+        remark = f"{found.num_seeds} seed{'s' * (found.num_seeds > 1)}, {data.final_unit}, lower is better"
         tiles.append(("objective of the found mixture", _loss(found.objective), remark))
     elif data.choice:
         mean, std = data.choice.objective

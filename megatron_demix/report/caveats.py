@@ -31,6 +31,19 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
                     f"{fits[score].correlation}: the search was close to guessing there. Use more proxies, or more tokens in "
                     "their evaluation."
                 )
+    if data.rounds:
+        last = next((r for r in reversed(data.rounds) if r.fit or r.constant), data.rounds[-1])
+        found += [
+            f"{score} was {value:g} for every proxy: the search could not use it. A finer score of the same task "
+            "(bits_per_byte) tells proxies apart earlier."
+            for score, value in last.constant.items()
+            if data.objective.get(score)
+        ]
+    if same := [name for name, unseen in data.tasks.items() if not unseen]:
+        found.append(
+            f"The final runs are compared on the very items of {', '.join(same)} that the mixture was chosen by, so the found "
+            "mixture looks better there than it is (evaluate.tasks, final_split)."
+        )
     if maturity := maturity_warning(data):
         found.append(maturity)
     if floor := _at_the_floor(data):
@@ -82,6 +95,9 @@ def not_measured(data: ReportData, verdict: Verdict) -> list[str]:
             "Whether merging predicts more than interpolating the components' own scores, or more than short trained proxies "
             "at the same cost."
         )
-    items.append("Anything but loss: no downstream task was run.")
+    if data.tasks:
+        items.append(f"Other tasks than {', '.join(data.tasks)}.")
+    else:
+        items.append("Anything but loss: no downstream task was run.")
     items.append("Other model sizes, token budgets and learning rates: the result is for the settings below.")
     return items

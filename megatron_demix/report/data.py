@@ -1,6 +1,6 @@
 """What the report is made from: plain data, filled by the pipeline from artifacts. Whatever is absent is left out of the page.
 
-Scores are losses in bits per byte, the lower the better, unless ReportData.higher_is_better names them. Shares and weights are
+Scores are in bits per byte, the lower the better, unless ReportData.higher_is_better names them. Shares and weights are
 dictionaries by domain name that sum to 1.
 """
 
@@ -61,13 +61,15 @@ class Fit:
 class Round:
     """One sample-merge-evaluate-fit iteration. scores: by proxy name, then score. fit: by score, on all rounds so far.
 
-    objective: what the search made of the scores, by proxy, of all rounds so far. No mixtures: an earlier round was enough.
+    objective: what the search made of the scores, by proxy, of all rounds so far. constant: scores that are the same for all of
+    these, which the search could not use. No mixtures: an earlier round was enough.
     """
 
     mixtures: Sequence[Proxy]
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     fit: Mapping[str, Fit] = field(default_factory=dict)
     objective: Mapping[str, float] = field(default_factory=dict)
+    constant: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class ReportData:
     aim: str = "mean"
     """What the search made of the scores: mean, worst or percentile_rank."""
     higher_is_better: frozenset[str] = frozenset()
+    tasks: Mapping[str, bool] = field(default_factory=dict)
+    """Tasks by name, and whether final runs are compared on items that the search never saw."""
     domains: Sequence[Domain] = ()
     losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose
@@ -211,8 +215,16 @@ class ReportData:
         return math.fsum(w * signed.get(name, math.nan) for name, w in self.objective.items() if w) / total
 
     @property
+    def final_unit(self) -> str:
+        """Of the weighted mean that final runs are compared by."""
+        return "weighted mean" if self.higher_is_better & {s for s, w in self.objective.items() if w} else "bits per byte"
+
+    def unit_of(self, score: str) -> str:
+        return "higher is better" if score in self.higher_is_better else "bits per byte"
+
+    @property
     def unit(self) -> str:
         """Of the search's objective."""
         if self.aim == "mean":
-            return "bits per byte" if not self.higher_is_better & set(self.objective) else "weighted mean"
+            return self.final_unit
         return "standard deviations" if self.aim == "worst" else "mean rank, 0 to 1"

@@ -27,7 +27,7 @@ from megatron_demix.report.verdict import Comparison
 _Z90 = 1.6448536269514722
 
 
-def forest(comparisons: Sequence[Comparison]) -> str:
+def forest(comparisons: Sequence[Comparison], unit: str) -> str:
     """Found minus each baseline with its interval; the zero line is "no difference"."""
     figure, axes = new_figure(4.3, 1.0 + 0.4 * len(comparisons))
     for y, c in enumerate(comparisons):
@@ -41,7 +41,7 @@ def forest(comparisons: Sequence[Comparison]) -> str:
     ends = [abs(v) for c in comparisons for v in (c.interval or (c.difference,))]
     reach = 1.15 * max(ends) or 1.0
     axes.set_xlim(-reach, reach)
-    axes.set_xlabel("difference of the objective, bits per byte")
+    axes.set_xlabel(f"difference of the objective, {unit}")
     axes.text(-reach, -0.5, "← found is better", color=MUTED, fontsize=SMALL, va="bottom")
     axes.text(reach, -0.5, "baseline is better →", color=MUTED, fontsize=SMALL, va="bottom", ha="right")
     axes.grid(axis="y", visible=False)
@@ -131,12 +131,12 @@ def score_against_share(data: ReportData, score: str) -> str | None:
         axes.axvline(data.choice.shares[domain], color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_title(f"{score} · rank correlation {_signed(correlations[domain])}")
     axes.set_xlabel(f"share of {domain}")
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel(data.unit_of(score))
     tips = {"points": [f"{p.name}: {v:.4f}  {shares_text(p.shares)}" for p, v in found]}
     return render(figure, f"{score} against the share of {domain}", tips)
 
 
-def predicted_against_measured(score: str, fit: Fit) -> str | None:
+def predicted_against_measured(score: str, fit: Fit, unit: str) -> str | None:
     """Out-of-fold predictions of one score's surrogate."""
     pairs = [(m, p) for m, p in zip(fit.measured, fit.predicted, strict=True) if math.isfinite(m) and math.isfinite(p)]
     if not pairs:
@@ -161,7 +161,7 @@ def predicted_against_measured(score: str, fit: Fit) -> str | None:
     axes.set_xlim(ends)
     axes.set_ylim(ends)
     axes.set_title(f"{score} · ρ {fit.correlation} · RMSE {fit.rmse:.2g}")
-    axes.set_xlabel("measured, bits per byte")
+    axes.set_xlabel(f"measured, {unit}")
     axes.set_ylabel("predicted")
     tips = [f"measured {m:.4f}, predicted {p:.4f}" for m, p in pairs]
     return render(figure, f"predicted against measured {score}", {"points": tips})

@@ -106,7 +106,7 @@ def _panel(data: ReportData, choice: Choice, pair: tuple[str, str]) -> str:
 
 
 def _labelled(data: ReportData, score: str) -> str:
-    return f"{score}, higher is better" if score in data.higher_is_better else f"{score}, bits per byte"
+    return f"{score}, {data.unit_of(score)}"
 
 
 def ternary(data: ReportData) -> str | None:

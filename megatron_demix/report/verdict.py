@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Group:
-    """The final runs of one mixture. objective: mean over seeds, in bits per byte. sd is None with one seed."""
+    """The final runs of one mixture. objective: mean over seeds, the lower the better. sd is None with one seed."""
 
     mixture: str
     num_seeds: int
@@ -25,7 +25,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Found minus baseline, in bits per byte (below 0: found is better), with its interval where the noise is known."""
+    """Found minus baseline, in the objective's unit (below 0: found is better), with its interval where the noise is known."""
 
     baseline: str
     difference: float
@@ -66,7 +66,9 @@ def judge(data: ReportData) -> Verdict:
     baselines = [g for g in groups if g.mixture != FOUND]
     if found is None or not baselines:
         measured = groups[0] if found is None else found
-        sentence = f"Mixture {measured.mixture}: {measured.objective:.4f} bits per byte. There is nothing to compare it with."
+        sentence = (
+            f"Mixture {measured.mixture}: {measured.objective:.4f} {data.final_unit}. There is nothing to compare it with."
+        )
         return Verdict("unknown", "Not compared", sentence, groups, [], None)
     freedom = sum(g.num_seeds - 1 for g in groups)
     seed_sd = _pooled_sd(groups, freedom)
@@ -78,7 +80,14 @@ def judge(data: ReportData) -> Verdict:
         "within noise": "No clear winner: within the seed noise",
         "unknown": "Compared with one seed each: the noise is unknown",
     }[outcome]
-    return Verdict(outcome, headline, _sentence(found, baselines, comparisons, seed_sd, freedom), groups, comparisons, seed_sd)
+    return Verdict(
+        outcome,
+        headline,
+        _sentence(found, baselines, comparisons, seed_sd, freedom, data.final_unit),
+        groups,
+        comparisons,
+        seed_sd,
+    )
 
 
 def _groups(data: ReportData) -> list[Group]:
@@ -123,7 +132,12 @@ def _overall(comparisons: Sequence[Comparison]) -> Outcome:
 
 
 def _sentence(
-    found: Group, baselines: Sequence[Group], comparisons: Sequence[Comparison], seed_sd: float | None, freedom: int
+    found: Group,
+    baselines: Sequence[Group],
+    comparisons: Sequence[Comparison],
+    seed_sd: float | None,
+    freedom: int,
+    unit: str,
 ) -> str:
     best = min(baselines, key=lambda g: g.objective)
     against = " and ".join(f"{b.objective:.4f} ({b.mixture})" for b in baselines)
@@ -131,7 +145,7 @@ def _sentence(
     percent = 100 * abs(closest.difference / best.objective) if best.objective else math.inf
     side = "better" if closest.difference < 0 else "worse"
     text = (
-        f"Objective on the test split: {found.objective:.4f} bits per byte with the found mixture, against {against}. "
+        f"Objective on the test split: {found.objective:.4f} {unit} with the found mixture, against {against}. "
         f"That is {abs(closest.difference):.4f} ({percent:.2f} %) {side} than {best.mixture}, the best baseline; "
     )
     if closest.interval is None or seed_sd is None:

@@ -1,7 +1,7 @@
-"""Causal attention for the local layer spec on a CPU, by torch's fused kernel.
+"""Causal attention by torch's fused kernel: for the local layer spec on a CPU, and for every model that answers with a cache.
 
 megatron.core's own local attention builds the scores, the mask and the probabilities of every head as tensors, and saves and
-restores a generator's state around dropout.
+restores a generator's state around dropout. Neither it nor Transformer Engine's masks several new tokens behind cached ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+
+from megatron_demix.train.compat import on_cpu
 
 
 class CausalAttention(MegatronModule):
@@ -45,19 +47,26 @@ class CausalAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: object | None = None,
     ) -> torch.Tensor:
-        """query [seq, batch, heads, dim]; key and value [seq, batch, groups, dim]. Returns [seq, batch, heads x dim].
+        """query [seq, batch, heads, dim]; key and value [keys, batch, groups, dim]. Returns [seq, batch, heads x dim].
 
-        Computed in float32: on CPUs without bfloat16 instructions the kernel is slower in bfloat16 than with the casts.
+        keys > seq: the first keys - seq are earlier tokens, kept in a cache, which every query sees.
+        On a CPU in float32: without bfloat16 instructions the kernel is slower in bfloat16 than with the casts.
         """
         dropout = self._dropout if self.training else 0.0
+        computed = torch.float32 if on_cpu() else query.dtype
+        num_new, num_cached = query.size(0), key.size(0) - query.size(0)
+        seen = None
+        if num_cached and num_new > 1:
+            seen = torch.ones(num_new, key.size(0), dtype=torch.bool, device=query.device).tril(num_cached)
         # Tensor parallel ranks hold different heads, so each draws from its own generator.
         with get_cuda_rng_tracker().fork() if dropout else nullcontext():
             context = torch.nn.functional.scaled_dot_product_attention(
-                query.float().permute(1, 2, 0, 3),
-                key.float().permute(1, 2, 0, 3),
-                value.float().permute(1, 2, 0, 3),
+                query.to(computed).permute(1, 2, 0, 3),
+                key.to(computed).permute(1, 2, 0, 3),
+                value.to(computed).permute(1, 2, 0, 3),
+                attn_mask=seen,
                 dropout_p=dropout,
-                is_causal=True,
+                is_causal=not num_cached,
                 scale=self._scale,
                 enable_gqa=key.size(2) != query.size(2),
             )

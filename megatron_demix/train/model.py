@@ -180,18 +180,19 @@ def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpe
     )
 
 
-def _layer_spec(model: ModelSpec) -> ModuleSpec:
+def _layer_spec(model: ModelSpec, *, cached: bool) -> ModuleSpec:
     if use_transformer_engine(model):
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=model.num_experts is not None, qk_layernorm=model.qk_layernorm
         )
-    spec = get_gpt_layer_local_spec(
-        num_experts=model.num_experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=model.qk_layernorm,
-        normalization=model.normalization,
-    )
-    if on_cpu():
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=model.num_experts,
+            moe_grouped_gemm=False,
+            qk_layernorm=model.qk_layernorm,
+            normalization=model.normalization,
+        )
+    if cached or on_cpu():
         spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec
 
@@ -202,11 +203,16 @@ def _quiet_config(**settings: Any) -> TransformerConfig:
         return TransformerConfig(**settings)
 
 
-def build_model(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec, vocab_size: int) -> GPTModel:
-    """This rank's pipeline stage, freshly initialised, in train.precision, on this rank's device."""
+def build_model(
+    model: ModelSpec, train: TrainSpec, parallel: ParallelSpec, vocab_size: int, *, cached: bool = False
+) -> GPTModel:
+    """This rank's pipeline stage, freshly initialised, in train.precision, on this rank's device.
+
+    cached: for answering with a key-value cache (evaluate.live), on every machine with the attention of train.attention.
+    """
     stage = GPTModel(
         config=transformer_config(model, train, parallel),
-        transformer_layer_spec=_layer_spec(model),
+        transformer_layer_spec=_layer_spec(model, cached=cached),
         vocab_size=padded_vocab_size(model, parallel, vocab_size),
         max_sequence_length=model.max_position_embeddings or train.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from task_files import write_all
 
 from megatron_demix.artifact import write_json
+from megatron_demix.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_demix.evaluate.job import EvaluateJob, evaluate
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.evaluate.windows import read_windows
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.study import TaskSpec, TokenizerSpec
 from megatron_demix.train.trainer import train
 
 TIME_LIMIT_S = 180
@@ -40,6 +43,8 @@ def parts(tmp_path_factory, make_train_job, byte_corpus):
         train(job)
         components[name] = job.work
     merge_checkpoints(components, MIXTURES, folder / "proxies", progress=False)
+    train_tokenizer(TokenizerSpec(type="byte"), {}, folder / "tokenizer")
+    tasks = write_all(folder / "tasks")
     job = EvaluateJob(
         model=base.model,
         train=base.train,
@@ -48,6 +53,11 @@ def parts(tmp_path_factory, make_train_job, byte_corpus):
         token_bytes=[1] * 256 + [0],
         domains={"a": [byte_corpus["a"]], "b": [byte_corpus["b"]]},
         tokens_per_domain=32 * 11,  # 11 windows: the last micro-batch of 4 is not full
+        tasks=[
+            TaskSpec(name="arc", format="arc", path=tasks["arc"], split="validation", num_shots=1),
+            TaskSpec(name="blanks", format="winogrande", path=tasks["winogrande"], split="validation"),
+        ],
+        tokenizer=folder / "tokenizer",
         micro_batch_size=4,
         components=components,
         mixtures=MIXTURES,
@@ -62,7 +72,7 @@ def reference(parts) -> dict:
     """All scores from one rank in this process."""
     _, job = parts
     job.work.mkdir()
-    evaluate(job, ProxyMerger)
+    evaluate(job, ProxyMerger, load_tokenizer)
     return ScoreTable.read(job.work / "scores.json").rows
 
 
@@ -72,6 +82,23 @@ def test_memory_and_disk_are_the_same_model(reference):
         assert reference[name] == reference[f"disk_{name}"]
     assert reference["only_a"] == reference["component_a"]
     assert len({tuple(reference[name].values()) for name in MIXTURES}) == 3
+
+
+def test_tasks_are_columns_of_the_table(parts, reference):
+    _, job = parts
+    table = ScoreTable.read(job.work / "scores.json")
+    assert [(s.name, s.unit, s.direction) for s in table.scores][2:] == [
+        ("arc/acc", "fraction", "higher"),
+        ("arc/acc_norm", "fraction", "higher"),
+        ("arc/bits_per_byte", "bits/byte", "lower"),
+        ("blanks/acc", "fraction", "higher"),
+        ("blanks/acc_norm", "fraction", "higher"),
+        ("blanks/bits_per_byte", "bits/byte", "lower"),
+    ]
+    notes = json.loads((job.work / "tasks.json").read_text())
+    # Every text is longer than the 32 tokens that this model reads.
+    assert notes["even"] == {"arc": {"items": 4, "cut": 11}, "blanks": {"items": 2, "cut": 4}}
+    assert len({row["arc/bits_per_byte"] for row in reference.values()}) == 3, "the mixtures differ"
 
 
 def test_bits_per_byte_against_log_softmax(parts, reference):
@@ -111,7 +138,8 @@ def test_every_layout_scores_alike(parts, reference, layout):
     spread = job.model_copy(update={"work": work, "parallel": job.parallel.model_copy(update=layout)})
     write_json(folder / "job.json", spread.model_dump(mode="json"))
     # What a killed run left: one whole row, which is not measured again, and one cut short, which is.
-    (work / "rows-0.jsonl").write_text('\n{"model": "even", "scores": {"a": 1.0, "b": 2.0}}\n\n{"model": "only_a", "sco')
+    row = {"model": "even", "scores": {"a": 1.0, "b": 2.0}, "notes": {}}
+    (work / "rows-0.jsonl").write_text(f'\n{json.dumps(row)}\n\n{{"model": "only_a", "sco')
     torchrun(folder / "job.json", ranks=spread.parallel.world_size)
     rows = ScoreTable.read(work / "scores.json").rows
     assert list(rows) == list(reference)

@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from task_files import ARC, write_lines
 
 STUDY = """
 name: tiny
@@ -21,7 +22,7 @@ train: {seq_length: 32, micro_batch_size: 4, global_batch_size: 8, lr: 3e-3, pre
 base: {tokens: 7680}                      # 30 steps
 component: {tokens: 2560}                 # 10 steps
 search: {rounds: [8, 4], objective: {code: 0.7, english: 0.3}, candidates: 2000, top: 16}
-evaluate: {tokens_per_domain: 2k}
+evaluate: {tokens_per_domain: 2k, tasks: [{name: quiz, format: arc, path: quiz.jsonl}]}
 final: {tokens: 2560, baselines: [uniform], seeds: 1}
 launch: {jobs: 2}
 """
@@ -44,5 +45,6 @@ def study_folder(tmp_path_factory) -> Path:
     for name, texts in (("code", functions), ("english", topics)):
         lines = [json.dumps({"text": text}) for text in texts if text and len(text) > 200]
         (folder / "corpus" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    write_lines(folder / "quiz.jsonl", ARC)
     (folder / "study.yaml").write_text(STUDY)
     return folder

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_demix.artifact import read_json
+from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.errors import ConfigError
 from megatron_demix.evaluate.job import EvaluateJob, evaluate
 from megatron_demix.merge.proxies import ProxyMerger
@@ -30,7 +31,9 @@ def make(stage: Stage) -> None:
         if read_json(stage.job)["kind"] == "train":
             train(TrainJob.read(stage.job))
         else:
-            evaluate(EvaluateJob.model_validate(read_json(stage.job)), lambda parts, live: ProxyMerger(parts, live))
+            evaluate(
+                EvaluateJob.model_validate(read_json(stage.job)), lambda parts, live: ProxyMerger(parts, live), load_tokenizer
+            )
     stage.finish()
 
 

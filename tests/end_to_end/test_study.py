@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_demix.artifact import hash_file
+from megatron_demix.study import TASK_SCORES
 
 pytestmark = pytest.mark.timeout(1800)
 DEMIX = [sys.executable, "-m", "megatron_demix.cli"]
@@ -85,7 +86,9 @@ def test_the_test_split_scores_everything(undisturbed):
     """The base, the found mixture's proxy and the final runs all have every score."""
     scores = json.loads(next(undisturbed.glob("final/scores-*/scores.json")).read_text())
     assert set(scores["rows"]) == {"base", "proxy", "found-seed0", "uniform-seed0"}
-    assert all(0.5 < value < 12 for row in scores["rows"].values() for value in row.values())
+    assert [s["name"] for s in scores["scores"]] == ["code", "english", *(f"quiz/{s}" for s in TASK_SCORES["arc"])]
+    assert all(0.5 < row[name] < 12 for row in scores["rows"].values() for name in ("code", "english", "quiz/bits_per_byte"))
+    assert all(0 <= row[name] <= 1 for row in scores["rows"].values() for name in ("quiz/acc", "quiz/acc_norm"))
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(undisturbed, study_folder, tmp_path):

@@ -1,14 +1,17 @@
 """The rounds of a study on invented scores: nothing is trained, so the optimum is known."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from task_files import ARC, GSM8K, write_lines
 
 from megatron_demix.artifact import publish, read_json
-from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.reporting import write_report
 from megatron_demix.study import load_study
 
 STUDY = """
@@ -36,8 +39,11 @@ def study_path(tmp_path: Path) -> Path:
     return tmp_path / "study.yaml"
 
 
-def searched(study_path: Path, *overrides: str, higher: bool = False) -> Dag:
-    """The rounds, with -log(share) as every domain's loss (or its negative, as a score of which more is better)."""
+def searched(study_path: Path, *overrides: str, higher: bool = False, tasks: Mapping[str, Callable] | None = None) -> Dag:
+    """The rounds, with -log(share) as every domain's loss (or its negative, as a score of which more is better).
+
+    tasks: by name, what scores of tasks are at given shares; more is better.
+    """
     dag = build_dag(load_study(study_path, list(overrides)), study_path, study_path.parent / "run")
     for stage in (dag.tokenizer, *dag.data.values()):
         stage.finish()
@@ -45,8 +51,10 @@ def searched(study_path: Path, *overrides: str, higher: bool = False) -> Dag:
     sign = -1 if higher else 1
     for r in dag.rounds:
         table = ScoreTable([Score(name, "", "higher" if higher else "lower") for name in dag.data])
+        table.scores += [Score(name, "fraction", "higher") for name in tasks or {}]
         for entry in read_json(r.proposal.folder / "mixtures.json"):
             table.rows[entry["name"]] = {name: -sign * math.log(share) for name, share in entry["shares"].items()}
+            table.rows[entry["name"]] |= {name: of(entry["shares"]) for name, of in (tasks or {}).items()}
         with publish(r.scores.folder, r.scores.key, "scores", {}) as folder:
             table.write(folder / "scores.json")
         r.fit.finish()
@@ -152,3 +160,64 @@ def test_a_space_without_mixtures_names_the_setting(study_path):
 def test_unusable_settings_are_refused(study_path, override, message):
     with pytest.raises(ConfigError, match=message):
         load_study(study_path, [override])
+
+
+TASKS = "evaluate.tasks=[{name: quiz, format: arc, path: quiz.jsonl}, {name: sums, format: gsm8k, path: sums.jsonl}]"
+
+
+@pytest.fixture
+def with_tasks(study_path: Path) -> Path:
+    write_lines(study_path.parent / "quiz.jsonl", ARC)
+    write_lines(study_path.parent / "sums.jsonl", GSM8K)
+    return study_path
+
+
+def test_a_task_is_an_objective(with_tasks):
+    """Accuracy is best where english has most, and its weight beats the losses'."""
+    quiz = {"quiz/acc": lambda shares: shares["english"] ** 0.5, "sums/exact_match": lambda shares: 0.0}
+    objective = "search.objective={code: 0.01, quiz/acc: 1, sums/exact_match: 5}"
+    dag = searched(with_tasks, TASKS, objective, "domains.1.max_share=0.8", tasks=quiz)
+    found = read_json(dag.choice.folder / "mixture.json")
+    assert found["weights"]["english"] == pytest.approx(0.8, abs=0.02)
+    assert found["predicted"]["quiz/acc"][0] == pytest.approx(0.8**0.5, abs=0.03)
+    assert "sums/exact_match" not in found["predicted"]
+    # What is the same for every proxy prefers none: the search goes on without it, and says so.
+    assert read_json(dag.choice.folder / "fit.json")["constant"] == {"sums/exact_match": 0.0}
+    page = write_report(dag).read_text()
+    assert "sums/exact_match was 0 for every proxy: the search could not use it" in page
+    assert "compared on the very items of sums" in page, "gsm8k has no validation split; arc has"
+    assert "Other tasks than quiz, sums." in page
+
+
+def test_nothing_to_prefer(with_tasks):
+    with pytest.raises(IncompatibleInputs, match=r"search.objective: sums/exact_match is 0 for every proxy.*bits_per_byte"):
+        searched(with_tasks, TASKS, "search.objective={sums/exact_match: 1}", tasks={"sums/exact_match": lambda shares: 0.0})
+
+
+def test_the_objective_names_scores_of_tasks(with_tasks):
+    with pytest.raises(
+        ConfigError, match=r"search.objective: 'quiz/accuracy' is not one of code, .*; did you mean 'quiz/acc'\?"
+    ):
+        load_study(with_tasks, [TASKS, "search.objective={quiz/accuracy: 1}"])
+    with pytest.raises(ConfigError, match=r"evaluate\.tasks: 'quiz' is named twice"):
+        load_study(with_tasks, [TASKS.replace("sums,", "quiz,")])
+    with pytest.raises(ConfigError, match="max_new_tokens of 'sums' is 16, but the model reads 16 tokens"):
+        load_study(with_tasks, [TASKS.replace("sums.jsonl", "sums.jsonl, max_new_tokens: 16")])
+    with pytest.raises(ConfigError, match="scores: format gsm8k has no 'acc', only exact_match, bits_per_byte"):
+        load_study(with_tasks, [TASKS.replace("sums.jsonl", "sums.jsonl, scores: [acc]")])
+
+
+def test_task_files_are_part_of_the_keys(with_tasks):
+    def keys() -> tuple[str, str]:
+        dag = build_dag(load_study(with_tasks, [TASKS]), with_tasks, with_tasks.parent / "run")
+        return dag.rounds[0].scores.key, dag.final_scores.key
+
+    first = keys()
+    assert keys() == first
+    write_lines(with_tasks.parent / "sums.jsonl", GSM8K[:2])
+    assert all(a != b for a, b in zip(keys(), first, strict=True))
+    (with_tasks.parent / "quiz.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"task 'quiz': .*does not exist"):
+        keys()
+    planned = build_dag(load_study(with_tasks, [TASKS]), with_tasks, with_tasks.parent / "run", absent_inputs=True)
+    assert planned.rounds[0].scores.ranks == 1

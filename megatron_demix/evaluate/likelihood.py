@@ -1,0 +1,127 @@
+"""Log-likelihoods of continuations, at the cost of the tokens that differ: what texts begin with is run once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from megatron_demix.evaluate.live import Cache, LiveModel
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score `continuation` behind `context`: one id or more each, together at most one more than the model's max_tokens."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.context or not self.continuation:
+            raise ValueError("a request needs one token or more of context and of continuation")
+
+    @classmethod
+    def cut(cls, context: Sequence[int], continuation: Sequence[int], max_tokens: int) -> Request:
+        """What does not fit is left out at the beginning, so that the last token is still predicted."""
+        continuation = tuple(continuation)[-max_tokens:]
+        return cls(tuple(context)[-(max_tokens + 1 - len(continuation)) :], continuation)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """nats: -log p of the whole continuation. greedy: every token of it was the most probable one."""
+
+    nats: float
+    greedy: bool
+
+
+def likelihoods(model: LiveModel, requests: Sequence[Request], *, batch_tokens: int) -> list[Likelihood]:
+    """In the order of the requests, the same on every rank. batch_tokens: how many tokens run at once, about.
+
+    Contexts are sorted by length. What all of them begin with (worked examples) is run once; then, batch by batch, as much of
+    each distinct context as the shortest one has, once for all its continuations; then the rest, filled up at the right.
+    Losses are float32 as the model computes them and are added in float64.
+    """
+    results = torch.zeros(len(requests), 2, dtype=torch.float64, device=model.device)
+    if requests:
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            by_context.setdefault(request.context, []).append(i)
+        contexts = sorted(by_context, key=lambda c: (len(c), c))
+        start = common_start(model, contexts)
+        for batch in _batches(contexts, by_context, requests, batch_tokens):
+            _score(model, start, batch, by_context, requests, results)
+        model.shared(results)
+    return [Likelihood(nats, bool(greedy)) for nats, greedy in results.tolist()]
+
+
+def common_start(model: LiveModel, contexts: Sequence[tuple[int, ...]]) -> Cache:
+    """One row that has seen what all contexts begin with, but for the last token of the shortest one, which is the first."""
+    # The least and the largest in lexical order differ first where any two do.
+    least, largest = min(contexts), max(contexts)
+    common = next((i for i, (a, b) in enumerate(zip(least, largest, strict=False)) if a != b), len(least))
+    common = min(common, len(contexts[0]) - 1)
+    start = model.new_cache(1, max(common, 1))
+    if common:
+        model.extend(start, np.array([least[:common]]))
+    return start
+
+
+def _batches(
+    contexts: Sequence[tuple[int, ...]],
+    by_context: dict[tuple[int, ...], list[int]],
+    requests: Sequence[Request],
+    batch_tokens: int,
+) -> Iterator[list[tuple[int, ...]]]:
+    """Contexts in order, as many at a time as have batch_tokens in all rows, but one at least."""
+    batch: list[tuple[int, ...]] = []
+    num_rows = longest = 0
+    for context in contexts:
+        more = by_context[context]
+        length = len(context) + max(len(requests[i].continuation) for i in more)
+        if batch and (num_rows + len(more)) * max(longest, length) > batch_tokens:
+            yield batch
+            batch, num_rows, longest = [], 0, 0
+        batch.append(context)
+        num_rows, longest = num_rows + len(more), max(longest, length)
+    if batch:
+        yield batch
+
+
+def _score(
+    model: LiveModel,
+    start: Cache,
+    batch: list[tuple[int, ...]],
+    by_context: dict[tuple[int, ...], list[int]],
+    requests: Sequence[Request],
+    results: torch.Tensor,
+) -> None:
+    """Fill in results[i] (nats, greedy) of the batch's requests, on the last pipeline stage."""
+    rows = [(row, i) for row, context in enumerate(batch) for i in by_context[context]]
+    lengths = [len(requests[i].context) + len(requests[i].continuation) - 1 for _, i in rows]
+    cache, source = start, torch.zeros(len(rows), dtype=torch.int64)
+    shared = len(batch[0]) - 1  # the batch's shortest
+    if shared > start.num_tokens and len(rows) > len(batch):
+        cache = start.repeated(torch.zeros(len(batch), dtype=torch.int64), shared)
+        model.extend(cache, np.array([context[start.num_tokens : shared] for context in batch]))
+        source = torch.tensor([row for row, _ in rows])
+    seen = cache.num_tokens
+    tails = np.zeros((len(rows), max(lengths) - seen), np.int64)
+    for n, (_, i) in enumerate(rows):
+        tails[n, : lengths[n] - seen] = (requests[i].context + requests[i].continuation)[seen:-1]
+    hidden = model.extend(cache.repeated(source, max(lengths)), tails)
+    if hidden is None:
+        return
+    places = [(n, t - seen) for n, (_, i) in enumerate(rows) for t in range(len(requests[i].context) - 1, lengths[n])]
+    row_of, position = torch.tensor(places, device=model.device).T
+    targets = np.concatenate([requests[i].continuation for _, i in rows])
+    nats, greedy = model.judge(hidden[position, row_of], targets)
+    of = torch.tensor([i for _, i in rows], device=model.device)
+    totals = torch.zeros(len(rows), 2, dtype=torch.float64, device=model.device)
+    totals.index_add_(0, row_of, torch.stack([nats.double(), (~greedy).double()], dim=1))
+    totals[:, 1] = (totals[:, 1] == 0).double()
+    results[of] = totals

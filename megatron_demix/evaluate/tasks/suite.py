@@ -1,0 +1,192 @@
+"""The tasks of a study, ready for any number of models: read and encoded once, scored in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.evaluate.scores import Score
+from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
+from megatron_demix.evaluate.tasks.records import find_files, read_records
+from megatron_demix.study import TaskSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from megatron_demix.evaluate.likelihood import Likelihood, Request
+    from megatron_demix.evaluate.live import LiveModel
+
+
+class TextCodec(Protocol):
+    """What tasks need of a tokenizer (megatron_demix.data.tokenizer.Tokenizer). pieces: the bytes of each id."""
+
+    vocab_size: int
+    eod_id: int
+
+    @property
+    def pieces(self) -> Sequence[bytes]: ...
+
+    def encode_batch(self, texts: Sequence[str], /) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def search_split(spec: TaskSpec) -> str:
+    published = FORMATS[spec.format].splits
+    return spec.split or next(s for s in ("validation", "test") if s in published)
+
+
+def final_split(spec: TaskSpec) -> str:
+    published = FORMATS[spec.format].splits
+    return spec.final_split or ("test" if "test" in published else search_split(spec))
+
+
+def task_files(spec: TaskSpec, split: str) -> tuple[list[Path], list[Path]]:
+    """The files of a task's questions, and those of its worked examples. Raises ConfigError."""
+    examples = FORMATS[spec.format].examples
+    shots = find_files(spec.path, examples, spec.name) if spec.num_shots and examples else []
+    return find_files(spec.path, split, spec.name), shots
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's questions. header: the worked examples, in front of every context."""
+
+    spec: TaskSpec
+    items: Sequence[Item]
+    header: str
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.spec.format]
+
+
+def read_task(spec: TaskSpec, split: str) -> Task:
+    """Raises ConfigError where files are absent, CorruptInput where a record is not what the format has."""
+    form = FORMATS[spec.format]
+    files, shot_files = task_files(spec, split)
+    items = form.items(read_records(files, spec.format, form.keys), split)
+    shots: list[Item] = []
+    if spec.num_shots and form.examples:
+        if shot_files == files and form.split_of is None:
+            shots, items = items[: spec.num_shots], items[spec.num_shots :]
+        else:
+            shots = form.items(read_records(shot_files, spec.format, form.keys), form.examples)[: spec.num_shots]
+    if len(shots) < spec.num_shots:
+        raise CorruptInput(
+            f"task {spec.name!r}: {len(shots)} worked examples in {shot_files[0]}, num_shots is {spec.num_shots}."
+        )
+    if not items:
+        raise CorruptInput(f"task {spec.name!r}: no item of split {split!r} in {files[0]}; nothing could be scored.")
+    count = min(spec.limit or len(items), len(items))
+    spread = [items[i * len(items) // count] for i in range(count)]
+    return Task(spec, spread, "".join(f"{shot.shot}\n\n" for shot in shots))
+
+
+@dataclass
+class Scored:
+    """One model's scores by name, and what should be known about them, by task."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class Suite:
+    """All tasks, encoded for one tokenizer and the length that the model reads."""
+
+    def __init__(self, tasks: Sequence[Task], codec: TextCodec, *, max_tokens: int) -> None:
+        self._tasks = [_EncodedTask(task, codec, max_tokens) for task in tasks]
+
+    @property
+    def scores(self) -> list[Score]:
+        names = {name: score for task in self._tasks for name, score in task.spec.score_names.items()}
+        return [
+            Score(name, "bits/byte", "lower") if score == "bits_per_byte" else Score(name, "fraction", "higher")
+            for name, score in names.items()
+        ]
+
+    def score(self, model: LiveModel, *, batch_tokens: int) -> Scored:
+        """Called by every rank of a model-parallel group, and the same on each."""
+        result = Scored()
+        for task in self._tasks:
+            measured = task.likelihood_scores(model, batch_tokens)
+            result.scores |= {name: measured[score] for name, score in task.spec.score_names.items()}
+            result.notes[task.spec.name] = {"items": len(task.items), "cut": task.num_cut}
+        return result
+
+
+class _EncodedTask:
+    def __init__(self, task: Task, codec: TextCodec, max_tokens: int) -> None:
+        self.spec, self.items, self._task, self._codec, self._max_tokens = task.spec, task.items, task, codec, max_tokens
+
+    @cached_property
+    def _requests(self) -> tuple[list[Request], int]:
+        pairs = [(self._task.header + context, answer) for item in self.items for context, answer in self._options(item)]
+        return encode_pairs(self._codec, pairs, self._max_tokens)
+
+    def _options(self, item: Item) -> Sequence[tuple[str, str]]:
+        """What has to be scored: all options where one is chosen, else the gold answer alone."""
+        wanted = set(self.spec.score_names.values())
+        return item.options if wanted & {"acc", "acc_norm"} else (item.options[item.gold],)
+
+    @property
+    def num_cut(self) -> int:
+        """Texts that are longer than what the model reads; their beginning is left out."""
+        return self._requests[1]
+
+    def likelihood_scores(self, model: LiveModel, batch_tokens: int) -> dict[str, float]:
+        from megatron_demix.evaluate.likelihood import likelihoods
+
+        found = likelihoods(model, self._requests[0], batch_tokens=batch_tokens)
+        right = right_by_byte = 0
+        gold_nats = gold_bytes = 0.0
+        begin = 0
+        for item in self.items:
+            options = self._options(item)
+            mine: list[Likelihood] = found[begin : begin + len(options)]
+            begin += len(options)
+            gold = item.gold if len(options) > 1 else 0
+            lengths = [max(len(answer.encode()), 1) for answer in item.answers]
+            right += int(np.argmin([m.nats for m in mine])) == gold
+            right_by_byte += int(np.argmin([m.nats / n for m, n in zip(mine, lengths, strict=False)])) == gold
+            gold_nats += mine[gold].nats
+            gold_bytes += len(options[gold][1].encode())
+        return {
+            "acc": right / len(self.items),
+            "acc_norm": right_by_byte / len(self.items),
+            "bits_per_byte": gold_nats / math.log(2) / gold_bytes,
+        }
+
+
+def encode_pairs(codec: TextCodec, pairs: Sequence[tuple[str, str]], max_tokens: int) -> tuple[list[Request], int]:
+    """(context, continuation) as requests, and how many had to be cut to what the model reads.
+
+    As lm-evaluation-harness does it: a pair is encoded as one text, and the continuation is what comes after as many ids as the
+    context alone has. Blanks that end a context go to the continuation, where tokenizers have them. An empty context is
+    end-of-document.
+    """
+    from megatron_demix.evaluate.likelihood import Request
+
+    moved = [(c.rstrip(), c[len(c.rstrip()) :] + continuation) for c, continuation in pairs]
+    alone = encode(codec, [context for context, _ in moved])
+    whole = encode(codec, [context + continuation for context, continuation in moved])
+    requests, num_cut = [], 0
+    for before, both, (_, continuation) in zip(alone, whole, moved, strict=True):
+        after = both[len(before) :]
+        if not len(after):  # the tokenizer made one token of the end of the context and the whole continuation
+            after = encode(codec, [continuation])[0]
+        if not len(after):
+            raise ConfigError(f"the tokenizer has no token for the answer {continuation!r}, so that it cannot be scored.")
+        num_cut += len(before) + len(after) > max_tokens + 1
+        requests.append(Request.cut(before.tolist() or [codec.eod_id], after.tolist(), max_tokens))
+    return requests, num_cut
+
+
+def encode(codec: TextCodec, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids of each text."""
+    ids, offsets = codec.encode_batch(texts)
+    return np.split(ids, offsets[1:-1]) if len(texts) else []

@@ -1,0 +1,134 @@
+"""Cached, batched likelihoods against the plain forward pass of each text; the scores that tasks make of them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from task_files import ARC, write_all, write_lines
+
+from megatron_demix.data.tokenizer import load_tokenizer
+from megatron_demix.evaluate.likelihood import Likelihood, Request, likelihoods
+from megatron_demix.evaluate.tasks import suite
+from megatron_demix.study import ModelSpec, ParallelSpec, TaskSpec, TokenizerSpec, TrainSpec
+from megatron_demix.train.compat import cpu_compat
+
+MAX_TOKENS, VOCABULARY = 160, 257
+KINDS = {
+    "rope": {"num_query_groups": 2, "qk_layernorm": True},
+    "learned": {"position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False},
+    "experts": {"num_experts": 4, "untie_embeddings_and_output_weights": True},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def live(request):
+    """A random model whose probabilities are far from uniform, with ids that only fill up the vocabulary."""
+    with cpu_compat():
+        from megatron_demix.evaluate.live import LiveModel
+        from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel
+
+        initialize_parallel(ParallelSpec(), seed=3, timeout_s=60)
+        spec = ModelSpec(num_layers=2, hidden_size=32, num_attention_heads=4, init_method_std=0.2, **KINDS[request.param])
+        train = TrainSpec(seq_length=MAX_TOKENS, global_batch_size=1, precision="fp32")
+        model = build_model(spec, train, ParallelSpec(), VOCABULARY, cached=True)
+        yield LiveModel(model, vocab_size=VOCABULARY, max_tokens=MAX_TOKENS)
+        destroy_parallel()
+
+
+def plain(live, request: Request) -> Likelihood:
+    """By one forward pass over the whole text."""
+    tokens = torch.tensor([request.context + request.continuation])
+    live.stage.eval()
+    with torch.no_grad():
+        logits = live.stage(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None)[0, :, :VOCABULARY].double()
+    scored, targets = logits[len(request.context) - 1 :], tokens[0, len(request.context) :]
+    nats = -scored.log_softmax(-1).gather(-1, targets[:, None]).sum().item()
+    return Likelihood(nats, bool((scored.argmax(-1) == targets).all()))
+
+
+def requests_of(seed: int, *, shared: int) -> list[Request]:
+    random = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(random.integers(0, VOCABULARY, random.integers(low, high)).tolist())
+
+    header = ids(shared, shared + 1)
+    contexts = [header + ids(1, 20) for _ in range(6)]
+    return [Request(context, ids(1, 8)) for context in contexts for _ in range(random.integers(1, 5))]
+
+
+@pytest.mark.parametrize("shared", [0, 9])
+def test_against_plain_forward_passes(live, shared):
+    requests = requests_of(shared, shared=shared)
+    # One whose every token is the most probable one: chosen greedily, one after the other.
+    context, answer = requests[0].context, []
+    for _ in range(3):
+        answer += [next(i for i in range(VOCABULARY) if plain(live, Request(context, (*answer, i))).greedy)]
+    requests.append(Request(context, tuple(answer)))
+    for batch_tokens in (1, 150, 10_000):
+        found = likelihoods(live, requests, batch_tokens=batch_tokens)
+        for request, measured in zip(requests, found, strict=True):
+            expected = plain(live, request)
+            assert measured.nats == pytest.approx(expected.nats, rel=2e-5)
+            assert measured.greedy == expected.greedy
+        assert found[-1].greedy
+
+
+def test_what_texts_share_is_run_once(live):
+    requests = [Request((*range(50), n), (5, c)) for n in range(4) for c in range(3)]
+    before = live.num_forward_tokens
+    likelihoods(live, requests, batch_tokens=10_000)
+    # 50 that all share; then twelve rows of a context's last token and a continuation's first.
+    assert live.num_forward_tokens - before == 50 + 12 * 2
+
+
+def test_nothing_to_score(live):
+    assert likelihoods(live, [], batch_tokens=10) == []
+
+
+def test_scores_of_tasks(live, tmp_path):
+    """acc, acc_norm and bits per byte, from the plain likelihoods of the texts as they are written."""
+    codec = load_tokenizer(TokenizerSpec(type="byte"))
+    spec = TaskSpec(name="arc", format="arc", path=write_lines(tmp_path / "arc.jsonl", ARC), num_shots=1)
+    ready = suite.Suite([suite.read_task(spec, "validation")], codec, max_tokens=MAX_TOKENS)
+    scored = ready.score(live, batch_tokens=300)
+    header = "Question: Which one is wet?\nAnswer: rain\n\n"
+    right = right_by_byte = 0
+    nats = num_bytes = 0.0
+    for item in ARC[1:]:
+        context = f"{header}Question: {item['question']}\nAnswer:"
+        texts = item["choices"]["text"]
+        found = [plain(live, Request(tuple(context.encode()), tuple(f" {t}".encode()))).nats for t in texts]
+        gold = item["choices"]["label"].index(item["answerKey"])
+        right += int(np.argmin(found)) == gold
+        right_by_byte += int(np.argmin([n / len(t) for n, t in zip(found, texts, strict=True)])) == gold
+        nats, num_bytes = nats + found[gold], num_bytes + len(texts[gold]) + 1
+    assert scored.scores == pytest.approx(
+        {"arc/acc": right / 3, "arc/acc_norm": right_by_byte / 3, "arc/bits_per_byte": nats / math.log(2) / num_bytes}, rel=1e-5
+    )
+    assert scored.notes == {"arc": {"items": 3, "cut": 0}}
+
+
+def test_only_the_scores_asked_for(live, tmp_path):
+    tasks = write_all(tmp_path)
+    codec = load_tokenizer(TokenizerSpec(type="byte"))
+    spec = TaskSpec(name="a", format="arc", path=tasks["arc"], scores=["bits_per_byte"])
+    everything = spec.model_copy(update={"scores": None})
+    few, all_ = (suite.Suite([suite.read_task(s, "validation")], codec, max_tokens=MAX_TOKENS) for s in (spec, everything))
+    assert [s.name for s in few.scores] == ["a/bits_per_byte"]
+    before = live.num_forward_tokens
+    only = few.score(live, batch_tokens=300).scores
+    cost = live.num_forward_tokens - before
+    assert only["a/bits_per_byte"] == pytest.approx(all_.score(live, batch_tokens=300).scores["a/bits_per_byte"], rel=1e-5)
+    assert live.num_forward_tokens - before > 2 * cost
+
+
+def test_texts_become_requests():
+    codec = load_tokenizer(TokenizerSpec(type="byte"))
+    requests, num_cut = suite.encode_pairs(codec, [("ab ", "c"), ("", "xy"), ("abcdef", "gh")], 5)
+    assert [(bytes(r.context), bytes(r.continuation)) for r in (requests[0], requests[2])] == [(b"ab", b" c"), (b"cdef", b"gh")]
+    assert requests[1].context == (256,)
+    assert num_cut == 1
+    with pytest.raises(ValueError, match="one token or more"):
+        Request((), (1,))
