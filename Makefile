@@ -55,6 +55,7 @@ bench-search: $(CORE) $(DEV)
 
 bench-faults: $(CORE) $(DEV)
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/merge_faults.py --work $(SCRATCH)/merge_faults
 
 $(READY): pyproject.toml
 	@command -v g++ >/dev/null || { echo "g++ is missing: install a C++17 compiler (apt-get install g++)"; exit 2; }

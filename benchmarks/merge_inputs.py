@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -36,12 +38,23 @@ def model_shapes(parameters: float) -> dict[str, tuple[int, ...]]:
     }
 
 
-def write_component(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """One chunk a layer (two for fc1), as a data-parallel run saves them, in two files. Returns the bytes of all elements."""
+def write_component(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    beside: Mapping[str, torch.Tensor | bytes] | None = None,
+) -> int:
+    """One chunk a layer (two for fc1), as a data-parallel run saves them, in two files. Returns the bytes of all elements.
+
+    beside: tensors and objects that are stored with the model, each whole.
+    """
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     files = [open(folder / f"__0_{n}.distcp", "wb") for n in range(2)]  # noqa: SIM115
-    entries, stored, total = {}, {}, 0
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    stored, total = {}, 0
     for key, shape in shapes.items():
         boxes = [((0,) * len(shape), shape)]
         if key.startswith("decoder.layers."):
@@ -66,6 +79,19 @@ def write_component(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int,
             chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
             total += tensor.numel() * tensor.element_size()
         entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
+    for key, value in (beside or {}).items():
+        file, data, index = files[0], value, MetadataIndex(key)
+        if isinstance(value, torch.Tensor):
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            data, origin = buffer.getvalue(), torch.Size([0] * value.dim())
+            index = MetadataIndex(key, origin)
+            chunk = ChunkStorageMetadata(origin, value.shape)
+            entries[key] = TensorStorageMetadata(TensorProperties(dtype=value.dtype), value.shape, [chunk])
+        else:
+            entries[key] = BytesStorageMetadata()
+        stored[index] = _StorageInfo(Path(file.name).name, file.tell(), len(data))
+        file.write(data)
     for file in files:
         file.close()
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=stored)))

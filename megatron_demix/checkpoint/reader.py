@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
@@ -19,6 +20,9 @@ from megatron_demix.errors import CorruptInput
 _NOT_MODEL = re.compile(
     r"(chained_\d+\.)?optimizer\.|opt_param_scheduler|rng_state|rerun_state_machine|common_state|modelopt_state"
 )
+
+# The name of one of the objects that layers, experts or ranks saved under one key: <key>/shard_<index>_<how many, by axis>.
+_SHARD = re.compile(r"(.+)/shard_[\d.]+_(\d+(?:\.\d+)*)")
 
 
 def is_model_key(key: str) -> bool:
@@ -47,8 +51,19 @@ class Checkpoint:
 
     @property
     def model_objects(self) -> dict[str, Location]:
-        """Pickled objects of the model's layers (`_extra_state`)."""
-        return {k: v for k, v in self.metadata.objects.items() if is_model_key(k) and "_extra_state" in k}
+        """Pickled objects of the model's layers (`_extra_state`). Raises CorruptInput if shards of one are missing."""
+        found = {k: v for k, v in self.metadata.objects.items() if is_model_key(k) and "_extra_state" in k}
+        shards: dict[tuple[str, str], int] = {}
+        for key in found:
+            if match := _SHARD.fullmatch(key):
+                shards[match[1], match[2]] = shards.get((match[1], match[2]), 0) + 1
+        for (name, shape), num in shards.items():
+            if num != (expected := math.prod(map(int, shape.split(".")))):
+                raise CorruptInput(
+                    f"{self.location.path}: {num} of {expected} shards of {name!r} are there. The checkpoint was not saved by "
+                    "all ranks, or its .metadata is damaged."
+                )
+        return found
 
     def blob(self, location: Location, key: str) -> np.ndarray:
         """The bytes of one stored item, uint8. Raises CorruptInput if the file is missing or too short."""

@@ -94,13 +94,16 @@ def linear(weights_K: np.ndarray, values_KN: np.ndarray) -> np.ndarray:
 def error_bound(weights_K: np.ndarray, values_KN: np.ndarray, dtype: str) -> np.ndarray:
     """How far a merge that accumulates in float32 and rounds once may lie from the exact value, by element.
 
-    Half a unit of the output type, plus (K + 1) * 2^-24 * sum |w x| for rounded weights and K multiply-adds. Infinite where
-    the sum may overflow.
+    Half a unit of the output type, plus what rounding the weights to float32 takes away, plus K * (2^-24 * sum |w x| + 2^-150)
+    for K multiply-adds. Infinite where the sum may overflow.
     """
     used = weights_K != 0
+    weights, sizes = weights_K[used], np.abs(values_KN[used])
+    narrow = weights.astype(np.float32).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        magnitude = np.abs(weights_K[used]) @ np.abs(values_KN[used])
-        return rounded_bound(linear(weights_K, values_KN), (int(used.sum()) + 1) * 2.0**-24 * magnitude, magnitude, dtype)
+        magnitude = np.abs(narrow) @ sizes
+        sums = np.abs(weights - narrow) @ sizes + len(weights) * (2.0**-24 * 1.0001 * magnitude + 2.0**-150)
+        return rounded_bound(linear(weights_K, values_KN), sums, magnitude, dtype)
 
 
 def rounded_bound(values: np.ndarray, sums: np.ndarray, magnitude: np.ndarray, dtype: str) -> np.ndarray:

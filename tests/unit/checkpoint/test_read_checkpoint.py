@@ -300,6 +300,16 @@ def test_objects_are_compared_with_their_checksums(tmp_path):
             Checkpoint(folder).sound_blob(location, key)
 
 
+def test_missing_shards_of_an_object(tmp_path):
+    shards = {f"a._extra_state/shard_{e}.{layer}_2.3": b"x" for e in range(2) for layer in range(3)}
+    whole = write_checkpoint(tmp_path / "a", {"w": torch.ones(2)}, objects=shards)
+    assert set(Checkpoint(whole).model_objects) == set(shards)
+    shards["a._extra_state/shard_1.2_2.2"] = shards.pop("a._extra_state/shard_1.2_2.3")
+    part = write_checkpoint(tmp_path / "b", {"w": torch.ones(2)}, objects=shards)
+    with pytest.raises(CorruptInput, match=r"[15] of [46] shards of 'a._extra_state' are there"):
+        _ = Checkpoint(part).model_objects
+
+
 def test_archives_saved_without_checksums():
     computes = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
