@@ -37,7 +37,7 @@ examples:
 
 exit codes: 0 done; 2 usage or configuration; 3 incompatible inputs; 4 infeasible mixture; 5 verification failed;
 6 output exists and differs; 7 corrupt or unsafe input; 8 a stage failed; 9 training
-diverged; 74 disk full; 75 incomplete, run again."""
+diverged; 16 and 17 Megatron-LM's own: start again, broken device; 74 disk full; 75 incomplete, run again."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("study", type=Path, metavar="STUDY", help="the study's YAML file")
     study.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as in model.num_layers=4"
+    )
+    study.add_argument(
+        "--backend",
+        choices=("megatron_core", "megatron_lm"),
+        help="who trains: short for --set trainer.backend=..., and like every setting part of what the result depends on",
     )
     study.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: ./runs)")
     study.add_argument("--json", action="store_true", help="machine-readable result on standard output")
@@ -101,6 +106,8 @@ def _study_command(options: argparse.Namespace) -> int:
     from megatron_demix.pipeline.dag import build_dag
     from megatron_demix.study import load_study
 
+    if options.backend:
+        options.set.append(f"trainer.backend={options.backend}")
     study = load_study(options.study, options.set)
     run: Path = options.runs / study.name
     looking = options.command == "submit" and options.dry_run
@@ -191,6 +198,10 @@ def _plan(stages: list[Stage], options: argparse.Namespace) -> None:
         state = str(row["state"])
         table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), _shown(stage.folder))
     on_terminal().print(table, counts([str(row["state"]) for row in rows]))
+    if options.command != "plan":
+        for stage in stages:
+            if stage.script and not stage.done():
+                print(f"\n# ---- {stage.job.with_suffix('.sh')}\n{stage.script()}", end="")
 
 
 def _shown(path: Path) -> str:

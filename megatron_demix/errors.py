@@ -1,6 +1,6 @@
 """The exception tree. Each class knows the exit code its command ends with.
 
-Codes 16 and 17 are Megatron's own and pass through unchanged; 1 is left to unexpected errors (bugs).
+Codes 16 and 17 are those of Megatron-LM's rerun state machine, passed through; 1 is left to unexpected errors (bugs).
 """
 
 from __future__ import annotations
@@ -65,6 +65,18 @@ class Diverged(DemixError):
     exit_code = 9
 
 
+class RerunAsked(DemixError):
+    """Megatron-LM met a result that it could not repeat, and asks to be started again, to tell chance from a broken device."""
+
+    exit_code = 16
+
+
+class FaultFound(DemixError):
+    """Megatron-LM found that a result is wrong or cannot be repeated: starting it again on the same machine is of no use."""
+
+    exit_code = 17
+
+
 class StorageError(DemixError):
     """The disk is full or refuses to be written. What was half written has been removed."""
 
@@ -75,6 +87,10 @@ class Incomplete(DemixError):
     """Stopped early on request (signal, time limit) with its state saved: run the same command again."""
 
     exit_code = 75
+
+
+class EndedEarly(Incomplete):
+    """A trainer ended by itself, and without an error, before its last iteration."""
 
 
 @contextmanager

@@ -289,6 +289,29 @@ class TrainSpec(_Section):
     """A collective that waits longer than this has lost a rank: the run is stopped."""
 
 
+class TrainerSpec(_Section):
+    """Who trains. Settings of megatron_lm are kept, and not used, while the backend is megatron_core."""
+
+    backend: Literal["megatron_core", "megatron_lm"] = "megatron_core"
+    """megatron_core: this project's trainer. megatron_lm: stock Megatron-LM from `checkout`, which is never changed."""
+    checkout: Path | None = None
+    """Folder of Megatron-LM, relative to the study file."""
+    script: Path = Path("pretrain_gpt.py")
+    """Relative to the checkout; or one of your own that calls Megatron's pretrain()."""
+    args: str = ""
+    """More of Megatron-LM's flags, as on a command line. What the study decides is refused here."""
+
+    @model_validator(mode="after")
+    def _can_start(self) -> TrainerSpec:
+        if self.backend == "megatron_lm" and self.checkout is None:
+            raise ValueError("backend megatron_lm needs `checkout`, the folder of Megatron-LM")
+        return self
+
+    def under(self, root: Path) -> TrainerSpec:
+        """The same with the checkout's path starting at `root`."""
+        return self if self.checkout is None else self.model_copy(update={"checkout": root / self.checkout.expanduser()})
+
+
 class Phase(_Section):
     """One kind of training run; its settings override `train`."""
 
@@ -578,6 +601,7 @@ class Study(_Section):
     model: ModelSpec
     parallel: ParallelSpec = ParallelSpec()
     train: TrainSpec
+    trainer: TrainerSpec = TrainerSpec()
     base: BaseSpec
     component: ComponentSpec
     merge: MergeSpec = MergeSpec()

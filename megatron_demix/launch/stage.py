@@ -27,10 +27,13 @@ from megatron_demix.errors import (
     CorruptInput,
     DemixError,
     Diverged,
+    EndedEarly,
+    FaultFound,
     IncompatibleInputs,
     Incomplete,
     MixtureError,
     OutputExists,
+    RerunAsked,
     StageFailed,
     StorageError,
     VerificationFailed,
@@ -48,10 +51,17 @@ FINAL = (
     OutputExists,
     CorruptInput,
     Diverged,
+    FaultFound,
     StorageError,
 )
 """Errors that come again when the stage is started again."""
-_BY_EXIT_CODE: dict[int, type[DemixError]] = {c.exit_code: c for c in (*FINAL, Incomplete)}
+_BY_EXIT_CODE: dict[int, type[DemixError]] = {c.exit_code: c for c in (*FINAL, RerunAsked, Incomplete)}
+_SAID = {
+    RerunAsked.exit_code: "Megatron-LM met a result that it could not repeat, and has saved. Run again: it then finds out "
+    "whether that was chance or a broken device",
+    FaultFound.exit_code: "Megatron-LM found results that are wrong or cannot be repeated, which is mostly a broken device. "
+    "Its log says which rank; run again without that machine",
+}
 _NEEDS_WAIT_S = 60
 _POLL_S = 5
 _LINGER_S = 10
@@ -135,7 +145,7 @@ def failure(stage: Stage, code: int) -> DemixError:
     tail = stage.log.read_text(errors="replace").splitlines()[-12:] if stage.log.exists() else []
     said = [line.split(": ", 1)[1] for line in tail if line.startswith("error (rank")]
     if code in _BY_EXIT_CODE:
-        return _BY_EXIT_CODE[code](f"stage {stage.name}: {said[0] if said else 'stopped'} (log: {stage.log})")
+        return _BY_EXIT_CODE[code](f"stage {stage.name}: {said[0] if said else _SAID.get(code, 'stopped')} (log: {stage.log})")
     if said:
         return StageFailed(f"stage {stage.name}: {said[0]} (log: {stage.log})")
     signum = -code if code < 0 else code - 128
@@ -237,7 +247,7 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
             attempts.write(stage)
             if stage.whole is not stage:
                 Attempts(failed=said).write(stage.whole)
-        elif nodes.rank == 0 and isinstance(e, Incomplete):
+        elif nodes.rank == 0 and isinstance(e, Incomplete) and not isinstance(e, EndedEarly):
             attempts.number -= 1  # asked to stop: nothing is wrong with it
             attempts.write(stage)
         if nodes.rank > 0 and not isinstance(e, Incomplete):

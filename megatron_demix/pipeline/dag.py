@@ -14,6 +14,7 @@ from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study import DomainSpec, Study
+from megatron_demix.train.megatron_lm.checkout import Checkout
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     with absent_inputs they may be: all is as it will be but the keys.
     """
     root = study_path.resolve().parent
+    study = study.model_copy(update={"trainer": study.trainer.under(root)})
+    if study.trainer.backend == "megatron_lm" and not absent_inputs:
+        assert study.trainer.checkout is not None
+        Checkout.open(study.trainer.checkout).script(study.trainer.script)
     digests = InputDigests(run / "cache" / "input_digests.json", absent_ok=absent_inputs)
     inputs = {d.name: _inputs(d, root, absent_inputs) for d in study.domains}
     cleaned = data_stages.clean(study, root, run, inputs, digests)

@@ -27,6 +27,8 @@ class Stage:
         to do, `make` finishes the folder itself and writes no job file.
     make_part: makes part i of n, (i, n), in the work folder; `make` goes on with what it finds there, and gives the same bytes
         if that is nothing. Only a scheduler starts parts, as processes of their own.
+    judge: looks at the filled folder before it is published, and raises where it is not what it has to be.
+    script: what the ranks run, where that is a command of its own, as a shell script.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Stage:
     make: Callable[[Path], None]
     ranks: int = 0
     make_part: Callable[[Path, tuple[int, int]], None] | None = None
+    judge: Callable[[Path], None] = lambda folder: None
+    script: Callable[[], str] | None = None
 
     @cached_property
     def key(self) -> str:
@@ -102,6 +106,7 @@ class Stage:
         with publish(self.folder, self.key, self.kind, settings, work=self.work if self._keeps_work else None) as folder:
             if not self.ranks:
                 self.make(folder)
+            self.judge(folder)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,10 @@ from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import MixtureSpec, Study, TrainSpec
+from megatron_demix.train.job import TrainJob
+from megatron_demix.train.megatron_lm.arguments import own_arguments
+from megatron_demix.train.megatron_lm.command import FROM_DATA, prepare, shown_command
+from megatron_demix.train.megatron_lm.work import check_finished, settle
 from megatron_demix.units import format_count
 
 PhaseName = Literal["base", "component", "proxy", "final"]
@@ -68,34 +72,60 @@ def training(
         **settings,
     }
 
-    def make(work: Path) -> None:
-        from megatron_demix.data.tokenizer import load_tokenizer
-        from megatron_demix.train.job import TrainJob
+    stock = study.trainer if study.trainer.backend == "megatron_lm" else None
+    if stock:
+        everything["trainer"] = {"backend": stock.backend, "script": stock.script.name, "args": own_arguments(stock.args)}
 
-        if not wanted():
-            return
-
-        vocabulary = load_tokenizer(tokenizer.folder)
-        job = TrainJob(
+    def job(work: Path, vocab_size: int, eod_id: int, sources: list[tuple[Path, float]], start: Path | None) -> TrainJob:
+        return TrainJob(
             name=name,
             seed=seed,
             model=study.model,
             parallel=study.parallel,
             train=train,
             train_iters=iterations,
-            vocab_size=vocabulary.vocab_size,
-            eod_id=vocabulary.eod_id,
-            blend=blend(),
-            init_checkpoint=init(),
+            vocab_size=vocab_size,
+            eod_id=eod_id,
+            blend=sources,
+            init_checkpoint=start,
             work=work,
             index_cache=run / "cache" / "index" / stage.key,
             tensorboard=run / "tensorboard" / f"{name.replace('/', '.')}-{stage.key}",
             heartbeat=stage.heartbeat,
             threads_per_rank=study.launch.threads_per_rank,
         )
-        write_json(stage.job, job.model_dump(mode="json"))
 
-    stage = Stage(name, run, everything, tuple(needs), make, ranks=study.parallel.world_size)
+    def make(work: Path) -> None:
+        from megatron_demix.data.tokenizer import load_tokenizer
+
+        if not wanted():
+            return
+        vocabulary = load_tokenizer(tokenizer.folder)
+        described = job(work, vocabulary.vocab_size, vocabulary.eod_id, blend(), init())
+        if not stock:
+            write_json(stage.job, described.model_dump(mode="json"))
+        elif settle(work, name) < iterations:
+            metrics = run / "metrics.jsonl"
+            write_json(stage.job, prepare(described, stock, stage.job, metrics).model_dump(mode="json"))
+
+    def script() -> str:
+        """With what is not known before the data is there shown as dots."""
+        from megatron_demix.data.tokenizer import load_tokenizer
+
+        assert stock
+        if all(need.done() for need in needs) and wanted():
+            vocabulary = load_tokenizer(tokenizer.folder)
+            described = job(stage.work, vocabulary.vocab_size, vocabulary.eod_id, blend(), init())
+            return shown_command(described, stock, stage.job)
+        unknown = [*FROM_DATA, *(["pretrained-checkpoint"] if study.base.checkpoint else [])]
+        return shown_command(job(stage.work, 2, 0, [(run, 1.0)], init()), stock, stage.job, unknown=unknown)
+
+    def judge(folder: Path) -> None:
+        if wanted():
+            check_finished(folder, name, iterations)
+
+    ranks = study.parallel.world_size
+    stage = Stage(name, run, everything, tuple(needs), make, ranks=ranks, judge=judge, script=script if stock else None)
     return stage
 
 

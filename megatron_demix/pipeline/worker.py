@@ -25,6 +25,10 @@ def main() -> int:
             from megatron_demix.train.trainer import train
 
             train(TrainJob.model_validate(job))
+        elif job["kind"] == "megatron_lm":
+            from megatron_demix.train.megatron_lm.run import StockJob, run_rank
+
+            return run_rank(StockJob.model_validate(job))
         else:
             from megatron_demix.data.tokenizer import load_tokenizer
             from megatron_demix.evaluate.job import EvaluateJob, evaluate

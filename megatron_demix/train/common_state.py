@@ -12,8 +12,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
 from megatron_demix.train.job import TrainJob
-from megatron_demix.train.model import ffn_hidden_size, padded_vocab_size
 
 _COUNTERS = {"iteration", "consumed_train_samples", "train_iters"}
 _LAYOUT = {

@@ -16,6 +16,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError, storage_errors
+from megatron_demix.train.derived import blend_surplus
 from megatron_demix.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: in
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,  # causal masking is part of the layer spec
-        mid_level_dataset_surplus=_surplus(weights, num_samples),
+        mid_level_dataset_surplus=blend_surplus(weights, num_samples),
     )
     with _building_alone(job.index_cache), storage_errors(f"writing sample indices into {job.index_cache}"):
         try:
@@ -83,13 +84,6 @@ def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: in
             f"{job.train.seq_length} tokens, expected {num_samples}."
         )
     return dataset
-
-
-def _surplus(weights: Sequence[float], num_samples: int) -> float:
-    """Spare samples a source is built with, as a share. Blending may ask for up to one more per source than its weight says,
-    which megatron.core's default share does not cover for a source of few samples."""
-    fewest = max(1.0, num_samples * min(weights) / sum(weights))
-    return max(0.005, (len(weights) + 1) / fewest)
 
 
 @contextmanager

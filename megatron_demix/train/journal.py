@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 
 from megatron_demix.progress import Heartbeat
+from megatron_demix.train.derived import padded_vocab_size
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import FILE, LossLog
-from megatron_demix.train.model import padded_vocab_size
 from megatron_demix.train.throughput import device_memory_bytes, device_peak_flops, flops_per_token
 from megatron_demix.units import format_bytes, format_count
 

@@ -34,10 +34,13 @@ def read_losses(path: Path) -> list[dict[str, float]]:
 class LossLog:
     """The file, kept by rank 0 only. What has been sync()ed survives a crash."""
 
-    def __init__(self, path: Path, *, iteration: int) -> None:
-        """Continue after `iteration`: lines beyond it are cut off. Raises CorruptInput if lines up to it are missing."""
+    def __init__(self, path: Path, *, iteration: int, gaps: bool = False) -> None:
+        """Continue after `iteration`: lines beyond it are cut off. Raises CorruptInput if lines up to it are missing.
+
+        gaps: they may be, where they are what another program printed, and who listened to it was killed.
+        """
         kept = [row for row in read_losses(path) if row["iteration"] <= iteration]
-        if [row["iteration"] for row in kept] != list(range(1, iteration + 1)):
+        if not gaps and [row["iteration"] for row in kept] != list(range(1, iteration + 1)):
             raise CorruptInput(
                 f"{path} has {len(kept)} of the lines 1 to {iteration}, though the run was saved at iteration {iteration}. "
                 "Delete the folder to train again from the start."

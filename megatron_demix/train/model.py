@@ -25,6 +25,7 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.attention import CausalAttention
 from megatron_demix.train.compat import on_cpu
+from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
 
 if TYPE_CHECKING:
     from megatron_demix.checkpoint.live import LiveTensor
@@ -100,22 +101,6 @@ def use_transformer_engine(model: ModelSpec) -> bool:
         reason = "there is no CUDA device" if on_cpu() else "megatron.core cannot import it: pip install megatron-demix[te]"
         raise ConfigError(f"model.transformer_impl is transformer_engine, but {reason}. Set it to auto or local.")
     return model.transformer_impl == "transformer_engine"
-
-
-def padded_vocab_size(model: ModelSpec, parallel: ParallelSpec, vocab_size: int) -> int:
-    """Rows of the embedding: a multiple of make_vocab_size_divisible_by that tensor parallelism divides.
-
-    Megatron-LM pads to the product of the two, which changes the softmax with the layout; here layouts agree as long as
-    tensor parallelism divides make_vocab_size_divisible_by.
-    """
-    multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tensor)
-    return math.ceil(vocab_size / multiple) * multiple
-
-
-def ffn_hidden_size(model: ModelSpec) -> int:
-    if model.ffn_hidden_size is not None:
-        return model.ffn_hidden_size
-    return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if model.swiglu else 4 * model.hidden_size
 
 
 def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec) -> TransformerConfig:

@@ -15,10 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.train.compat import on_cpu
+from megatron_demix.train.derived import warmup_iters, wsd_decay_iters
 from megatron_demix.train.job import TrainJob
-
-WSD_DECAY_SHARE = 0.2
-"""Part of a WSD schedule that decays, linearly, to min_lr."""
 
 
 def build_optimizer(job: TrainJob, model: DistributedDataParallel) -> MegatronOptimizer:
@@ -95,19 +93,18 @@ def loading(optimizer: MegatronOptimizer) -> Iterator[None]:
 def build_schedule(job: TrainJob, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Warm-up, then decay over the whole run. Counted in samples, as Megatron-LM counts."""
     train, batch = job.train, job.train.global_batch_size
-    warmup_iters = min(round(train.lr_warmup_fraction * job.train_iters), job.train_iters - 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=warmup_iters * batch,
+        lr_warmup_steps=warmup_iters(train, job.train_iters) * batch,
         lr_decay_steps=job.train_iters * batch,
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        wsd_decay_steps=round(WSD_DECAY_SHARE * job.train_iters) * batch,
+        wsd_decay_steps=wsd_decay_iters(job.train_iters) * batch,
         lr_wsd_decay_style="linear",
     )

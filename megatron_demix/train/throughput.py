@@ -6,7 +6,7 @@ import torch
 
 from megatron_demix.study import ModelSpec
 from megatron_demix.train.compat import on_cpu
-from megatron_demix.train.model import ffn_hidden_size
+from megatron_demix.train.derived import ffn_hidden_size
 
 # Dense bfloat16 FLOP/s without sparsity, from NVIDIA's data sheets, by a part of the device's name; the first that fits counts.
 _PEAK_FLOPS = {

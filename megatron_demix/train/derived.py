@@ -1,0 +1,43 @@
+"""What follows from a run's settings, and what every trainer of it, ours or Megatron-LM's own, has to agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+
+WSD_DECAY_SHARE = 0.2
+"""Part of a WSD schedule that decays, linearly, to min_lr."""
+
+
+def padded_vocab_size(model: ModelSpec, parallel: ParallelSpec, vocab_size: int) -> int:
+    """Rows of the embedding: a multiple of make_vocab_size_divisible_by that tensor parallelism divides.
+
+    Megatron-LM pads to the product of the two, which changes the softmax with the layout; here layouts agree as long as
+    tensor parallelism divides make_vocab_size_divisible_by.
+    """
+    multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tensor)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def ffn_hidden_size(model: ModelSpec) -> int:
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if model.swiglu else 4 * model.hidden_size
+
+
+def warmup_iters(train: TrainSpec, train_iters: int) -> int:
+    """Iterations of warm-up; Megatron asserts that there are fewer than iterations of decay, which are all of the run's."""
+    return min(round(train.lr_warmup_fraction * train_iters), train_iters - 1)
+
+
+def wsd_decay_iters(train_iters: int) -> int:
+    return round(WSD_DECAY_SHARE * train_iters)
+
+
+def blend_surplus(weights: Sequence[float], num_samples: int) -> float:
+    """Spare samples a source is built with, as a share. Blending may ask for up to one more per source than its weight says,
+    which megatron.core's default share does not cover for a source of few samples."""
+    fewest = max(1.0, num_samples * min(weights) / sum(weights))
+    return max(0.005, (len(weights) + 1) / fewest)

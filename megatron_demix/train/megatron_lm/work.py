@@ -1,0 +1,71 @@
+"""The folder that Megatron-LM saves into: what in it is sound, and when it is a finished run.
+
+Megatron ends with exit code 0 when it was interrupted, too: what counts is the checkpoint that the tracker names.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from megatron_demix.artifact import write_atomic
+from megatron_demix.checkpoint.layout import TRACKER, iteration_folder
+from megatron_demix.checkpoint.summary import summarize
+from megatron_demix.errors import ConfigError, CorruptInput, EndedEarly
+
+logger = logging.getLogger(__name__)
+
+
+def iterations_in(work: Path) -> list[int]:
+    """Iterations of the checkpoints in a run's folder, finished or not, ascending."""
+    names = (p.name.removeprefix("iter_") for p in work.glob("iter_*"))
+    return sorted(int(n) for n in names if n.isdigit())
+
+
+def reached(work: Path) -> int:
+    """The iteration that the tracker names, 0 where there is none."""
+    try:
+        text = (work / TRACKER).read_text().strip()
+    except FileNotFoundError:
+        return 0
+    return int(text) if text.isdecimal() else 0
+
+
+def settle(work: Path, name: str) -> int:
+    """Make the newest sound checkpoint the one the run goes on from, and drop what lies beyond. Returns its iteration, or 0."""
+    tracked = reached(work)
+    for iteration in reversed(iterations_in(work)):
+        folder = work / iteration_folder(iteration)
+        if iteration <= tracked:
+            try:
+                summarize(folder)
+                if iteration != tracked:
+                    write_atomic(work / TRACKER, str(iteration))
+                return iteration
+            except (CorruptInput, ConfigError) as e:
+                logger.warning("run %s: %s is damaged (%s); going on from the one before.", name, folder, e)
+        # Beyond the tracker: its save was interrupted.
+        shutil.rmtree(folder)
+    (work / TRACKER).unlink(missing_ok=True)
+    return 0
+
+
+def prune(work: Path, keep: int) -> None:
+    """Delete all but the newest `keep` of the checkpoints that are finished. One that is being written is left alone."""
+    tracked = reached(work)
+    for iteration in [i for i in iterations_in(work) if i <= tracked][:-keep]:
+        shutil.rmtree(work / iteration_folder(iteration), ignore_errors=True)
+
+
+def check_finished(work: Path, name: str, train_iters: int) -> None:
+    """Raises EndedEarly where the tracker is short of train_iters, CorruptInput where its checkpoint is not whole. Then drops
+    all other checkpoints."""
+    tracked = reached(work)
+    if tracked < train_iters:
+        raise EndedEarly(
+            f"run {name}: its process ended without an error after iteration {tracked} of {train_iters}, by what it has saved "
+            f"in {work}. Run the same command again to go on."
+        )
+    summarize(work / iteration_folder(tracked))
+    prune(work, 1)
