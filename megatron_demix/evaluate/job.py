@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -100,9 +101,9 @@ def evaluate(
                 # A token of an answer at a time cannot be spread over ranks.
                 parallel = job.parallel.model_copy(update={"sequence_parallel": False}) if suite else job.parallel
                 model = build_model(job.model, job.train, parallel, job.vocab_size, cached=suite is not None)
-                score = _scorer(job, model, suite)
-                merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
                 writes = parallel_state.get_model_parallel_group().rank() == 0
+                score = _scorer(job, model, suite, judges=writes)
+                merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
                 heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
                 for done, name in enumerate(pending):
                     if heartbeat:
@@ -116,6 +117,7 @@ def evaluate(
                         load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
                     scored = score()
                     if writes:
+                        _say(name, scored)
                         with open(job.work / f"rows-{replica}.jsonl", "a") as file:
                             # The leading newline ends a line that a kill cut short.
                             row = {"model": name, "scores": scored.scores, "notes": scored.notes}
@@ -133,11 +135,34 @@ def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> 
         return None
     assert load_codec is not None
     assert job.tokenizer is not None
+    import torch
+
+    from megatron_demix.evaluate.tasks.sandbox import is_isolated
+
     tasks = [read_task(spec, spec.split or "") for spec in job.tasks]
-    return Suite(tasks, load_codec(job.tokenizer), max_tokens=job.max_tokens)
+    workers = max(1, (os.cpu_count() or 1) // job.parallel.world_size)
+    suite = Suite(tasks, load_codec(job.tokenizer), max_tokens=job.max_tokens, workers=workers)
+    if suite.runs_code and torch.distributed.get_rank() == 0 and not is_isolated():
+        print(
+            "warning: the kernel lets this user make no namespaces, so programs that models write are limited in time, memory, "
+            "file size and processes, but could reach the network and your files",
+            flush=True,
+        )
+    return suite
 
 
-def _scorer(job: EvaluateJob, model: Any, suite: Suite | None) -> Callable[[], Scored]:
+def _say(model: str, scored: Scored) -> None:
+    """What the log should know of generated answers."""
+    for task, notes in scored.notes.items():
+        if notes.get("endless") or notes.get("stopped"):
+            print(
+                f"{model}: {task}: of {notes['items']} answers {notes['endless']} did not end by themselves, and "
+                f"{notes['stopped']} had to be stopped when they were run or compared",
+                flush=True,
+            )
+
+
+def _scorer(job: EvaluateJob, model: Any, suite: Suite | None, *, judges: bool) -> Callable[[], Scored]:
     """What scores the model as it is at the time."""
     from megatron_demix.evaluate.live import LiveModel
     from megatron_demix.evaluate.loss import bits_per_byte
@@ -149,7 +174,7 @@ def _scorer(job: EvaluateJob, model: Any, suite: Suite | None) -> Callable[[], S
         losses = {w.name: bits_per_byte(model, w, micro_batch_size=job.micro_batch_size) for w in windows}
         if suite is None or live is None:
             return Scored(losses)
-        scored = suite.score(live, batch_tokens=job.micro_batch_size * job.train.seq_length)
+        scored = suite.score(live, batch_tokens=job.micro_batch_size * job.train.seq_length, judges=judges)
         return Scored(losses | scored.scores, scored.notes)
 
     return score

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_demix.artifact import read_json
+from megatron_demix.evaluate.job import NOTES
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
@@ -17,7 +18,7 @@ from megatron_demix.pipeline.stage import Stage
 
 if TYPE_CHECKING:
     from megatron_demix.pipeline.dag import Dag
-    from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Maturity, ReportData, Round
+    from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Maturity, ReportData, Round, Task
 
 
 def write_report(dag: Dag) -> Path:
@@ -63,13 +64,19 @@ def collect(dag: Dag) -> ReportData:
     )
 
 
-def _tasks(dag: Dag) -> dict[str, bool]:
-    """By name, whether the search and the final runs are scored on different splits."""
+def _tasks(dag: Dag) -> dict[str, Task]:
     if not dag.study.evaluate.tasks:
         return {}
     from megatron_demix.evaluate.tasks.suite import final_split, search_split
+    from megatron_demix.report.data import Task
 
-    return {task.name: final_split(task) != search_split(task) for task in dag.study.evaluate.tasks}
+    notes = [row for r in dag.rounds if (file := r.scores.folder / NOTES).is_file() for row in read_json(file).values()]
+    tasks = {}
+    for task in dag.study.evaluate.tasks:
+        generated = [row[task.name] for row in notes if "endless" in row[task.name]]
+        totals = (sum(row[key] for row in generated) for key in ("items", "endless", "stopped"))
+        tasks[task.name] = Task(final_split(task) != search_split(task), *totals)
+    return tasks
 
 
 def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:

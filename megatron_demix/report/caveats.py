@@ -39,11 +39,17 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
             for score, value in last.constant.items()
             if data.objective.get(score)
         ]
-    if same := [name for name, unseen in data.tasks.items() if not unseen]:
+    if same := [name for name, task in data.tasks.items() if not task.unseen]:
         found.append(
             f"The final runs are compared on the very items of {', '.join(same)} that the mixture was chosen by, so the found "
             "mixture looks better there than it is (evaluate.tasks, final_split)."
         )
+    found += [
+        f"Of the {task.answers} answers to {name} that proxies generated, {task.endless} did not end by themselves and "
+        f"{task.stopped} had to be stopped when they were run or compared; the latter count as wrong."
+        for name, task in data.tasks.items()
+        if task.endless or task.stopped
+    ]
     if maturity := maturity_warning(data):
         found.append(maturity)
     if floor := _at_the_floor(data):

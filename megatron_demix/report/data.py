@@ -143,6 +143,17 @@ class BlendRow:
 
 
 @dataclass(frozen=True)
+class Task:
+    """unseen: final runs are compared on items that the search never saw. Of all proxies together: answers that were generated,
+    that did not end by themselves, and that had to be stopped when they were run or compared."""
+
+    unseen: bool
+    answers: int = 0
+    endless: int = 0
+    stopped: int = 0
+
+
+@dataclass(frozen=True)
 class ReportData:
     """A whole study, or as much of it as is done."""
 
@@ -154,8 +165,8 @@ class ReportData:
     aim: str = "mean"
     """What the search made of the scores: mean, worst or percentile_rank."""
     higher_is_better: frozenset[str] = frozenset()
-    tasks: Mapping[str, bool] = field(default_factory=dict)
-    """Tasks by name, and whether final runs are compared on items that the search never saw."""
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    """By name."""
     domains: Sequence[Domain] = ()
     losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose

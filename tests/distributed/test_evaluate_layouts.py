@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from task_files import write_all
+from task_files import write_all, write_lines
 
 from megatron_demix.artifact import write_json
 from megatron_demix.data.tokenizer import load_tokenizer, train_tokenizer
@@ -26,6 +26,16 @@ from megatron_demix.train.trainer import train
 
 TIME_LIMIT_S = 180
 MIXTURES = {"even": {"a": 0.5, "b": 0.5}, "only_a": {"a": 1.0, "b": 0.0}, "skewed": {"a": 0.2, "b": 0.8}}
+# Whether an answer passes depends on its every character, so equal scores mean equal texts.
+WRITES = [
+    {
+        "prompt": f"{word} = r'''",
+        "entry_point": word,
+        "canonical_solution": "x",
+        "test": f"'''\ndef check(text):\n    assert len(text) >= 7\n    assert sum(map(ord, text)) % 2 == {odd}",
+    }
+    for word, odd in (("one", 0), ("import_", 1), ("selfish", 0))
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,9 @@ def parts(tmp_path_factory, make_train_job, byte_corpus):
         tasks=[
             TaskSpec(name="arc", format="arc", path=tasks["arc"], split="validation", num_shots=1),
             TaskSpec(name="blanks", format="winogrande", path=tasks["winogrande"], split="validation"),
+            TaskSpec(
+                name="writes", format="humaneval", path=write_lines(folder / "w.jsonl", WRITES), split="test", max_new_tokens=8
+            ),
         ],
         tokenizer=folder / "tokenizer",
         micro_batch_size=4,
@@ -94,10 +107,17 @@ def test_tasks_are_columns_of_the_table(parts, reference):
         ("blanks/acc", "fraction", "higher"),
         ("blanks/acc_norm", "fraction", "higher"),
         ("blanks/bits_per_byte", "bits/byte", "lower"),
+        ("writes/pass@1", "fraction", "higher"),
+        ("writes/bits_per_byte", "bits/byte", "lower"),
     ]
     notes = json.loads((job.work / "tasks.json").read_text())
     # Every text is longer than the 32 tokens that this model reads.
-    assert notes["even"] == {"arc": {"items": 4, "cut": 11}, "blanks": {"items": 2, "cut": 4}}
+    assert notes["even"] == {
+        "arc": {"items": 4, "cut": 11},
+        "blanks": {"items": 2, "cut": 4},
+        "writes": {"items": 3, "cut": 0, "endless": 3, "stopped": 0},
+    }
+    assert 0 < sum(row["writes/pass@1"] for row in reference.values()) < len(reference), "some answers pass, some do not"
     assert len({row["arc/bits_per_byte"] for row in reference.values()}) == 3, "the mixtures differ"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.scores import Score
+from megatron_demix.evaluate.tasks.answers import Judge
 from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
 from megatron_demix.evaluate.tasks.records import find_files, read_records
 from megatron_demix.study import TaskSpec
@@ -98,8 +99,14 @@ class Scored:
 class Suite:
     """All tasks, encoded for one tokenizer and the length that the model reads."""
 
-    def __init__(self, tasks: Sequence[Task], codec: TextCodec, *, max_tokens: int) -> None:
-        self._tasks = [_EncodedTask(task, codec, max_tokens) for task in tasks]
+    def __init__(self, tasks: Sequence[Task], codec: TextCodec, *, max_tokens: int, workers: int = 1) -> None:
+        """workers: answers that are judged side by side. Raises ConfigError where a format needs a package that is missing."""
+        self._tasks = [_EncodedTask(task, codec, max_tokens, workers) for task in tasks]
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether programs that models wrote are run."""
+        return any("pass@1" in task.spec.score_names.values() for task in self._tasks)
 
     @property
     def scores(self) -> list[Score]:
@@ -109,19 +116,33 @@ class Suite:
             for name, score in names.items()
         ]
 
-    def score(self, model: LiveModel, *, batch_tokens: int) -> Scored:
-        """Called by every rank of a model-parallel group, and the same on each."""
+    def score(self, model: LiveModel, *, batch_tokens: int, judges: bool = True) -> Scored:
+        """Called by every rank of a model-parallel group. judges: whether this rank judges the generated answers; the others,
+        which have them too, get no scores of these."""
         result = Scored()
         for task in self._tasks:
-            measured = task.likelihood_scores(model, batch_tokens)
+            wanted = set(task.spec.score_names.values())
+            notes = {"items": len(task.items), "cut": 0}
+            measured: dict[str, float] = {}
+            if wanted - _GENERATED:
+                measured |= task.likelihood_scores(model, batch_tokens, notes)
+            if wanted & _GENERATED:
+                right = task.share_right(model, batch_tokens, notes, judges=judges)
+                measured |= dict.fromkeys(_GENERATED, right)
             result.scores |= {name: measured[score] for name, score in task.spec.score_names.items()}
-            result.notes[task.spec.name] = {"items": len(task.items), "cut": task.num_cut}
+            result.notes[task.spec.name] = notes
         return result
 
 
+_GENERATED = {"exact_match", "pass@1"}
+
+
 class _EncodedTask:
-    def __init__(self, task: Task, codec: TextCodec, max_tokens: int) -> None:
+    def __init__(self, task: Task, codec: TextCodec, max_tokens: int, workers: int) -> None:
         self.spec, self.items, self._task, self._codec, self._max_tokens = task.spec, task.items, task, codec, max_tokens
+        self._max_new_tokens = task.spec.max_new_tokens or min(512, max_tokens // 2)
+        if _GENERATED & set(task.spec.score_names.values()):
+            self._judge = Judge(task.format.kind, timeout_s=task.spec.timeout, workers=workers)
 
     @cached_property
     def _requests(self) -> tuple[list[Request], int]:
@@ -133,14 +154,42 @@ class _EncodedTask:
         wanted = set(self.spec.score_names.values())
         return item.options if wanted & {"acc", "acc_norm"} else (item.options[item.gold],)
 
-    @property
-    def num_cut(self) -> int:
-        """Texts that are longer than what the model reads; their beginning is left out."""
-        return self._requests[1]
+    @cached_property
+    def _prompts(self) -> tuple[list[tuple[int, ...]], int]:
+        """Of each item, and how many had to be cut, so that an answer fits behind them."""
+        encoded = encode(self._codec, [self._task.header + item.options[item.gold][0] for item in self.items])
+        room = self._max_tokens - self._max_new_tokens
+        prompts = [tuple(ids.tolist()[-room:]) or (self._codec.eod_id,) for ids in encoded]
+        return prompts, sum(len(ids) > room for ids in encoded)
 
-    def likelihood_scores(self, model: LiveModel, batch_tokens: int) -> dict[str, float]:
+    def share_right(self, model: LiveModel, batch_tokens: int, notes: dict[str, int], *, judges: bool) -> float:
+        """The share of right answers (NaN without `judges`); adds to the notes how many prompts were cut, how many answers did
+        not end by themselves, and how many had to be stopped when they were judged."""
+        from megatron_demix.evaluate.generate import generate
+
+        prompts, num_cut = self._prompts
+        answers = generate(
+            model,
+            prompts,
+            pieces=self._codec.pieces,
+            eod_id=self._codec.eod_id,
+            stops=self._task.format.stops,
+            max_new_tokens=self._max_new_tokens,
+            batch_tokens=batch_tokens,
+        )
+        if not judges:
+            return math.nan
+        judged = self._judge.judge([answer.text for answer in answers], [item.reference for item in self.items])
+        notes["cut"] += num_cut
+        notes["endless"] = sum(not answer.ended for answer in answers)
+        notes["stopped"] = sum(judgement.stopped for judgement in judged)
+        return sum(judgement.right for judgement in judged) / len(judged)
+
+    def likelihood_scores(self, model: LiveModel, batch_tokens: int, notes: dict[str, int]) -> dict[str, float]:
+        """Adds to the notes how many texts are longer than what the model reads; their beginning is left out."""
         from megatron_demix.evaluate.likelihood import likelihoods
 
+        notes["cut"] += self._requests[1]
         found = likelihoods(model, self._requests[0], batch_tokens=batch_tokens)
         right = right_by_byte = 0
         gold_nats = gold_bytes = 0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from task_files import ARC, GSM8K, write_lines
 
-from megatron_demix.artifact import publish, read_json
+from megatron_demix.artifact import publish, read_json, write_json
 from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
@@ -57,6 +57,9 @@ def searched(study_path: Path, *overrides: str, higher: bool = False, tasks: Map
             table.rows[entry["name"]] |= {name: of(entry["shares"]) for name, of in (tasks or {}).items()}
         with publish(r.scores.folder, r.scores.key, "scores", {}) as folder:
             table.write(folder / "scores.json")
+            if tasks:
+                of_tasks = {"quiz": {"items": 4, "cut": 0}, "sums": {"items": 3, "cut": 0, "endless": 2, "stopped": 0}}
+                write_json(folder / "tasks.json", dict.fromkeys(table.rows, of_tasks))
         r.fit.finish()
     return dag
 
@@ -187,6 +190,7 @@ def test_a_task_is_an_objective(with_tasks):
     assert "sums/exact_match was 0 for every proxy: the search could not use it" in page
     assert "compared on the very items of sums" in page, "gsm8k has no validation split; arc has"
     assert "Other tasks than quiz, sums." in page
+    assert "Of the 96 answers to sums that proxies generated, 64 did not end by themselves and 0 had to be stopped" in page
 
 
 def test_nothing_to_prefer(with_tasks):

@@ -1,0 +1,140 @@
+"""Whether a generated answer is right: final numbers, formulas in \\boxed{}, and code that has to pass tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.evaluate.tasks import sandbox
+
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number behind the first ####, where GSM8K puts the answer; without it the last number there is."""
+    _, mark, answer = text.partition("####")
+    numbers = _NUMBER.findall(answer.splitlines()[0] if mark and answer.strip() else text)
+    if not numbers:
+        return None
+    try:
+        return Decimal((numbers[0] if mark else numbers[-1]).replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{} or \\fbox{} (or behind `\\boxed `), braces matched; None where there is none."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].split("box" if text.startswith("\\fbox", start) else "boxed", 1)[1]
+    if not rest.startswith("{"):
+        return rest.strip().split("$")[0].split()[0] if rest.strip() else None
+    depth = 0
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[1:i]
+    return None
+
+
+def normalised(formula: str) -> str:
+    """Without what does not change a formula's value: blanks, sizes of brackets, units in text, degree and dollar signs."""
+    formula = re.sub(r"\\(?:left|right|[!,:; ]|quad|qquad|displaystyle)(?![a-zA-Z])", "", formula)
+    formula = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", formula)
+    formula = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", formula)
+    formula = re.sub(r"\^\{?\\circ\}?|\\degree|\\?\$|\\?%", "", formula)
+    formula = re.sub(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}", lambda m: m[1] if _only_text(formula, m[0]) else "", formula)
+    formula = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", formula)
+    formula = re.sub(r"\s+", "", formula).rstrip(".")
+    return re.sub(r"^(-?)0?\.(?=\d)", r"\g<1>0.", formula)
+
+
+def _only_text(formula: str, part: str) -> bool:
+    """Text that is the whole answer, as in \\text{east}; beside a number it is a unit."""
+    return formula.strip() == part
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """stopped: running or comparing the answer hung, or ended the process that did it; such an answer is wrong."""
+
+    right: bool
+    stopped: bool = False
+
+
+class Judge:
+    """Judges answers, and remembers them: many proxies give the same ones.
+
+    kind: as in tasks.formats. workers: programs that run side by side. Raises ConfigError where a kind needs what is missing.
+    """
+
+    def __init__(self, kind: str, *, timeout_s: float, workers: int) -> None:
+        if kind == "formula" and importlib.util.find_spec("math_verify") is None:
+            raise ConfigError("tasks of format math compare formulas with math-verify: pip install 'megatron-demix[eval]'.")
+        self._kind, self._timeout_s, self._workers = kind, timeout_s, workers
+        self._known: dict[tuple[str, str], Judgement] = {}
+
+    def judge(self, answers: Sequence[str], references: Sequence[Mapping[str, str]]) -> list[Judgement]:
+        """references: the item's, for each answer (see tasks.formats)."""
+        pairs = [(answer, json.dumps(dict(reference))) for answer, reference in zip(answers, references, strict=True)]
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+        given = [(answer, json.loads(reference)) for answer, reference in new]
+        if self._kind == "number":
+            judged = [Judgement(_same_number(answer, reference["answer"])) for answer, reference in given]
+        elif self._kind == "formula":
+            judged = self._formulas([(boxed(a) or _in_dollars(a), boxed(r["answer"]) or "") for a, r in given])
+        else:
+            programs = [f"{reference['before']}{answer}\n{reference['after']}" for answer, reference in given]
+            outcomes = sandbox.run_all(programs, timeout_s=self._timeout_s, workers=self._workers)
+            judged = [Judgement(outcome.passed, outcome.timed_out) for outcome in outcomes]
+        self._known |= dict(zip(new, judged, strict=True))
+        return [self._known[pair] for pair in pairs]
+
+    def _formulas(self, pairs: Sequence[tuple[str | None, str]]) -> list[Judgement]:
+        judged = [Judgement(answer is not None and normalised(answer) == normalised(right)) for answer, right in pairs]
+        unsure = [i for i, (answer, _) in enumerate(pairs) if answer and not judged[i].right]
+        while unsure:
+            # Parsing may hang or take all memory: it happens in a process of its own, which says after each pair how it went.
+            told = sandbox.run_python(
+                _COMPARE.format(pairs=json.dumps([pairs[i] for i in unsure]), timeout_s=max(1, int(self._timeout_s))),
+                timeout_s=30 + self._timeout_s * len(unsure),
+                memory_bytes=4 << 30,
+            ).output.split()
+            for i, result in zip(unsure, told, strict=False):
+                judged[i] = Judgement(result == "True", stopped=result not in ("True", "False"))
+            if len(told) < len(unsure):
+                judged[unsure[len(told)]] = Judgement(False, stopped=True)
+            unsure = unsure[len(told) + 1 :]
+        return judged
+
+
+_COMPARE = """
+import json, logging
+from math_verify import parse, verify
+from math_verify.errors import TimeoutException
+logging.disable()
+for answer, right in json.loads({pairs!r}):
+    try:
+        found = parse(f"${{answer}}$", parsing_timeout={timeout_s})
+        result = bool(found) and verify(parse(f"${{right}}$"), found, timeout_seconds={timeout_s})
+    except (Exception, TimeoutException) as e:
+        result = "error"
+    print(result, flush=True)
+"""
+
+
+def _same_number(answer: str, right: str) -> bool:
+    found = final_number(answer)
+    return found is not None and found == final_number(right)
+
+
+def _in_dollars(text: str) -> str | None:
+    """The last formula between dollar signs, of an answer that boxes none."""
+    found = re.findall(r"\$([^$]+)\$", text)
+    return found[-1] if found else None

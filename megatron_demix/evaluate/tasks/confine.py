@@ -1,0 +1,103 @@
+"""Runs a Python program that nobody has read, from standard input: `python -I confine.py '{"memory_bytes": ..., ...}'`.
+
+A script with the standard library alone; megatron_demix.evaluate.tasks.sandbox starts it. First this process gives up what the
+program must not have. Where the kernel lets an ordinary user make namespaces: the network, all files but an empty folder in
+memory, and every process outside. Everywhere: memory, processor time, open files, large files, core dumps, outliving whoever
+started it, and many processes (except for root, whose the kernel does not count). Then the program runs in a child that is the
+first process of its namespace, so that all it has started ends with it.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+
+_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+_CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+_MS_NOSUID, _MS_NODEV, _MS_REC, _MS_PRIVATE = 2, 4, 16384, 1 << 18
+_SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_INSIDE_ID = 1000  # anyone but root, so that a program that is started gains no capabilities
+
+FINISHED = 87
+"""Exit code of a program that ran to its end: one that leaves early with 0 has not passed the tests behind it."""
+ISOLATED = "isolated"
+"""What a probe prints where network, files and processes are out of reach."""
+
+
+class _MountAttributes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
+
+
+def isolate(libc: ctypes.CDLL, folder: str) -> bool:
+    """Enter namespaces without network and other processes, in which nothing can be written but `folder`. False if the kernel
+    refuses."""
+    uid, gid = os.getuid(), os.getgid()
+    flags = _CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWNET | _CLONE_NEWPID | _CLONE_NEWIPC | _CLONE_NEWUTS
+    if libc.unshare(flags) != 0:
+        return False
+    try:
+        for file, line in (("setgroups", "deny"), ("uid_map", f"{_INSIDE_ID} {uid} 1"), ("gid_map", f"{_INSIDE_ID} {gid} 1")):
+            with open(f"/proc/self/{file}", "w") as opened:
+                opened.write(line)
+    except OSError:
+        return False
+    if libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
+        return False
+    read_only = _MountAttributes(attr_set=_MOUNT_ATTR_RDONLY)
+    place = (_AT_FDCWD, b"/", _AT_RECURSIVE, ctypes.byref(read_only), ctypes.sizeof(read_only))
+    if libc.syscall(_SYS_MOUNT_SETATTR, *place) != 0:
+        return False
+    return libc.mount(b"tmpfs", folder.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"size=64m,mode=700") == 0
+
+
+def limit(settings: dict) -> None:
+    """Give up what needs no namespace."""
+
+    def at_most(kind: int, value: int) -> None:
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+    at_most(resource.RLIMIT_AS, settings["memory_bytes"])
+    at_most(resource.RLIMIT_CPU, settings["cpu_s"])
+    at_most(resource.RLIMIT_FSIZE, settings["file_bytes"])
+    at_most(resource.RLIMIT_NOFILE, 64)
+    at_most(resource.RLIMIT_NPROC, settings["processes"])
+    at_most(resource.RLIMIT_CORE, 0)
+
+
+def drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Those of the new user namespace too: with them the program could undo all this."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    if libc.capset(header, (ctypes.c_uint32 * 6)()) != 0 or libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        os._exit(125)
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    program = sys.stdin.read()
+    folder = os.getcwd()
+    isolated = settings["isolate"] and isolate(libc, folder)
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        # Ending by the child's signal would be as good, but a first process of a namespace can only be killed from outside.
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.chdir(folder)
+    limit(settings)
+    drop_capabilities(libc)
+    if settings["probe"]:
+        print(ISOLATED if isolated else "limits")
+    sys.argv = ["program.py"]
+    exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+    sys.exit(FINISHED)
+
+
+if __name__ == "__main__":
+    main()

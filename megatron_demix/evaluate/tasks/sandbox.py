@@ -1,0 +1,109 @@
+"""Programs that a model wrote, in processes of their own: bounded in time, memory, files and processes, and cut off from the
+network and from this machine's files where the kernel allows that."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_demix.evaluate.tasks import confine
+
+_MEMORY_BYTES, _FILE_BYTES, _OUTPUT_BYTES, _PROCESSES = 1 << 30, 1 << 24, 1 << 20, 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """passed: the program ran to its end, in time. output: the beginning of what it wrote. problem: its last error line."""
+
+    passed: bool
+    timed_out: bool
+    output: str
+    problem: str
+
+
+def run_python(
+    program: str, *, timeout_s: float, memory_bytes: int = _MEMORY_BYTES, isolate: bool = True, probe: bool = False
+) -> Outcome:
+    """Run `program` as a script, in an empty folder that is deleted afterwards. Whatever it does, this returns.
+
+    isolate: without network and this machine's files, where the kernel allows it; else with the limits alone. probe: only say
+    which.
+    """
+    settings: dict[str, Any] = {
+        "memory_bytes": memory_bytes,
+        "cpu_s": int(timeout_s) + 1,
+        "file_bytes": _FILE_BYTES,
+        "processes": _PROCESSES,
+        "isolate": isolate,
+        "probe": probe,
+    }
+    # What it writes goes into files of limited size, not into this process's memory.
+    with (
+        tempfile.TemporaryDirectory(prefix="demix-answer-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as source,
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as errors,
+    ):
+        source.write(program.encode("utf-8", errors="replace"))
+        source.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", confine.__file__, json.dumps(settings)],
+            stdin=source,
+            stdout=output,
+            stderr=errors,
+            cwd=folder,
+            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        try:
+            timed_out = not _ends_within(process, timeout_s)
+        finally:
+            # Its group too, before its number is free for another process.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        passed = process.returncode == confine.FINISHED and not timed_out
+        return Outcome(passed, timed_out, _read(output), _last_line(_read(errors, end=True)))
+
+
+def _ends_within(process: subprocess.Popen, timeout_s: float) -> bool:
+    """Without reaping the process."""
+    watched = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(watched, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+    finally:
+        os.close(watched)
+
+
+def run_all(programs: Sequence[str], *, timeout_s: float, workers: int) -> list[Outcome]:
+    """The same for many, `workers` at a time."""
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        return list(pool.map(lambda program: run_python(program, timeout_s=timeout_s), programs))
+
+
+@functools.cache
+def is_isolated() -> bool:
+    """Whether programs have neither network nor this machine's files. Elsewhere only the limits hold, and a caller says so."""
+    return run_python("", timeout_s=30, probe=True).output.strip() == confine.ISOLATED
+
+
+def _read(file: Any, *, end: bool = False) -> str:
+    """The beginning, or the end, of what was written."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _OUTPUT_BYTES) if end else 0)
+    return file.read(_OUTPUT_BYTES).decode("utf-8", errors="replace")
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

@@ -1,0 +1,200 @@
+"""What counts as the right answer; and programs that a model wrote: whatever they do, they end, and leave nothing behind."""
+
+import os
+import time
+from decimal import Decimal
+
+import pytest
+from task_files import HUMANEVAL, MBPP, write_all
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.evaluate.tasks import answers, sandbox
+from megatron_demix.evaluate.tasks.answers import Judge, Judgement, boxed, final_number, normalised
+from megatron_demix.evaluate.tasks.sandbox import run_python
+from megatron_demix.evaluate.tasks.suite import read_task
+from megatron_demix.study import TaskSpec
+
+isolated = pytest.mark.skipif(not sandbox.is_isolated(), reason="the kernel lets this user make no namespaces")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### -1,234.50\nfoo 3", "-1234.5"),
+        ("#### $18", "18"),
+        ("so 3 and then 4.", "4"),
+        ("It costs $3.50.", "3.5"),
+        ("none", None),
+        ("####", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"so \boxed{1}, no: $\boxed{\frac{1}{x^{2}}}$.", r"\frac{1}{x^{2}}"),
+        (r"\fbox{3}", "3"),
+        (r"$\boxed 5$", "5"),
+        (r"\boxed{1", None),
+        (r"\boxed", None),
+        ("no", None),
+    ],
+)
+def test_boxed(text, inside):
+    assert boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\dfrac12", r"\frac{1}{2}"),
+        (r"\left( 3,\! 4 \right)", "(3,4)"),
+        (r"10\text{ cm}", "10"),
+        (r"90^\circ", "90"),
+        (r"\$1,000.", "1000"),
+        (r"50\%", "50"),
+        ("-.5", "-0.5"),
+        (r"\text{east}", "east"),
+    ],
+)
+def test_formulas_that_are_written_in_two_ways(one, other):
+    assert normalised(one) == normalised(other)
+
+
+def test_what_differs_stays_different():
+    assert (
+        len({normalised(f) for f in ("(1,2)", "(1, 3)", "12", "1.2", r"\frac{1}{2}", "-12", r"\text{a}", r"\text{b}", "")}) == 9
+    )
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])
+def test_the_published_solutions_are_right_and_nothing_else(tasks, name):
+    task = read_task(TaskSpec(name=name, format=name, path=tasks[name]), "test")
+    judge = Judge(task.format.kind, timeout_s=10, workers=2)
+    references = [item.reference for item in task.items]
+    solutions = [item.options[0][1].split("[DONE]")[0] for item in task.items]
+    assert judge.judge(solutions, references) == [Judgement(True)] * len(solutions)
+    for wrong in ("", "    pass\n", "0", "import sys; sys.exit(0)"):
+        assert judge.judge([wrong] * len(solutions), references) == [Judgement(False)] * len(solutions)
+
+
+def test_formulas_are_compared_by_value():
+    pytest.importorskip("math_verify")
+    half = {"answer": r"so $\boxed{\frac{1}{2}}$"}
+    judge = Judge("formula", timeout_s=2, workers=1)
+    given = [r"\boxed{0.5}", r"it is $\frac{2}{4}$", r"\boxed{\frac{}", r"\boxed{9^{9^{9^{9^9}}}}", r"\boxed{1/3}", "who knows"]
+    judged = judge.judge(given, [half] * len(given))
+    assert [j.right for j in judged] == [True, True, False, False, False, False]
+    assert judge.judge([r"\boxed{2,-2}"], [{"answer": r"\boxed{-2, 2}"}])[0].right
+
+
+def test_without_the_library_formulas_are_an_error(monkeypatch):
+    monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"compare formulas with math-verify: pip install 'megatron-demix\[eval\]'"):
+        Judge("formula", timeout_s=1, workers=1)
+
+
+def test_one_answer_is_run_once(tasks, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        sandbox, "run_all", lambda programs, **_: ran.extend(programs) or [run_python(p, timeout_s=10) for p in programs]
+    )
+    judge = Judge("code", timeout_s=10, workers=1)
+    reference = {"before": "", "after": "\n".join(MBPP[2]["test_list"])}
+    for _ in range(2):
+        assert judge.judge([MBPP[2]["code"]] * 3, [reference] * 3) == [Judgement(True)] * 3
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        ("assert 1 == 2, 'no'", "AssertionError: no"),
+        ("x = bytearray(4 << 30)", "MemoryError"),
+        ("open('large', 'w').write('x' * (1 << 25))", "OSError: [Errno 27] File too large"),
+        ("while True: print('x' * 1000)", "OSError: [Errno 27] File too large"),
+        ("[open('/dev/null') for _ in range(1000)]", "OSError: [Errno 24] Too many open files: '/dev/null'"),
+        ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import os; os._exit(0)", ""),
+        ("raise SystemExit", ""),
+        ("import ctypes; ctypes.string_at(0)", ""),
+        ("\x00", "ValueError: source code string cannot contain null bytes"),
+        ("import os; assert 'SECRET' not in os.environ and os.listdir() == []; 1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)  # fmt: skip
+def test_a_program_that_fails(program, problem, isolate, monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    outcome = run_python(program, timeout_s=20, isolate=isolate)
+    assert not outcome.passed
+    assert not outcome.timed_out
+    if not (problem.startswith("ValueError") and "SyntaxError" in outcome.problem):  # another name in newer versions of Python
+        assert outcome.problem == problem
+
+
+@pytest.mark.parametrize(
+    "program", ["while True: pass", "import signal, time; signal.signal(15, lambda *_: 0); time.sleep(99)"]
+)
+def test_a_program_that_never_ends(program):
+    started = time.monotonic()
+    outcome = run_python(program, timeout_s=0.7)
+    assert outcome == sandbox.Outcome(False, True, "", "")
+    assert time.monotonic() - started < 10
+
+
+@isolated
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import socket; socket.create_connection(('127.0.0.1', 22), timeout=3)",
+        "import urllib.request; urllib.request.urlopen('http://192.0.2.1/', timeout=3)",
+        "open('/tmp/demix-escaped', 'w')",
+        f"import os; os.remove({__file__!r})",
+        "import os; os.kill(os.getppid(), 9); assert os.getppid() != 0",
+        "import subprocess; subprocess.run(['mount', '-o', 'remount,rw', '/'], check=True)",
+        "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'/', b'tmpfs', 0, 0) == 0",
+    ],
+)  # fmt: skip
+def test_nothing_outside_can_be_reached(program):
+    outcome = run_python(program, timeout_s=20)
+    assert not outcome.passed
+    assert os.path.exists(__file__)
+    assert not os.path.exists("/tmp/demix-escaped")
+
+
+@isolated
+def test_what_a_program_started_ends_with_it():
+    """Even what has left its process group."""
+    mark = f"731.{os.getpid()}"
+    start = f"import subprocess; p = subprocess.Popen(['sleep', '{mark}'], start_new_session=True)"
+    assert run_python(start, timeout_s=20).passed
+    assert run_python(f"{start}; p.wait()", timeout_s=1).timed_out
+    assert not any(_says(folder, mark) for folder in os.listdir("/proc") if folder.isdigit())
+
+
+def _says(pid: str, word: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return word in file.read()
+    except OSError:
+        return False
+
+
+def test_a_program_may_write_where_it_stands():
+    assert run_python("open('a', 'w').write('x'); print(open('a').read())", timeout_s=20).output == "x\n"
+
+
+def test_many_side_by_side():
+    programs = [HUMANEVAL[0]["prompt"] + HUMANEVAL[0]["canonical_solution"], "1 / 0", "pass"]
+    assert [o.passed for o in sandbox.run_all(programs, timeout_s=20, workers=3)] == [True, False, True]
