@@ -73,6 +73,8 @@ def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CorruptInput(f"{what}: not a torch.save archive.")
     pickled = check_entry(entries[names[0]][0].tobytes(), entries[names[0]][1], "data.pkl", what)
     state = read_pickle(pickled, _ALLOWED, what, persistent=lambda pid: _Foreign(), other=lambda name: _Foreign)
+    if isinstance(state, list) and len(state) == 1:
+        state = state[0]  # as megatron.core stores objects among the tensors
     if not isinstance(state, dict):
         raise CorruptInput(f"{what}: holds a {type(state).__name__}, expected a dictionary.")
     return state

@@ -121,7 +121,7 @@ class Output:
                     _write(descriptor, frame.tail, p.position + frame.record_at + frame.record_bytes)
                 else:
                     assert isinstance(p.item, CopiedItem)
-                    _write(descriptor, p.item.data, p.position)
+                    _copy(descriptor, p.item, p.position)
             for descriptor in self.descriptors.values():
                 os.fsync(descriptor)
             self._close()
@@ -238,6 +238,15 @@ def _write(descriptor: int, data: bytes | memoryview, position: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, position)
         view, position = view[written:], position + written
+
+
+def _copy(descriptor: int, item: CopiedItem, position: int) -> None:
+    try:
+        _write(descriptor, item.data, position)
+    except OSError as e:
+        if e.errno != errno.EFAULT:
+            raise
+        raise CorruptInput(f"{item.key!r}: its file has become shorter while it was read. Copy the component again.") from e
 
 
 def _fsync(path: Path) -> None:

@@ -228,7 +228,7 @@ def test_common_state_keeps_the_arguments_and_forgets_the_counters(tmp_path):
 
 def test_common_state_of_core_0_19_lies_inside_the_distcp_files(tmp_path):
     buffer = io.BytesIO()
-    torch.save({"iteration": 12, "checkpoint_version": 3.0}, buffer)
+    torch.save([{"iteration": 12, "checkpoint_version": 3.0}], buffer)
     folder = write_checkpoint(tmp_path, small_model(0), objects={"common_state/shard_0_1": buffer.getvalue()})
     (folder / "common.pt").unlink()
     assert read_common_state(Checkpoint(folder)) == {"iteration": 12, "checkpoint_version": 3.0}
@@ -236,7 +236,7 @@ def test_common_state_of_core_0_19_lies_inside_the_distcp_files(tmp_path):
 
 def test_no_common_state_and_a_foreign_one(tmp_path):
     folder = write_checkpoint(tmp_path, small_model(0))
-    torch.save([1], folder / "common.pt")
+    torch.save([1, 2], folder / "common.pt")
     with pytest.raises(CorruptInput, match=r"holds a list, expected a dictionary"):
         read_common_state(Checkpoint(folder))
     (folder / "common.pt").write_bytes(b"PK")
