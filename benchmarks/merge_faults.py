@@ -309,7 +309,7 @@ def as_torch_reads(sound: Path, merged: Path) -> str:
         dcp.load(state, checkpoint_id=folder / "release", no_dist=True)
         found = {}
         for key, value in state.items():
-            tensor = value if isinstance(value, torch.Tensor) else torch.load(value)["scale"]
+            tensor = value if isinstance(value, torch.Tensor) else value["scale"]
             found[key] = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         return found
 
