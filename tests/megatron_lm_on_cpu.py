@@ -79,10 +79,14 @@ def _parse(file: Path) -> None:
 
     from megatron.training import arguments
 
+    from megatron_demix.data.extra_args import add_demix_args
+
     for case in json.loads(file.read_text()):
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(case["ranks"])}
         sys.argv = ["pretrain_gpt.py", *case["arguments"]]
-        arguments.validate_args(arguments.parse_args(), {})
+        parsed = arguments.parse_args(extra_args_provider=add_demix_args)
+        arguments.validate_args(parsed, {})
+        assert parsed.train_data_path == case.get("train_data_path")
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     options = {o.removeprefix("--") for action in parser._actions for o in action.option_strings if o.startswith("--")}
     file.with_suffix(".options.json").write_text(json.dumps(sorted(options - {"help"})))

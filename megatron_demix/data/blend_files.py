@@ -137,28 +137,35 @@ def _publish(work: Path, output: Path) -> None:
 def _write_args(plan: BlendPlan, name: Path) -> None:
     """The blend as Megatron's arguments: .args.txt for --data-args-path, .args.json for --per-split-data-args-path.
 
-    A weight is a share of samples; the data sets of one domain share its weight in proportion to their tokens. None is zero:
-    Megatron dies on those. The JSON has all three splits, which Megatron asks for; valid and test hold the domains that name
-    such data, with equal weights, and are null (no data) where none does. Raises ConfigError for a path with a blank, at which
-    Megatron would cut the text file.
+    Raises ConfigError for a path with a blank, at which Megatron would cut the text file.
     """
-    total = sum(p.planned for p in plan.parts)
-    train = _weighted({p.domain.name: p.planned / total for p in plan.parts}, plan.pool.domains)
-    splits: dict[str, list[tuple[str, str]] | None] = {"train": train}
-    for split in ("valid", "test"):
-        held_out = [prefixes for p in plan.parts if (prefixes := getattr(p.domain, split))]
-        held = [(f"{1 / len(held_out) / len(ps):.17g}", str(q.resolve())) for ps in held_out for q in ps]
-        splits[split] = held or None
+    splits = megatron_words({p.domain.name: p.planned for p in plan.parts}, plan.pool.domains)
     for chosen in splits.values():
-        for _, prefix in chosen or ():
+        for prefix in (chosen or [])[1::2]:
             if len(prefix.split()) != 1:
                 raise ConfigError(
                     f"{prefix!r} has a blank in it, at which Megatron's --data-args-path would cut it. Move or link the data "
                     "to another path, or build a view."
                 )
-    write_atomic(Path(f"{name}.args.txt"), "".join(f"{weight} {prefix}\n" for weight, prefix in train))
-    words = {split: [word for pair in given for word in pair] if given else None for split, given in splits.items()}
-    write_json(Path(f"{name}.args.json"), words)
+    train = splits["train"] or []
+    lines = (f"{weight} {prefix}\n" for weight, prefix in zip(train[::2], train[1::2], strict=True))
+    write_atomic(Path(f"{name}.args.txt"), "".join(lines))
+    write_json(Path(f"{name}.args.json"), splits)
+
+
+def megatron_words(planned: Mapping[str, int], domains: Mapping[str, Domain]) -> dict[str, list[str] | None]:
+    """Weights and prefixes in turn, for each of Megatron's splits. planned: tokens by domain.
+
+    A weight is a share of samples; the data sets of one domain share its weight in proportion to their tokens. None is zero:
+    Megatron dies on those. All three splits are there, which Megatron asks for; valid and test hold the domains that name such
+    data, with equal weights, and are None (no data) where none does.
+    """
+    total = sum(planned.values())
+    pairs = {"train": _weighted({name: tokens / total for name, tokens in planned.items()}, domains)}
+    for split in ("valid", "test"):
+        held_out = [prefixes for name in planned if (prefixes := getattr(domains[name], split))]
+        pairs[split] = [(f"{1 / len(held_out) / len(ps):.17g}", str(q.resolve())) for ps in held_out for q in ps]
+    return {split: [word for pair in given for word in pair] or None for split, given in pairs.items()}
 
 
 def _weighted(shares: Mapping[str, float], domains: Mapping[str, Domain]) -> list[tuple[str, str]]:

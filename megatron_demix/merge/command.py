@@ -36,7 +36,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="PATH:WEIGHT", help="a checkpoint and its weight")
     add("--components", nargs="+", metavar="NAME=PATH", default=[], help="named checkpoints, for use with --weights")
-    add("--weights", type=Path, metavar="FILE", help="mixtures, one JSON object a line")
+    add("--weights", type=Path, metavar="FILE", help="mixtures: one JSON object a line, or CSV with a column a component")
     add("--output", type=Path, required=True, metavar="DIR")
     add("--layout", choices=("release", "iter"), default="release", help="release starts at iteration 0 (default)")
     add(

@@ -63,23 +63,27 @@ def _normalized(row: np.ndarray, name: str, shown: Mapping[str, float], normaliz
 
 
 def read_weights(path: Path) -> dict[str, dict[str, float]]:
-    """Mixtures of a weights.jsonl: one {"name": ..., "weights": {component: weight}} a line. Raises ConfigError."""
+    """Mixtures of a weights.jsonl, one {"name": ..., "weights": {component: weight}} a line; or of a CSV file (.csv) as
+    search_mixture.py writes it, an id and then a column a component. Raises ConfigError."""
     mixtures: dict[str, dict[str, float]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e}).") from e
-    for number, line in enumerate(lines, 1):
+    columns = lines.pop(0).split(",")[1:] if Path(path).suffix == ".csv" and lines else None
+    for number, line in enumerate(lines, 1 if columns is None else 2):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            name, weights = row["name"], dict(row["weights"])
+            if columns is None:
+                row = json.loads(line)
+                name, weights = row["name"], dict(row["weights"])
+            else:
+                name, *values = line.split(",")
+                weights = dict(zip(columns, map(float, values), strict=True))
         except (ValueError, KeyError, TypeError) as e:
-            raise ConfigError(
-                f'{path}, line {number}: expected {{"name": ..., "weights": {{component: weight}}}}, found {line[:80]!r} '
-                f"({e!r})."
-            ) from e
+            form = '{"name": ..., "weights": {component: weight}}' if columns is None else f"a name and {len(columns)} numbers"
+            raise ConfigError(f"{path}, line {number}: expected {form}, found {line[:80]!r} ({e!r}).") from e
         if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\0" in name:
             raise ConfigError(f"{path}, line {number}: {name!r} cannot name an output folder.")
         if name in mixtures:

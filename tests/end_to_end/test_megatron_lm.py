@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from indexed_data import make_indexed
 from stock_runs import RUNS, stock_run
 
 from megatron_demix.artifact import write_json
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRO
 STUDY = """
 name: stock
 tokenizer: {type: byte}
+prepare: {split: [0.8, 0.1, 0.1]}
 domains:
   - {name: code, inputs: ["corpus/code.jsonl"], max_epochs: 8}
   - {name: english, inputs: ["corpus/english.jsonl"], max_epochs: 8}
@@ -71,6 +73,18 @@ def test_its_own_parser_accepts_every_kind_of_run(tmp_path, checkout, record_pro
             if job.parallel.context > 1 and not transformer_engine:
                 continue  # Megatron-LM has it with Transformer Engine only
             cases.append({"ranks": job.parallel.world_size, "arguments": arguments})
+    # A script of one's own, with the hook instead of a file.
+    (tmp_path / "pool.yaml").write_text(f"domains: {{a: {{prefixes: [{make_indexed(tmp_path / 'a', [40] * 50)}]}}}}")
+    (tmp_path / "mixture.json").write_text('{"weights": {"a": 1}}')
+    at = arguments.index("--per-split-data-args-path")
+    hooked = [
+        *arguments[:at],
+        *arguments[at + 2 :],
+        "--demix-blend",
+        str(tmp_path / "pool.yaml"),
+        str(tmp_path / "mixture.json"),
+    ]
+    cases.append({"ranks": 4, "arguments": [*hooked, "2k"], "train_data_path": ["1", str(tmp_path / "a")]})
     write_json(tmp_path / "cases.json", cases)
     launch(checkout, "--parse", str(tmp_path / "cases.json"))
     record_property("cases", len(cases))
