@@ -223,24 +223,32 @@ def _consistency(options: argparse.Namespace) -> int:
     return 0
 
 
+_STATE_COLOURS = {"works": "green", "installed": "green", "absent": "dim", "misfit": "red", "broken": "red"}
+
+
 def _doctor(options: argparse.Namespace) -> int:
+    """0 if nothing has to be done, ConfigError's code else."""
     from megatron_demix.launch.doctor import examine
 
     findings = examine()
+    problems = [f for f in findings if f.is_problem]
     if options.json:
         print(json.dumps([vars(f) for f in findings], indent=1))
-        return 0
+        return ConfigError.exit_code if problems else 0
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("what", "found", "used for", "to do"):
+    for column in ("what", "state", "found", "used for", "to do"):
         table.add_column(column)
     for f in findings:
-        table.add_row(f.name, f"[{'green' if f.ok else 'yellow'}]{escape(f.found)}[/]", f.purpose, escape(f.advice))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return 0
+        colour = "red" if f.is_problem else _STATE_COLOURS[f.state]
+        table.add_row(f.name, f"[{colour}]{f.state}[/]", escape(f.found), escape(f.purpose), escape(f.advice))
+    Console(width=None if sys.stdout.isatty() else 180, highlight=False).print(table)
+    said = f"to repair: {', '.join(f.name for f in problems)}" if problems else "everything that is needed works"
+    print(said)
+    return ConfigError.exit_code if problems else 0
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 MAX_SOURCES = 64
 
-_LIBRARY = Path(__file__).parents[1] / "libmerge_cuda.so"
+LIBRARY = Path(__file__).parents[1] / "libmerge_cuda.so"
 _DTYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    if not _LIBRARY.is_file():
+    if not LIBRARY.is_file():
         return None
-    library = ctypes.CDLL(str(_LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
     library.demix_cuda_error.restype = ctypes.c_char_p
     pointers = ctypes.POINTER(ctypes.c_void_p)
     floats = ctypes.POINTER(ctypes.c_float)
@@ -44,7 +44,7 @@ def available() -> bool:
     library = _library()
     works = library is not None and library.demix_cuda_device_count() > 0
     if wanted == "1" and not works:
-        why = "no CUDA device is visible" if library else f"{_LIBRARY} was not built"
+        why = "no CUDA device is visible" if library else f"{LIBRARY} was not built"
         raise ConfigError(f"MEGATRON_DEMIX_CUDA is 1, but {why}. Build where nvcc is and run where a GPU is, or unset it.")
     return works
 
