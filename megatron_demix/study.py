@@ -569,7 +569,8 @@ class SlurmSpec(SlurmResources):
     kinds: dict[str, SlurmResources] = {}
     """Overrides for all stages of a kind, which is the first part of their name: {final: {time: 2-00:00:00}}."""
     parts: dict[str, Annotated[int, Field(ge=1)]] = {}
-    """Array elements that make each stage of a kind together: {data: 16, blend: 8}. blend: if it is materialised."""
+    """Array elements that make each stage of a kind together: {data: 16, rounds: 8, blend: 8}. rounds: what is scored in them.
+    blend: if it is materialised."""
     grace: Seconds = 300
     """How long before the time limit a job is told to save."""
     array_limit: int | None = Field(None, ge=1)

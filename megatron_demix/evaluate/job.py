@@ -53,9 +53,17 @@ class EvaluateJob(BaseModel):
     seed: int = 0
     """Of methods that drop at random."""
     checkpoints: dict[str, Path] = {}
+    part: tuple[int, int] | None = None
+    """(i, n): only every n-th model from the i-th on, whose rows stay in `work` for the job that scores the rest."""
     work: Path
     heartbeat: Path | None = None
     threads_per_rank: int = 1
+
+    @property
+    def models(self) -> list[str]:
+        """The names of those that this job scores."""
+        every = [*self.mixtures, *self.checkpoints]
+        return every[self.part[0] :: self.part[1]] if self.part else every
 
     @property
     def max_tokens(self) -> int:
@@ -77,8 +85,8 @@ def evaluate(
     """Run by every rank: score every model of the job and let rank 0 write work/scores.json, and work/tasks.json with what
     should be known about the tasks' scores. load_codec: the tokenizer in a folder, where there are tasks.
 
-    Each data-parallel replica takes every n-th model. A finished row is appended to work/rows-<replica>.jsonl at once, so a
-    killed run goes on where it stopped, on any number of replicas.
+    Each data-parallel replica takes every n-th model. A finished row is appended to work/rows-<part>-<replica>.jsonl at once: a
+    killed run goes on where it stopped, on any number of replicas and in any number of parts.
     """
     import torch
     from megatron.core import parallel_state
@@ -94,7 +102,7 @@ def evaluate(
             known = _finished_rows(job.work)
             replica = parallel_state.get_data_parallel_rank()
             replicas = parallel_state.get_data_parallel_world_size()
-            pending = [n for n in (*job.mixtures, *job.checkpoints) if n not in known]
+            pending = [n for n in job.models if n not in known]
             torch.distributed.barrier()  # everyone has read the rows before anyone appends to them
             suite = _suite(job, load_codec)
             if pending:
@@ -105,9 +113,10 @@ def evaluate(
                 score = _scorer(job, model, suite, judges=writes)
                 merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
                 heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
+                rows = job.work / f"rows-{'-of-'.join(map(str, job.part)) if job.part else 'all'}-{replica}.jsonl"
                 for done, name in enumerate(pending):
                     if heartbeat:
-                        heartbeat.beat(len(known) + done, len(known) + len(pending), "models")
+                        heartbeat.beat(len(job.models) - len(pending) + done, len(job.models), "models")
                     if done % replicas != replica:
                         continue
                     if name in job.mixtures:
@@ -118,12 +127,12 @@ def evaluate(
                     scored = score()
                     if writes:
                         _say(name, scored)
-                        with open(job.work / f"rows-{replica}.jsonl", "a") as file:
+                        with open(rows, "a") as file:
                             # The leading newline ends a line that a kill cut short.
                             row = {"model": name, "scores": scored.scores, "notes": scored.notes}
                             file.write("\n" + json.dumps(row) + "\n")
             torch.distributed.barrier()
-            if torch.distributed.get_rank() == 0:
+            if torch.distributed.get_rank() == 0 and job.part is None:
                 _collect(job, suite)
             torch.distributed.barrier()
         finally:
@@ -208,11 +217,10 @@ def _finished_rows(work: Path) -> dict[str, dict[str, Any]]:
 
 def _collect(job: EvaluateJob, suite: Suite | None) -> None:
     rows = _finished_rows(job.work)
-    names = (*job.mixtures, *job.checkpoints)
     table = ScoreTable([*(Score(name, "bits/byte", "lower") for name in job.domains), *(suite.scores if suite else ())])
-    table.rows = {name: rows[name]["scores"] for name in names}
+    table.rows = {name: rows[name]["scores"] for name in job.models}
     if suite:
-        write_json(job.work / NOTES, {name: rows[name]["notes"] for name in names})
+        write_json(job.work / NOTES, {name: rows[name]["notes"] for name in job.models})
     table.write(job.work / SCORES)
     for path in job.work.glob("rows-*.jsonl"):
         path.unlink()

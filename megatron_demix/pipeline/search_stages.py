@@ -206,7 +206,7 @@ def scoring(
         **({"merge": dict(merge)} if merge else {}),
     }
 
-    def make(work: Path) -> None:
+    def make(work: Path, part: tuple[int, int] | None = None) -> None:
         from megatron_demix.data.tokenizer import load_tokenizer
         from megatron_demix.evaluate.job import SCORES, EvaluateJob
         from megatron_demix.evaluate.scores import ScoreTable
@@ -214,8 +214,10 @@ def scoring(
         scored = models()
         if not scored.get("mixtures") and not scored.get("checkpoints"):
             # A round that an earlier one found unnecessary: nothing for the ranks to do.
-            ScoreTable([]).write(work / SCORES)
+            if part is None:
+                ScoreTable([]).write(work / SCORES)
             return
+        maker = stage.part(part) if part else stage
         vocabulary = load_tokenizer(tokenizer.folder)
         job = EvaluateJob(
             model=study.model,
@@ -228,16 +230,17 @@ def scoring(
             tasks=list(tasks.specs),
             tokenizer=tokenizer.folder,
             micro_batch_size=study.evaluate.micro_batch_size,
+            part=part,
             work=work,
-            heartbeat=stage.heartbeat,
+            heartbeat=maker.heartbeat,
             threads_per_rank=study.launch.threads_per_rank,
             **scored,
         )
-        write_json(stage.job, job.model_dump(mode="json"))
+        write_json(maker.job, job.model_dump(mode="json"))
 
     ranks = study.parallel.tensor * study.parallel.pipeline * study.evaluate.replicas
     all_needs = {s.name: s for s in (*needs, tokenizer, *(data[n] for n in domains))}
-    stage = Stage(name, run, settings, tuple(all_needs.values()), make, ranks=ranks)
+    stage = Stage(name, run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make)
     return stage
 
 

@@ -25,8 +25,8 @@ class Stage:
     ranks: 0 for work done by `make` alone. Otherwise `make` writes the job file, and then this many ranks of
         `megatron_demix.pipeline.worker` finish the folder; what they have done survives a kill. Where nothing is left for ranks
         to do, `make` finishes the folder itself and writes no job file.
-    make_part: makes part i of n, (i, n), in the work folder; `make` goes on with what it finds there, and gives the same bytes
-        if that is nothing. Only a scheduler starts parts, as processes of their own.
+    make_part: makes part i of n, (i, n), in the work folder, itself or with ranks, as `make` does; `make` goes on with what it
+        finds there, and gives the same bytes if that is nothing. Only a scheduler starts parts, as processes of their own.
     judge: looks at the filled folder before it is published, and raises where it is not what it has to be.
     script: what the ranks run, where that is a command of its own, as a shell script.
     """
@@ -79,7 +79,7 @@ class Stage:
 
     def part(self, index: tuple[int, int]) -> Part:
         name = f"{self.name}@{index[0]}-of-{index[1]}"
-        return Part(name, self.run, self.settings, self.needs, self.make, make_part=self.make_part, of=self, index=index)
+        return Part(name, self.run, self.settings, self.needs, self.make, self.ranks, self.make_part, of=self, index=index)
 
     @property
     def _keeps_work(self) -> bool:
@@ -111,7 +111,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Part(Stage):
-    """Part index = (i, n) of a stage, as a process of its own makes it: done when the stage is."""
+    """Part index = (i, n) of a stage, as a process of its own makes it. Done when that, or the whole stage, is."""
 
     of: Stage = field(kw_only=True)
     index: tuple[int, int] = (0, 1)
@@ -125,12 +125,32 @@ class Part(Stage):
         return self.of
 
     def done(self) -> bool:
-        return self.of.done()
+        return self.of.done() or self._made.exists()
+
+    @property
+    def work(self) -> Path:
+        return self.of.work
+
+    def begin(self) -> bool:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.job.unlink(missing_ok=True)
+        self._make()
+        return self.job.exists()
 
     def finish(self) -> None:
+        if not self.ranks:
+            self._make()
+        self._made.parent.mkdir(parents=True, exist_ok=True)
+        self._made.touch()
+
+    @property
+    def _made(self) -> Path:
+        return self.log.with_suffix(".made")
+
+    def _make(self) -> None:
         assert self.make_part is not None
-        self.of.work.mkdir(parents=True, exist_ok=True)
-        self.make_part(self.of.work, self.index)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.make_part(self.work, self.index)
 
 
 def with_needs(stages: Iterable[Stage]) -> list[Stage]:

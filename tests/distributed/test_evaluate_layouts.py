@@ -159,7 +159,7 @@ def test_every_layout_scores_alike(parts, reference, layout):
     write_json(folder / "job.json", spread.model_dump(mode="json"))
     # What a killed run left: one whole row, which is not measured again, and one cut short, which is.
     row = {"model": "even", "scores": {"a": 1.0, "b": 2.0}, "notes": {}}
-    (work / "rows-0.jsonl").write_text(f'\n{json.dumps(row)}\n\n{{"model": "only_a", "sco')
+    (work / "rows-all-0.jsonl").write_text(f'\n{json.dumps(row)}\n\n{{"model": "only_a", "sco')
     torchrun(folder / "job.json", ranks=spread.parallel.world_size)
     rows = ScoreTable.read(work / "scores.json").rows
     assert list(rows) == list(reference)

@@ -42,7 +42,8 @@ final: {tokens: 2560, baselines: [], blend: materialise}
 launch:
   backend: slurm
   slurm:
-    {ranks_per_node: 1, cpus_per_task: 1, time: 10min, setup: "export GLOO_SOCKET_IFNAME=lo", parts: {data: 2, blend: 2}}
+    {ranks_per_node: 1, cpus_per_task: 1, time: 10min, setup: "export GLOO_SOCKET_IFNAME=lo",
+     parts: {data: 2, rounds: 2, blend: 2}}
 """
 LIMIT_S = 300
 
@@ -148,7 +149,7 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
 
     for name in ("code", "english"):
         published = next(run.glob(f"components/{name}-*"))
-        undisturbed = train_again(run, f"components.{name}", tmp_path / name)
+        undisturbed = run_again(run, f"components.{published.name}.json", tmp_path / name, ranks=2)
         assert {k: v for k, v in contents(published).items() if k != "manifest.json"} == undisturbed
     check_what_was_made_in_parts(study, run, tmp_path)
 
@@ -157,22 +158,26 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
 
 
 def check_what_was_made_in_parts(study: Path, run: Path, folder: Path) -> None:
-    """An array for the domains, one for the blend; and the domains' bytes are those that one process makes."""
+    """An array for the domains, the round's proxies, the blend; and the bytes are those that one process makes."""
     logs = [p.name.rpartition("-")[0] for p in (run / "logs" / "slurm").glob("*.parts-*.log")]
-    assert (logs.count("data.parts"), logs.count("blend.found.parts")) == (4, 2)
+    assert [logs.count(f"{group}.parts") for group in ("data", "rounds.1.scores", "blend.found")] == [4, 2, 2]
     dag = build_dag(load_study(study), study, folder / "alone")
     dag.tokenizer.finish()
     for name, stage in dag.data.items():
         stage.finish()
         assert contents(stage.folder) == contents(run / "data" / stage.folder.name), name
+    scored = next(run.glob("rounds/1/scores-*"))
+    again = run_again(run, f"rounds.1.{scored.name}.json", folder / "scores", ranks=1)
+    assert again == {k: v for k, v in contents(scored).items() if k != "manifest.json"}
 
 
-def train_again(run: Path, stage: str, work: Path) -> dict[str, str]:
-    """The same job on two ranks of this machine, undisturbed."""
-    job = json.loads(next(p for p in run.glob(f"logs/{stage}-*.json") if ".attempts" not in p.name).read_text())
+def run_again(run: Path, job: str, work: Path, *, ranks: int) -> dict[str, str]:
+    """The same job on this machine, undisturbed."""
     path = work.with_suffix(".json")
-    path.write_text(json.dumps(job | {"work": str(work), "heartbeat": None, "tensorboard": None}))
-    command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", "--nproc-per-node=2"]
+    elsewhere = {"work": str(work), "heartbeat": None} | ({"tensorboard": None} if job.startswith("components") else {})
+    path.write_text(json.dumps(json.loads((run / "logs" / job).read_text()) | elsewhere))
+    work.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", f"--nproc-per-node={ranks}"]
     subprocess.run([*command, "-m", "megatron_demix.pipeline.worker", path], check=True, timeout=200, capture_output=True)
     return contents(work)
 

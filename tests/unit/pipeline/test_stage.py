@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_demix.artifact import Manifest
+from megatron_demix.artifact import Manifest, read_json, write_json
 from megatron_demix.errors import CorruptInput
 from megatron_demix.pipeline.stage import Stage, with_needs
 
@@ -75,12 +75,26 @@ def test_parts_are_made_in_the_work_folder_and_put_together(tmp_path):
     first, second = a.part((0, 2)), a.part((1, 2))
     assert (second.name, second.kind, second.key, second.whole) == ("data/a@1-of-2", "data", a.key, a)
     second.finish()
-    assert (a.state(), second.done()) == ("partial", False)
+    assert (a.state(), second.done(), first.done()) == ("partial", True, False)
     first.finish()
     a.finish()
     assert (a.folder / "out.txt").read_text() == "(0, 2)(1, 2)"
     assert (a.state(), first.done(), a.work.exists()) == ("done", True, False)
     assert Stage("data/a", tmp_path, {}, (), make).key == a.key
+
+
+def test_a_part_with_ranks_has_a_job_of_its_own_and_publishes_nothing(tmp_path):
+    def make(folder, part=None):
+        write_json(a.part(part).job, {"work": str(folder), "part": part})
+
+    a = Stage("rounds/a", tmp_path, {}, (), make, ranks=2, make_part=make)
+    part = a.part((1, 3))
+    assert part.ranks == 2
+    assert part.begin()
+    assert part.job != a.job
+    assert read_json(part.job) == {"work": str(a.work), "part": [1, 3]}
+    part.finish()
+    assert (part.done(), a.part((0, 3)).done(), a.done()) == (True, False, False)
 
 
 def test_with_needs_lists_needs_first_and_once(tmp_path):
