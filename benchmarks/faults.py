@@ -28,7 +28,7 @@ from pathlib import Path
 from megatron_demix.artifact import MANIFEST, Manifest, hash_file
 
 DEMIX = [sys.executable, "-m", "megatron_demix.cli"]
-LIMIT_S = 900
+LIMIT_S = 1800
 STUDY = """
 name: faults
 seed: 11
