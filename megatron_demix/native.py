@@ -461,13 +461,14 @@ def count_newlines(data: bytes) -> int:
     return _core.count_newlines(_address(np.frombuffer(data, np.uint8)), len(data)) if data else 0
 
 
-def scan_json_lines(data: bytes, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def scan_json_lines(data: bytes, key: str, num_lines: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """The string under `key` of every non-blank line: (content uint8 [N], offsets int64 [D + 1], line numbers from 0 [D]).
+    num_lines: line ends in data, where they are known.
 
     None where a line is not UTF-8, not a JSON object with a string there, or one of the rarities csrc/json_lines.hpp lists:
     the caller must then look at each line itself.
     """
-    most = count_newlines(data) + 1
+    most = (count_newlines(data) if num_lines is None else num_lines) + 1
     raw = np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8)
     content, offsets, lines = np.empty(len(data), np.uint8), np.empty(most + 1, np.int64), np.empty(most, np.int64)
     documents, size, plain = _core.scan_json_lines(

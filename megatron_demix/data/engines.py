@@ -75,13 +75,19 @@ def tiktoken_engine(encoding: Any) -> Engine:
     return encode
 
 
-def gigatoken_engine(tokenizer: Any) -> Engine:
-    """tokenizer: a gigatoken.Tokenizer."""
+def gigatoken_engine(load: Callable[[], Any]) -> Engine:
+    """load: makes a gigatoken.Tokenizer. One encodes one batch at a time, so there are as many as callers side by side."""
+    idle = [load()]
 
     def encode(batch: TextBatch) -> tuple[np.ndarray, np.ndarray]:
         if len(batch) == 0:
             return np.empty(0, np.uint32), np.zeros(1, np.int64)
+        try:
+            tokenizer = idle.pop()
+        except IndexError:
+            tokenizer = load()
         layout = tokenizer.encode_batch(batch.awkward(), parallel=False).layout
+        idle.append(tokenizer)
         offsets = np.asarray(layout.offsets, np.int64)
         return np.ascontiguousarray(layout.content.data, np.uint32), np.ascontiguousarray(offsets)
 

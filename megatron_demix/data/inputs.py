@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -143,23 +144,36 @@ def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int
     name = file.name.removesuffix(".gz").removesuffix(".zst")
     with open(file, "rb") as raw:
         if name == file.name and name.endswith(_JSON_LINES):
-            stop = _line_from(raw, end)
-            raw.seek(_line_from(raw, begin))
-            for data, first, lines in _lines(raw, block_bytes, stop - raw.tell()):
-                yield "json", data, first, lines, raw.tell()
+            for data, first, lines, position in _lines_of(raw, block_bytes, begin, end):
+                yield "json", data, first, lines, position
         elif begin > 0:
             return
         elif name.endswith(_JSON_LINES):
-            for data, first, lines in _lines(_decompressed(raw, file), block_bytes, _WHOLE):
+            for data, first, lines in _lines(_decompressed(raw, file), block_bytes):
                 yield "json", data, first, lines, raw.tell()
         else:
             yield "text", _decompressed(raw, file).read(), 1, 0, raw.tell()
 
 
+def _lines_of(raw: IO[bytes], block_bytes: int, begin: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """(whole lines, number of the first, how many end, where they end) of a plain file's lines that begin in [begin, end).
+
+    A block's end is found before it is read, so that it is read into place and copied no more.
+    """
+    first, at, size = 1, _line_from(raw, begin), os.fstat(raw.fileno()).st_size
+    while at < min(end, size):
+        stop = _line_from(raw, min(at + block_bytes, end, size))
+        raw.seek(at)
+        data = raw.read(stop - at)
+        lines = native.count_newlines(data)
+        yield data, first, lines, stop
+        first, at = first + lines, stop
+
+
 def _line_from(raw: IO[bytes], position: int) -> int:
     """Where the first line begins that does not begin before this byte."""
-    if position in (0, _WHOLE):
-        return position
+    if position == 0:
+        return 0
     raw.seek(position - 1)
     raw.readline()
     return raw.tell()
@@ -192,12 +206,11 @@ class _Zstd:
             raise OSError(f"not a Zstandard file, or a damaged one ({e})") from e
 
 
-def _lines(stream: Any, block_bytes: int, left: int) -> Iterator[tuple[bytes, int, int]]:
-    """(whole lines, number of the first, how many end) of the stream's next `left` bytes."""
+def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+    """(whole lines, number of the first, how many end) of a stream that cannot be read twice."""
     rest: list[bytes] = []
     first = 1
-    while left > 0 and (chunk := stream.read(min(block_bytes, left))):
-        left -= len(chunk)
+    while chunk := stream.read(block_bytes):
         cut = chunk.rfind(b"\n") + 1
         if cut == 0:
             rest.append(chunk)
@@ -252,7 +265,7 @@ def parse(block: Block, *, json_key: str = "text", on_bad_document: BadDocuments
     An empty document is always rejected. A line that is not UTF-8, not a JSON object, or has no string under json_key raises
     CorruptInput, or is rejected with the same reason.
     """
-    scanned = native.scan_json_lines(block.data, json_key) if block.kind == "json" else None
+    scanned = native.scan_json_lines(block.data, json_key, block.num_lines) if block.kind == "json" else None
     if scanned is None:
         return _parse_one_by_one(block, json_key, on_bad_document)
     content, offsets, lines = scanned

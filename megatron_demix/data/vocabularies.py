@@ -221,7 +221,7 @@ def _gigatoken(load_with: Any) -> Engine | None:
     import gigatoken
 
     try:
-        return engines.gigatoken_engine(load_with(gigatoken))
+        return engines.gigatoken_engine(lambda: load_with(gigatoken))
     except Exception:  # an unsupported tokenizer: its own library encodes instead
         return None
 
