@@ -61,7 +61,7 @@ def write(
     with storage_errors(f"writing blend {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with only_maker(output):
-            if done := _finished(output, manifest["key"]):
+            if done := _finished(output, manifest["key"], work):
                 return done
             work.mkdir(exist_ok=True)
             if mode != "args" and not _is_sealed(work, output):
@@ -70,7 +70,7 @@ def write(
             # Shards of different workers do not overlap, so they are written without the lock.
             blend_data.write_shards(plan, work, output.name, worker, threads=threads, progress=progress)
         with only_maker(output):
-            if done := _finished(output, manifest["key"]):
+            if done := _finished(output, manifest["key"], work):
                 return done
             if not _is_sealed(work, output):
                 facts: dict[str, Any] | None = {}
@@ -89,13 +89,15 @@ def write(
             return read_manifest(output) or manifest
 
 
-def _finished(output: Path, key: str) -> dict[str, Any] | None:
+def _finished(output: Path, key: str, work: Path) -> dict[str, Any] | None:
     done = read_manifest(output)
     if done is not None and done["key"] != key:
         raise OutputExists(
             f"blend {output} exists with key {done['key']}, expected {key}: it was built from other data or settings. Choose "
             "another output; nothing is overwritten."
         )
+    if done is not None:
+        shutil.rmtree(work, ignore_errors=True)  # of one that was killed after its last rename
     return done
 
 

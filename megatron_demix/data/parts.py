@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_demix.artifact import read_json
+from megatron_demix.artifact import is_temporary, read_json
 from megatron_demix.data.inputs import Block
 
 JOURNAL = "journal.json"
@@ -61,6 +61,11 @@ def part_folder(folder: Path, part: tuple[int, int]) -> Path:
 
 
 def remove_parts(folder: Path) -> None:
-    """Once the whole has been made of them."""
+    """Once the whole has been made of them, by the one who works in `folder`; with what killed processes left behind."""
     for path in folder.glob("part-*-of-*"):
         shutil.rmtree(path)
+    for path in folder.glob(".*"):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
+    for path in folder.parent.glob(f".{folder.name}.part-*-of-*.lock"):
+        path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.data.outputs import REJECTED
+from megatron_demix.data.parts import remove_parts
 from megatron_demix.errors import CorruptInput, OutputExists
 from megatron_demix.indexed.format import bin_path
 from megatron_demix.indexed.reader import read_index
@@ -42,7 +43,7 @@ def finished(prefix: Path, identity: str, work: Path) -> dict[str, int] | None:
             f"{prefix} has {index.num_tokens} tokens, {prefix}.meta.json says {facts['tokens']}. Delete both to have it made "
             "again."
         )
-    shutil.rmtree(work, ignore_errors=True)
+    _remove(work)
     return {what: facts[what] for what in ("documents", "tokens", "bytes", "rejected")}
 
 
@@ -85,4 +86,9 @@ def publish(work: Path, prefix: Path) -> None:
     descriptor = os.open(prefix.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    shutil.rmtree(work)
+    _remove(work)
+
+
+def _remove(work: Path) -> None:
+    remove_parts(work)
+    shutil.rmtree(work, ignore_errors=True)

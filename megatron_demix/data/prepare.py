@@ -134,10 +134,10 @@ class _Run:
     def make_part(self, part: tuple[int, int]) -> None:
         """Raises ConfigError, CorruptInput, StorageError."""
         folder = part_folder(self._folder, part)
+        self._make_folder(self._folder)
         # The lock lies beside the folder that is removed when everything is published.
         with only_maker(self._folder.with_name(f"{self._folder.name}.{folder.name}")):
-            with storage_errors(f"writing {folder}"):
-                folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder(folder)
             with Outputs(folder, self._names, self._recipe, self.identity) as outputs:
                 if outputs.whole:
                     outputs.abandon()
@@ -148,8 +148,7 @@ class _Run:
     @contextmanager
     def whole(self) -> Iterator[Outputs]:
         """Everything, filled and not yet closed: of the parts if all are there."""
-        with storage_errors(f"writing {self._folder}"):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder(self._folder)
         parts = complete_parts(self._folder, self.identity)
         with Outputs(self._folder, self._names, self._recipe, self.identity, resume=not parts) as outputs:
             if parts:
@@ -157,6 +156,10 @@ class _Run:
             else:
                 self._fill(outputs, (0, 1))
             yield outputs
+
+    def _make_folder(self, folder: Path) -> None:
+        with storage_errors(f"writing {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def _fill(self, outputs: Outputs, part: tuple[int, int]) -> None:
         size = sum(p.stat().st_size for p in self._inputs) // part[1]

@@ -57,14 +57,19 @@ def clean_domains(
     """
     grades, output = grades or {}, Path(output).absolute()
     _check(inputs, spec, grades)
+    # A study knows by its artifacts what is done; beside an output of its own, a note says what it was made from.
+    note = output.with_name(f".{output.name}.made_from.json") if work is None else None
     work = Path(work or output.with_name(f".{output.name}.work")).absolute()
     sources = [Source(d, f.absolute(), (json_keys or {}).get(d, "text")) for d, files in inputs.items() for f in files]
     tasks = {n: resolve_inputs(files, root) for n, files in (spec.contamination.tasks if spec.contamination else {}).items()}
     identity = fingerprint(_identity(sources, tasks, spec, grades, output, on_bad_document))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if _identity_of(work) != identity:
-            raise OutputExists(f"{output} exists. Move it away or choose another output; nothing is overwritten.")
-        shutil.rmtree(work)  # jobs on SLURM have made it, and this is the first look at it since
+        if identity not in (_noted(note), _noted(work / IDENTITY)):
+            raise OutputExists(
+                f"{output} exists, and was not made from these inputs with these settings. Move it away or choose another "
+                "output; nothing is overwritten."
+            )
+        _tidy(work, note, identity)  # jobs on SLURM may have made it, and this is the first look at it since
         return read_json(output / MANIFEST)
     with storage_errors(f"writing {output}"), _only_one(work):
         _begin(work, identity)
@@ -76,7 +81,7 @@ def clean_domains(
             for step in passes:
                 _Local(step.steps, step.tasks, min(step.tasks, workers), work / "logs" / step.name).run()
                 advance(1, info=step.name)
-        shutil.rmtree(work)
+        _tidy(work, note, identity)
     return read_json(output / MANIFEST)
 
 
@@ -125,7 +130,7 @@ def _identity(sources: list[Source], tasks: dict[str, list[Path]], spec: CleanSp
 
 def _begin(work: Path, identity: str) -> None:
     """An empty work folder, or the one of an interrupted cleaning of the same."""
-    if _identity_of(work) == identity:
+    if _noted(work / IDENTITY) == identity:
         return
     for path in work.iterdir():
         if path.name != _LOCK:
@@ -133,8 +138,14 @@ def _begin(work: Path, identity: str) -> None:
     write_json(work / IDENTITY, identity)
 
 
-def _identity_of(work: Path) -> str | None:
-    return read_json(work / IDENTITY) if (work / IDENTITY).is_file() else None
+def _noted(path: Path | None) -> str | None:
+    return read_json(path) if path is not None and path.is_file() else None
+
+
+def _tidy(work: Path, note: Path | None, identity: str) -> None:
+    if note is not None:
+        write_json(note, identity)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 _LOCK = "lock"

@@ -33,6 +33,23 @@ def test_bad_pools(pool, tmp_path):
     assert not (tmp_path / "out.bin").exists()
 
 
+def test_damaged_sources_are_refused(pool, tmp_path):
+    for suffix, change in ((".bin", lambda d: d[:-2]), (".idx", lambda d: d[:-1]), (".idx", lambda d: b"PK" + d[2:])):
+        path = tmp_path / "pool" / f"code_0{suffix}"
+        good = path.read_bytes()
+        path.write_bytes(change(good))
+        with pytest.raises(CorruptInput, match=r"code_0\.idx: .* Copy it again from its source, or prepare the data again"):
+            build(pool, tmp_path / "b")
+        path.write_bytes(good)
+    assert not list(tmp_path.glob("*b.*"))
+
+
+def test_more_documents_than_megatron_can_number(tmp_path):
+    pool = {"a": Source((make_indexed(tmp_path / "a", [1, 1, 1]),), 1e9)}
+    with pytest.raises(IncompatibleInputs, match="the blend has 2,147,483,648 documents; Megatron's GPTDataset numbers"):
+        build(pool, tmp_path / "b", target=2**31, mixture=Mixture({"a": 1}))
+
+
 def test_different_tokenizers_are_refused(pool, tmp_path):
     (tmp_path / "pool" / "code_0.meta.json").write_text('{"tokenizer": "aaa"}')
     (tmp_path / "pool" / "math_0.meta.json").write_text('{"tokenizer": "bbb"}')

@@ -155,7 +155,7 @@ def test_parquet_gz_zst_and_plain_text(tmp_path):
 def test_what_is_no_document_ends_the_run_or_is_listed(tmp_path):
     huge = '{"text": "fine", "n": 123456789012345678901234567890}'
     (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\nnot json\n{{"body": "x"}}\n{huge}\n')
-    with pytest.raises(CorruptInput, match=r"a\.jsonl:2: not JSON .* \(--on-bad-document reject\)"):
+    with pytest.raises(CorruptInput, match=r"a\.jsonl:2: not JSON .* \(--on-bad-document reject; in a study, prep"):
         clean({"x": [tmp_path / "a.jsonl"]}, tmp_path / "out", NOTHING)
     assert not (tmp_path / "out").exists()
     report = clean({"x": [tmp_path / "a.jsonl"]}, tmp_path / "out", NOTHING, on_bad_document="reject")
@@ -283,10 +283,11 @@ def test_nothing_is_overwritten_and_one_works_at_a_time(tmp_path):
     inputs = {"x": write(tmp_path / "x.jsonl", ["a"])}
     with run._only_one(tmp_path / ".out.work"), pytest.raises(Incomplete, match="another process is cleaning there"):
         clean(inputs, tmp_path / "out", NOTHING)
-    clean(inputs, tmp_path / "out", NOTHING)
+    report = clean(inputs, tmp_path / "out", NOTHING)
     assert not (tmp_path / ".out.work").exists()
-    with pytest.raises(OutputExists, match=r"out exists\. Move it away"):
-        clean(inputs, tmp_path / "out", NOTHING)
+    assert clean(inputs, tmp_path / "out", NOTHING) == report
+    with pytest.raises(OutputExists, match=r"out exists, and was not made from these inputs with these settings"):
+        clean(inputs, tmp_path / "out", {})
     with pytest.raises(ConfigError, match="cannot be called 'removed'"):
         clean({"removed": inputs["x"]}, tmp_path / "else", NOTHING)
 

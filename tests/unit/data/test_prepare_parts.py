@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import resource
+import signal
 import threading
 
 import pyarrow as pa
@@ -13,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_demix.data import inputs as inputs_module
+from megatron_demix.data import outputs
 from megatron_demix.data import prefix as prefix_module
 from megatron_demix.data.inputs import read_blocks
 from megatron_demix.data.prepare import prepare_domain, preprocess
 from megatron_demix.data.recipe import Recipe
 from megatron_demix.data.tokenizer import load_tokenizer
-from megatron_demix.errors import ConfigError, CorruptInput, OutputExists
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError
 from megatron_demix.study import TokenizerSpec
 
 BYTE = load_tokenizer(TokenizerSpec(type="byte"))
@@ -164,6 +167,22 @@ def test_killed_while_publishing(mixed, whole, tmp_path, monkeypatch, renames):
     assert contents(tmp_path) == whole
 
 
+def test_a_full_disk_is_said_and_what_was_written_goes_on(mixed, whole, tmp_path, monkeypatch):
+    """At whatever file the disk becomes full; then there is room, and the same call ends with the same bytes."""
+    monkeypatch.setattr(outputs, "CHECKPOINT_S", 0.0)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for limit in (100, 1000, 5000, 20_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            with pytest.raises(StorageError, match=r"File too large .* Free space or choose another disk, then run again"):
+                tokenized(mixed, tmp_path / str(limit) / "x")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert not list((tmp_path / str(limit)).glob("x*"))
+        tokenized(mixed, tmp_path / str(limit) / "x")
+        assert contents(tmp_path / str(limit)) == whole
+
+
 def test_two_builders_on_one_target(mixed, whole, tmp_path):
     counts = []
     threads = [threading.Thread(target=lambda: counts.append(tokenized(mixed, tmp_path / "x"))) for _ in range(3)]
@@ -177,8 +196,6 @@ def test_two_builders_on_one_target(mixed, whole, tmp_path):
 
 def test_a_journal_of_other_inputs_is_gone_before_their_files_are_overwritten(mixed, tmp_path, monkeypatch):
     """Killed after the files were opened, with no journal of its own yet: a later run must not go on with the bytes in them."""
-    from megatron_demix.data import outputs
-
     monkeypatch.setattr(outputs, "CHECKPOINT_S", 0.0)
     original = Recipe.__call__
 

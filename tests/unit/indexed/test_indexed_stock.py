@@ -77,6 +77,15 @@ def test_ids_that_do_not_fit(tmp_path):
         w.add(np.arange(3), np.array([2]))
 
 
+def test_a_document_longer_than_the_format_holds(tmp_path):
+    with (
+        pytest.raises(IncompatibleInputs, match=r"a document of 2147483648 tokens; the format holds 2\^31 - 1 at most"),
+        IndexedWriter(tmp_path / "x", np.dtype("<u2")) as w,
+    ):
+        w.add(np.broadcast_to(np.uint16(1), (2**31,)), np.array([2**31]))
+    assert not (tmp_path / "x.idx").exists()
+
+
 def test_full_disk(tmp_path):
     (tmp_path / "x.bin").symlink_to("/dev/full")
     full = pytest.raises(StorageError, match=r"writing .*x\.bin: No space left on device")
