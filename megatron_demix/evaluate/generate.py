@@ -48,7 +48,7 @@ def generate(
     """In the order of the prompts, the same on every rank.
 
     prompts: one id or more each, at most model.max_tokens - max_new_tokens. pieces: the bytes of each id. A text ends before
-    the first of `stops` in it, or at end-of-document, or after max_new_tokens.
+    any of `stops` (cut at each in turn, as lm-evaluation-harness does), at end-of-document, or after max_new_tokens.
 
     Prompts are sorted by length; those of one batch are run together as far as the shortest goes, and then token by token, the
     longer ones still reading while the others write. Rows that have ended leave the batch.
@@ -114,10 +114,12 @@ def _write(row: _Row, token: int, pieces: Sequence[bytes], eod_id: int, endings:
     row.num_new += 1
     before = len(row.text)
     row.text += pieces[token]
-    # A stop text may have begun in earlier tokens.
-    found = [p for stop in endings if (p := row.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
-    if found:
-        del row.text[min(found) :]
-    row.ended = token == eod_id or bool(found)
+    row.ended = token == eod_id
+    for stop in endings:
+        # It may have begun in earlier tokens.
+        place = row.text.find(stop, max(0, before - len(stop) + 1))
+        if place >= 0:
+            del row.text[place:]
+            row.ended = True
     row.done = row.ended or row.num_new == max_new_tokens
     return token
