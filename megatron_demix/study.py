@@ -219,6 +219,8 @@ class ModelSpec(_Section):
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     make_vocab_size_divisible_by: int = Field(128, ge=1)
+    padded_vocab_size: int | None = Field(None, ge=2)
+    """Rows of the embedding. Default: the tokenizer's ids, rounded up to a multiple of the former."""
     num_experts: int | None = Field(None, ge=2)
     moe_router_topk: int = Field(2, ge=1)
     moe_router_pre_softmax: bool = False
@@ -327,11 +329,13 @@ class BaseSpec(Phase):
     mixture: MixtureSpec = "natural"
     checkpoint: Path | None = None
     """A Megatron torch_dist checkpoint to start from instead of training a base."""
+    huggingface: Path | None = None
+    """The same with a Hugging Face folder of a supported family, which is made a checkpoint first."""
 
     @model_validator(mode="after")
     def _one_start(self) -> BaseSpec:
-        if (self.tokens is None) == (self.checkpoint is None):
-            raise ValueError("base needs either `tokens` (train one) or `checkpoint` (start from one)")
+        if sum(start is not None for start in (self.tokens, self.checkpoint, self.huggingface)) != 1:
+            raise ValueError("base needs one of `tokens` (train one), `checkpoint` and `huggingface` (start from one)")
         return self
 
 

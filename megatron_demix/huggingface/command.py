@@ -7,21 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_demix.errors import DemixError
+from megatron_demix.command import exit_code
 from megatron_demix.units import parse_bytes
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None) -> int:
     """Convert as the arguments say; returns the exit code."""
     arguments = _parser(description).parse_args(argv)
-    try:
-        return _import(arguments) if arguments.command == "import" else _export(arguments)
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("stopped; nothing was published.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _import(arguments) if arguments.command == "import" else _export(arguments))
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
@@ -81,7 +74,8 @@ def _import(arguments: argparse.Namespace) -> int:
     )
     if not arguments.quiet:
         tokenizer = {"type": "huggingface", "model": str(arguments.output / COMPANIONS)}
-        section = {"tokenizer": tokenizer, "model": model.study(), "base": {"checkpoint": str(arguments.output)}}
+        rows = {"padded_vocab_size": layout.padded_vocab_size(model.vocab_size)}
+        section = {"tokenizer": tokenizer, "model": model.study() | rows, "base": {"checkpoint": str(arguments.output)}}
         print("In a study:\n" + yaml.safe_dump(section, sort_keys=False), end="", file=sys.stderr)
     print(arguments.output)
     return 0

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.command import exit_code
+from megatron_demix.errors import ConfigError
 from megatron_demix.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -19,14 +20,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None, *, description: str | None = None) -> int:
     """Merge as the arguments say; returns the exit code."""
     arguments = _parser(description).parse_args(argv)
-    try:
-        return _run(arguments)
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("stopped; nothing was published.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(arguments))
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.pipeline import data_stages, final_stages, maturity_stages, search_stages, train_stages
+from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
@@ -75,6 +76,7 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     with absent_inputs they may be: all is as it will be but the keys.
     """
     root = study_path.resolve().parent
+    study = with_base(study, root, absent_ok=absent_inputs)
     study = study.model_copy(update={"trainer": study.trainer.under(root)})
     if study.trainer.backend == "megatron_lm" and not absent_inputs:
         assert study.trainer.checkout is not None
@@ -85,8 +87,8 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     tokenizer = data_stages.tokenizer(study, root, run, inputs, digests, cleaned)
     data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests, cleaned) for d in study.domains}
     tasks = task_inputs(study, root, digests)
+    base = train_stages.base(study, root, run, tokenizer, data, digests)
     digests.save()
-    base = train_stages.base(study, root, run, tokenizer, data, absent_ok=absent_inputs)
     merged = study.search.proxies == "merged"
     components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data} if merged else {}
     check = merged and study.component.maturity_seeds

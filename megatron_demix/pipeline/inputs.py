@@ -12,8 +12,8 @@ _WORTH_A_BAR = 4 << 30
 
 
 def _digest(path: Path) -> str:
-    """BLAKE2b; of a .bin, which may be terabytes, the 64-bit hash that is as fast as memory."""
-    if path.suffix != ".bin":
+    """BLAKE2b; of a .bin or .safetensors, which may be terabytes, the 64-bit hash that is as fast as memory."""
+    if path.suffix not in (".bin", ".safetensors"):
         return hash_file(path)
     from megatron_demix import native
     from megatron_demix.data.source_digest import hash_bin

@@ -10,6 +10,8 @@ from megatron_demix.artifact import fingerprint, hash_file, read_json, write_jso
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
+from megatron_demix.pipeline.huggingface_base import imported
+from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study import MixtureSpec, Study, TrainSpec
 from megatron_demix.train.job import TrainJob
@@ -117,7 +119,7 @@ def training(
             vocabulary = load_tokenizer(tokenizer.folder)
             described = job(stage.work, vocabulary.vocab_size, vocabulary.eod_id, blend(), init())
             return shown_command(described, stock, stage.job)
-        unknown = [*FROM_DATA, *(["pretrained-checkpoint"] if study.base.checkpoint else [])]
+        unknown = [*FROM_DATA, *([] if study.base.tokens else ["pretrained-checkpoint"])]
         return shown_command(job(stage.work, 2, 0, [(run, 1.0)], init()), stock, stage.job, unknown=unknown)
 
     def judge(folder: Path) -> None:
@@ -129,11 +131,13 @@ def training(
     return stage
 
 
-def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[str, Stage], *, absent_ok: bool = False) -> Stage:
-    """absent_ok: a given checkpoint may be missing, as long as nothing is to be run."""
+def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[str, Stage], digests: InputDigests) -> Stage:
+    """A given checkpoint may be missing where the digests say so, as long as nothing is to be run."""
     spec = study.base
+    if spec.huggingface is not None:
+        return imported(study, root, run, digests)
     if spec.checkpoint is not None:
-        return _given_base(root / spec.checkpoint, run, absent_ok=absent_ok)
+        return _given_base(root / spec.checkpoint, run, absent_ok=digests.absent_ok)
 
     used = _domains_of(spec.mixture, data)
 
@@ -183,7 +187,7 @@ def _given_base(checkpoint: Path, run: Path, *, absent_ok: bool) -> Stage:
 def checkpoint_of(stage: Stage) -> Path:
     """The checkpoint a finished training stage (or a given base) stands for."""
     pointer = stage.folder / "pointer.json"
-    return Path(read_json(pointer)["checkpoint"]) if pointer.is_file() else stage.folder
+    return stage.folder / read_json(pointer)["checkpoint"] if pointer.is_file() else stage.folder
 
 
 def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage) -> Stage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_demix.errors import ConfigError
 from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
 
 WSD_DECAY_SHARE = 0.2
@@ -12,11 +13,19 @@ WSD_DECAY_SHARE = 0.2
 
 
 def padded_vocab_size(model: ModelSpec, parallel: ParallelSpec, vocab_size: int) -> int:
-    """Rows of the embedding: a multiple of make_vocab_size_divisible_by that tensor parallelism divides.
+    """Rows of the embedding: what the model says, or a multiple of make_vocab_size_divisible_by that tensor parallelism
+    divides. Raises ConfigError where the model says too few, or what does not divide.
 
     Megatron-LM pads to the product of the two, which changes the softmax with the layout; here layouts agree as long as
     tensor parallelism divides make_vocab_size_divisible_by.
     """
+    if (rows := model.padded_vocab_size) is not None:
+        if rows < vocab_size or rows % parallel.tensor:
+            raise ConfigError(
+                f"model.padded_vocab_size is {rows}, expected at least the tokenizer's {vocab_size} ids, and a multiple of "
+                f"parallel.tensor {parallel.tensor}."
+            )
+        return rows
     multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tensor)
     return math.ceil(vocab_size / multiple) * multiple
 

@@ -119,7 +119,7 @@ def put(*path_and_value):
         ),
         (put("base", "mixture", "unifrom"), r"base\.mixture: Input should be 'natural' or 'uniform', found 'unifrom', or "),
         (put("base", "mixture", {"cod": 1.0}), r"base\.mixture: 'cod' is not one of code, math; did you mean 'code'\?"),
-        (put("base", "checkpoint", "/x"), "base needs either `tokens` .* or `checkpoint`"),
+        (put("base", "checkpoint", "/x"), "base needs one of `tokens` .* `checkpoint` and"),
         (
             put("search", "objective", {"maths": 1}),
             r"search\.objective: 'maths' is not one of code, math; did you mean 'math'\?",

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
-from megatron_demix.train.derived import blend_surplus, ffn_hidden_size, warmup_iters, wsd_decay_iters
+from megatron_demix.train.derived import blend_surplus, ffn_hidden_size, padded_vocab_size, warmup_iters, wsd_decay_iters
 from megatron_demix.train.job import TrainJob
 
 Flags = dict[str, Any]
@@ -65,6 +65,7 @@ OWNED: Mapping[str, str] = {
     "exit-signal-handler": "the launcher, which has a run save when it is stopped",
     "log-interval": "losses.jsonl, which holds every iteration",
     # Not written, but they would contradict what is.
+    "padded-vocab-size": "model.padded_vocab_size",
     "data-path": "domains",
     "train-data-path": "domains",
     "valid-data-path": "domains",
@@ -161,7 +162,10 @@ def _num_samples(job: TrainJob) -> int:
 
 def _padding_unit(job: TrainJob) -> int:
     """What --make-vocab-size-divisible-by, times tensor parallelism, has to be for our padded vocabulary."""
-    return math.lcm(job.model.make_vocab_size_divisible_by, job.parallel.tensor) // job.parallel.tensor
+    tensor = job.parallel.tensor
+    if job.model.padded_vocab_size is not None:
+        return padded_vocab_size(job.model, job.parallel, job.vocab_size) // tensor
+    return math.lcm(job.model.make_vocab_size_divisible_by, tensor) // tensor
 
 
 def _model(model: ModelSpec, *, transformer_engine: bool) -> Flags:

@@ -1,0 +1,23 @@
+"""How a command line of this project ends: an error's message and exit code, and nothing half done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from megatron_demix.errors import DemixError
+
+INTERRUPTED = 130
+"""As a shell counts a process that SIGINT ended."""
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """What `run` returns; or, with a line on standard error, the code of the error that it raises."""
+    try:
+        return run()
+    except DemixError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("stopped; nothing was published.", file=sys.stderr)
+        return INTERRUPTED

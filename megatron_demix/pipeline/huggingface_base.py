@@ -1,0 +1,95 @@
+"""A base that is a Hugging Face folder: the study's model has to be the folder's, and the folder becomes a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.artifact import write_json
+from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.huggingface.config import from_huggingface, read_config
+from megatron_demix.pipeline.inputs import InputDigests
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study import ModelSpec, Study
+from megatron_demix.train.derived import ffn_hidden_size
+
+IMPORTED = "imported"
+# Of a study's model: what a Hugging Face folder says nothing of.
+_FREE = {
+    *("max_position_embeddings", "init_method_std", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff"),
+    *("make_vocab_size_divisible_by", "padded_vocab_size", "transformer_impl"),
+}
+
+
+def with_base(study: Study, root: Path, *, absent_ok: bool = False) -> Study:
+    """The study with the embedding as large as the folder's, so that base, components and export have the same rows.
+
+    Raises IncompatibleInputs naming every key of `model` in which study and folder differ, ConfigError where
+    transformer_impl has to be said. absent_ok: the folder may be missing, and the study stays as it is.
+    """
+    if study.base.huggingface is None:
+        return study
+    folder = root / study.base.huggingface
+    if absent_ok and not folder.exists():
+        return study
+    described = from_huggingface(read_config(folder), str(folder))
+    wanted, given = _resolved(ModelSpec(**described.study())), _resolved(study.model)
+    if differing := [f"model.{k}: {v} (found {given[k]})" for k, v in wanted.items() if given[k] != v]:
+        raise IncompatibleInputs(
+            f"study {study.name!r}: base.huggingface {folder} is another model than the study's. It has "
+            f"{', '.join(differing)}. Set these; `tools/convert_hf.py import` prints the whole section."
+        )
+    if described.num_experts is not None and study.model.transformer_impl == "auto":
+        raise ConfigError(
+            f"study {study.name!r}: with experts, the names of the base's tensors depend on who loads it. Set "
+            "model.transformer_impl to transformer_engine (GPUs) or local."
+        )
+    if study.model.padded_vocab_size is not None:
+        return study
+    multiple = math.lcm(study.model.make_vocab_size_divisible_by, study.parallel.tensor)
+    rows = math.ceil(described.vocab_size / multiple) * multiple
+    return study.model_copy(update={"model": study.model.model_copy(update={"padded_vocab_size": rows})})
+
+
+def _resolved(model: ModelSpec) -> dict[str, Any]:
+    """Every setting that has to agree, defaults spelled out."""
+    heads = model.num_attention_heads
+    settings = model.model_dump(exclude=_FREE) | {
+        "num_query_groups": model.num_query_groups or heads,
+        "kv_channels": model.kv_channels or model.hidden_size // heads,
+        "ffn_hidden_size": ffn_hidden_size(model),
+    }
+    if model.num_experts is None:
+        settings = {k: v for k, v in settings.items() if not k.startswith("moe_")}
+    if not model.use_rope_scaling:
+        del settings["rope_scaling_factor"]
+    return settings
+
+
+def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stage:
+    """The stage whose artifact holds the folder as a checkpoint, cut for the study's parallelism."""
+    assert study.base.huggingface is not None
+    folder = root / study.base.huggingface
+    files = sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+    settings = {
+        "huggingface": digests.of(files),
+        "padded_vocab_size": study.model.padded_vocab_size,
+        "transformer_impl": study.model.transformer_impl if study.model.num_experts is not None else None,
+    }
+
+    def make(target: Path) -> None:
+        from megatron_demix.huggingface.importing import Layout, import_folder
+
+        rows, parallel = study.model.padded_vocab_size, study.parallel
+        assert rows is not None
+        import_folder(
+            folder,
+            target / IMPORTED,
+            layout=Layout(parallel.tensor, parallel.pipeline, rows // parallel.tensor),
+            transformer_impl="local" if study.model.transformer_impl == "local" else "transformer_engine",
+            progress=False,
+        )
+        write_json(target / "pointer.json", {"checkpoint": IMPORTED})
+
+    return Stage("base/base", run, settings, (), make)
