@@ -96,16 +96,18 @@ def measure(*, hidden: int, layers: int, precision: str, steps: int, folder: str
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel
         from megatron_demix.train.optimizer import build_optimizer, build_schedule
         from megatron_demix.train.step import Stepper, data_parallel
+        from megatron_demix.train.stragglers import StepClock
 
         imported = time.process_time()
         torch.set_num_threads(1)
         initialize_parallel(job.parallel, seed=job.seed, timeout_s=600)
         data = training_data(job)
         model = build_model(job.model, job.train, job.parallel, job.vocab_size)
-        wrapped = data_parallel(job, model)
+        clock = StepClock()
+        wrapped = data_parallel(job, model, clock)
         optimizer = build_optimizer(job, wrapped)
         schedule = build_schedule(job, optimizer)
-        stepper = Stepper(job, wrapped, optimizer, schedule)
+        stepper = Stepper(job, wrapped, optimizer, schedule, clock)
         built = time.process_time()
         cpu, wall = [], []
         for iteration in range(job.train_iters):

@@ -9,6 +9,7 @@ from megatron_demix.progress import Heartbeat
 from megatron_demix.train.derived import padded_vocab_size
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import FILE, LossLog
+from megatron_demix.train.stragglers import Straggler
 from megatron_demix.train.throughput import device_memory_bytes, device_peak_flops, flops_per_token
 from megatron_demix.units import format_bytes, format_count
 
@@ -41,10 +42,10 @@ class Journal:
             for name, value in row.items():
                 if name != "iteration":
                     self._scalars.add_scalar(name, value, iteration)
-        if iteration % self._job.train.log_interval == 0 or iteration == self._job.train_iters:
-            self._speak(iteration, row)
 
-    def _speak(self, iteration: int, row: Mapping[str, float]) -> None:
+    def speak(self, row: Mapping[str, float], straggler: Straggler | None) -> None:
+        """A line about the iterations since the last one. row: of the last one done."""
+        iteration = int(row["iteration"])
         now = time.perf_counter()
         seconds = (now - self._since) / max(1, iteration - self._seen)
         tokens_per_s = self._job.train.global_batch_size * self._job.train.seq_length / seconds
@@ -68,6 +69,10 @@ class Journal:
         if memory := device_memory_bytes():
             scalars["demix/gpu-memory-bytes"] = memory
             parts.append(format_bytes(memory))
+        if straggler:
+            scalars["demix/slowest-rank-over-median"] = straggler.ratio
+            if straggler.is_notable:
+                parts.append(f"rank {straggler.rank} on {straggler.host} takes {straggler.ratio:.1f} x the median")
         if self._scalars:
             for name, value in scalars.items():
                 self._scalars.add_scalar(name, value, iteration)

@@ -15,6 +15,7 @@ from megatron_demix.train.losses import FILE, DivergenceGuard, read_losses
 from megatron_demix.train.model import build_model
 from megatron_demix.train.optimizer import build_optimizer, build_schedule
 from megatron_demix.train.step import Stepper, data_parallel
+from megatron_demix.train.stragglers import StepClock, compare_ranks
 from megatron_demix.train.watch import Watchdog, stop_request
 
 
@@ -26,7 +27,8 @@ def run(job: TrainJob) -> None:
     with stop_request() as stop, Watchdog(job.name, rank, job.train.timeout) as watchdog:
         data, valid = training_data(job), validation_data(job)
         model = build_model(job.model, job.train, job.parallel, job.vocab_size)
-        wrapped = data_parallel(job, model)
+        clock = StepClock()
+        wrapped = data_parallel(job, model, clock)
         optimizer = build_optimizer(job, wrapped)
         schedule = build_schedule(job, optimizer)
         checkpoints = Checkpoints(job, model, optimizer, schedule)
@@ -39,7 +41,7 @@ def run(job: TrainJob) -> None:
         if iteration == 0 and job.init_checkpoint is not None:
             load_weights(model, job.init_checkpoint, vocab_size=job.vocab_size)
             optimizer.reload_model_params()
-        stepper = Stepper(job, wrapped, optimizer, schedule)
+        stepper = Stepper(job, wrapped, optimizer, schedule, clock)
         with closing(Journal(job, iteration=iteration)) if rank == 0 else nullcontext() as journal:
             torch.distributed.barrier()  # rank 0 has cut losses.jsonl back to this iteration
             guard = DivergenceGuard(job.train, job.name, [row["lm loss"] for row in read_losses(job.work / FILE)])
@@ -56,8 +58,12 @@ def run(job: TrainJob) -> None:
                 }
                 if _is_due(iteration, job.train.eval_interval, job.train_iters):
                     row |= {f"lm loss validation-{name}": stepper.evaluate(samples) for name, samples in valid.items()}
+                spoken = _is_due(iteration, job.train.log_interval, job.train_iters)
+                straggler = compare_ranks(clock) if spoken else None
                 if journal:
                     journal.step(row)
+                    if spoken:
+                        journal.speak(row, straggler)
                 if result.stop or _is_due(iteration, job.train.save_interval, job.train_iters):
                     watchdog.progress(f"saving iteration {iteration}")
                     if journal:

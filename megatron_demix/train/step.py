@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -19,10 +21,11 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_demix.train.compat import on_cpu
 from megatron_demix.train.data import Batch, micro_batches, num_micro_batches
 from megatron_demix.train.job import TrainJob
+from megatron_demix.train.stragglers import StepClock
 
 
-def data_parallel(job: TrainJob, model: GPTModel) -> DistributedDataParallel:
-    """`model` with gradient buffers in float32 that are averaged over the data parallel ranks."""
+def data_parallel(job: TrainJob, model: GPTModel, clock: StepClock) -> DistributedDataParallel:
+    """`model` with gradient buffers in float32 that are averaged over the data parallel ranks. clock: stops before that."""
     config = model.config
     wrapped = DistributedDataParallel(
         config,
@@ -33,12 +36,17 @@ def data_parallel(job: TrainJob, model: GPTModel) -> DistributedDataParallel:
         ),
         Float16Module(config, model) if config.bf16 else model,
     )
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = partial(_finalize, clock)
     if wrapped.ddp_config.overlap_grad_reduce:
         config.no_sync_func = wrapped.no_sync
     if job.parallel.data * job.parallel.context > 1:
         wrapped.broadcast_params()
     return wrapped
+
+
+def _finalize(clock: StepClock, *arguments: Any, **options: Any) -> None:
+    clock.stop()
+    finalize_model_grads(*arguments, **options)
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,14 @@ class Stepper:
     """Runs steps of one job. Every rank calls every method at the same time and gets the same result."""
 
     def __init__(
-        self, job: TrainJob, model: DistributedDataParallel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+        self,
+        job: TrainJob,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+        clock: StepClock,
     ) -> None:
-        self._job, self._model, self._optimizer, self._schedule = job, model, optimizer, schedule
+        self._job, self._model, self._optimizer, self._schedule, self._clock = job, model, optimizer, schedule, clock
         self._forward_backward = get_forward_backward_func()
         self._num_micro_batches = num_micro_batches(job)
         self._device = torch.cuda.current_device()
@@ -68,6 +81,7 @@ class Stepper:
 
     def train(self, dataset: torch.utils.data.Dataset, iteration: int, *, stop: bool) -> StepResult:
         """Iteration number `iteration` (from 0). The weights are left alone if the loss is not finite."""
+        self._clock.start()
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         first_sample = iteration * self._job.train.global_batch_size

@@ -1,7 +1,9 @@
 """What each rank of test_train_layouts runs: every job in the list, one after the other, in the same processes.
 
-torchrun run_train_jobs.py PLAN.json: {"jobs": [job, ...], "stop": {job name: iteration}, "live": {job name: folder}}
+torchrun run_train_jobs.py PLAN.json:
+{"jobs": [job, ...], "stop": {job name: iteration}, "live": {job name: folder}, "slow": job name}
 stop: the job is stopped by a signal in that iteration, then resumed. live: afterwards, each rank writes its live tensors there.
+slow: in this job rank 3 sleeps in each step.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +34,8 @@ def main() -> None:
         job = TrainJob.model_validate(data)
         if job.name in plan["stop"]:
             _train_and_stop(job, plan["stop"][job.name])
-        train(job)
+        with _slow() if job.name == plan["slow"] and os.environ["RANK"] == "3" else nullcontext():
+            train(job)
         if job.name in plan["live"]:
             _write_live_tensors(job, Path(plan["live"][job.name]))
 
@@ -51,6 +57,20 @@ def _train_and_stop(job: TrainJob, iteration: int) -> None:
         except Incomplete:
             return
     raise AssertionError(f"{job.name} ran to its end")
+
+
+@contextmanager
+def _slow() -> Iterator[None]:
+    with cpu_compat():
+        from megatron_demix.train import step
+    forward = step._forward_step
+
+    def slow(*arguments):
+        time.sleep(0.4)
+        return forward(*arguments)
+
+    with mock.patch.object(step, "_forward_step", slow):
+        yield
 
 
 def _write_live_tensors(job: TrainJob, folder: Path) -> None:

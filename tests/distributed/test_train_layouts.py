@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def losses_of(job: TrainJob) -> list[float]:
     return [row["lm loss"] for row in read_losses(job.work / "losses.jsonl")]
 
 
-def torchrun(plan: dict, folder: Path) -> None:
+def torchrun(plan: dict, folder: Path) -> str:
     path = folder / "plan.json"
     path.write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
@@ -40,6 +41,7 @@ def torchrun(plan: dict, folder: Path) -> None:
         command, env=environment, timeout=TIME_LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     assert process.returncode == 0, process.stdout[-6000:]
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +75,23 @@ def runs(tmp_path_factory, make_train_job):
         "jobs": [job.model_dump(mode="json") for job in spread],
         "stop": {"pp2dp2": 4, "sharded_optimizer": 4, "experts": 4},
         "live": {"tp2pp2": str(live)},
+        "slow": "tp2dp2",
     }
-    torchrun(plan, folder)
-    return jobs, live
+    return jobs, live, torchrun(plan, folder)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "sharded_optimizer"])
 def test_layouts_have_the_loss_curve_of_one_rank(runs, name):
     """Three of them were stopped and resumed on the way. float32: only the order of additions differs."""
-    jobs, _ = runs
+    jobs = runs[0]
     assert losses_of(jobs[name]) == pytest.approx(losses_of(jobs["reference"]), abs=2e-5)
     assert [p.name for p in jobs[name].work.glob("iter_*")] == [f"iter_{ITERATIONS:07d}"]
+
+
+def test_the_replica_that_makes_the_others_wait_is_named(runs):
+    """Rank 3 sleeps; rank 2, which shares its tensors, is as late."""
+    said = next(line for line in runs[2].splitlines() if f"tp2dp2 iteration {ITERATIONS}/" in line)
+    assert re.search(r"\| rank [23] on \S+ takes [\d.]+ x the median", said), said
 
 
 def test_experts_train_when_spread_over_ranks(runs):
@@ -94,7 +102,7 @@ def test_experts_train_when_spread_over_ranks(runs):
 
 def test_tp2_pp2_resumes_at_one_rank_with_its_optimizer(runs, tmp_path):
     """From iteration 6 of TP2 x PP2, four more on one rank, against ten on one rank."""
-    jobs, _ = runs
+    jobs = runs[0]
     one_rank = jobs["reference"].parallel
     resumed = jobs["tp2pp2"].model_copy(update={"work": tmp_path / "resumed", "parallel": one_rank})
     shutil.copytree(jobs["tp2pp2"].work, resumed.work)
@@ -114,7 +122,7 @@ def test_live_tensors_of_all_ranks_tile_the_checkpoint(runs):
 
     from megatron_demix.train.compat import cpu_compat
 
-    jobs, live = runs
+    jobs, live, _ = runs
     folder = jobs["tp2pp2"].work / f"iter_{ITERATIONS:07d}"
     with cpu_compat():
         from megatron_demix.train.checkpointing import load_weights
@@ -155,7 +163,7 @@ def test_a_launch_of_the_wrong_size_is_refused(tmp_path, make_train_job):
 
 def test_equal_runs_at_a_layout_write_equal_bytes(runs, tmp_path):
     """The data of equal weights is stored once however many ranks hold it: checksums.json agrees with the files."""
-    jobs, _ = runs
+    jobs = runs[0]
     for name in ("tp2pp2", "pp2dp2", "sharded_optimizer", "experts"):
         folder = jobs[name].work / f"iter_{ITERATIONS:07d}"
         facts = json.loads((folder / "checksums.json").read_text())
