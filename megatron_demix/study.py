@@ -299,7 +299,7 @@ class TrainerSpec(_Section):
     checkout: Path | None = None
     """Folder of Megatron-LM, relative to the study file."""
     script: Path = Path("pretrain_gpt.py")
-    """Relative to the checkout; or one of your own that calls Megatron's pretrain()."""
+    """Relative to the checkout; or the absolute path of one of your own that calls Megatron's pretrain()."""
     args: str = ""
     """More of Megatron-LM's flags, as on a command line. What the study decides is refused here."""
 

@@ -1,4 +1,5 @@
 """Behaves to the outside as stock pretrain_gpt.py does, and trains nothing: it prints lines, and saves copies of one folder.
+Of several ranks the last one does so, and the others say that they were there.
 
 --stand-in HOW: early (ends without an error after half of the iterations, when started afresh), nan, or an exit code to end
 with.
@@ -7,6 +8,7 @@ with.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +24,9 @@ def main() -> int:
     arguments, _ = parser.parse_known_args()
     tracker = arguments.load / "latest_checkpointed_iteration.txt"
     first = int(tracker.read_text()) if tracker.exists() else 0
-    print(f"starting after iteration {first}, with {arguments.pretrained_checkpoint}", flush=True)
+    print(f"rank {os.environ['RANK']} starting after iteration {first}, with {arguments.pretrained_checkpoint}", flush=True)
+    if os.environ["RANK"] != str(int(os.environ["WORLD_SIZE"]) - 1):
+        return 0
     if arguments.stand_in.isdecimal():
         return int(arguments.stand_in)
     (source,) = (p for p in arguments.pretrained_checkpoint.iterdir() if p.is_dir())

