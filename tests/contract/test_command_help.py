@@ -34,7 +34,18 @@ COMMANDS = (
 
 # Others call these: more may be added, none may go.
 CONTRACT = {
-    "preprocess_data.py": ["--input", "--output-prefix", "--tokenizer-type", "--tokenizer-model", "--append-eod", "--workers"],
+    "preprocess_data.py": [
+        "--input",
+        "--output-prefix",
+        "--tokenizer-type",
+        "--tokenizer-model",
+        "--append-eod",
+        "--workers",
+        "--partitions",
+        "--partition",
+        "--json-keys",
+        "--split-sentences",
+    ],
     "clean_data.py": [
         "--input",
         "--output",

@@ -3,6 +3,7 @@
 import base64
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -50,6 +51,17 @@ def text_bytes(tokenizer, texts):
     ids, offsets = tokenizer.encode_batch(texts)
     sums = np.concatenate([[0], np.cumsum(tokenizer.token_bytes[ids])])
     return (sums[offsets[1:]] - sums[offsets[:-1]]).tolist()
+
+
+def test_threads_side_by_side_give_the_same_ids(bpe):
+    tokenizer = load_tokenizer(bpe)
+    assert tokenizer.engine_name == "gigatoken"
+    batches = [TextBatch.of(TEXTS * n) for n in range(1, 30)]
+    expected = [tokenizer.encode_batch(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(tokenizer.encode_batch, batches * 3))
+    for one, other in zip(found, expected * 3, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_training_is_silent_unless_it_fails(monkeypatch, capfd):

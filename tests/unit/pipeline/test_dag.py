@@ -161,6 +161,32 @@ def test_every_byte_of_ready_made_data_decides_and_is_read_once(study_path, monk
     assert keys(study_path, ready) == after
 
 
+def test_a_domain_goes_on_where_it_was_stopped(study_path, monkeypatch):
+    from megatron_demix.data import inputs, outputs
+    from megatron_demix.data.recipe import Recipe
+
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(outputs, "CHECKPOINT_S", 0.0)
+    tokenize, seen = Recipe.__call__, []
+
+    def stopped(self, block):
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        seen.append(block.number)
+        return tokenize(self, block)
+
+    monkeypatch.setattr(Recipe, "__call__", stopped)
+    dag = build_dag(load_study(study_path, ["prepare.workers=1"]), study_path, study_path.parent / "run")
+    dag.tokenizer.finish()
+    with pytest.raises(KeyboardInterrupt):
+        dag.data["code"].finish()
+    assert (dag.data["code"].state(), seen[-1]) == ("partial", 8)
+    monkeypatch.setattr(Recipe, "__call__", lambda self, block: (seen.append(block.number), tokenize(self, block))[1])
+    dag.data["code"].finish()
+    assert seen == list(range(len(seen)))
+    assert dag.data["code"].state() == "done"
+
+
 def test_missing_text_is_named(study_path):
     with pytest.raises(ConfigError, match=r"nothing\.txt"):
         keys(study_path, "domains.0={name: code, inputs: [nothing.txt]}")
