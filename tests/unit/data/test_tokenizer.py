@@ -1,8 +1,11 @@
 """Tokenizers of every kind: the ids of their own library, exact byte counts, and special tokens that text cannot forge."""
 
+import argparse
 import base64
 import inspect
 import json
+import pydoc_data.topics
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,21 +19,17 @@ from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.study import TokenizerSpec
 
 TEXTS = [inspect.getsource(json.decoder), "Zwölf Boxkämpfer jagen Viktor. 日本語 🙂", "", "x <|endoftext|> y"]
+REAL = [*pydoc_data.topics.topics.values(), *(inspect.getsource(m) for m in (argparse, inspect, random))]
+"""English with mark-up, and code: 720 kB."""
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    for name, module in (("a", json.encoder), ("b", argparse_module())):
+    for name, module in (("a", json.encoder), ("b", argparse)):
         pieces = inspect.getsource(module).split("\n\n")
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
     return {"a": [folder / "a.jsonl"], "b": [folder / "b.jsonl"]}
-
-
-def argparse_module():
-    import argparse
-
-    return argparse
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_training_is_silent_unless_it_fails(monkeypatch, capfd):
 
 
 def test_bpe(bpe):
-    tokenizer = check_against_reference(bpe, [*TEXTS, *PROBE])
+    tokenizer = check_against_reference(bpe, [*TEXTS, *PROBE, *REAL])
     assert (tokenizer.engine_name, tokenizer.vocab_size, tokenizer.eod_id) == ("gigatoken", 600, 599)
     assert text_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
     ids, _ = tokenizer.encode_batch(TEXTS)
@@ -99,7 +98,7 @@ def test_bpe_merges_are_those_of_the_tokenizers_library(tmp_path):
 
     from megatron_demix.data.vocabularies import train_bpe
 
-    text = inspect.getsource(argparse_module())
+    text = inspect.getsource(argparse)
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -146,7 +145,7 @@ def test_sentencepiece(corpus, tmp_path):
         add_dummy_prefix=False,
     )  # fmt: skip
     tokenizer = check_against_reference(
-        TokenizerSpec(type="sentencepiece", model=tmp_path / "tokenizer.model"), [*TEXTS, *PROBE]
+        TokenizerSpec(type="sentencepiece", model=tmp_path / "tokenizer.model"), [*TEXTS, *PROBE, *REAL]
     )
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (500, 2)
     assert text_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
@@ -159,7 +158,7 @@ def test_tiktoken(tmp_path):
 
     (tmp_path / "r50k_base.tiktoken").write_bytes(ranks([b"de", b"def", b" s", b" se"]))
     spec = TokenizerSpec(type="tiktoken", model=tmp_path / "r50k_base.tiktoken")
-    tokenizer = check_against_reference(spec, [*TEXTS, *PROBE])
+    tokenizer = check_against_reference(spec, [*TEXTS, *PROBE, *REAL])
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (50257, 50256)
     assert text_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
     (tmp_path / "own.tiktoken").write_bytes(ranks([b"ab"]))
