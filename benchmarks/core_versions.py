@@ -1,10 +1,16 @@
 #!/usr/bin/env python3
-"""Which versions of megatron.core the merge works with: each saves two tiny models, and loads the merge of the two.
+"""Which versions of megatron.core this project works with, and whether what different versions saved merges.
 
-    python benchmarks/core_versions.py --work /scratch/cores 0.15.0 0.16.1
+    python benchmarks/core_versions.py --work /scratch/cores --newer-python python3.12
 
-Every version is installed by itself under --work (pip, no dependencies; where it wants a newer Python than this one, it is
-tried nevertheless) and runs in a process of its own, on the CPU. Writes benchmarks/results/core_versions.json.
+For each version: the tests that use megatron.core, in processes that have it (merges of its checkpoints, the trainer, layouts
+over ranks, Hugging Face conversion, indexed data); then it saves a model of values that depend on names alone. At last all
+versions' checkpoints are merged with one another, with the oldest and with the newest one's keys, and the oldest and the newest
+version load both results. Writes benchmarks/results/core_versions.json; ends with 1 if anything failed.
+
+Nothing is installed outside of --work. Versions that want a newer Python than this one run in --newer-python: as it is, if it
+has torch and pytest; else in a virtual environment made of it, with this Python's version of torch (pip's own settings say from
+where).
 """
 
 from __future__ import annotations
@@ -12,78 +18,138 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import queue
+import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-WEIGHTS = {"a": 0.375, "b": 0.625}
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ["0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2"]
+TESTS = [
+    "tests/unit/merge/test_core_models.py",
+    "tests/unit/train",
+    "tests/unit/huggingface",
+    "tests/unit/indexed/test_indexed_stock.py",
+    "tests/distributed/test_merge_layouts.py",
+    "tests/distributed/test_train_layouts.py",
+]
+# Beside what pyproject.toml lists: newer versions import triton, which a CPU build of torch does not bring along.
+ALSO = ["pytest", "pytest-timeout", "hypothesis", "transformers", "safetensors", "pybind11", "setuptools<82", "triton"]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", default=["0.15.0", "0.16.1", "0.17.0", "0.18.0", "0.19.2"])
+    parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "core_versions.json")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--newer-python", default="python3.12", help="for versions that this Python is too old for")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "core_versions.json")
+    parser.add_argument("--inside", choices=("save", "load"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        print(json.dumps(save_merge_load(arguments.work)))
-        return
-    found = {}
-    for version in arguments.versions:
-        found[version] = try_version(version, arguments.work.resolve())
+        print(json.dumps(save(arguments.folder) if arguments.inside == "save" else load(arguments.folder)))
+        return 0
+    work = arguments.work.resolve()
+    source = work / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    for part in ("megatron_demix", "csrc", "tests", "benchmarks", "tools", "examples"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so", "__pycache__", "corpus", "runs"))
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    cores = {version: Core(version, work, source, arguments.newer_python) for version in arguments.versions}
+    found: dict[str, Any] = {}
+    for version, core in cores.items():
+        shutil.rmtree(core.saved, ignore_errors=True)
+        found[version] = core.inside("save", core.saved) | core.tests()
         print(version, json.dumps(found[version]), flush=True)
-    result = {"python": platform.python_version(), "weights": WEIGHTS, "versions": found}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    together = merge_together(work, list(cores.values()))
+    print("together", json.dumps(together), flush=True)
+    arguments.output.write_text(json.dumps({"tests": TESTS, "versions": found, "together": together}, indent=1) + "\n")
+    sound = all(not facts["failed"] for facts in found.values()) and all(not merged["off"] for merged in together)
+    return 0 if sound else 1
 
 
-def try_version(version: str, work: Path) -> dict[str, Any]:
-    """Facts of save_merge_load, or {"failed": the step, "error": its last line}."""
-    target, folder = work / f"core-{version}", work / f"checkpoints-{version}"
-    if not target.exists():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python"]
-        done = subprocess.run([*install, "--target", str(target), f"megatron-core=={version}"], capture_output=True, text=True)
+class Core:
+    """One version of megatron.core, by itself in a folder, and the Python that runs it."""
+
+    def __init__(self, version: str, work: Path, source: Path, newer_python: str) -> None:
+        self.version, self.source = version, source
+        self.saved = work / f"saved-{version}"
+        self.path = work / f"core-{version}"
+        if not self.path.exists():
+            install = ["-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python"]
+            run([sys.executable, *install, "--target", str(self.path), f"megatron-core=={version}"])
+        wanted = re.search(r"^Requires-Python: >=3\.(\d+)", self.metadata.read_text(), re.MULTILINE)
+        old = wanted is not None and sys.version_info < (3, int(wanted[1]))
+        self.python = with_packages(newer_python, work) if old else sys.executable
+        # The compiled core of this Python, beside those of others.
+        run([self.python, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=source, MEGATRON_DEMIX_CUDA="0")
+
+    @property
+    def metadata(self) -> Path:
+        return next(self.path.glob("megatron_core-*.dist-info")) / "METADATA"
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": f"{self.path}:{self.source}", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [self.python, *command], cwd=self.source, env=environment, capture_output=True, text=True, timeout=1500
+        )
+
+    def tests(self) -> dict[str, Any]:
+        """How many passed, and the names of those that did not."""
+        done = self.run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *TESTS])
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        count = {word: int(n) for n, word in re.findall(r"(\d+) (passed|skipped|failed|error)", done.stdout[-2000:])}
+        if done.returncode not in (0, 1) or (done.returncode and not failed):
+            raise SystemExit(f"{self.version}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+        return {"passed": count.get("passed", 0), "skipped": count.get("skipped", 0), "failed": failed}
+
+    def inside(self, what: str, folder: Path) -> dict[str, Any]:
+        """save() or load() in a process with this version."""
+        done = self.run(
+            [f"{self.source}/benchmarks/core_versions.py", "--inside", what, "--folder", str(folder), "--work", "."]
+        )
         if done.returncode:
-            shutil.rmtree(target, ignore_errors=True)
-            return {"failed": "install", "error": last_line(done.stderr)}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    environment = os.environ | {"PYTHONPATH": f"{target}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=1",
-        str(Path(__file__).resolve()),
-    ]
-    done = subprocess.run(
-        [*command, "--inside", "--work", str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailedError" not in line]
-        return {"failed": "run", "error": errors[-1] if errors else last_line(done.stderr)}
-    return json.loads(done.stdout.splitlines()[-1])
+            raise SystemExit(f"{self.version}: {what} {folder} failed\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
 
 
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
+def run(command: list[str], cwd: Path | None = None, **environment: str) -> None:
+    subprocess.run(command, cwd=cwd, env=os.environ | environment, check=True)
 
 
-def save_merge_load(root: Path) -> dict[str, Any]:
-    """In a process with one version of megatron.core: what it saved, and whether what it loads is the merge of it."""
-    import warnings
+def with_packages(python: str, work: Path) -> str:
+    """This interpreter, or one of a virtual environment of it, with all that megatron.core and this project need."""
+    if subprocess.run([python, "-c", "import torch, pytest, pybind11"], capture_output=True).returncode == 0:
+        return python
+    made = work / Path(python).name
+    ready = made / "ready"
+    if not ready.exists():
+        import tomllib
 
+        import torch
+
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        needed = [package for package in project["dependencies"] if not package.startswith(("torch", "megatron-core"))]
+        run([python, "-m", "venv", str(made)])
+        torch_version = torch.__version__.partition("+")[0]
+        run([str(made / "bin" / "pip"), "install", "--quiet", f"torch=={torch_version}", *needed, *ALSO])
+        ready.touch()
+    return str(made / "bin" / "python")
+
+
+# --- in a process with one version of megatron.core -----------------------------------------------------------------------
+
+
+def build() -> Any:
+    """A small model of it, on one rank. Call inside cpu_compat()."""
     from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
-    from megatron_demix.train.compat import cpu_compat
+    from megatron_demix.train.model import build_model, initialize_parallel
 
-    warnings.simplefilter("ignore")
-    model_spec = ModelSpec(
+    spec = ModelSpec(
         num_layers=2,
         hidden_size=32,
         num_attention_heads=4,
@@ -91,58 +157,106 @@ def save_merge_load(root: Path) -> dict[str, Any]:
         qk_layernorm=True,
         untie_embeddings_and_output_weights=True,
     )
-    train, parallel = TrainSpec(seq_length=16, global_batch_size=2, precision="bf16"), ParallelSpec()
+    initialize_parallel(ParallelSpec(), seed=0, timeout_s=60)
+    train = TrainSpec(seq_length=16, global_batch_size=2, precision="bf16")
+    return build_model(spec, train, ParallelSpec(), 250)
+
+
+def drawn(name: str, key: str, shape: Any) -> Any:
+    """Values of a parameter that depend on names alone: few-bit fractions, whose weighted sums need no rounding in float32."""
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {key}".encode()))
+    return (torch.randint(-64, 64, tuple(shape), generator=generator) / 16).bfloat16()
+
+
+def save(folder: Path) -> dict[str, Any]:
+    """A run's root at `folder`, and what is in it."""
+    import platform
+    import queue
+    import warnings
+
+    from megatron_demix.train.compat import cpu_compat
+
+    warnings.simplefilter("ignore")
     with cpu_compat():
-        import megatron.core
         import torch
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         from megatron_demix.checkpoint.reader import Checkpoint
-        from megatron_demix.merge.engine import merge_checkpoints
-        from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel
+        from megatron_demix.train.model import destroy_parallel
 
-        initialize_parallel(parallel, seed=0, timeout_s=60)
-        model = build_model(model_spec, train, parallel, 250)
-        components: dict[str, dict[str, torch.Tensor]] = {}
-        for name in WEIGHTS:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.normal_()
-            components[name] = {key: p.detach().clone() for key, p in model.named_parameters()}
-            folder = root / name / "iter_0000010"
-            folder.mkdir(parents=True)
-            filesystem_async._results_queue = queue.Queue()
-            state = {"model": model.sharded_state_dict(), "iteration": 10, "checkpoint_version": 3.0}
-            dist_checkpointing.save(state, str(folder))
-            (root / name / "latest_checkpointed_iteration.txt").write_text("10")
-        parts = {name: root / name for name in WEIGHTS}
-        (merged,) = merge_checkpoints(parts, {"merged": WEIGHTS}, root / "out", progress=False, verify="full")
+        model = build()
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(merged / "release"))
-        model.load_state_dict(loaded["model"], strict=False)
-        off = [
-            key
-            for key, p in model.named_parameters()
-            if not torch.equal(
-                p,
-                sum(w * components[name][key].double() for name, w in WEIGHTS.items()).to(p.dtype),  # type: ignore[union-attr]
-            )
-        ]
+            for key, parameter in model.named_parameters():
+                parameter.copy_(drawn(folder.name, key, parameter.shape))
+        (folder / "iter_0000010").mkdir(parents=True)
+        if hasattr(filesystem_async, "_results_queue"):
+            filesystem_async._results_queue = queue.Queue()
+        arguments = argparse.Namespace(hidden_size=32, consumed_train_samples=640)
+        state = {"model": model.sharded_state_dict(), "args": arguments, "iteration": 10, "checkpoint_version": 3.0}
+        dist_checkpointing.save(state, str(folder / "iter_0000010"))
+        (folder / "latest_checkpointed_iteration.txt").write_text("10")
         destroy_parallel()
-    saved = Checkpoint(root / "a")
+    saved = Checkpoint(folder)
+    inside = not (saved.location.path / "common.pt").exists()
     return {
-        "core": megatron.core.__version__,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "tensors": len(saved.model_tensors),
-        "common_state": "common.pt" if (saved.location.path / "common.pt").exists() else "among the objects",
+        "common_state": "among the objects" if inside else "common.pt",
         "layers": "stacked" if any("layers.mlp" in key for key in saved.model_tensors) else "by themselves",
-        "parameters_loaded": len(components["a"]) - len(off),
-        "parameters_off": off,
     }
 
 
+def load(folder: Path) -> dict[str, Any]:
+    """How many parameters of a merged checkpoint are, bit for bit, the weighted sum of what was saved, and which are not."""
+    import warnings
+
+    from megatron_demix.train.compat import cpu_compat
+
+    warnings.simplefilter("ignore")
+    weights = json.loads(folder.with_suffix(".json").read_text())
+    with cpu_compat():
+        import torch
+        from megatron.core import dist_checkpointing
+
+        from megatron_demix.train.model import destroy_parallel
+
+        model = build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "release"))
+        model.load_state_dict(loaded["model"], strict=True)
+        off, parameters = [], dict(model.named_parameters())
+        for key, parameter in parameters.items():
+            exact = sum(w * drawn(name, key, parameter.shape).double() for name, w in weights.items())
+            if not torch.equal(parameter, exact.to(parameter.dtype)):  # type: ignore[union-attr]
+                off.append(key)
+        destroy_parallel()
+    return {"equal": len(parameters) - len(off), "off": off}
+
+
+def merge_together(work: Path, cores: list[Core]) -> list[dict[str, Any]]:
+    """Merge what all versions saved, in both orders; the oldest and the newest version load the results."""
+    from megatron_demix.merge.engine import merge_checkpoints
+
+    found = []
+    for first, order in ((cores[0], cores), (cores[-1], cores[::-1])):
+        out = work / f"merged-like-{first.version}"
+        shutil.rmtree(out, ignore_errors=True)
+        parts = {core.saved.name: core.saved for core in order}
+        # Powers of two that sum to 1.
+        shares = [2.0 ** -min(k + 1, len(order) - 1) for k in range(len(order))]
+        weights = dict(zip(sorted(parts), shares, strict=True))
+        merge_checkpoints(parts, {"all": weights}, out, into_output=True, progress=False, verify="full")
+        out.with_suffix(".json").write_text(json.dumps(weights))
+        for core in (cores[0], cores[-1]):
+            found.append({"keys_of": first.version, "loaded_by": core.version} | core.inside("load", out))
+    return found
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

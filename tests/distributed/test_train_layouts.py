@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_demix.artifact import hash_file
+from megatron_demix.checkpoint.reader import is_model_key
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
@@ -140,7 +141,7 @@ def test_live_tensors_of_all_ranks_tile_the_checkpoint(runs):
         assert not any(t.isnan().any() for t in whole.values())
         destroy_parallel()
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    assert set(whole) == {k for k in stored if not k.startswith(("optimizer", "rng_state")) and "_extra_state" not in k}
+    assert set(whole) == {k for k in stored if is_model_key(k) and "_extra_state" not in k}
     seen = {key: torch.zeros(tensor.shape, dtype=torch.int32) for key, tensor in whole.items()}
     for rank in range(4):
         for key, shape, offset, box_shape, tensor in torch.load(live / f"live_{rank}.pt"):
