@@ -100,12 +100,13 @@ class Core:
 
     def tests(self) -> dict[str, Any]:
         """How many passed, and the names of those that did not."""
-        done = self.run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *TESTS])
+        done = self.run(["-m", "pytest", "-p", "no:cacheprovider", "--tb=line", *TESTS])
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
         count = {word: int(n) for n, word in re.findall(r"(\d+) (passed|skipped|failed|error)", done.stdout[-2000:])}
         if done.returncode not in (0, 1) or (done.returncode and not failed):
             raise SystemExit(f"{self.version}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
-        return {"passed": count.get("passed", 0), "skipped": count.get("skipped", 0), "failed": failed}
+        assert count.get("passed"), done.stdout[-3000:]
+        return {"passed": count["passed"], "skipped": count.get("skipped", 0), "failed": failed}
 
     def inside(self, what: str, folder: Path) -> dict[str, Any]:
         """save() or load() in a process with this version."""
