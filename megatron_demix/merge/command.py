@@ -85,7 +85,8 @@ well rankings of proxies agreed with those of trained models in the paper (arXiv
                         and the very large. All but dare_linear, della_linear and breadcrumbs also leave out, element by
                         element, changes against the sign of the weighted sum. For components that moved far
 rules (linear): a YAML list; the last rule that matches a tensor counts. {tensors: "*.mlp.*", layers: 0-11, scale: 1.3} replaces
-the scale, {tensors: "embedding.*", weights: {general: 1}} the weights. Stacked layers have numbers: decoder.layers.3.mlp...
+the scale, {tensors: "embedding.*", weights: {general: 1}} the weights; with mixtures: "m1_*", for these outputs only. Stacked
+layers have numbers: decoder.layers.3.mlp...
 
 multislerp and karcher average deltas where --base is given. With --normalize off, linear with --base is task arithmetic.
 """

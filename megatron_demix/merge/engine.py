@@ -81,6 +81,7 @@ def merge_checkpoints(
     method = method or Linear()
     parts = Components(method.sources(components))
     weights_MK = weight_matrix(mixtures, list(components), normalize)
+    method.check_names(list(mixtures))
     output = Path(output)
     targets = [output if into_output else output / name for name in mixtures]
     job = _Job(parts, layout, method.bind(parts), max_chunk)
@@ -171,7 +172,7 @@ class _Job:
             "format": 2,
             "software": f"megatron_demix {__version__}",
             "mixture": name,
-            "method": self.method.describe(),
+            "method": self.method.describe(name),
             "normalize": normalize,
             "max_chunk": self.max_chunk,
             "weights": dict(zip(self.parts.names[: len(weights)], weights.tolist(), strict=True)),
@@ -221,7 +222,7 @@ def _merge_group(
     verify: Verify,
     progress: bool,
 ) -> None:
-    plan, recipe = job.plan, job.method.recipe(weights_MK)
+    plan, recipe = job.plan, job.method.recipe(weights_MK, [p["mixture"] for p in provenances])
     placed = job.tensor_placements
     try:
         for out in outputs:
@@ -266,7 +267,8 @@ def _merge_group(
                     continue
                 out.seal(job.placements, job.common, provenances[m], job.tracker)
                 try:
-                    verify_merge(out.folder, job.parts, job.oracle.mixture(weights_MK[m]), verify, str(out.target))
+                    expected = job.oracle.mixture(weights_MK[m], provenances[m]["mixture"])
+                    verify_merge(out.folder, job.parts, expected, verify, str(out.target))
                 except VerificationFailed:
                     out.discard_all()
                     raise

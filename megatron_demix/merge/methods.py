@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,12 @@ class Method(ABC):
     def bind(self, components: Components) -> BoundMethod:
         """For these components (opened from `sources`). Raises ConfigError, IncompatibleInputs; reads no elements."""
 
+    def check_names(self, mixtures: Sequence[str]) -> None:  # noqa: B027 - most name none
+        """Raises ConfigError where an option names mixtures that are none of these."""
+
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Name and options, for the provenance of a merge. Never a path."""
+    def describe(self, mixture: str | None = None) -> dict[str, Any]:
+        """Name and options, for the provenance of a merge. Never a path. mixture: only what this one is made by."""
 
 
 class BoundMethod(ABC):
@@ -73,12 +76,13 @@ class BoundMethod(ABC):
         """Compute what must be known of the parts that the plan's targets have elements of. Call once."""
 
     @abstractmethod
-    def recipe(self, weights_MK: np.ndarray) -> Recipe:
-        """How to make mixtures of the components. Raises MixtureError where the method has no result for some weights."""
+    def recipe(self, weights_MK: np.ndarray, mixtures: Sequence[str]) -> Recipe:
+        """How to make mixtures, of these names, of the components. Raises MixtureError where the method has no result for some
+        weights."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, mixture: str | None = None) -> dict[str, Any]:
         """For the provenance: the method, and what it took from the components to tell tensors apart."""
-        return self.method.describe()
+        return self.method.describe(mixture)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Linear(Method):
 
     scale: float = 1.0
     rules: tuple[Rule, ...] = ()
-    """For certain tensors or layers; the last one that matches counts, for weights and for the scale each."""
+    """For certain tensors, layers or mixtures; the last one that matches counts, for weights and for the scale each."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -104,19 +108,27 @@ class Linear(Method):
     def bind(self, components: Components) -> BoundMethod:
         return _RuledLinear(self, components) if self.rules else _BoundLinear(self)
 
+    def check_names(self, mixtures: Sequence[str]) -> None:
+        for rule in self.rules:
+            if not any(map(rule.is_for, mixtures)):
+                raise ConfigError(f"the rule {rule.describe()} is for none of the mixtures, such as {mixtures[0]!r}.")
+
     def coefficients(self, weights_MK: np.ndarray, scale: float | None = None) -> np.ndarray:
         """[M, K] the sum's coefficients, or [M, K + 1] with the base's last."""
         return weights_MK if self.base is None else with_base((self.scale if scale is None else scale) * weights_MK)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, mixture: str | None = None) -> dict[str, Any]:
         base = {} if self.base is None else {"base": BASE, "scale": self.scale}
-        return {"name": "linear", **base, **({"rules": [rule.describe() for rule in self.rules]} if self.rules else {})}
+        rules = self.rules
+        if mixture is not None:
+            rules = tuple(replace(rule, mixtures="*") for rule in self.rules if rule.is_for(mixture))
+        return {"name": "linear", **base, **({"rules": [rule.describe() for rule in rules]} if rules else {})}
 
 
 class _BoundLinear(BoundMethod):
     method: Linear
 
-    def recipe(self, weights_MK: np.ndarray) -> Recipe:
+    def recipe(self, weights_MK: np.ndarray, mixtures: Sequence[str]) -> Recipe:
         return Recipe(self.method.coefficients(weights_MK)[np.newaxis])
 
 
@@ -139,23 +151,24 @@ class _RuledLinear(BoundMethod):
                     f"the rule {rule.describe()}: {sorted(unknown)[0]!r} is not a component; they are {', '.join(self._names)}."
                 )
             self._weights[rule] = np.array([given.get(name, 0.0) for name in self._names])
-        # [S] which rule decides the weights and which the scale of each part.
-        last = [[rule for rule in method.rules if rule.matches(name)] for name in names]
-        self._decides = [
-            (
-                next((r for r in reversed(rules) if r.weights is not None), None),
-                next((r for r in reversed(rules) if r.scale is not None), None),
-            )
-            for rules in last
-        ]
+        # [S] the rules that match each part; few sets of them differ.
+        self._matching = [tuple(rule for rule in method.rules if rule.matches(name)) for name in names]
 
-    def recipe(self, weights_MK: np.ndarray) -> Recipe:
-        made: dict[tuple[Rule | None, Rule | None], np.ndarray] = {}
-        for weights, scale in self._decides:
-            if (weights, scale) not in made:
-                rows = weights_MK if weights is None else np.tile(self._weights[weights], (len(weights_MK), 1))
-                made[weights, scale] = self.method.coefficients(rows, None if scale is None else scale.scale)
-        return Recipe(np.stack([made[decides] for decides in self._decides]))
+    def recipe(self, weights_MK: np.ndarray, mixtures: Sequence[str]) -> Recipe:
+        made = {rules: self._coefficients(rules, weights_MK, mixtures) for rules in set(self._matching)}
+        return Recipe(np.stack([made[rules] for rules in self._matching]))
+
+    def _coefficients(self, rules: Sequence[Rule], weights_MK: np.ndarray, mixtures: Sequence[str]) -> np.ndarray:
+        rows = []
+        for weights_K, mixture in zip(weights_MK, mixtures, strict=True):
+            scale = None
+            for rule in rules:
+                if rule.is_for(mixture) and rule.weights is not None:
+                    weights_K = self._weights[rule]
+                elif rule.is_for(mixture):
+                    scale = rule.scale
+            rows.append(self.method.coefficients(weights_K[np.newaxis], scale))
+        return np.concatenate(rows)
 
 
 def with_base(coefficients_MK: np.ndarray) -> np.ndarray:

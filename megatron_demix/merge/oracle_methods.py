@@ -46,8 +46,8 @@ class Oracle(ABC):
         self.components = components
 
     @abstractmethod
-    def mixture(self, weights_K: np.ndarray) -> Expectation:
-        """For one mixture. Whole tensors that its elements belong to are read when they are asked for."""
+    def mixture(self, weights_K: np.ndarray, name: str) -> Expectation:
+        """For the mixture of this name. Whole tensors that its elements belong to are read when they are asked for."""
 
 
 def make_oracle(components: Components, bound: BoundMethod) -> Oracle:
@@ -163,25 +163,26 @@ class _LinearOracle(_ByTensor):
         super().__init__(components, {})
         self._method = method
 
-    def mixture(self, weights_K: np.ndarray) -> Expectation:
+    def mixture(self, weights_K: np.ndarray, name: str) -> Expectation:
         def expect(key: str, indices: np.ndarray) -> list[Expected]:
             values = component_values(self.components, key, indices)
             results, bounds = np.zeros(len(indices)), np.zeros(len(indices))
             groups = self.groups(key, indices) if self._method.rules else [(None, np.arange(len(indices)))]
             for logical, members in groups:
-                coefficients = self._coefficients(weights_K, logical.name if logical else "")
+                coefficients = self._coefficients(weights_K, logical.name if logical else "", name)
                 results[members] = linear(coefficients, values[:, members])
                 bounds[members] = error_bound(coefficients, values[:, members], self.components.tensors[key].dtype)
             return [Expected(results, bounds)]
 
         return expect
 
-    def _coefficients(self, weights_K: np.ndarray, name: str) -> np.ndarray:
+    def _coefficients(self, weights_K: np.ndarray, name: str, mixture: str) -> np.ndarray:
         scale = self._method.scale
         for rule in self._method.rules:
             layer = re.search(r"\blayers\.([0-9]+)\.", name)
             inside = rule.layers is None or (layer and rule.layers[0] <= int(layer[1]) <= rule.layers[1])
-            if not inside or not re.fullmatch(translate(rule.tensors), name):
+            named = re.fullmatch(translate(rule.tensors), name) and re.fullmatch(translate(rule.mixtures), mixture)
+            if not inside or not named:
                 continue
             if rule.weights is not None:
                 weights_K = np.array([dict(rule.weights).get(n, 0.0) for n in self.components.names[: len(weights_K)]])
@@ -199,7 +200,7 @@ class _SphericalOracle(_ByTensor):
         self._method = method
         self._products: dict[_Logical, np.ndarray] = {}
 
-    def mixture(self, weights_K: np.ndarray) -> Expectation:
+    def mixture(self, weights_K: np.ndarray, name: str) -> Expectation:
         def expect(key: str, indices: np.ndarray) -> list[Expected]:
             values, bounds = np.zeros(len(indices)), np.zeros(len(indices))
             for logical, members in self.groups(key, indices):
@@ -234,7 +235,7 @@ class _SparseOracle(_ByTensor):
         self._method = method
         self._kept: dict[tuple[str, bytes], np.ndarray] = {}
 
-    def mixture(self, weights_K: np.ndarray) -> Expectation:
+    def mixture(self, weights_K: np.ndarray, name: str) -> Expectation:
         def expect(key: str, indices: np.ndarray) -> list[Expected]:
             parts = component_values(self.components, key, indices)
             at = (key, indices.tobytes())

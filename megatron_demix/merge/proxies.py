@@ -84,12 +84,12 @@ class ProxyMerger:
             if (name := self._plan.damaged(self._threads)) is not None:
                 raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
             self._method.prepare(self._plan, self._threads)
-            recipe = self._method.recipe(weights_MK)
+            recipe = self._method.recipe(weights_MK, list(mixtures))
             # Coefficients that differ between tensors, and deltas, are the CPU's work: the device sums whole parameters.
             linear = self._method.partition is None and recipe.deltas is None
             self._device = DeviceMerge(self.components, self._live, self._threads, allowed=linear)
         else:
-            recipe = self._method.recipe(weights_MK)
+            recipe = self._method.recipe(weights_MK, list(mixtures))
         contiguous = all(tensor.is_contiguous() for model in targets for tensor in model)
         if not contiguous or not self._device.merge(recipe.weights_SMK[0], targets, lambda: self._on_cpu(recipe, targets)):
             for tensors in self._on_cpu(recipe, targets):

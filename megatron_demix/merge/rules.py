@@ -13,7 +13,7 @@ from typing import Any
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import TOLERANCE
 
-_KEYS = ("tensors", "layers", "scale", "weights")
+_KEYS = ("tensors", "layers", "mixtures", "scale", "weights")
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,18 @@ class Rule:
     """For the tensors it matches, either `weights` in place of the mixture's, or `scale` in place of the method's.
 
     tensors: a glob over names, in which stacked layers have their numbers (decoder.layers.3.mlp.linear_fc1.weight). layers: the
-    first and last layer, counted from 0; tensors outside of layers are then not matched.
+    first and last layer, counted from 0; tensors outside of layers are then not matched. mixtures: a glob over the names of the
+    mixtures it is for.
     """
 
     tensors: str = "*"
     layers: tuple[int, int] | None = None
     scale: float | None = None
     weights: tuple[tuple[str, float], ...] | None = None
+    mixtures: str = "*"
+
+    def is_for(self, mixture: str) -> bool:
+        return fnmatchcase(mixture, self.mixtures)
 
     def matches(self, name: str) -> bool:
         if self.layers is not None:
@@ -41,11 +46,13 @@ class Rule:
         said: dict[str, Any] = {"tensors": self.tensors}
         if self.layers is not None:
             said["layers"] = f"{self.layers[0]}-{self.layers[1]}"
+        if self.mixtures != "*":
+            said["mixtures"] = self.mixtures
         return said | ({"scale": self.scale} if self.weights is None else {"weights": dict(self.weights)})
 
 
 def parse_rules(given: Any, what: str) -> tuple[Rule, ...]:
-    """Rules from plain data: a list of {tensors, layers, scale | weights}. what: where they are from, for messages.
+    """Rules from plain data: a list of {tensors, layers, mixtures, scale | weights}. what: where they are from, for messages.
 
     Raises ConfigError for unknown keys, wrong values, and weights that do not sum to 1.
     """
@@ -71,6 +78,8 @@ def _parse(given: Any, what: str) -> Rule:
     tensors, scale, weights = given.get("tensors", "*"), given.get("scale"), given.get("weights")
     if not isinstance(tensors, str):
         raise ConfigError(f"{what}: tensors is {tensors!r}, expected a pattern such as '*.mlp.*'.")
+    if not isinstance(mixtures := given.get("mixtures", "*"), str):
+        raise ConfigError(f"{what}: mixtures is {mixtures!r}, expected a pattern such as 'm1_*'.")
     if (scale is None) == (weights is None):
         raise ConfigError(f"{what}: give either scale or weights.")
     if scale is not None and not _is_number(scale):
@@ -80,7 +89,7 @@ def _parse(given: Any, what: str) -> Rule:
     if weights is not None and abs(math.fsum(weights.values()) - 1) > TOLERANCE:
         raise ConfigError(f"{what}: weights sum to {math.fsum(weights.values()):.6g}, expected 1.")
     pairs = None if weights is None else tuple((str(name), float(w)) for name, w in weights.items())
-    return Rule(tensors, _layers(given.get("layers"), what), None if scale is None else float(scale), pairs)
+    return Rule(tensors, _layers(given.get("layers"), what), None if scale is None else float(scale), pairs, mixtures)
 
 
 def _is_number(value: Any) -> bool:

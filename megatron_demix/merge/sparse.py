@@ -8,6 +8,7 @@ it does not depend on the mixture, on how checkpoints are cut, or on threads.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
@@ -99,7 +100,7 @@ class Sparse(Method):
     def bind(self, components: Components) -> BoundMethod:
         return _BoundSparse(self, components)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, mixture: str | None = None) -> dict[str, Any]:
         options = {option: getattr(self, option) for option in self.rule.options}
         return {"name": self.name, "base": BASE, "scale": self.scale, **options}
 
@@ -116,8 +117,8 @@ class _BoundSparse(BoundMethod):
         self.partition = Partition(components.tensors, self._layout)
         self._rules: DeltaRules | None = None
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | ({"fused": self._layout.describe()} if self._layout else {})
+    def describe(self, mixture: str | None = None) -> dict[str, Any]:
+        return super().describe(mixture) | ({"fused": self._layout.describe()} if self._layout else {})
 
     def prepare(self, plan: BytePlan, threads: int | None) -> None:
         method, rule = self.method, self.method.rule
@@ -166,7 +167,7 @@ class _BoundSparse(BoundMethod):
         if self.method.rule.keep == "largest":
             windows_SK2[kept, :, 1] = _ANY
 
-    def recipe(self, weights_MK: np.ndarray) -> Recipe:
+    def recipe(self, weights_MK: np.ndarray, mixtures: Sequence[str]) -> Recipe:
         assert self._rules is not None, "prepare() comes first"
         read_base = np.ones((len(weights_MK), 1))
         weights = np.hstack([weights_MK, read_base])

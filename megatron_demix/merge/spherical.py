@@ -7,7 +7,7 @@ is the weighted sum it always is. The products are computed once and serve every
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ class Spherical(Method):
     def bind(self, components: Components) -> BoundMethod:
         return _BoundSpherical(self, components)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, mixture: str | None = None) -> dict[str, Any]:
         return {"name": self.name} if self.base is None else {"name": self.name, "base": BASE}
 
 
@@ -60,8 +60,8 @@ class _BoundSpherical(BoundMethod):
         self.partition = Partition(components.tensors, self._layout)
         self._gram: dict[int, np.ndarray] = {}
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"fused": self._layout.describe()}
+    def describe(self, mixture: str | None = None) -> dict[str, Any]:
+        return super().describe(mixture) | {"fused": self._layout.describe()}
 
     def prepare(self, plan: BytePlan, threads: int | None) -> None:
         tensors = BytePlan(self._components)
@@ -78,7 +78,7 @@ class _BoundSpherical(BoundMethod):
                 )
         self._gram = dict(zip(numbers, gram_TJJ, strict=True))
 
-    def recipe(self, weights_MK: np.ndarray) -> Recipe:
+    def recipe(self, weights_MK: np.ndarray, mixtures: Sequence[str]) -> Recipe:
         coefficients = COEFFICIENTS[self.method.name]
         has_base = self.method.base is not None
         result = np.zeros((self.partition.num_parts, len(weights_MK), weights_MK.shape[1] + has_base))

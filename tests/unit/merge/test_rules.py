@@ -1,5 +1,7 @@
 """Weights and scales of certain tensors and layers: which rule counts, on disk and in memory, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -68,6 +70,35 @@ def test_components_read_by_some_layers_only_are_checked_whole(tmp_path):
     assert all(bits(found[k]) == bits((c if "layers.1." in k else a)[k]) for k in found)
 
 
+def test_mixtures_of_one_pass_have_rules_of_their_own(tmp_path):
+    parts, base = write_components(tmp_path, layouts=(1, 2, 4, 1))
+    even = {"a": 0.5, "b": 0.25, "c": 0.25}
+    given = """
+    - {tensors: "*.mlp.*", scale: 1.5}
+    - {tensors: "*.mlp.*", mixtures: "front_*", layers: 0, weights: {b: 1}}
+    - {tensors: "embedding.*", mixtures: front_2, scale: 0.5}
+    """
+    rules = parse_rules(yaml.safe_load(given), "x")
+    assert parse_rules([rule.describe() for rule in rules], "y") == rules
+    mixtures = {"plain": even, "front_1": even, "front_2": {"c": 1.0}}
+    method = Linear(base, rules=rules)
+    paths = merge_checkpoints(parts, mixtures, tmp_path / "out", method=method, progress=False, verify="full")
+
+    # The same, each by itself with rules for all mixtures, byte for byte: no provenance holds the rules of others.
+    own = {"plain": rules[:1], "front_1": rules[:2], "front_2": rules}
+    for name, path in zip(mixtures, paths, strict=True):
+        alone = Linear(base, rules=tuple(replace(rule, mixtures="*") for rule in own[name]))
+        (other,) = merge_checkpoints(parts, {name: mixtures[name]}, tmp_path / "alone", method=alone, progress=False)
+        files = [p.relative_to(path) for p in path.rglob("*") if p.is_file()]
+        assert all((path / file).read_bytes() == (other / file).read_bytes() for file in files)
+    front, plain = (per_layer(read_checkpoint(path / "release")) for path in (paths[1], paths[0]))
+    assert {key for key in front if bits(front[key]) != bits(plain[key])} == {k for k in front if "layers.0.mlp." in k}
+
+    misspelt = Linear(base, rules=(Rule(scale=2.0, mixtures="fornt_*"),))
+    with pytest.raises(ConfigError, match=r"'mixtures': 'fornt_\*'.* is for none of the mixtures, such as 'plain'"):
+        merge_checkpoints(parts, mixtures, tmp_path / "o", method=misspelt, progress=False)
+
+
 def test_rules_survive_being_described():
     rules = parse_rules(yaml.safe_load(RULES), "x")
     assert parse_rules([rule.describe() for rule in rules], "y") == rules
@@ -76,12 +107,13 @@ def test_rules_survive_being_described():
 @pytest.mark.parametrize(
     ("rule", "match"),
     [
-        ({"tensor": "*", "scale": 1}, r"rule 1: unknown key 'tensor'; a rule has tensors, layers, scale, weights"),
+        ({"tensor": "*", "scale": 1}, r"rule 1: unknown key 'tensor'; a rule has tensors, layers, mixtures, scale, weights"),
         ("x", r"rule 1: 'x'; a rule has"),
         ({"tensors": 3, "scale": 1}, r"rule 1: tensors is 3"),
         ({"tensors": "*"}, r"rule 1: give either scale or weights"),
         ({"scale": 1, "weights": {"a": 1}}, r"rule 1: give either scale or weights"),
         ({"scale": "big"}, r"rule 1: scale is 'big'"),
+        ({"scale": 1, "mixtures": 3}, r"rule 1: mixtures is 3, expected a pattern"),
         ({"weights": {}}, r"rule 1: weights are \{\}"),
         ({"weights": {"a": 0.5}}, r"rule 1: weights sum to 0.5, expected 1"),
         ({"scale": 1, "layers": "4-2"}, r"rule 1: layers is '4-2', expected a number or a range such as 0-11"),

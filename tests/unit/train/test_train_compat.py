@@ -35,7 +35,7 @@ def test_cuda_means_cpu_inside_and_nothing_outside():
     assert [getattr(module, name) for module, name in places] == before
     assert hasattr(moe_utils, "te_general_gemm") == had_gemm
     assert x.type() == "torch.FloatTensor"
-    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+    with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
         torch.zeros(2, device="cuda")
 
 
