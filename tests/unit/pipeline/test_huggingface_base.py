@@ -114,6 +114,21 @@ def test_another_model_is_named_key_by_key(folder):
         dag(folder, "base.huggingface=nowhere")
 
 
+def test_with_experts_the_layers_have_to_be_named(folder):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Qwen3MoeConfig(
+        **sizes, **shape, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, max_position_embeddings=64
+    )
+    config.save_pretrained(folder / "moe")
+    settings = ["base.huggingface=moe", "model.num_experts=4", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=16"]
+    with pytest.raises(ConfigError, match=r"Set model.transformer_impl to transformer_engine \(GPUs\) or local"):
+        dag(folder, *settings)
+    assert dag(folder, *settings, "model.transformer_impl=local").study.model.padded_vocab_size == 512
+    with pytest.raises(IncompatibleInputs, match=r"model.num_experts: 4 \(found None\)"):
+        dag(folder, "base.huggingface=moe")
+
+
 def test_rows_that_cannot_be():
     from megatron_demix.study import ModelSpec, ParallelSpec
 
