@@ -6,6 +6,7 @@ Both are small, train on a processor, and are the same bytes for the same sample
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import shutil
 import subprocess
@@ -108,8 +109,12 @@ fasttext.train_supervised(input=sys.argv[1], **settings).save_model(sys.argv[2])
 
 
 def _train_fasttext(text: Path, file: Path) -> None:
-    """In a process of its own: in one that has used its memory for other things, fastText 0.9.2 may end with NaN."""
-    trained = subprocess.run([sys.executable, "-c", _TRAIN_FASTTEXT, text, file], capture_output=True, text=True)
+    """In a process of its own: with one thread fastText 0.9.2 initialises a tenth of its input matrix and leaves the rest as
+    malloc gave it (DenseMatrix::uniform). Fresh from the system, which large blocks here are, it is zero; memory that
+    was used before ends with NaN, or with another model."""
+    fresh = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", _TRAIN_FASTTEXT, str(text), str(file)]
+    trained = subprocess.run(command, env=fresh, capture_output=True, text=True)
     if trained.returncode != 0:
         said = trained.stderr.strip().splitlines() or ["no message"]
         raise StageFailed(f"fastText could not be trained on {text.name}: {said[-1]}. Give larger samples, or try again.")
