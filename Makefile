@@ -10,7 +10,7 @@ DEV := .venv/.dev
 CORE := .venv/.core
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/cuda/*.cu csrc/cuda/*.hpp)
 
-.PHONY: demo test check format bench bench-train bench-merge bench-merge-gpu bench-data bench-search bench-faults clean
+.PHONY: demo test check format bench bench-train bench-evaluate bench-merge bench-merge-gpu bench-data bench-search bench-faults clean
 
 demo: $(CORE)
 	$(BIN)/python examples/quickstart/collect.py
@@ -31,10 +31,13 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 
 # Tables on standard output, JSON under benchmarks/results/. Each script has --help: sizes, peers to compare with.
-bench: bench-train bench-merge bench-data bench-search
+bench: bench-train bench-evaluate bench-merge bench-data bench-search
 
 bench-train: $(CORE)
 	$(BIN)/python benchmarks/train_step.py
+
+bench-evaluate: $(CORE)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluate.py
 
 SCRATCH ?= build/bench
 bench-merge: $(CORE) $(DEV)

@@ -40,6 +40,22 @@ exit codes: 0 done; 2 usage or configuration; 3 incompatible inputs; 4 infeasibl
 diverged; 16 and 17 Megatron-LM's own: start again, broken device; 74 disk full; 75 incomplete, run again."""
 
 
+_EVALUATING = """\
+What is scored is the study's section `evaluate`: losses per domain in bits per byte, and tasks from local files in the formats
+of ARC, HellaSwag, PIQA, SIQA, WinoGrande, GSM8K, MATH, HumanEval and MBPP (docs/STUDY.md, Tasks):
+
+  evaluate:
+    tasks:
+      - {name: arc_easy, format: arc, path: tasks/ARC-Easy, num_shots: 5}
+      - {name: gsm8k, format: gsm8k, path: tasks/gsm8k, scores: [bits_per_byte]}      # generates nothing
+  search: {objective: {code: 1, arc_easy/acc: 2}}
+
+examples:
+  demix evaluate study.yaml                                       every round's proxies, merged in place
+  demix evaluate study.yaml --checkpoint ckpt/proxy               one checkpoint; a table on standard output
+  demix evaluate study.yaml --checkpoint a=ckpt/a --checkpoint b=ckpt/b --final --json"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="demix", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,8 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--dry-run", action="store_true", help="show what would run, and stop")
     running.add_argument("--quiet", action="store_true", help="no progress; errors only")
 
-    def add(name: str, help: str, parents: list[argparse.ArgumentParser]) -> None:
-        commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=parents)
+    def add(name: str, help: str, parents: list[argparse.ArgumentParser], epilog: str | None = None) -> None:
+        commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=epilog,
+            parents=parents,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     add("run", "the whole study, from text to the report", [study, running])
     add("resume", "the same as run: what is done is skipped, what was interrupted goes on", [study, running])
@@ -76,8 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     watch = argparse.ArgumentParser(add_help=False)
     watch.add_argument("--watch", action="store_true", help="keep the table on the terminal until nothing is under way")
     add("status", "the stages, what runs, how far it is, when it will be done, and its log", [study, watch])
+    judged = argparse.ArgumentParser(add_help=False)
+    judged.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="score this checkpoint of yours instead, on all that the study scores; may be repeated",
+    )
+    judged.add_argument("--final", action="store_true", help="with --checkpoint: on the splits that final runs are compared on")
     for name, (_, help) in _PARTS.items():
-        add(name, help, [study, running])
+        asked = [study, running, judged] if name == "evaluate" else [study, running]
+        add(name, help, asked, _EVALUATING if name == "evaluate" else None)
     add("report", "the HTML report of whatever is done so far", [study])
     consistency = "how well proxies rank mixtures, against references that were truly trained"
     comparing = commands.add_parser("consistency", help=consistency, description=f"{consistency[0].upper()}{consistency[1:]}.")
@@ -117,12 +150,22 @@ def _study_command(options: argparse.Namespace) -> int:
     elif options.command in ("submit", "cancel", "status") or (options.command == "resume" and not options.dry_run):
         _backend(dag, options)
     else:
-        stages = dag.of_kinds(_PARTS[options.command][0]) if options.command in _PARTS else dag.all
+        stages = _stages(dag, options)
         if options.command == "plan" or options.dry_run:
             _plan(stages, options)
         else:
             _run(dag, stages, options)
     return 0
+
+
+def _stages(dag: Dag, options: argparse.Namespace) -> list[Stage]:
+    """What a command makes, with all that it needs."""
+    if options.command == "evaluate" and options.checkpoint:
+        from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
+        from megatron_demix.pipeline.stage import with_needs
+
+        return with_needs([given_scores(dag, named_checkpoints(options.checkpoint), final=options.final)])
+    return dag.of_kinds(_PARTS[options.command][0]) if options.command in _PARTS else dag.all
 
 
 def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
@@ -147,12 +190,29 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         from megatron_demix.pipeline.search_stages import CHOICE
 
         print((dag.choice.folder / CHOICE).read_text(), end="")
+    elif options.command == "evaluate" and options.checkpoint:
+        _show_scores(stages[-1], options)
     elif options.json:
         print(json.dumps({s.name: str(s.folder) for s in stages}, indent=1))
     elif not options.quiet:
         for stage in stages:
             if stage.kind in _PARTS[options.command][0]:
                 print(f"{stage.name}: {_shown(stage.folder)}", file=sys.stderr)
+
+
+def _show_scores(stage: Stage, options: argparse.Namespace) -> None:
+    from megatron_demix.evaluate.job import SCORES
+    from megatron_demix.launch.status import new_table, on_terminal
+    from megatron_demix.pipeline.given_scores import table
+
+    if options.json:
+        print((stage.folder / SCORES).read_text(), end="")
+        return
+    titles, rows = table(stage)
+    shown = new_table(*titles)
+    for row in rows:
+        shown.add_row(*row)
+    on_terminal().print(shown)
 
 
 def _backend(dag: Dag, options: argparse.Namespace) -> None:

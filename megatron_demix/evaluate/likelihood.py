@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from megatron_demix.evaluate.live import Cache, LiveModel
 
 
+_BATCH_COSTS = 64
+"""Starting a batch is taken to cost as much as this part of a full one."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Score `continuation` behind `context`: one id or more each, together at most one more than the model's max_tokens."""
@@ -77,15 +81,20 @@ def _batches(
     requests: Sequence[Request],
     batch_tokens: int,
 ) -> Iterator[list[tuple[int, ...]]]:
-    """Contexts in order, as many at a time as have batch_tokens in all rows, but one at least."""
+    """Contexts in order, as many at a time as have batch_tokens in all rows, but one at least; fewer where what the longest
+    ones have beyond the shortest, which every continuation runs again, costs more than another batch."""
     batch: list[tuple[int, ...]] = []
     num_rows = longest = 0
     for context in contexts:
         more = by_context[context]
         length = len(context) + max(len(requests[i].continuation) for i in more)
-        if batch and (num_rows + len(more)) * max(longest, length) > batch_tokens:
-            yield batch
-            batch, num_rows, longest = [], 0, 0
+        if batch:
+            joined_rows, joined_longest, shortest = num_rows + len(more), max(longest, length), len(batch[0])
+            joined = len(context) + joined_rows * (joined_longest - shortest)
+            apart = num_rows * (longest - shortest) + len(context) + len(more) * (length - len(context))
+            if joined_rows * joined_longest > batch_tokens or joined > apart + batch_tokens // _BATCH_COSTS:
+                yield batch
+                batch, num_rows, longest = [], 0, 0
         batch.append(context)
         num_rows, longest = num_rows + len(more), max(longest, length)
     if batch:

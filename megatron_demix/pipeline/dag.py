@@ -13,7 +13,7 @@ from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
-from megatron_demix.pipeline.task_inputs import task_inputs
+from megatron_demix.pipeline.task_inputs import TaskInputs, task_inputs
 from megatron_demix.study import DomainSpec, Study
 from megatron_demix.train.megatron_lm.checkout import Checkout
 
@@ -35,6 +35,7 @@ class Dag:
     proxies: Stage | None
     """The found mixture's merged proxy; none where the study trains its proxies."""
     final_scores: Stage
+    tasks: TaskInputs
     maturity: Maturity | None
     """The check that the base branched late enough, where the study asks for it and merges."""
 
@@ -99,7 +100,7 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     finals = final_stages.finals(study, run, tokenizer, blends, base)
     proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
     scores = final_stages.scores(study, run, tokenizer, data, tasks.final, base, finals, proxies)
-    return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores, maturity)
+    return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores, tasks, maturity)
 
 
 def _inputs(domain: DomainSpec, root: Path, absent_ok: bool) -> list[Path]:

@@ -137,7 +137,7 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     if spec.huggingface is not None:
         return imported(study, root, run, digests)
     if spec.checkpoint is not None:
-        return _given_base(root / spec.checkpoint, run, absent_ok=digests.absent_ok)
+        return given("base/base", root / spec.checkpoint, run, absent_ok=digests.absent_ok)
 
     used = _domains_of(spec.mixture, data)
 
@@ -168,12 +168,12 @@ def _mixture(study: Study, spec: MixtureSpec, data: Mapping[str, Stage], label: 
     return study.mixture(spec, data_stages.tokens(data, "train") if spec == "natural" else {}, label)
 
 
-def _given_base(checkpoint: Path, run: Path, *, absent_ok: bool) -> Stage:
+def given(name: str, checkpoint: Path, run: Path, *, absent_ok: bool = False) -> Stage:
     """A stage that only points at the user's checkpoint; nothing of it is copied."""
     from megatron_demix.checkpoint.layout import find_checkpoint
 
     if absent_ok and not checkpoint.exists():
-        return Stage("base/base", run, {"checkpoint": "absent"}, (), lambda folder: None)
+        return Stage(name, run, {"checkpoint": "absent"}, (), lambda folder: None)
     found = find_checkpoint(checkpoint)
     # The metadata names every tensor, file and offset; shards are too large to be read for a key.
     digest = fingerprint([hash_file(found.path / ".metadata"), [p.stat().st_size for p in sorted(found.path.glob("*.distcp"))]])
@@ -181,7 +181,7 @@ def _given_base(checkpoint: Path, run: Path, *, absent_ok: bool) -> Stage:
     def make(folder: Path) -> None:
         write_json(folder / "pointer.json", {"checkpoint": str(found.path.resolve())})
 
-    return Stage("base/base", run, {"checkpoint": digest}, (), make)
+    return Stage(name, run, {"checkpoint": digest}, (), make)
 
 
 def checkpoint_of(stage: Stage) -> Path:

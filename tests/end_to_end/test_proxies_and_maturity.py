@@ -11,8 +11,9 @@ from megatron_demix.evaluate.job import EvaluateJob, evaluate
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints, table
 from megatron_demix.pipeline.reporting import collect
-from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.train_stages import num_iterations
 from megatron_demix.study import load_study
 from megatron_demix.train.job import TrainJob
@@ -55,6 +56,15 @@ def test_rounds_of_trained_proxies_find_a_mixture(study_folder, tmp_path):
     wanted = read_json(dag.rounds[0].proposal.folder / "mixtures.json")[3]["shares"]
     given = {Path(path).parent.name.split("-")[0]: share for path, share in read_json(proxy.job)["blend"]}
     assert given == pytest.approx({name: share for name, share in wanted.items() if share > 0})
+    # A checkpoint that is given by its path has the scores of the study's own.
+    stage = given_scores(dag, named_checkpoints([f"mine={proxy.folder}"]), final=False)
+    for needed in [s for s in with_needs([stage]) if not s.done()]:
+        make(needed)
+    of_round = read_json(dag.rounds[0].scores.folder / "scores.json")["rows"]
+    assert read_json(stage.folder / "scores.json")["rows"] == {"mine": of_round["r1_003"]}
+    titles, rows = table(stage)
+    assert titles[3:] == ["mine"]
+    assert [row[:3] for row in rows][-1] == ["quiz/bits_per_byte", "bits/byte", "lower"]
 
 
 def test_by_default_all_trained_proxies_cost_what_the_components_would(study_folder, tmp_path):
@@ -105,3 +115,11 @@ def test_the_merged_centroid_is_scored_beside_trained_ones_and_calibrates_the_st
 def test_merged_proxies_have_no_tokens_of_their_own(study_folder):
     with pytest.raises(ConfigError, match=r"proxy_tokens is what trained proxies cost.*set component\.tokens"):
         load_study(study_folder / "study.yaml", ["search.proxy_tokens=1k"])
+
+
+def test_given_checkpoints_have_names():
+    assert named_checkpoints(["a=x/y", "ckpt/proxy/"]) == {"a": Path("x/y"), "proxy": Path("ckpt/proxy/")}
+    with pytest.raises(ConfigError, match="'proxy' is given twice"):
+        named_checkpoints(["one/proxy", "two/proxy"])
+    with pytest.raises(ConfigError, match="expected a path, or NAME=PATH"):
+        named_checkpoints(["=x"])
