@@ -8,6 +8,8 @@ over ranks, Hugging Face conversion, indexed data); then it saves a model of val
 versions' checkpoints are merged with one another, with the oldest and with the newest one's keys, and the oldest and the newest
 version load both results. Writes benchmarks/results/core_versions.json; ends with 1 if anything failed.
 
+Given some versions, it renews their part of the record, and the merge of all whose checkpoints are still in --work.
+
 Nothing is installed outside of --work. Versions that want a newer Python than this one run in --newer-python: as it is, if it
 has torch and pytest; else in a virtual environment made of it, with this Python's version of torch (pip's own settings say from
 where).
@@ -59,15 +61,20 @@ def main() -> int:
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so", "__pycache__", "corpus", "runs"))
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    cores = {version: Core(version, work, source, arguments.newer_python) for version in arguments.versions}
-    found: dict[str, Any] = {}
-    for version, core in cores.items():
+    found: dict[str, Any] = json.loads(arguments.output.read_text())["versions"] if arguments.output.exists() else {}
+    known = [version for version in found if (work / f"saved-{version}").exists()]
+    versions = sorted({*known, *arguments.versions}, key=lambda version: tuple(map(int, version.split("."))))
+    cores = {version: Core(version, work, source, arguments.newer_python) for version in versions}
+    for version in arguments.versions:
+        core = cores[version]
         shutil.rmtree(core.saved, ignore_errors=True)
         found[version] = core.inside("save", core.saved) | core.tests()
         print(version, json.dumps(found[version]), flush=True)
     together = merge_together(work, list(cores.values()))
     print("together", json.dumps(together), flush=True)
-    arguments.output.write_text(json.dumps({"tests": TESTS, "versions": found, "together": together}, indent=1) + "\n")
+    arguments.output.write_text(
+        json.dumps({"tests": TESTS, "versions": dict(sorted(found.items())), "together": together}, indent=1) + "\n"
+    )
     sound = all(not facts["failed"] for facts in found.values()) and all(not merged["off"] for merged in together)
     return 0 if sound else 1
 
@@ -78,19 +85,20 @@ class Core:
     def __init__(self, version: str, work: Path, source: Path, newer_python: str) -> None:
         self.version, self.source = version, source
         self.saved = work / f"saved-{version}"
-        self.path = work / f"core-{version}"
-        if not self.path.exists():
-            install = ["-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python"]
-            run([sys.executable, *install, "--target", str(self.path), f"megatron-core=={version}"])
-        wanted = re.search(r"^Requires-Python: >=3\.(\d+)", self.metadata.read_text(), re.MULTILINE)
-        old = wanted is not None and sys.version_info < (3, int(wanted[1]))
-        self.python = with_packages(newer_python, work) if old else sys.executable
-        # The compiled core of this Python, beside those of others.
+        self.python, self.path = sys.executable, self.install(sys.executable, work / f"core-{version}")
+        metadata = next(self.path.glob("megatron_core-*.dist-info")) / "METADATA"
+        wanted = re.search(r"^Requires-Python: >=3\.(\d+)", metadata.read_text(), re.MULTILINE)
+        if wanted is not None and sys.version_info < (3, int(wanted[1])):
+            # It has compiled parts, too: installed once more, by the Python that runs it.
+            self.python = with_packages(newer_python, work)
+            self.path = self.install(self.python, work / f"core-{version}-{Path(newer_python).name}")
         run([self.python, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=source, MEGATRON_DEMIX_CUDA="0")
 
-    @property
-    def metadata(self) -> Path:
-        return next(self.path.glob("megatron_core-*.dist-info")) / "METADATA"
+    def install(self, python: str, folder: Path) -> Path:
+        if not folder.exists():
+            command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python"]
+            run([*command, "--target", str(folder), f"megatron-core=={self.version}"])
+        return folder
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"PYTHONPATH": f"{self.path}:{self.source}", "OMP_NUM_THREADS": "1"}
