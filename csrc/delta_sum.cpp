@@ -13,17 +13,22 @@ constexpr std::size_t step = 1024;  // elements in work at a time: ten deltas of
 // 32 random bits below this have probability p.
 std::uint64_t threshold_of(double p) { return std::uint64_t(std::llround(p * 4294967296.0)); }
 
-// Sorts by the upper 32 bits (of which the highest is 0), stably, `bits` at a time.
+// Sorts by the upper 32 bits (of which the highest is 0), stably, `bits` at a time. All digits are counted in one reading, and one
+// that is the same everywhere takes no pass: differences of half-precision numbers end in zeros.
 template <int bits>
 void radix_sort(std::vector<std::uint64_t>& keys, std::vector<std::uint64_t>& scratch) {
+    constexpr int digits = (32 + bits - 1) / bits;
     constexpr std::uint64_t mask = (1u << bits) - 1;
     scratch.resize(keys.size());
-    for (int shift = 32; shift < 64; shift += bits) {
-        std::uint32_t starts[mask + 1] = {};
-        for (const std::uint64_t key : keys) ++starts[key >> shift & mask];
+    std::uint32_t starts[digits][mask + 1] = {};
+    for (const std::uint64_t key : keys)
+        for (int d = 0; d < digits; ++d) ++starts[d][key >> (32 + d * bits) & mask];
+    for (int d = 0; d < digits; ++d) {
+        const int shift = 32 + d * bits;
+        if (starts[d][keys[0] >> shift & mask] == keys.size()) continue;
         std::uint32_t sum = 0;
-        for (std::uint32_t& start : starts) sum += start, start = sum - start;
-        for (const std::uint64_t key : keys) scratch[starts[key >> shift & mask]++] = key;
+        for (std::uint32_t& start : starts[d]) sum += start, start = sum - start;
+        for (const std::uint64_t key : keys) scratch[starts[d][key >> shift & mask]++] = key;
         keys.swap(scratch);
     }
 }
