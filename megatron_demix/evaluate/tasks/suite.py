@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.scores import Score
-from megatron_demix.evaluate.tasks.answers import Judge
+from megatron_demix.evaluate.tasks.answers import Judge, Judgement
 from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
 from megatron_demix.evaluate.tasks.records import find_files, read_records
 from megatron_demix.study import TaskSpec
@@ -135,6 +135,8 @@ class Suite:
 
 
 _GENERATED = {"exact_match", "pass@1"}
+_JUDGED_AT_ONCE = 32
+"""Answers, while the other ranks wait."""
 
 
 class _EncodedTask:
@@ -177,9 +179,14 @@ class _EncodedTask:
             max_new_tokens=self._max_new_tokens,
             batch_tokens=batch_tokens,
         )
+        judged: list[Judgement] = []
+        for begin in range(0, len(answers), _JUDGED_AT_ONCE):
+            part = slice(begin, begin + _JUDGED_AT_ONCE)
+            if judges:
+                judged += self._judge.judge([a.text for a in answers[part]], [item.reference for item in self.items[part]])
+            model.wait_for_all()
         if not judges:
             return math.nan
-        judged = self._judge.judge([answer.text for answer in answers], [item.reference for item in self.items])
         notes["cut"] += num_cut
         notes["endless"] = sum(not answer.ended for answer in answers)
         notes["stopped"] = sum(judgement.stopped for judgement in judged)
