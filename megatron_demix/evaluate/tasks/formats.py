@@ -36,7 +36,7 @@ class Format:
 
     splits: those published with answers; the search takes the first of validation and test, the final table the last. examples:
     where worked examples come from; None: the format has none. split_of: the split of a record, where one file holds all.
-    stops: texts that end an answer. keys: what a record has, for messages.
+    by_subject: whether a split is many files by design. stops: texts that end an answer. keys: what a record has, for messages.
     """
 
     kind: Literal["choice", "number", "formula", "code"]
@@ -46,6 +46,7 @@ class Format:
     stops: Sequence[str] = ()
     examples: str | None = "train"
     split_of: Callable[[Record], str] | None = None
+    by_subject: bool = False
 
     def items(self, records: Iterable[Record], split: str) -> list[Item]:
         return [self.item(r) for r in records if self.split_of is None or self.split_of(r) == split]
@@ -168,7 +169,7 @@ FORMATS: dict[str, Format] = {
     "siqa": Format("choice", ("context", "question", "answerA", "answerB", "answerC", "label"), ("train", "validation"), _siqa),
     "winogrande": Format("choice", ("sentence", "option1", "option2", "answer"), ("train", "validation"), _winogrande),
     "gsm8k": Format("number", ("question", "answer"), ("train", "test"), _gsm8k, stops=("Question:",)),
-    "math": Format("formula", ("problem", "solution"), ("train", "test"), _math, stops=("Problem:",)),
+    "math": Format("formula", ("problem", "solution"), ("train", "test"), _math, stops=("Problem:",), by_subject=True),
     "humaneval": Format(
         "code",
         ("prompt", "entry_point", "canonical_solution", "test"),

@@ -79,10 +79,11 @@ class Record:
         raise CorruptInput(f"{self.place}: not in the format {self.format}: {key!r} is {shown}, expected {expected}.")
 
 
-def find_files(path: Path, split: str, task: str) -> list[Path]:
+def find_files(path: Path, split: str, task: str, *, by_subject: bool = False) -> list[Path]:
     """The files of a split: `path` itself, or within a folder those whose names (folders included) say the split.
 
-    A folder none of whose files names any split is taken whole. Raises ConfigError.
+    A folder none of whose files names any split is taken whole. Unless the data set is cut by_subject, they have to be parts of
+    one file, whose names differ in numbers alone: a folder may hold several variants of a data set. Raises ConfigError.
     """
     if path.is_file():
         return [path]
@@ -91,12 +92,18 @@ def find_files(path: Path, split: str, task: str) -> list[Path]:
         what = "holds no" if path.is_dir() else "does not exist; expected a file or a folder of"
         raise ConfigError(f"task {task!r}: {path} {what} {', '.join(_SUFFIXES)} files. Correct its `path`.")
     words = {p: set(re.split(r"[^a-z]+", str(p.relative_to(path)).lower())) for p in found}
-    if not any(names & words[p] for p in found for names in SPLITS.values()):
-        return found
-    if not (chosen := [p for p in found if SPLITS[split] & words[p]]):
+    named = any(names & words[p] for p in found for names in SPLITS.values())
+    chosen = [p for p in found if SPLITS[split] & words[p]] if named else found
+    if not chosen:
         raise ConfigError(
             f"task {task!r}: no file under {path} is named after the split {split!r} ({', '.join(sorted(SPLITS[split]))}); "
             f"found {', '.join(str(p.relative_to(path)) for p in found[:5])}{', ...' if len(found) > 5 else ''}."
+        )
+    variants = {re.sub(r"\d+", "*", str(p.relative_to(path))): str(p.relative_to(path)) for p in chosen}
+    if len(variants) > 1 and not by_subject:
+        raise ConfigError(
+            f"task {task!r}: under {path} several files could be the split {split!r}: {', '.join(variants.values())}. Give the "
+            "file, or the folder of one variant, as `path`."
         )
     return chosen
 

@@ -48,9 +48,12 @@ def final_split(spec: TaskSpec) -> str:
 
 def task_files(spec: TaskSpec, split: str) -> tuple[list[Path], list[Path]]:
     """The files of a task's questions, and those of its worked examples. Raises ConfigError."""
-    examples = FORMATS[spec.format].examples
-    shots = find_files(spec.path, examples, spec.name) if spec.num_shots and examples else []
-    return find_files(spec.path, split, spec.name), shots
+    form = FORMATS[spec.format]
+
+    def found(wanted: str) -> list[Path]:
+        return find_files(spec.path, wanted, spec.name, by_subject=form.by_subject)
+
+    return found(split), found(form.examples) if spec.num_shots and form.examples else []
 
 
 @dataclass(frozen=True)

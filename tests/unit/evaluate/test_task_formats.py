@@ -139,3 +139,13 @@ def test_what_is_not_in_the_format_is_named(tmp_path):
     write_lines(tmp_path / "own.jsonl", [{"question": "x", "answer": "42"}])
     with pytest.raises(CorruptInput, match="'answer' is '42', expected a solution that ends with #### and a number"):
         read(tmp_path / "own.jsonl", "gsm8k")
+
+
+def test_variants_of_a_data_set_are_not_mixed(tmp_path):
+    for variant in ("main", "socratic"):
+        write_lines(tmp_path / variant / "test.jsonl", GSM8K)
+    with pytest.raises(ConfigError, match=r"several files could be the split 'test': main/test\.jsonl, socratic/test"):
+        read(tmp_path, "gsm8k")
+    for part in range(2):
+        write_parquet(tmp_path / "parts" / f"test-0000{part}-of-00002.parquet", GSM8K)
+    assert len(read(tmp_path / "parts", "gsm8k").items) == 2 * len(GSM8K)
