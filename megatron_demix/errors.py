@@ -78,7 +78,7 @@ class FaultFound(DemixError):
 
 
 class StorageError(DemixError):
-    """The disk is full or refuses to be written. What was half written has been removed."""
+    """The disk is full or refuses to be written. Nothing that is half written has been published."""
 
     exit_code = 74
 
