@@ -1,4 +1,4 @@
-// Mutates sound inputs of the two parsers that read files from elsewhere, and follows whatever they accept. Built with
+// Mutates sound inputs of the three parsers that read files from elsewhere, and follows whatever they accept. Built with
 // AddressSanitizer and UBSan: a read outside a buffer ends the process.  fuzz_formats EXECUTIONS SEED
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +10,7 @@
 
 #include "index_file.hpp"
 #include "json_lines.hpp"
+#include "pickle_scan.hpp"
 
 using Bytes = std::vector<std::uint8_t>;
 
@@ -42,6 +43,18 @@ Bytes json_file(std::mt19937_64& random) {
         R"({"text": ""})", "", "  ", R"({"a": [[[[{}]]]], "text": "\\\"\/\b\f\r\t"})", "{\"text\": \"\xc3\xa9\xf0\x9f\x99\x82\"}"};
     std::string s;
     for (auto n = random() % 5; n-- > 0;) s += lines[random() % 7], s += '\n';
+    return {s.begin(), s.end()};
+}
+
+Bytes pickle_file(std::mt19937_64& random) {
+    // One of each kind of argument: none, fixed, counted, a line, two lines, a place in the memo.
+    static const std::string pieces[] = {"(", "}", "t", "N", "\x88", std::string("K\x05", 2), std::string("M\x01\x02", 3),
+                                         std::string("G\0\0\0\0\0\0\0\0", 9), std::string("X\x03\0\0\0abc", 8), std::string("U\x02xy", 4),
+                                         std::string("\x8c\x01z", 3), std::string("\x8d\x02\0\0\0\0\0\0\0uv", 11), "I12\n", "p3\n",
+                                         "cos\nsystem\n", std::string("q\x01", 2), std::string("r\x02\0\0\0", 5), "h\x01"};
+    std::string s("\x80\x02", 2);
+    for (auto n = random() % 12; n-- > 0;) s += pieces[random() % (sizeof pieces / sizeof *pieces)];
+    s += '.';
     return {s.begin(), s.end()};
 }
 
@@ -91,19 +104,29 @@ bool try_json(const Bytes& b) {
     return demix::scan_json_lines(data.get(), b.size(), "text", 4, content.get(), offsets.get(), numbers.get()).plain;
 }
 
+bool try_pickle(const Bytes& b) {
+    const std::unique_ptr<std::uint8_t[]> data(new std::uint8_t[b.size()]);
+    if (!b.empty()) std::memcpy(data.get(), b.data(), b.size());
+    const std::int64_t at = demix::pickle_scan(data.get(), b.size());
+    if (at < -1 || at > std::int64_t(b.size())) std::abort();
+    return at == -1;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
     const auto executions = std::atoll(arguments[1]);
-    std::mt19937_64 random(static_cast<std::uint64_t>(std::atoll(arguments[2])));
-    long long accepted_indexes = 0, accepted_lines = 0;
+    std::mt19937_64 random(static_cast<std::uint64_t>(std::atoll(arguments[2]))), random_pickles = random;
+    long long accepted_indexes = 0, accepted_lines = 0, accepted_pickles = 0;
     for (long long i = 0; i < executions; ++i) {
         std::uint64_t bin_bytes;
-        Bytes index = index_file(random, bin_bytes), lines = json_file(random);
+        Bytes index = index_file(random, bin_bytes), lines = json_file(random), pickled = pickle_file(random_pickles);
         mutate(index, random);
         mutate(lines, random);
+        mutate(pickled, random_pickles);
         accepted_indexes += try_index(index, bin_bytes);
         accepted_lines += try_json(lines);
+        accepted_pickles += try_pickle(pickled);
     }
-    std::printf("%lld %lld %lld\n", executions, accepted_indexes, accepted_lines);
+    std::printf("%lld %lld %lld %lld\n", executions, accepted_indexes, accepted_lines, accepted_pickles);
 }
