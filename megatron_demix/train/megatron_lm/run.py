@@ -74,8 +74,9 @@ def run_rank(job: StockJob) -> int:
         except BaseException:
             script.kill()
             raise
-    if script.returncode < 0:  # so that torchrun sees it die of the same signal
-        signal.signal(-script.returncode, signal.SIG_DFL) if -script.returncode in _STOP_SIGNALS else None
+    if script.returncode < 0:  # torchrun has to see it die of the same signal
+        for signum in _STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), -script.returncode)
     return script.returncode
 
