@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "megatron_lm.json"
 OPTIONS = ROOT / "tests" / "contract" / "megatron_lm_options.json"
 
 
-def examine(checkout: Checkout) -> tuple[dict[str, Any], list[str]]:
+def examine(checkout: Checkout, only: str) -> tuple[dict[str, Any], list[str]]:
     """(the tests' outcomes, all options it has)."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -48,6 +48,8 @@ def examine(checkout: Checkout) -> tuple[dict[str, Any], list[str]]:
             "-o",
             "junit_family=xunit1",
             f"--junitxml={report}",
+            "-k",
+            only,
             str(TEST),
         ]
         environment = os.environ | {"MEGATRON_LM": str(checkout.path), "OMP_NUM_THREADS": "1"}
@@ -73,13 +75,14 @@ def examine(checkout: Checkout) -> tuple[dict[str, Any], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", nargs="+", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--only", default="", metavar="EXPRESSION", help="some of the tests, as pytest's -k selects them")
     arguments = parser.parse_args()
     results = read_json(RESULTS) if RESULTS.exists() else {}
     options = _options()
     for path in arguments.checkouts:
         checkout = Checkout.open(path)
         version = ".".join(map(str, checkout.version))
-        tests, found = examine(checkout)
+        tests, found = examine(checkout, arguments.only)
         results[version] = {"checkout": SUPPORTED[checkout.version], **_machine(), "tests": tests}
         if found:
             options[version] = set(found)

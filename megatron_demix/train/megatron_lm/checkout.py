@@ -18,7 +18,7 @@ SUPPORTED = {
     (0, 19): "core_v0.19.0",
     (0, 20): "main (d98e8a64)",
 }
-"""By version: the tag, or branch and commit, that `benchmarks/megatron_lm.py` was run with."""
+"""By version: the tag, or branch and commit, that `benchmarks/megatron_lm.py` was run with; its results say how far."""
 _NEEDS_PYTHON_312 = (0, 18)
 _PACKAGE_INFO = Path("megatron") / "core" / "package_info.py"
 
