@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import re
 import sys
@@ -19,6 +20,7 @@ SUPPORTED = {
     (0, 20): "main (d98e8a64)",
 }
 """By version: the tag, or branch and commit, that `benchmarks/megatron_lm.py` was run with; its results say how far."""
+_KNOWS_NUMPY_2 = (0, 16)
 _NEEDS_PYTHON_312 = (0, 18)
 _PACKAGE_INFO = Path("megatron") / "core" / "package_info.py"
 
@@ -53,6 +55,11 @@ class Checkout:
             raise ConfigError(
                 f"trainer.checkout {path}: Megatron-LM {version[0]}.{version[1]} needs Python 3.12, and this is "
                 f"{platform.python_version()}. Run demix with a newer Python, or check out {SUPPORTED[0, 17]} or older."
+            )
+        if version < _KNOWS_NUMPY_2 and int((numpy := importlib.metadata.version("numpy")).split(".")[0]) > 1:
+            raise ConfigError(
+                f"trainer.checkout {path}: Megatron-LM {version[0]}.{version[1]} cannot save with NumPy {numpy}. Install "
+                f"'numpy<2', or check out {SUPPORTED[_KNOWS_NUMPY_2]} or newer."
             )
         return cls(path, (version[0], version[1]))
 

@@ -3,8 +3,10 @@ place of pretrain_gpt.py; end_to_end/test_megatron_lm.py runs the real one."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,13 +110,21 @@ def test_own_flags_are_passed_on_unless_they_contradict():
     stock.own_arguments("--eod-mask-loss --tokenizer-type HuggingFaceTokenizer")
 
 
-def test_checkouts(tmp_path):
+def test_checkouts(tmp_path, monkeypatch):
     assert Checkout.open(fake_checkout(tmp_path / "a")).version == (0, 16)
     with pytest.raises(ConfigError, match=r"no Megatron-LM there .* Give the folder that holds pretrain_gpt.py"):
         Checkout.open(tmp_path)
     message = r"is Megatron-LM 0.12; supported are 0.15 \(core_v0.15.3\), .*0.19 \(core_v0.19.0\).* or set trainer.backend"
     with pytest.raises(ConfigError, match=message):
         Checkout.open(fake_checkout(tmp_path / "b", "0.12.1"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.4.6")
+    with pytest.raises(
+        ConfigError, match=r"Megatron-LM 0.15 cannot save with NumPy 2.4.6. Install 'numpy<2', or check out core_v0.16"
+    ):
+        Checkout.open(fake_checkout(tmp_path / "c", "0.15.3"))
+    monkeypatch.setattr(sys, "version_info", (3, 11, 7))
+    with pytest.raises(ConfigError, match=r"Megatron-LM 0.19 needs Python 3.12, and this is"):
+        Checkout.open(fake_checkout(tmp_path / "d", "0.19.0"))
     with pytest.raises(ConfigError, match=r"trainer.script mine.py: .*mine.py does not exist"):
         Checkout.open(tmp_path / "a").script(Path("mine.py"))
 
