@@ -155,7 +155,7 @@ def with_packages(python: str, work: Path) -> str:
 
 def build() -> Any:
     """A small model of it, on one rank. Call inside cpu_compat()."""
-    from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+    from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
     from megatron_demix.train.model import build_model, initialize_parallel
 
     spec = ModelSpec(

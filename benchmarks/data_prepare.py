@@ -25,7 +25,7 @@ from megatron_demix import native
 from megatron_demix.data.prepare import preprocess
 from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from megatron_demix.indexed.format import token_dtype
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 
 def make_corpus(path: Path, *, short: bool) -> None:

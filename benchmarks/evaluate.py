@@ -56,7 +56,7 @@ def shown(value: Any) -> str:
 def measure(repeat: int) -> list[dict[str, Any]]:
     import torch
 
-    from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+    from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
     from megatron_demix.train.compat import cpu_compat
 
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from rank_data import EvalSet, Suite
 
 from megatron_demix.mixture import Mixture, apportion
 from megatron_demix.native import MergePlan
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.compat import cpu_compat, on_cpu
 
 VOCABULARY = 256
