@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _study_command(options: argparse.Namespace) -> int:
     from megatron_demix.pipeline.dag import build_dag
-    from megatron_demix.study import load_study
+    from megatron_demix.study.load import load_study
 
     if options.backend:
         options.set.append(f"trainer.backend={options.backend}")

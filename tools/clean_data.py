@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def settings(arguments: argparse.Namespace) -> Any:
-    from megatron_demix.study import clean_spec
+    from megatron_demix.study.load import clean_spec
 
     given = arguments
     tasks: dict[str, list[str]] = {}

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_demix.data.prepare import preprocess, resolve_inputs
 from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_demix.errors import ConfigError, DemixError
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 # Megatron's names for what we call a tokenizer's type.
 TYPES = {

@@ -20,7 +20,7 @@ from megatron_demix.data.engines import PROBE, Engine, agrees
 from megatron_demix.data.inputs import BadDocuments, read_documents
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 META = "meta.json"
 

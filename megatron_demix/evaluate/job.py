@@ -16,7 +16,9 @@ from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.evaluate.tasks.suite import Scored, Suite, TextCodec, read_task
 from megatron_demix.evaluate.windows import Windows, read_windows
 from megatron_demix.progress import Heartbeat
-from megatron_demix.study import MergeSpec, ModelSpec, ParallelSpec, TaskSpec, TrainSpec
+from megatron_demix.study.merging import MergeSpec
+from megatron_demix.study.search import TaskSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 
 if TYPE_CHECKING:
     from megatron_demix.checkpoint.live import LiveTensor

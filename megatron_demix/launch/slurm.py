@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, required=True)
     options = parser.parse_args()
     from megatron_demix.pipeline.dag import build_dag
-    from megatron_demix.study import load_study
+    from megatron_demix.study.load import load_study
 
     try:
         study = load_study(options.study)

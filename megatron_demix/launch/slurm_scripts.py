@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study import SlurmResources, SlurmSpec
+from megatron_demix.study.launch import SlurmResources, SlurmSpec
 
 CONCLUDE = "conclude"
 """The job that runs when all others have ended: it writes the report, or submits again what is missing."""

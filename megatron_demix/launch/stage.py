@@ -267,7 +267,7 @@ def main() -> int:
     die_with_parent()
     stop = _Stop()
     from megatron_demix.pipeline.dag import build_dag
-    from megatron_demix.study import load_study
+    from megatron_demix.study.load import load_study
 
     try:
         study = load_study(options.study)

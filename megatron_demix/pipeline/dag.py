@@ -14,7 +14,8 @@ from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.task_inputs import TaskInputs, task_inputs
-from megatron_demix.study import DomainSpec, Study
+from megatron_demix.study.data import DomainSpec
+from megatron_demix.study.study import Study
 from megatron_demix.train.megatron_lm.checkout import Checkout
 
 

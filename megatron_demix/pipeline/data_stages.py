@@ -10,7 +10,8 @@ from megatron_demix.artifact import read_json, write_json
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study import DomainSpec, Study
+from megatron_demix.study.data import DomainSpec
+from megatron_demix.study.study import Study
 
 STATS = "stats.json"
 SPLITS: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")

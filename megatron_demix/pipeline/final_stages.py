@@ -13,7 +13,7 @@ from megatron_demix.pipeline.merging import merge_settings, method_of
 from megatron_demix.pipeline.search_stages import CHOICE, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
-from megatron_demix.study import Study
+from megatron_demix.study.study import Study
 
 FOUND = "found"
 BLEND = "blend"

@@ -11,7 +11,8 @@ from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.huggingface.config import from_huggingface, read_config
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study import ModelSpec, Study
+from megatron_demix.study.study import Study
+from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.derived import ffn_hidden_size
 
 IMPORTED = "imported"

@@ -17,7 +17,7 @@ from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.search_stages import MERGED_CENTROID, TRAINED_CENTROID, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
-from megatron_demix.study import Study
+from megatron_demix.study.study import Study
 
 BASE = "base"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_demix.study import MergeSpec, Study
+from megatron_demix.study.merging import MergeSpec
+from megatron_demix.study.study import Study
 
 if TYPE_CHECKING:
     from megatron_demix.merge.methods import Method

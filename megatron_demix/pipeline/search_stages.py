@@ -15,7 +15,8 @@ from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.pipeline.train_stages import MIXTURES
-from megatron_demix.study import AnchorSpec, Study
+from megatron_demix.study.study import Study
+from megatron_demix.study.training import AnchorSpec
 
 FIT = "fit.json"
 MERGED_CENTROID, TRAINED_CENTROID = "merged", "seed"

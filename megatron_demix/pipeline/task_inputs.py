@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.pipeline.inputs import InputDigests
-from megatron_demix.study import Study, TaskSpec
+from megatron_demix.study.search import TaskSpec
+from megatron_demix.study.study import Study
 
 
 @dataclass(frozen=True)

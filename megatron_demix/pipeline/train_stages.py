@@ -13,7 +13,9 @@ from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study import MixtureSpec, Study, TrainSpec
+from megatron_demix.study.section import MixtureSpec
+from megatron_demix.study.study import Study
+from megatron_demix.study.training import TrainSpec
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.megatron_lm.arguments import own_arguments
 from megatron_demix.train.megatron_lm.command import FROM_DATA, prepare, shown_command

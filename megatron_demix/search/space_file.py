@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.space import Group, SearchSpace, epoch_caps
-from megatron_demix.study import GroupSpec, Share, Tokens
+from megatron_demix.study.search import GroupSpec
+from megatron_demix.study.section import Share, Tokens
 
 
 class _Section(BaseModel):

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.search.regressors import REGRESSORS, Regressor
-from megatron_demix.study import MIN_PROXIES
+from megatron_demix.study.search import MIN_PROXIES
 
 KINDS = ("auto", *REGRESSORS, "stack")
 _FOLDS, _FOLDS_SMALL, _SMALL = 5, 10, 128

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_demix.errors import ConfigError, MixtureError
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.job import TrainJob
 
 _FLAGS = {

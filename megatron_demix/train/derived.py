@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_demix.errors import ConfigError
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 
 WSD_DECAY_SHARE = 0.2
 """Part of a WSD schedule that decays, linearly, to min_lr."""

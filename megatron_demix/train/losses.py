@@ -13,7 +13,7 @@ from typing import IO
 
 from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import CorruptInput, Diverged, storage_errors
-from megatron_demix.study import TrainSpec
+from megatron_demix.study.training import TrainSpec
 
 FILE = "losses.jsonl"
 

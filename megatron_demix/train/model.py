@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_demix.errors import ConfigError
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.attention import CausalAttention
 from megatron_demix.train.compat import on_cpu
 from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size

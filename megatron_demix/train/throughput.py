@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_demix.study import ModelSpec
+from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.compat import on_cpu
 from megatron_demix.train.derived import ffn_hidden_size
 

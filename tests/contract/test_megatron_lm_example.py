@@ -99,7 +99,7 @@ def test_what_the_page_says_to_run_runs(tmp_path):
 
 
 def test_the_study_section_on_the_page_is_one():
-    from megatron_demix.study import TrainerSpec
+    from megatron_demix.study.training import TrainerSpec
     from megatron_demix.train.megatron_lm.arguments import own_arguments
 
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from megatron_demix.study import Study
+from megatron_demix.study.study import Study
 
 PAGE = Path(__file__).parents[2] / "docs" / "STUDY.md"
 EXAMPLES = {"name", "domains.name", "domains.inputs", "base.tokens"}  # no default, or one that excludes the other choice
@@ -57,6 +57,6 @@ def test_every_key_is_there_with_its_default(page):
 
 def test_a_study_may_name_every_surrogate_there_is():
     from megatron_demix.search.surrogate import KINDS
-    from megatron_demix.study import SearchSpec
+    from megatron_demix.study.search import SearchSpec
 
     assert set(SearchSpec.model_fields["surrogate"].annotation.__args__) == set(KINDS)  # type: ignore[union-attr]

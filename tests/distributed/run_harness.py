@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from megatron_demix.data.tokenizer import load_tokenizer
-from megatron_demix.study import ParallelSpec, TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
+from megatron_demix.study.training import ParallelSpec
 from megatron_demix.train.compat import cpu_compat
 from megatron_demix.train.job import TrainJob
 

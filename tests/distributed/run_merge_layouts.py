@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_demix.process import die_with_parent
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.compat import cpu_compat
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.evaluate.windows import read_windows
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.proxies import ProxyMerger
-from megatron_demix.study import TaskSpec, TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
+from megatron_demix.study.search import TaskSpec
 from megatron_demix.train.trainer import train
 
 TIME_LIMIT_S = 180

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_demix.artifact import write_json
-from megatron_demix.study import ParallelSpec
+from megatron_demix.study.training import ParallelSpec
 from megatron_demix.train.trainer import train
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: the extra [eval]")

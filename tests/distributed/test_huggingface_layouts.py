@@ -17,7 +17,7 @@ from megatron_demix.evaluate.job import EvaluateJob
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.evaluate.windows import read_windows
 from megatron_demix.huggingface.importing import Layout, import_folder
-from megatron_demix.study import ModelSpec, ParallelSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec
 
 transformers = pytest.importorskip("transformers")
 

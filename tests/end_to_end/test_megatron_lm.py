@@ -18,7 +18,7 @@ from stock_runs import RUNS, stock_run
 from megatron_demix.artifact import write_json
 from megatron_demix.cli import main
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.study import TrainerSpec
+from megatron_demix.study.training import TrainerSpec
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.megatron_lm.arguments import data_arguments, pretrain_arguments
 from megatron_demix.train.megatron_lm.checkout import Checkout

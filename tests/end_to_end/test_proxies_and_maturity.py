@@ -15,7 +15,7 @@ from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
 from megatron_demix.pipeline.reporting import collect
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.train_stages import num_iterations
-from megatron_demix.study import load_study
+from megatron_demix.study.load import load_study
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.trainer import train
 

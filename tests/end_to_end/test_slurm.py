@@ -17,7 +17,7 @@ from slurm_cluster import Cluster, missing_programs, private_cluster
 
 from megatron_demix.artifact import hash_file
 from megatron_demix.pipeline.dag import build_dag
-from megatron_demix.study import load_study
+from megatron_demix.study.load import load_study
 
 pytestmark = [
     pytest.mark.timeout(600),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_demix.artifact import hash_file
-from megatron_demix.study import TASK_SCORES
+from megatron_demix.study.search import TASK_SCORES
 
 pytestmark = pytest.mark.timeout(1800)
 DEMIX = [sys.executable, "-m", "megatron_demix.cli"]

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_demix.errors import ConfigError, DemixError, MixtureError
-from megatron_demix.study import Study, load_study
+from megatron_demix.study.load import load_study
+from megatron_demix.study.study import Study
 
 GOOD = {
     "name": "tiny",

@@ -13,7 +13,7 @@ from megatron_demix.data.clean.cuts import CUTS, GOOD_IS_LOW, Grades
 from megatron_demix.data.clean.documents import EXAMPLES, Source
 from megatron_demix.data.clean.trove import PipelineStep
 from megatron_demix.errors import VerificationFailed
-from megatron_demix.study import CleanSpec
+from megatron_demix.study.data import CleanSpec
 
 MANIFEST = "clean.json"
 

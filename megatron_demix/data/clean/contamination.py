@@ -15,7 +15,7 @@ from megatron_demix.data.clean.trove import NGramsDecontConfig, PipelineStep, cr
 from megatron_demix.data.clean.words import BlankSeparated
 from megatron_demix.data.inputs import undecoded_documents
 from megatron_demix.errors import CorruptInput
-from megatron_demix.study import ContaminationSpec
+from megatron_demix.study.data import ContaminationSpec
 
 SUMMARY = "tasks.json"
 

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.data.clean.documents import Source
 from megatron_demix.data.clean.trove import BaseFilter, Document, PipelineStep
-from megatron_demix.study import CleanSpec
+from megatron_demix.study.data import CleanSpec
 from megatron_demix.units import Cut
 
 CUTS = "cuts.json"

@@ -13,7 +13,7 @@ from megatron_demix.data.clean.trove import (
     MinhashConfig,
     PipelineStep,
 )
-from megatron_demix.study import NearDuplicatesSpec
+from megatron_demix.study.data import NearDuplicatesSpec
 
 # SHA-1, because datatrove 0.10 hands strings to xxhash, which takes bytes only from its version 4 on.
 HASH = HashConfig(precision=64, hash_fc="sha1")

@@ -19,7 +19,7 @@ from megatron_demix.data.clean.scores import ForDomains, Perplexity, Quality, Sc
 from megatron_demix.data.clean.words import BlankSeparated
 from megatron_demix.data.inputs import BadDocuments
 from megatron_demix.errors import StageFailed
-from megatron_demix.study import CleanSpec
+from megatron_demix.study.data import CleanSpec
 
 FINDERS = 8
 """Tasks that look for exact duplicates, each in its part of the hashes: fixed, for the files' names depend on it."""

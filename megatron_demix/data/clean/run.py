@@ -26,7 +26,7 @@ from megatron_demix.data.inputs import BadDocuments, resolve_inputs
 from megatron_demix.errors import ConfigError, Incomplete, OutputExists, storage_errors
 from megatron_demix.process import die_with_parent
 from megatron_demix.progress import progress_bar
-from megatron_demix.study import CleanSpec
+from megatron_demix.study.data import CleanSpec
 from megatron_demix.units import Cut
 
 IDENTITY = "identity.json"

@@ -15,7 +15,7 @@ from megatron_demix.evaluate.scores import Score
 from megatron_demix.evaluate.tasks.answers import Judge, Judgement
 from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
 from megatron_demix.evaluate.tasks.records import find_files, read_records
-from megatron_demix.study import TaskSpec
+from megatron_demix.study.search import TaskSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.errors import ConfigError
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.derived import blend_surplus, ffn_hidden_size, padded_vocab_size, warmup_iters, wsd_decay_iters
 from megatron_demix.train.job import TrainJob
 

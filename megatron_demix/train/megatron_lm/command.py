@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_demix.artifact import write_json
 from megatron_demix.checkpoint.layout import TRACKER, find_checkpoint
 from megatron_demix.errors import ConfigError
-from megatron_demix.study import ModelSpec, TrainerSpec
+from megatron_demix.study.training import ModelSpec, TrainerSpec
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.megatron_lm.arguments import data_arguments, own_arguments, pretrain_arguments
 from megatron_demix.train.megatron_lm.checkout import Checkout

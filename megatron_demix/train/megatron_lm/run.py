@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from megatron_demix.process import die_with_parent
 from megatron_demix.progress import Heartbeat, MetricsLog
-from megatron_demix.study import TrainSpec
+from megatron_demix.study.training import TrainSpec
 from megatron_demix.train.losses import FILE, DivergenceGuard, LossLog, read_losses
 from megatron_demix.train.megatron_lm.log import Iteration, parse_iteration
 from megatron_demix.train.megatron_lm.work import prune, reached

@@ -25,7 +25,7 @@ from megatron_demix.data.clean import run
 from megatron_demix.data.clean.models import train_perplexity, train_quality
 from megatron_demix.data.clean.run import clean_domains
 from megatron_demix.errors import ConfigError, CorruptInput, Incomplete, OutputExists
-from megatron_demix.study import clean_spec
+from megatron_demix.study.load import clean_spec
 from megatron_demix.units import parse_cut
 
 ROOT = Path(__file__).parents[3]

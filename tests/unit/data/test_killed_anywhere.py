@@ -10,7 +10,7 @@ from blends import build
 from megatron_demix.data import blend_data, inputs, outputs
 from megatron_demix.data.prepare import prepare_domain, preprocess
 from megatron_demix.data.tokenizer import load_tokenizer
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 CALLS = ("rename", "replace", "fsync", "fdatasync", "pwrite", "unlink", "mkdir", "link", "posix_fallocate", "copy_file_range")
 BYTE = load_tokenizer(TokenizerSpec(type="byte"))

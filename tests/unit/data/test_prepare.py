@@ -18,7 +18,7 @@ from megatron_demix.data.recipe import Recipe
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.indexed.reader import IndexedReader
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 ROOT = Path(__file__).parents[3]
 BYTE = load_tokenizer(TokenizerSpec(type="byte"))
@@ -132,7 +132,7 @@ import sys, time
 from pathlib import Path
 from megatron_demix.data import outputs, prepare, recipe
 from megatron_demix.data.tokenizer import load_tokenizer
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 from megatron_demix.data import inputs
 inputs.BLOCK_BYTES = 4096
 outputs.CHECKPOINT_S = 0.0

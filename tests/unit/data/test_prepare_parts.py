@@ -22,7 +22,7 @@ from megatron_demix.data.prepare import prepare_domain, preprocess
 from megatron_demix.data.recipe import Recipe
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 BYTE = load_tokenizer(TokenizerSpec(type="byte"))
 

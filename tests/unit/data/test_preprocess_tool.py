@@ -11,7 +11,7 @@ import pytest
 
 from megatron_demix.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_demix.indexed.reader import IndexedReader
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 TEXTS = ["First document. It has two sentences.", "def f(x):\n    return x + 1\n", "naïve 你好 🙂"]
 

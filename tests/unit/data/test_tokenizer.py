@@ -16,7 +16,7 @@ from megatron_demix.data.engines import PROBE
 from megatron_demix.data.text import TextBatch
 from megatron_demix.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput
-from megatron_demix.study import TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
 
 TEXTS = [inspect.getsource(json.decoder), "Zwölf Boxkämpfer jagen Viktor. 日本語 🙂", "", "x <|endoftext|> y"]
 REAL = [*pydoc_data.topics.topics.values(), *(inspect.getsource(m) for m in (argparse, inspect, random))]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.compat import cpu_compat
 
 MAX_TOKENS, VOCABULARY = 160, 257  # bytes and end-of-document

@@ -12,7 +12,7 @@ from megatron_demix.evaluate.tasks import answers, sandbox
 from megatron_demix.evaluate.tasks.answers import Judge, Judgement, boxed, final_number, normalised
 from megatron_demix.evaluate.tasks.sandbox import run_python
 from megatron_demix.evaluate.tasks.suite import read_task
-from megatron_demix.study import TaskSpec
+from megatron_demix.study.search import TaskSpec
 
 isolated = pytest.mark.skipif(not sandbox.is_isolated(), reason="the kernel lets this user make no namespaces")
 

@@ -13,7 +13,8 @@ from megatron_demix.huggingface.exporting import export_checkpoint
 from megatron_demix.huggingface.importing import Layout, import_folder
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.proxies import ProxyMerger
-from megatron_demix.study import ModelSpec, ParallelSpec, TokenizerSpec, TrainSpec
+from megatron_demix.study.data import TokenizerSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.compat import cpu_compat
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the next lines import huggingface_hub

@@ -10,7 +10,8 @@ from task_files import ARC, write_all, write_lines
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.evaluate.likelihood import Likelihood, Request, likelihoods
 from megatron_demix.evaluate.tasks import suite
-from megatron_demix.study import TaskSpec, TokenizerSpec
+from megatron_demix.study.data import TokenizerSpec
+from megatron_demix.study.search import TaskSpec
 
 MAX_TOKENS, VOCABULARY = 160, 257
 

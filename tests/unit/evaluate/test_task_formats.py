@@ -8,7 +8,7 @@ from task_files import ARC, ARC_ARCHIVE, GSM8K, HELLASWAG, MBPP, PIQA, write_all
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.tasks.formats import FORMATS
 from megatron_demix.evaluate.tasks.suite import final_split, read_task, search_split
-from megatron_demix.study import TASK_SCORES, TaskSpec
+from megatron_demix.study.search import TASK_SCORES, TaskSpec
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from megatron_demix.data.pool import Pool
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline.train_stages import num_iterations
 from megatron_demix.search.space import SearchSpace, epoch_caps
-from megatron_demix.study import load_study
+from megatron_demix.study.load import load_study
 
 PAPER = Path(__file__).parents[3] / "examples" / "paper"
 

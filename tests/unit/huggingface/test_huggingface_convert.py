@@ -16,7 +16,7 @@ from megatron_demix.huggingface.command import main
 from megatron_demix.huggingface.exporting import export_checkpoint
 from megatron_demix.huggingface.importing import Layout, import_folder
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ import pytest
 from megatron_demix.errors import ConfigError
 from megatron_demix.launch.slurm_scripts import Scripts, check_kinds, group
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study import SlurmSpec
+from megatron_demix.study.launch import SlurmSpec
 
 RUN = Path("/runs/my run")
 

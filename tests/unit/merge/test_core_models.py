@@ -19,7 +19,7 @@ from merge_reference import linear_merge
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.proxies import ProxyMerger
-from megatron_demix.study import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.compat import cpu_compat
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}

@@ -10,7 +10,7 @@ from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import inputs
 from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.pipeline.train_stages import _sources, num_iterations, num_tokens
-from megatron_demix.study import load_study
+from megatron_demix.study.load import load_study
 
 STUDY = """
 name: s

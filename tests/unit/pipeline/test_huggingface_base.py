@@ -12,7 +12,7 @@ from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.huggingface.exporting import export_checkpoint
 from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.pipeline.train_stages import checkpoint_of
-from megatron_demix.study import load_study
+from megatron_demix.study.load import load_study
 from megatron_demix.train.derived import padded_vocab_size
 
 transformers = pytest.importorskip("transformers")
@@ -130,7 +130,7 @@ def test_with_experts_the_layers_have_to_be_named(folder):
 
 
 def test_rows_that_cannot_be():
-    from megatron_demix.study import ModelSpec, ParallelSpec
+    from megatron_demix.study.training import ModelSpec, ParallelSpec
 
     model = ModelSpec(num_layers=1, hidden_size=8, num_attention_heads=2, padded_vocab_size=300)
     assert padded_vocab_size(model, ParallelSpec(tensor=2), 257) == 300

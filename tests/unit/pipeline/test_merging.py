@@ -12,7 +12,7 @@ from megatron_demix.merge.rules import Rule
 from megatron_demix.merge.sparse import Sparse
 from megatron_demix.merge.spherical import Spherical
 from megatron_demix.pipeline.merging import method_of
-from megatron_demix.study import MERGE_OPTIONS, MergeSpec
+from megatron_demix.study.merging import MERGE_OPTIONS, MergeSpec
 
 BASE = Path("base")
 

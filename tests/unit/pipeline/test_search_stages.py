@@ -12,7 +12,7 @@ from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.reporting import write_report
-from megatron_demix.study import load_study
+from megatron_demix.study.load import load_study
 
 STUDY = """
 name: s

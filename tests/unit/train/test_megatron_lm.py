@@ -15,7 +15,7 @@ from stock_runs import RUNS, stock_run
 
 from megatron_demix.cli import main
 from megatron_demix.errors import ConfigError
-from megatron_demix.study import TrainerSpec
+from megatron_demix.study.training import TrainerSpec
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.megatron_lm import arguments as stock
 from megatron_demix.train.megatron_lm.checkout import SUPPORTED, Checkout

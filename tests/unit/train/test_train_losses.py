@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_demix.errors import CorruptInput, Diverged
-from megatron_demix.study import TrainSpec
+from megatron_demix.study.training import TrainSpec
 from megatron_demix.train.losses import DivergenceGuard, LossLog, read_losses
 
 SIZES = {"seq_length": 8, "global_batch_size": 1}

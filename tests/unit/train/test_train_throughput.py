@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_demix.study import ModelSpec
+from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.compat import cpu_compat, on_cpu
 
 with cpu_compat():

@@ -1,0 +1,57 @@
+"""The section about where stages run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_demix.study.section import Seconds, Section
+
+
+class SlurmResources(Section):
+    """What a job asks SLURM for, by the names of sbatch's options. Absent: the site's default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: Seconds | None = None
+    """Limit of one job. A stage that needs longer is told to save before it, and goes on in the same job, requeued."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    """One task a node starts all ranks of that node."""
+    mem: str | None = None
+    gpus_per_node: int | None = Field(None, ge=1)
+    sbatch: list[str] = []
+    """Any other options, as in "--exclusive"."""
+
+
+class SlurmSpec(SlurmResources):
+    ranks_per_node: int | None = Field(None, ge=1)
+    """Default: gpus_per_node, else all ranks of a stage on one node. Nodes are counted from this."""
+    light: SlurmResources | None = None
+    """Overrides for stages without ranks (tokenizing, fitting, blending), which need no GPU."""
+    kinds: dict[str, SlurmResources] = {}
+    """Overrides for all stages of a kind, which is the first part of their name: {final: {time: 2-00:00:00}}."""
+    parts: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Array elements that make each stage of a kind together: {data: 16, rounds: 8, blend: 8}. rounds: what is scored in them.
+    blend: if it is materialised."""
+    grace: Seconds = 300
+    """How long before the time limit a job is told to save."""
+    array_limit: int | None = Field(None, ge=1)
+    """Most jobs of one array that run side by side."""
+    setup: str = ""
+    """Shell lines before the stage starts: module load, source a virtual environment, export NCCL settings."""
+    container: str | None = None
+    """Image that pyxis runs the stages in. `mounts` has to show the run, the corpus and this package."""
+    mounts: list[str] = []
+    python: str | None = None
+    """Interpreter of the stages. Default: the one `demix submit` runs on, with a container python3."""
+
+
+class LaunchSpec(Section):
+    backend: Literal["local", "slurm"] = "local"
+    """Where `demix submit` starts the study: in the background of this machine, or as SLURM jobs."""
+    jobs: int = Field(1, ge=1)
+    """local: stages that may run side by side."""
+    threads_per_rank: int = Field(1, ge=1)
+    slurm: SlurmSpec = SlurmSpec()

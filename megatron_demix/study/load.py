@@ -1,0 +1,102 @@
+"""Reading a study: YAML and overrides, and errors that name the key, what was seen, and the nearest key there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.study.data import CleanSpec
+from megatron_demix.study.section import nearest
+from megatron_demix.study.study import Study
+
+_Checked = TypeVar("_Checked", bound=BaseModel)
+
+
+def load_study(path: Path, overrides: list[str] | None = None) -> Study:
+    """Read and check a study file. overrides: "a.b=value" as YAML, lists by index. Raises ConfigError, MixtureError."""
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"study {path}: cannot be read: {e}") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"study {path}: expected a mapping with name, domains, model, ...; found {type(data).__name__}.")
+    for override in overrides or []:
+        _override(data, override)
+    return _checked(Study, data, f"study {path}")
+
+
+def clean_spec(data: Mapping[str, Any]) -> CleanSpec:
+    """What a study holds under prepare.clean, for use without a study. Raises ConfigError."""
+    return _checked(CleanSpec, data, "cleaning")
+
+
+def _checked(section: type[_Checked], data: Any, what: str) -> _Checked:
+    try:
+        return section.model_validate(data)
+    except ValidationError as e:
+        # A value that fits no form of a field gives one error a form: shown as one line a field.
+        reasons: dict[str, list[str]] = {}
+        for error in e.errors():
+            reasons.setdefault(_place(error), []).append(_explain(error, section))
+        lines = (f"  {where}: {', or '.join(found)}" if where else f"  {found[0]}" for where, found in reasons.items())
+        raise ConfigError(f"{what}:\n" + "\n".join(lines)) from e
+
+
+def _override(data: dict, text: str) -> None:
+    import yaml
+
+    dotted, equals, value = text.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {text!r}: expected key.subkey=value.")
+    *parents, last = dotted.split(".")
+    node: Any = data
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+    except (ValueError, IndexError, TypeError, AttributeError) as e:
+        raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"--set {text!r}: {value!r} is not YAML ({' '.join(str(e).split())}).") from e
+
+
+def _place(error: ErrorDetails) -> str:
+    """Dotted path of the offending key; pydantic's names for the forms of a union, as in "dict[str,float]", are left out."""
+    return ".".join(str(part) for part in error["loc"] if "[" not in str(part))
+
+
+def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    if error["type"] != "extra_forbidden":
+        seen = f", found {error['input']!r}" if isinstance(error["input"], (str, int, float, bool, type(None))) else ""
+        return f"{error['msg']}{seen}"
+    section = _section_at(root, error["loc"][:-1])
+    known = list(section.model_fields) if section else []
+    return f"unknown key{nearest(str(error['loc'][-1]), known)}" + (f" Known here: {', '.join(known)}." if known else "")
+
+
+def _section_at(root: type[BaseModel], location: tuple) -> type[BaseModel] | None:
+    section: Any = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        inner = field.annotation
+        if getattr(inner, "__origin__", None) is list or isinstance(inner, UnionType):
+            inner = inner.__args__[0]
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        section = inner
+    return section

@@ -1,0 +1,132 @@
+"""The sections about the search: rounds and objective, and what is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_demix.study.section import Name, Seconds, Section, Tokens, nearest
+
+Surrogate = Literal[
+    "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
+]
+
+MIN_BOOTSTRAPS = 10
+MIN_PROXIES = 8
+"""Fewer do not fix a surrogate."""
+
+
+class GroupSpec(Section):
+    """Bounds on the summed actual shares of some domains. A domain belongs to one group at most."""
+
+    domains: list[str] = Field(min_length=1)
+    lowest: float = Field(0.0, ge=0, le=1)
+    highest: float = Field(1.0, ge=0, le=1)
+
+
+class SearchSpec(Section):
+    rounds: list[Annotated[int, Field(ge=1)]] = Field([64, 32, 16], min_length=1)
+    """Proxies evaluated in each round."""
+    proxies: Literal["merged", "trained"] = "merged"
+    """merged from the components (DeMix); or each trained on its mixture: RegMix with one round, CLIMB with several."""
+    proxy_score: Literal["merged", "interpolated", "stack"] = "stack"
+    """What a merged proxy's score is: the merged model's, the components' own averaged with its weights, or a stack of both."""
+    proxy_tokens: Tokens | None = None
+    """Of each trained proxy. Default: all together cost what the components would."""
+    stop: float | None = Field(None, gt=0, lt=1)
+    """Later rounds are left empty once a perfect further search could win less than this part of what was won over natural."""
+    design: Literal["dirichlet", "sobol", "lattice", "optimal"] = "dirichlet"
+    """How the first round is sampled."""
+    objective: dict[str, float] = Field(min_length=1)
+    """Weight of each score. A domain's name means its validation loss in bits per byte; the weights are relative."""
+    aim: Literal["mean", "worst", "percentile_rank"] = "mean"
+    """What is made of the scores: their weighted mean, the worst of them (in standard deviations), or their mean rank."""
+    surrogate: Surrogate = "auto"
+    candidates: int = Field(200_000, ge=100)
+    """Feasible mixtures the surrogate scores in each round."""
+    top: int = Field(128, ge=1)
+    """The final mixture is the mean of this many best predicted candidates."""
+    groups: dict[str, GroupSpec] = {}
+    max_kl: float | None = Field(None, gt=0)
+    """No mixture is farther from the natural shares than this Kullback-Leibler divergence, in nats."""
+    bootstraps: int = Field(50, ge=0)
+    """Searches repeated on resampled proxies, which say how sure the found mixture is. 0: none, and nothing is said."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> SearchSpec:
+        if any(w < 0 for w in self.objective.values()) or sum(self.objective.values()) <= 0:
+            raise ValueError("objective: weights must be >= 0 and not all 0")
+        if self.rounds[0] < MIN_PROXIES:
+            raise ValueError(f"rounds: the first has {self.rounds[0]} proxies, but a surrogate needs {MIN_PROXIES}")
+        if self.aim == "worst" and len({w for w in self.objective.values() if w}) > 1:
+            raise ValueError(
+                f"aim 'worst' compares scores as equals, but their weights are {self.objective}; make them equal, or 0"
+            )
+        if self.stop is not None and self.bootstraps < MIN_BOOTSTRAPS:
+            raise ValueError(f"stop needs bootstraps of {MIN_BOOTSTRAPS} or more to judge by, found {self.bootstraps}")
+        if self.proxies == "trained" and "proxy_score" in self.model_fields_set:
+            raise ValueError("proxy_score says what the score of a merged proxy is; a trained one has its own")
+        if self.proxy_tokens is not None and self.proxies == "merged":
+            raise ValueError("proxy_tokens is what trained proxies cost; merged ones cost the components: set component.tokens")
+        return self
+
+
+# The scores of each format of task files (megatron_demix.evaluate.tasks.formats). The first of each is the usual one.
+TASK_SCORES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("arc", "hellaswag", "piqa", "siqa", "winogrande"), ("acc", "acc_norm", "bits_per_byte")),
+    **dict.fromkeys(("gsm8k", "math"), ("exact_match", "bits_per_byte")),
+    **dict.fromkeys(("humaneval", "mbpp"), ("pass@1", "bits_per_byte")),
+}
+
+
+class TaskSpec(Section):
+    """One task from local files. Its scores are called <name>/acc and so on, in the objective too."""
+
+    name: Name
+    format: Literal["arc", "hellaswag", "piqa", "siqa", "winogrande", "gsm8k", "math", "humaneval", "mbpp"]
+    """How the files are made: as the public data set of this name ships, JSON lines or Parquet."""
+    path: Path
+    """A file, or a folder in which files are named after their split."""
+    split: Literal["train", "validation", "test"] | None = None
+    """What the search is scored on. Default: validation where that is published with answers, else test."""
+    final_split: Literal["train", "validation", "test"] | None = None
+    """What final runs are compared on. Default: test where that is published with answers, else what the search uses."""
+    scores: list[str] | None = Field(None, min_length=1)
+    """Some of the format's scores. Without exact_match or pass@1 nothing is generated, which saves most of the cost."""
+    num_shots: int = Field(0, ge=0)
+    """Worked examples before each question: the first ones of the training split."""
+    limit: int | None = Field(None, ge=1)
+    """No more items than this, spread evenly over the split."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest generated answer. Default: half of what the model reads, at most 512."""
+    timeout: Seconds = 10
+    """Of one answer that is run or compared; longer is a failure."""
+
+    @model_validator(mode="after")
+    def _known(self) -> TaskSpec:
+        has = TASK_SCORES[self.format]
+        for score in self.scores or ():
+            if score not in has:
+                raise ValueError(
+                    f"scores: format {self.format} has no {score!r}, only {', '.join(has)}{nearest(score, [*has])}"
+                )
+        if self.format == "humaneval" and self.num_shots:
+            raise ValueError("num_shots: format humaneval has no worked examples; set it to 0")
+        return self
+
+    @property
+    def score_names(self) -> dict[str, str]:
+        """Name in the score table -> the format's score."""
+        return {f"{self.name}/{score}": score for score in self.scores or TASK_SCORES[self.format]}
+
+
+class EvaluateSpec(Section):
+    losses: Literal["all"] | list[str] = "all"
+    """Domains whose validation loss is measured for each proxy."""
+    tasks: list[TaskSpec] = []
+    tokens_per_domain: Tokens = 32768
+    micro_batch_size: int = Field(8, ge=1)
+    replicas: int = Field(1, ge=1)
+    """Data-parallel copies of the model that share the proxies out among themselves."""

@@ -1,0 +1,41 @@
+"""What every section of a study is made of: types with units, and a model that refuses unknown keys."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from megatron_demix.errors import DemixError
+from megatron_demix.units import Cut, parse_bytes, parse_cut, parse_duration, parse_tokens
+
+
+def _or_value_error(parse):
+    """pydantic collects ValueErrors; our parsers raise ConfigError."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return parse(value)
+        except DemixError as e:
+            raise ValueError(str(e)) from e
+
+    return BeforeValidator(validate)
+
+
+Tokens = Annotated[int, Field(gt=0), _or_value_error(parse_tokens)]
+Bytes = Annotated[int, Field(gt=0), _or_value_error(parse_bytes)]
+Seconds = Annotated[int, Field(gt=0), _or_value_error(parse_duration)]
+CutOff = Annotated[Cut, _or_value_error(lambda value: value if isinstance(value, Cut) else parse_cut(value))]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
+MixtureSpec = Literal["natural", "uniform"] | dict[str, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."

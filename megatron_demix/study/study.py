@@ -1,0 +1,121 @@
+"""The study: one YAML file that describes a whole run. Unknown keys are refused, and the nearest known key is named.
+
+Model, parallelism and optimiser keys carry Megatron's own argument names, so that a study reads like a launch script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_demix.mixture import Mixture
+from megatron_demix.study.data import DomainSpec, PrepareSpec, TokenizerSpec
+from megatron_demix.study.launch import LaunchSpec
+from megatron_demix.study.merging import MergeSpec
+from megatron_demix.study.search import EvaluateSpec, SearchSpec
+from megatron_demix.study.section import MixtureSpec, Name, Section, nearest
+from megatron_demix.study.training import (
+    BaseSpec,
+    ComponentSpec,
+    FinalSpec,
+    ModelSpec,
+    ParallelSpec,
+    Phase,
+    TrainerSpec,
+    TrainSpec,
+)
+
+
+class Study(Section):
+    name: Name
+    seed: int = Field(1234, ge=0)
+    tokenizer: TokenizerSpec = TokenizerSpec()
+    prepare: PrepareSpec = PrepareSpec()
+    domains: list[DomainSpec] = Field(min_length=2)
+    model: ModelSpec
+    parallel: ParallelSpec = ParallelSpec()
+    train: TrainSpec
+    trainer: TrainerSpec = TrainerSpec()
+    base: BaseSpec
+    component: ComponentSpec
+    merge: MergeSpec = MergeSpec()
+    search: SearchSpec
+    evaluate: EvaluateSpec = EvaluateSpec()
+    final: FinalSpec
+    launch: LaunchSpec = LaunchSpec()
+
+    @property
+    def domain_names(self) -> list[str]:
+        return [d.name for d in self.domains]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        names = self.domain_names
+        if repeated := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"domains: {sorted(repeated)[0]!r} is named twice")
+        if self.prepare.clean and (unknown := self.prepare.clean.unknown_domain(names)):
+            place, name = unknown
+            raise ValueError(f"prepare.clean.{place}: {name!r} is not one of {', '.join(names)}{nearest(name, names)}")
+        losses = names if self.evaluate.losses == "all" else self.evaluate.losses
+        tasks = [task.name for task in self.evaluate.tasks]
+        if repeated := {n for n in tasks if tasks.count(n) > 1}:
+            raise ValueError(f"evaluate.tasks: {sorted(repeated)[0]!r} is named twice")
+        if not losses and not tasks:
+            raise ValueError("evaluate: neither losses nor tasks are measured; name one")
+        scores = [*losses, *(score for task in self.evaluate.tasks for score in task.score_names)]
+        longest = self.model.max_position_embeddings or self.train.seq_length
+        for task in self.evaluate.tasks:
+            if task.max_new_tokens is not None and task.max_new_tokens >= longest:
+                raise ValueError(
+                    f"evaluate.tasks: max_new_tokens of {task.name!r} is {task.max_new_tokens}, but the model reads {longest} "
+                    "tokens with the question"
+                )
+        for what, used in (
+            ("evaluate.losses", losses),
+            ("search.objective", self.search.objective),
+            ("tokenizer.domains", self.tokenizer.domains or []),
+            ("base.mixture", self.base.mixture),
+            ("component.anchor.mixture", self.component.anchor.mixture),
+            *((f"search.groups.{label}", group.domains) for label, group in self.search.groups.items()),
+        ):
+            allowed = scores if what == "search.objective" else names
+            for name in () if isinstance(used, str) else used:
+                if name not in allowed:
+                    raise ValueError(f"{what}: {name!r} is not one of {', '.join(allowed)}{nearest(name, allowed)}")
+        for what, spec in (("base.mixture", self.base.mixture), ("component.anchor.mixture", self.component.anchor.mixture)):
+            if not isinstance(spec, str):
+                Mixture(spec, label=f"study {self.name!r}: {what}")
+        batch = self.train.micro_batch_size * self.parallel.data
+        if self.train.global_batch_size % batch:
+            raise ValueError(
+                f"train.global_batch_size {self.train.global_batch_size} "
+                f"is not a multiple of micro_batch_size x parallel.data = {batch}"
+            )
+        if self.model.num_layers % self.parallel.pipeline:
+            raise ValueError(
+                f"model.num_layers {self.model.num_layers} is not a multiple of parallel.pipeline {self.parallel.pipeline}"
+            )
+        if self.model.num_attention_heads % self.parallel.tensor:
+            raise ValueError(
+                f"model.num_attention_heads {self.model.num_attention_heads} "
+                f"is not a multiple of parallel.tensor {self.parallel.tensor}"
+            )
+        return self
+
+    def phase(self, name: Literal["base", "component", "proxy", "final"]) -> TrainSpec:
+        """`train` with the overrides of one phase applied. Trained proxies are trained as components are."""
+        section: Phase = getattr(self, "component" if name == "proxy" else name)
+        overrides = {
+            k: v for k in ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction") if (v := getattr(section, k)) is not None
+        }
+        return self.train.model_copy(update=overrides)
+
+    def mixture(self, spec: MixtureSpec, natural: Mapping[str, float], label: str) -> Mixture:
+        """A MixtureSpec as a Mixture over all domains. natural: training tokens by domain."""
+        if spec == "natural":
+            return Mixture.proportional({n: natural[n] for n in self.domain_names}, label=label)
+        if spec == "uniform":
+            return Mixture.uniform(self.domain_names)
+        return Mixture(dict(spec), label=label).over(self.domain_names, label=label)

@@ -1,0 +1,182 @@
+"""The sections about training: model, parallelism, optimiser, what is trained for how long. Keys are Megatron's own names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_demix.study.section import MixtureSpec, Seconds, Section, Share, Tokens
+
+
+class ModelSpec(Section):
+    """megatron.core TransformerConfig and GPTModel, by Megatron's argument names."""
+
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int | None = Field(None, ge=1)
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    """Default: 4 x hidden_size, or 8/3 of it rounded up to a multiple of 64 with swiglu."""
+    kv_channels: int | None = Field(None, ge=1)
+    max_position_embeddings: int | None = Field(None, ge=1)
+    """Default: train.seq_length."""
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    rotary_base: int = 10000
+    use_rope_scaling: bool = False
+    """Llama 3's scaling of low frequencies, by rope_scaling_factor."""
+    rope_scaling_factor: float = Field(8.0, gt=0)
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    swiglu: bool = True
+    qk_layernorm: bool = False
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    untie_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    make_vocab_size_divisible_by: int = Field(128, ge=1)
+    padded_vocab_size: int | None = Field(None, ge=2)
+    """Rows of the embedding. Default: the tokenizer's ids, rounded up to a multiple of the former."""
+    num_experts: int | None = Field(None, ge=2)
+    moe_router_topk: int = Field(2, ge=1)
+    moe_router_pre_softmax: bool = False
+    moe_ffn_hidden_size: int | None = None
+    moe_aux_loss_coeff: float = 1e-2
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """auto: Transformer Engine where it works, the local layer spec elsewhere."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelSpec:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+            )
+        return self
+
+
+class ParallelSpec(Section):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    data: int = Field(1, ge=1)
+    context: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data * self.context
+
+
+class TrainSpec(Section):
+    """Settings every training run of the study shares, by Megatron's argument names."""
+
+    seq_length: int = Field(ge=8)
+    micro_batch_size: int = Field(1, ge=1)
+    global_batch_size: int = Field(ge=1)
+    """Sequences in one optimiser step."""
+    lr: float = Field(3e-4, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    lr_warmup_fraction: float = Field(0.01, ge=0, lt=1)
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    use_distributed_optimizer: bool = False
+    recompute_granularity: Literal["full"] | None = None
+    save_interval: int = Field(500, ge=1)
+    """Optimiser steps between the checkpoints a killed run resumes from."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """While a run goes on: if the newest turns out damaged, the one before is resumed from. A finished run keeps its last."""
+    loss_spike_factor: float = Field(1.5, gt=1)
+    """A loss above this times its recent median is a spike."""
+    loss_spike_window: int = Field(64, ge=2)
+    """Iterations of that median; before there are as many, nothing counts as a spike. Spikes do not enter it."""
+    loss_spike_patience: int = Field(32, ge=1)
+    """Consecutive spikes after which the run is stopped as diverged. NaN and infinity stop it at once."""
+    log_interval: int = Field(10, ge=1)
+    eval_interval: int | None = Field(None, ge=1)
+    eval_iters: int = Field(4, ge=1)
+    timeout: Seconds = 1800
+    """A collective that waits longer than this has lost a rank: the run is stopped."""
+
+
+class TrainerSpec(Section):
+    """Who trains. Settings of megatron_lm are kept, and not used, while the backend is megatron_core."""
+
+    backend: Literal["megatron_core", "megatron_lm"] = "megatron_core"
+    """megatron_core: this project's trainer. megatron_lm: stock Megatron-LM from `checkout`, which is never changed."""
+    checkout: Path | None = None
+    """Folder of Megatron-LM, relative to the study file."""
+    script: Path = Path("pretrain_gpt.py")
+    """Relative to the checkout; or the absolute path of one of your own that calls Megatron's pretrain()."""
+    args: str = ""
+    """More of Megatron-LM's flags, as on a command line. What the study decides is refused here."""
+
+    @model_validator(mode="after")
+    def _can_start(self) -> TrainerSpec:
+        if self.backend == "megatron_lm" and self.checkout is None:
+            raise ValueError("backend megatron_lm needs `checkout`, the folder of Megatron-LM")
+        return self
+
+    def under(self, root: Path) -> TrainerSpec:
+        """The same with the checkout's path starting at `root`."""
+        return self if self.checkout is None else self.model_copy(update={"checkout": root / self.checkout.expanduser()})
+
+
+class Phase(Section):
+    """One kind of training run; its settings override `train`."""
+
+    tokens: Tokens
+    lr: float | None = Field(None, gt=0)
+    min_lr: float | None = Field(None, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] | None = None
+    lr_warmup_fraction: float | None = Field(None, ge=0, lt=1)
+
+
+class BaseSpec(Phase):
+    tokens: Tokens | None = None  # type: ignore[assignment]
+    mixture: MixtureSpec = "natural"
+    checkpoint: Path | None = None
+    """A Megatron torch_dist checkpoint to start from instead of training a base."""
+    huggingface: Path | None = None
+    """The same with a Hugging Face folder of a supported family, which is made a checkpoint first."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> BaseSpec:
+        if sum(start is not None for start in (self.tokens, self.checkpoint, self.huggingface)) != 1:
+            raise ValueError("base needs one of `tokens` (train one), `checkpoint` and `huggingface` (start from one)")
+        return self
+
+
+class AnchorSpec(Section):
+    mixture: MixtureSpec = "uniform"
+    share: Share = 0.5
+    """Part of every component's data that is the anchor mixture; the rest is its own domain. The paper: 0.5."""
+
+
+class ComponentSpec(Phase):
+    anchor: AnchorSpec = AnchorSpec()
+    maturity_seeds: int = Field(0, ge=0)
+    """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check."""
+
+
+# The options of each merge method (megatron_demix.merge.named). Random drops take the study's seed.
+
+
+class FinalSpec(Phase):
+    init: Literal["base", "scratch"] = "base"
+    baselines: list[Literal["uniform", "natural"]] = ["uniform", "natural"]
+    """Mixtures trained at the same budget, to compare the found one with. Empty: train the found mixture only."""
+    seeds: int = Field(1, ge=1)
+    """Runs of each mixture: how else would one know the noise?"""
+    blend: Literal["view", "materialise"] = "view"
