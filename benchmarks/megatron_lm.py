@@ -5,7 +5,7 @@
   pip install six triton
   python benchmarks/megatron_lm.py CHECKOUT [CHECKOUT ...]
 
-For each checkout it runs tests/end_to_end/test_megatron_lm.py (on a CPU where there is no CUDA device) and notes what came of
+For each checkout it runs tests/end_to_end/test_stock_megatron_lm.py (on a CPU where there is no CUDA device) and notes what came of
 it in benchmarks/results/megatron_lm.json; and the options that each version has in tests/contract/megatron_lm_options.json,
 against which the tests check every option that a study makes. What is noted of other versions stays: 0.18 and newer need Python
 3.12, which megatron-core 0.16 is not made for.
@@ -29,7 +29,7 @@ from megatron_demix.artifact import read_json, write_json
 from megatron_demix.train.megatron_lm.checkout import SUPPORTED, Checkout
 
 ROOT = Path(__file__).parents[1]
-TEST = ROOT / "tests" / "end_to_end" / "test_megatron_lm.py"
+TEST = ROOT / "tests" / "end_to_end" / "test_stock_megatron_lm.py"
 RESULTS = ROOT / "benchmarks" / "results" / "megatron_lm.json"
 OPTIONS = ROOT / "tests" / "contract" / "megatron_lm_options.json"
 

@@ -1,5 +1,5 @@
 """Stock Megatron-LM as the trainer: its command, and what becomes of a run that ends well, early or badly. A stand-in takes the
-place of pretrain_gpt.py; end_to_end/test_megatron_lm.py runs the real one."""
+place of pretrain_gpt.py; end_to_end/test_stock_megatron_lm.py runs the real one."""
 
 from __future__ import annotations
 
