@@ -5,8 +5,8 @@
   pip install six triton
   python benchmarks/megatron_lm.py CHECKOUT [CHECKOUT ...]
 
-For each checkout it runs tests/end_to_end/test_stock_megatron_lm.py (on a CPU where there is no CUDA device) and notes what came
-of it in benchmarks/results/megatron_lm.json; and the options that each version has in tests/contract/megatron_lm_options.json,
+For each checkout it runs tests/end_to_end/test_stock_megatron_lm.py (on a CPU where there is no CUDA device) and notes what
+came of it in benchmarks/results/megatron_lm.json; the options that each version has in tests/contract/megatron_lm_options.json,
 against which the tests check every option that a study makes. What is noted of other versions stays: 0.18 and newer need Python
 3.12, which megatron-core 0.16 is not made for.
 """
