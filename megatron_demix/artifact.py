@@ -67,7 +67,7 @@ def write_atomic(path: Path, text: str | bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _fsync(path.parent)
+            sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -192,7 +192,7 @@ def _seal(folder: Path, key: str, kind: str, settings: Mapping[str, Any]) -> Non
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
     for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
-        _fsync(path)
+        sync_path(path)
     write_json(folder / MANIFEST, {"kind": kind, "key": key, "settings": dict(settings), "files": files})
 
 
@@ -204,11 +204,12 @@ def _rename_into_place(temporary: Path, target: Path, key: str) -> None:
         if not is_done(target, key):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(target.parent)
+    sync_path(target.parent)
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Put a file, or a folder's entries, on stable storage."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.artifact import is_temporary, only_maker, read_json, remove_leftovers, temporary_beside, write_json
+from megatron_demix.artifact import (
+    is_temporary,
+    only_maker,
+    read_json,
+    remove_leftovers,
+    sync_path,
+    temporary_beside,
+    write_json,
+)
 from megatron_demix.checkpoint.common_state import write_common_state
 from megatron_demix.checkpoint.layout import COMMON, TRACKER
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
@@ -163,7 +171,7 @@ class Output:
                 if self._shared and path.is_file() and is_temporary(path):
                     path.unlink()
                 elif path.name not in sizes and not path.name.endswith(_RECORD):
-                    _fsync(path)
+                    sync_path(path)
 
     def publish(self) -> None:
         """Rename into place. Raises OutputExists if something else has appeared there."""
@@ -178,7 +186,7 @@ class Output:
                 if self.target.exists():
                     raise OutputExists(f"{self.target} has appeared meanwhile. Nothing was published.") from e
                 raise
-            _fsync(self.target.parent)
+            sync_path(self.target.parent)
 
     def discard(self) -> None:
         """Remove what this process made; what others finished stays for the next attempt."""
@@ -247,11 +255,3 @@ def _copy(descriptor: int, item: CopiedItem, position: int) -> None:
         if e.errno != errno.EFAULT:
             raise
         raise CorruptInput(f"{item.key!r}: its file has become shorter while it was read. Copy the component again.") from e
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

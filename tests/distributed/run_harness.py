@@ -1,4 +1,4 @@
-"""What each rank of a pipeline runs for test_harness_layouts.py: questions of lm-evaluation-harness to one checkpoint."""
+"""What each rank runs for test_harness_layouts.py: questions of lm-evaluation-harness to one checkpoint."""
 
 import json
 import sys
@@ -46,5 +46,5 @@ def answers(job: TrainJob, parallel: ParallelSpec) -> dict:
 if __name__ == "__main__":
     import os
 
-    found = answers(TrainJob.read(Path(sys.argv[1])), ParallelSpec(pipeline=2))
+    found = answers(TrainJob.read(Path(sys.argv[1])), ParallelSpec(**json.loads(sys.argv[3])))
     Path(sys.argv[2]).with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(found))

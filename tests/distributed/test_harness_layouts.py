@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over a pipeline of two ranks: every rank has the answers of one rank alone."""
+"""lm-evaluation-harness over two ranks: every rank has the answers of one rank alone."""
 
 import json
 import os
@@ -16,7 +16,8 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: t
 SCRIPT = Path(__file__).with_name("run_harness.py")
 
 
-def test_every_rank_has_the_answers_of_one_alone(make_train_job, tmp_path):
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
+def test_every_rank_has_the_answers_of_one_alone(make_train_job, tmp_path, layout):
     from run_harness import answers
 
     job = make_train_job(tmp_path / "model", train_iters=3)
@@ -25,7 +26,7 @@ def test_every_rank_has_the_answers_of_one_alone(make_train_job, tmp_path):
     write_json(tmp_path / "job.json", job.model_dump(mode="json"))
     command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
-        [*command, str(SCRIPT), str(tmp_path / "job.json"), str(tmp_path / "found")],
+        [*command, str(SCRIPT), str(tmp_path / "job.json"), str(tmp_path / "found"), json.dumps(layout)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=180,
         check=True,

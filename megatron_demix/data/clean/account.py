@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import read_json, write_json
+from megatron_demix.artifact import read_json, sync_path, write_json
 from megatron_demix.data.clean.contamination import SUMMARY
 from megatron_demix.data.clean.cuts import CUTS, GOOD_IS_LOW, Grades
 from megatron_demix.data.clean.documents import EXAMPLES, Source
@@ -33,9 +33,9 @@ class Account(PipelineStep):
             return
         write_json(result / MANIFEST, self._account())
         for path in sorted(result.rglob("*"), reverse=True):
-            _fsync(path)
+            sync_path(path)
         os.rename(result, self.output)
-        _fsync(self.output.parent)
+        sync_path(self.output.parent)
 
     def _account(self) -> dict[str, Any]:
         kept, read = self._sum("kept"), self._sum("read")
@@ -92,11 +92,3 @@ def _settings(spec: CleanSpec) -> dict[str, Any]:
     if spec.contamination:
         settings["contamination"]["tasks"] = sorted(spec.contamination.tasks)
     return settings
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
