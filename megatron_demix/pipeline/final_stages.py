@@ -10,7 +10,8 @@ from megatron_demix.artifact import read_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.merging import merge_settings, method_of
-from megatron_demix.pipeline.search_stages import CHOICE, scoring
+from megatron_demix.pipeline.scoring import scoring
+from megatron_demix.pipeline.search_stages import CHOICE
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.study.study import Study

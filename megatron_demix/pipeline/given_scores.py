@@ -10,7 +10,7 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import train_stages
-from megatron_demix.pipeline.search_stages import scoring
+from megatron_demix.pipeline.scoring import scoring
 from megatron_demix.pipeline.stage import Stage
 
 if TYPE_CHECKING:

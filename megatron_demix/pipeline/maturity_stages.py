@@ -14,7 +14,7 @@ from typing import Any
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.merging import merge_settings
-from megatron_demix.pipeline.search_stages import MERGED_CENTROID, TRAINED_CENTROID, scoring
+from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.study.study import Study

@@ -13,7 +13,8 @@ from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
 from megatron_demix.pipeline.maturity_stages import BASE
-from megatron_demix.pipeline.search_stages import CHOICE, FIT, MERGED_CENTROID, MIXTURES
+from megatron_demix.pipeline.scoring import MERGED_CENTROID
+from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
 from megatron_demix.pipeline.stage import Stage
 
 if TYPE_CHECKING:

@@ -1,0 +1,145 @@
+"""Stages that score models: merged or trained proxies of a round, and whatever else is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_demix.artifact import read_json, write_json
+from megatron_demix.mixture import Mixture
+from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.merging import merge_settings
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.task_inputs import ScoredTasks
+from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.study.study import Study
+
+MERGED_CENTROID, TRAINED_CENTROID = "merged", "seed"
+"""Rows of the maturity check's scores: the merged centroid, and (with a number) the ones trained on its mixture."""
+
+
+def proxy_score_of(study: Study) -> Literal["merged", "interpolated", "stack"]:
+    """A trained proxy's score is its own, as a merged one's can be."""
+    return study.search.proxy_score if study.search.proxies == "merged" else "merged"
+
+
+def scores_of_merged(
+    study: Study,
+    number: int,
+    run: Path,
+    tokenizer: Stage,
+    data: Mapping[str, Stage],
+    base: Stage,
+    components: Mapping[str, Stage],
+    tasks: ScoredTasks,
+    proposal: Stage,
+) -> Stage:
+    # The first round also scores the components themselves: as merges, whose weights are one-hot.
+    alone = list(components) if number == 1 and proxy_score_of(study) != "merged" else []
+
+    def models() -> dict[str, Any]:
+        proposed = {m["name"]: m["weights"] for m in read_json(proposal.folder / MIXTURES)}
+        return {
+            "components": {n: c.folder for n, c in components.items()},
+            "mixtures": proposed | {component_row(n): dict(Mixture.one_hot(components, n)) for n in alone},
+            "merge": study.merge,
+            "base": train_stages.checkpoint_of(base),
+            "seed": study.seed,
+        }
+
+    needs = (proposal, base, *components.values())
+    settings = merge_settings(study) | ({"components": True} if alone else {})
+    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", tasks, needs, models, settings)
+
+
+def component_row(component: str) -> str:
+    """A component's name among the proxies of the first round."""
+    return f"component-{component}"
+
+
+def scores_of_trained(
+    study: Study,
+    number: int,
+    run: Path,
+    tokenizer: Stage,
+    data: Mapping[str, Stage],
+    base: Stage,
+    tasks: ScoredTasks,
+    proposal: Stage,
+) -> Stage:
+    trained = [
+        train_stages.proxy(study, f"rounds/{number}/proxy_{entry:03d}", run, tokenizer, data, base, proposal, entry)
+        for entry in range(study.search.rounds[number - 1])
+    ]
+
+    def models() -> dict[str, Any]:
+        names = [m["name"] for m in read_json(proposal.folder / MIXTURES)]
+        return {"checkpoints": {name: stage.folder for name, stage in zip(names, trained, strict=False)}}
+
+    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", tasks, (proposal, *trained), models)
+
+
+def scoring(
+    study: Study,
+    name: str,
+    run: Path,
+    tokenizer: Stage,
+    data: Mapping[str, Stage],
+    split: str,
+    tasks: ScoredTasks,
+    needs: Sequence[Stage],
+    models: Callable[[], dict[str, Any]],
+    merge: Mapping[str, Any] | None = None,
+) -> Stage:
+    """A stage that scores models on one split and on tasks. models: the components, mixtures and checkpoints of its job.
+
+    merge: how mixtures are made, for the key.
+    """
+    domains = list(data) if study.evaluate.losses == "all" else study.evaluate.losses
+    settings = {
+        "split": split,
+        "domains": domains,
+        "tokens_per_domain": study.evaluate.tokens_per_domain,
+        "seq_length": study.train.seq_length,
+        "precision": study.train.precision,
+        **tasks.settings,
+        **({"merge": dict(merge)} if merge else {}),
+    }
+
+    def make(work: Path, part: tuple[int, int] | None = None) -> None:
+        from megatron_demix.data.tokenizer import load_tokenizer
+        from megatron_demix.evaluate.job import SCORES, EvaluateJob
+        from megatron_demix.evaluate.scores import ScoreTable
+
+        scored = models()
+        if not scored.get("mixtures") and not scored.get("checkpoints"):
+            # A round that an earlier one found unnecessary: nothing for the ranks to do.
+            if part is None:
+                ScoreTable([]).write(work / SCORES)
+            return
+        maker = stage.part(part) if part else stage
+        vocabulary = load_tokenizer(tokenizer.folder)
+        job = EvaluateJob(
+            model=study.model,
+            train=study.train,
+            parallel=study.parallel.model_copy(update={"data": study.evaluate.replicas}),
+            vocab_size=vocabulary.vocab_size,
+            token_bytes=vocabulary.token_bytes.tolist(),
+            domains={n: data_stages.prefixes(data[n], split) for n in domains},
+            tokens_per_domain=study.evaluate.tokens_per_domain,
+            tasks=list(tasks.specs),
+            tokenizer=tokenizer.folder,
+            micro_batch_size=study.evaluate.micro_batch_size,
+            part=part,
+            work=work,
+            heartbeat=maker.heartbeat,
+            threads_per_rank=study.launch.threads_per_rank,
+            **scored,
+        )
+        write_json(maker.job, job.model_dump(mode="json"))
+
+    ranks = study.parallel.tensor * study.parallel.pipeline * study.evaluate.replicas
+    all_needs = {s.name: s for s in (*needs, tokenizer, *(data[n] for n in domains))}
+    stage = Stage(name, run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make)
+    return stage
