@@ -67,7 +67,7 @@ class Objective:
         return self._combined([self._term(name, self._surrogates[name].mean(shares_MD)) for name in self.weights])
 
     def measured(self) -> np.ndarray:
-        """value_M of the proxies that the surrogates were fitted on, from their measured scores."""
+        """value_M of the proxies that the surrogates were fitted on, from their measured scores; NaN where one is missing."""
         return self._combined([self._term(name, self._surrogates[name].scores_M) for name in self.weights])
 
     def _combined(self, terms: list[np.ndarray]) -> np.ndarray:
@@ -90,7 +90,7 @@ class Objective:
             return self.weights[name] * self._signs[name] * score_M
         if self._aim == "worst":
             measured_M = self._surrogates[name].scores_M
-            return self._signs[name] * (score_M - measured_M.mean()) / measured_M.std()
+            return self._signs[name] * (score_M - np.nanmean(measured_M)) / np.nanstd(measured_M)
         ranks = np.arange(_RANKED) / (_RANKED - 1)
         return self.weights[name] * np.interp(self._signs[name] * score_M, self._ranked[name], ranks)
 

@@ -25,6 +25,7 @@ _Z90 = 1.6448536269514722
 class Surrogate:
     """A fitted score. `kind` is the family chosen; `members` its weighted regressors (one, unless it is a stack).
 
+    shares_MD, scores_M: of all proxies; a score is NaN where it was not measured, and that proxy had no part in the fit.
     cross_validation: {"rmse", "spearman", "measured_M", "predicted_M", "std_M"}, out of fold and in the score's unit, and
     "kinds": {kind: rmse}, by which `auto` chose: in standard deviations of the score (of its logarithm, if scale says so).
     """
@@ -37,23 +38,30 @@ class Surrogate:
     scale: Scale
     widen: float
     """Factor on the raw standard deviations, from cross-validation."""
+    num_dropped: int = 0
+    """The last columns of shares_MD, of domains that only proxies of an earlier study had: predictions have none of these."""
 
     def mean(self, shares_ND: np.ndarray) -> np.ndarray:
         """The mean of predict alone, for large N."""
-        shares_ND = np.asarray(shares_ND, np.float64)
+        shares_ND = self._with_dropped(shares_ND)
         return self.scale.to_scores(_weighted([(weight, part.mean(shares_ND)) for weight, part in self.members]))
 
     def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean_N and standard deviation_N of the score that would be measured at actual shares_ND, in the score's unit."""
-        shares_ND = np.asarray(shares_ND, np.float64)
+        shares_ND = self._with_dropped(shares_ND)
         predictions = [(weight, *part.predict(shares_ND)) for weight, part in self.members]
         scores_N = self.scale.to_scores(_weighted([(weight, mean_N) for weight, mean_N, _ in predictions]))
         # Members err alike, so their deviations add up rather than average out.
         std_N = _weighted([(weight, std_N) for weight, _, std_N in predictions])
         return scores_N, self.scale.std_of(scores_N, self.widen * std_N)
 
+    def _with_dropped(self, shares_ND: np.ndarray) -> np.ndarray:
+        shares_ND = np.asarray(shares_ND, np.float64)
+        return np.pad(shares_ND, ((0, 0), (0, self.num_dropped))) if self.num_dropped else shares_ND
+
     def refit(self, rows: np.ndarray) -> Surrogate:
         """The same family with the same hyperparameters on other rows (a bootstrap sample) of the same proxies."""
+        rows = rows[np.isfinite(self.scores_M[rows])]
         standard_M = self.scale.to_standard(self.scores_M[rows])
         members = tuple((weight, part.refit(self.shares_MD[rows], standard_M, tune=False)) for weight, part in self.members)
         return replace(self, members=members)
@@ -110,15 +118,28 @@ class _Trial:
 
 
 def fit_surrogate(
-    shares_MD: np.ndarray, scores_M: np.ndarray, kind: str = "auto", *, seed: int = 0, name: str = "score"
+    shares_MD: np.ndarray,
+    scores_M: np.ndarray,
+    kind: str = "auto",
+    *,
+    seed: int = 0,
+    name: str = "score",
+    measured_M: np.ndarray | None = None,
+    num_dropped: int = 0,
 ) -> Surrogate:
     """Fit scores_M of M proxies against their actual shares_MD.
+
+    measured_M: which proxies have this score; the others have no part in the fit. Without it, all must. num_dropped: that many
+    last columns are domains that mixtures to be predicted no longer have.
 
     auto takes the family, or the stack of them, with the least cross-validated error; lightgbm takes part in neither, so that
     the choice does not depend on what is installed. name labels the errors.
     Raises ConfigError (unknown kind), IncompatibleInputs (fewer than 8 proxies, NaN, constant scores, shapes).
     """
-    shares_MD, scores_M = np.asarray(shares_MD, np.float64), np.asarray(scores_M, np.float64)
+    all_shares_MD, all_scores_M = shares_MD, scores_M = np.asarray(shares_MD, np.float64), np.asarray(scores_M, np.float64)
+    if measured_M is not None:
+        all_scores_M = np.where(measured_M, scores_M, np.nan)
+        shares_MD, scores_M = shares_MD[measured_M], scores_M[measured_M]
     _check(shares_MD, scores_M, kind, name)
     scale = Scale.of(scores_M)
     standard_M = scale.to_standard(scores_M)
@@ -143,7 +164,7 @@ def fit_surrogate(
         "kinds": {trial.kind: trial.rmse(standard_M) for trial in trials},
     }
     members = tuple((weight, fitted[part]) for weight, part in chosen.parts)
-    return Surrogate(chosen.kind, members, shares_MD, scores_M, report, scale, widen)
+    return Surrogate(chosen.kind, members, all_shares_MD, all_scores_M, report, scale, widen, num_dropped)
 
 
 def _check(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) -> None:

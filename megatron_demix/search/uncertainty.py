@@ -68,7 +68,8 @@ def optimum_distribution(
 ) -> OptimumDistribution:
     """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew.
 
-    All surrogates must have been fitted on the same proxies, which are resampled together: IncompatibleInputs otherwise.
+    All surrogates must know the same proxies, which are resampled together: IncompatibleInputs otherwise. Proxies that lack
+    the same scores are resampled among themselves, so that a score that few have is not lost in a sample.
     """
     goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
     sizes = {name: len(surrogates[name].scores_M) for name in goal.weights}
@@ -78,10 +79,10 @@ def optimum_distribution(
         )
     pair_2D = space.shares(np.stack([[choice.weights[name] for name in space.domains], space.centre_D]))
     rng = np.random.default_rng(seed)
-    num_proxies = next(iter(sizes.values()))
+    alike = _alike(np.stack([np.isfinite(surrogates[name].scores_M) for name in goal.weights], axis=1))
     optima, regrets, gains = [], [], []
     for b in range(num):
-        again = goal.refit(rng.integers(num_proxies, size=num_proxies))
+        again = goal.refit(np.concatenate([rows[rng.integers(len(rows), size=len(rows))] for rows in alike]))
         weights_MD, values_M = best_candidates(space, again, candidates, seed + b)
         best = np.argsort(values_M, kind="stable")[:top]
         optima.append(space.shares(weights_MD[best].mean(axis=0)))
@@ -89,3 +90,9 @@ def optimum_distribution(
         regrets.append(max(chosen - values_M[best[0]], 0.0))
         gains.append(natural - chosen)
     return OptimumDistribution(space.domains, np.array(optima), np.array(regrets), np.array(gains))
+
+
+def _alike(measured_MS: np.ndarray) -> list[np.ndarray]:
+    """The rows of each pattern of measured scores."""
+    _, pattern_M = np.unique(measured_MS, axis=0, return_inverse=True)
+    return [np.flatnonzero(pattern_M == p) for p in range(pattern_M.max() + 1)]

@@ -169,3 +169,22 @@ def test_noise_widens_the_optimum_and_the_regret(free) -> None:
     }
     with pytest.raises(IncompatibleInputs, match="different numbers of proxies"):
         optimum_distribution(space, mixed, {"code": 1, "math": 1}, choice)
+
+
+@pytest.mark.parametrize("aim", ["mean", "worst", "percentile_rank"])
+def test_proxies_that_lack_a_score_have_no_objective_and_still_count(aim) -> None:
+    """Ten of forty have the loss of math; each sample of the proxies has ten such, too."""
+    space = SearchSpace(NATURAL, Mixture.uniform(NATURAL), 0.1)
+    shares_MD, few_M = space.shares(sample_mixtures(space, 40, 1)), np.arange(40) >= 30
+    values = losses(shares_MD)
+    surrogates = {
+        "code": fit_surrogate(shares_MD, values["code"], "ridge"),
+        "math": fit_surrogate(shares_MD, values["math"], "ridge", measured_M=few_M),
+    }
+    objective = {"code": 1, "math": 1}
+    np.testing.assert_array_equal(np.isfinite(Objective(space, surrogates, objective, aim=aim).measured()), few_M)
+    choice = choose_mixture(space, surrogates, objective, candidates=2000, top=16, aim=aim)
+    assert choice.shares["general"] < 0.1
+    spread = optimum_distribution(space, surrogates, objective, choice, num=10, candidates=1000, top=8, aim=aim)
+    assert np.isfinite(spread.shares_BD).all()
+    assert spread.shares["code"][1] > 0

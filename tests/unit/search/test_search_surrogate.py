@@ -84,6 +84,36 @@ def test_refit_uses_only_the_given_rows() -> None:
     np.testing.assert_allclose(mean_M, scores_M[:30], atol=0.05)
 
 
+def test_a_score_that_some_proxies_lack_is_fitted_on_the_others() -> None:
+    shares_MD = mixtures(40, 1)
+    measured_M = np.arange(40) % 4 > 0
+    scores_M = np.where(measured_M, loss(shares_MD), np.nan)
+    partial = fit_surrogate(shares_MD, scores_M, "ridge", measured_M=measured_M)
+    alone = fit_surrogate(shares_MD[measured_M], scores_M[measured_M], "ridge")
+    np.testing.assert_array_equal(partial.mean(shares_MD), alone.mean(shares_MD))
+    np.testing.assert_array_equal(partial.cross_validation["measured_M"], scores_M[measured_M])
+    np.testing.assert_array_equal(np.isfinite(partial.scores_M), measured_M)
+    np.testing.assert_array_equal(partial.refit(np.arange(40)).mean(shares_MD), alone.refit(np.arange(30)).mean(shares_MD))
+    with pytest.raises(IncompatibleInputs, match="7 proxies are too few"):
+        fit_surrogate(shares_MD, scores_M, measured_M=np.arange(40) < 7)
+
+
+@pytest.mark.parametrize("kind", ["gaussian_process", "quadratic"])
+def test_a_domain_that_was_dropped_is_predicted_at_none_of_it(kind) -> None:
+    """Old proxies have some of a domain that helps; predictions are for mixtures without it."""
+    rng = np.random.default_rng(0)
+    old_MD, new_MD, wanted_MD = (rng.dirichlet(np.ones(n), m) for n, m in ((4, 60), (3, 12), (3, 100)))
+    shares_MD = np.concatenate([np.pad(new_MD, ((0, 0), (0, 1))), old_MD])
+
+    def score(s: np.ndarray) -> np.ndarray:
+        return 2 - s[:, 0] + 2 * s[:, 1] * s[:, 2] - (s[:, 3] if s.shape[1] > 3 else 0)
+
+    surrogate = fit_surrogate(shares_MD, score(shares_MD), kind, num_dropped=1)
+    mean_M, std_M = surrogate.predict(wanted_MD)
+    assert np.abs(mean_M - score(wanted_MD)).max() < 0.1
+    assert std_M.shape == (100,)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
