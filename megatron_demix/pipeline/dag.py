@@ -9,34 +9,27 @@ from pathlib import Path
 
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.pipeline import data_stages, final_stages, maturity_stages, search_stages, train_stages
+from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
-from megatron_demix.pipeline.task_inputs import TaskInputs, task_inputs
+from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study.data import DomainSpec
 from megatron_demix.study.study import Study
 from megatron_demix.train.megatron_lm.checkout import Checkout
 
 
 @dataclass(frozen=True)
-class Dag:
+class Dag(Foundation):
     """Every stage of a study, by role. `all` lists them in an order in which they can run."""
 
-    study: Study
-    run: Path
-    tokenizer: Stage
-    data: dict[str, Stage]
-    base: Stage
-    components: dict[str, Stage]
-    """By domain; empty where the study trains its proxies."""
     rounds: list[search_stages.Round]
     blends: dict[str, Stage]
     finals: dict[str, Stage]
     proxies: Stage | None
     """The found mixture's merged proxy; none where the study trains its proxies."""
     final_scores: Stage
-    tasks: TaskInputs
     maturity: Maturity | None
     """The check that the base branched late enough, where the study asks for it and merges."""
 
@@ -93,15 +86,16 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     digests.save()
     merged = study.search.proxies == "merged"
     components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data} if merged else {}
-    check = merged and study.component.maturity_seeds
-    maturity = maturity_stages.maturity(study, run, tokenizer, data, base, components) if check else None
-    centroid = maturity.scores if maturity else None
-    rounds = search_stages.rounds(study, run, tokenizer, data, base, components, tasks.search, centroid)
+    foundation = Foundation(study, run, tokenizer, data, base, components, tasks)
+    maturity = maturity_stages.maturity(foundation) if merged and study.component.maturity_seeds else None
+    rounds = search_stages.rounds(foundation, maturity.scores if maturity else None)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
     finals = final_stages.finals(study, run, tokenizer, blends, base)
     proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
-    scores = final_stages.scores(study, run, tokenizer, data, tasks.final, base, finals, proxies)
-    return Dag(study, run, tokenizer, data, base, components, rounds, blends, finals, proxies, scores, tasks, maturity)
+    scores = final_stages.scores(foundation, finals, proxies)
+    return Dag(
+        **vars(foundation), rounds=rounds, blends=blends, finals=finals, proxies=proxies, final_scores=scores, maturity=maturity
+    )
 
 
 def _inputs(domain: DomainSpec, root: Path, absent_ok: bool) -> list[Path]:

@@ -9,11 +9,11 @@ from typing import Any
 from megatron_demix.artifact import read_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings, method_of
 from megatron_demix.pipeline.scoring import scoring
 from megatron_demix.pipeline.search_stages import CHOICE
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.study.study import Study
 
 FOUND = "found"
@@ -102,18 +102,11 @@ def proxies(study: Study, run: Path, base: Stage, components: Mapping[str, Stage
     return Stage("merge/proxies", run, merge_settings(study), (choice, base, *components.values()), make)
 
 
-def scores(
-    study: Study,
-    run: Path,
-    tokenizer: Stage,
-    data: Mapping[str, Stage],
-    tasks: ScoredTasks,
-    base: Stage,
-    finals: Mapping[str, Stage],
-    proxies: Stage | None,
-) -> Stage:
+def scores(foundation: Foundation, finals: Mapping[str, Stage], proxies: Stage | None) -> Stage:
     """The final models, the base and the found proxy (where it was merged) on the test split, which nothing before has looked
     at."""
+
+    base = foundation.base
 
     def models() -> dict[str, Any]:
         return {
@@ -125,4 +118,4 @@ def scores(
         }
 
     needs = (base, *([proxies] if proxies else []), *finals.values())
-    return scoring(study, "final/scores", run, tokenizer, data, "test", tasks, needs, models)
+    return scoring(foundation, "final/scores", "test", foundation.tasks.final, needs, models)

@@ -6,18 +6,16 @@ worse than a trained one, and the proxies of the search are wrong in the same wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import train_stages
+from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
-from megatron_demix.study.study import Study
 
 BASE = "base"
 
@@ -30,9 +28,9 @@ class Maturity:
     scores: Stage
 
 
-def maturity(
-    study: Study, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, components: Mapping[str, Stage]
-) -> Maturity:
+def maturity(foundation: Foundation) -> Maturity:
+    study, run, base, components = foundation.study, foundation.run, foundation.base, foundation.components
+    tokenizer, data = foundation.tokenizer, foundation.data
     centroid = Mixture.uniform(data)
     trained = {
         f"{TRAINED_CENTROID}{seed}": train_stages.on_merge_weights(
@@ -54,5 +52,5 @@ def maturity(
     needs = (base, *components.values(), *trained.values())
     # By losses alone: the noise of the comparison is pooled over all scores, which therefore have one unit.
     none = ScoredTasks()
-    scores = scoring(study, "maturity/scores", run, tokenizer, data, "valid", none, needs, models, merge_settings(study))
+    scores = scoring(foundation, "maturity/scores", "valid", none, needs, models, merge_settings(study))
     return Maturity(trained, scores)

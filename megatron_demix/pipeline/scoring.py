@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
@@ -24,17 +25,8 @@ def proxy_score_of(study: Study) -> Literal["merged", "interpolated", "stack"]:
     return study.search.proxy_score if study.search.proxies == "merged" else "merged"
 
 
-def scores_of_merged(
-    study: Study,
-    number: int,
-    run: Path,
-    tokenizer: Stage,
-    data: Mapping[str, Stage],
-    base: Stage,
-    components: Mapping[str, Stage],
-    tasks: ScoredTasks,
-    proposal: Stage,
-) -> Stage:
+def scores_of_merged(foundation: Foundation, number: int, proposal: Stage) -> Stage:
+    study, base, components = foundation.study, foundation.base, foundation.components
     # The first round also scores the components themselves: as merges, whose weights are one-hot.
     alone = list(components) if number == 1 and proxy_score_of(study) != "merged" else []
 
@@ -50,7 +42,7 @@ def scores_of_merged(
 
     needs = (proposal, base, *components.values())
     settings = merge_settings(study) | ({"components": True} if alone else {})
-    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", tasks, needs, models, settings)
+    return scoring(foundation, f"rounds/{number}/scores", "valid", foundation.tasks.search, needs, models, settings)
 
 
 def component_row(component: str) -> str:
@@ -58,18 +50,10 @@ def component_row(component: str) -> str:
     return f"component-{component}"
 
 
-def scores_of_trained(
-    study: Study,
-    number: int,
-    run: Path,
-    tokenizer: Stage,
-    data: Mapping[str, Stage],
-    base: Stage,
-    tasks: ScoredTasks,
-    proposal: Stage,
-) -> Stage:
+def scores_of_trained(foundation: Foundation, number: int, proposal: Stage) -> Stage:
+    study, run, tokenizer, data = foundation.study, foundation.run, foundation.tokenizer, foundation.data
     trained = [
-        train_stages.proxy(study, f"rounds/{number}/proxy_{entry:03d}", run, tokenizer, data, base, proposal, entry)
+        train_stages.proxy(study, f"rounds/{number}/proxy_{entry:03d}", run, tokenizer, data, foundation.base, proposal, entry)
         for entry in range(study.search.rounds[number - 1])
     ]
 
@@ -77,15 +61,12 @@ def scores_of_trained(
         names = [m["name"] for m in read_json(proposal.folder / MIXTURES)]
         return {"checkpoints": {name: stage.folder for name, stage in zip(names, trained, strict=False)}}
 
-    return scoring(study, f"rounds/{number}/scores", run, tokenizer, data, "valid", tasks, (proposal, *trained), models)
+    return scoring(foundation, f"rounds/{number}/scores", "valid", foundation.tasks.search, (proposal, *trained), models)
 
 
 def scoring(
-    study: Study,
+    foundation: Foundation,
     name: str,
-    run: Path,
-    tokenizer: Stage,
-    data: Mapping[str, Stage],
     split: str,
     tasks: ScoredTasks,
     needs: Sequence[Stage],
@@ -96,6 +77,7 @@ def scoring(
 
     merge: how mixtures are made, for the key.
     """
+    study, tokenizer, data = foundation.study, foundation.tokenizer, foundation.data
     domains = list(data) if study.evaluate.losses == "all" else study.evaluate.losses
     settings = {
         "split": split,
@@ -141,5 +123,5 @@ def scoring(
 
     ranks = study.parallel.tensor * study.parallel.pipeline * study.evaluate.replicas
     all_needs = {s.name: s for s in (*needs, tokenizer, *(data[n] for n in domains))}
-    stage = Stage(name, run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make)
+    stage = Stage(name, foundation.run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make)
     return stage

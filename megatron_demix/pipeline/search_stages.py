@@ -10,10 +10,10 @@ from typing import Any
 from megatron_demix.artifact import write_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.scoring import proxy_score_of, scores_of_merged, scores_of_trained
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates, usable_objective
-from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import AnchorSpec
@@ -32,26 +32,16 @@ class Round:
     fit: Stage
 
 
-def rounds(
-    study: Study,
-    run: Path,
-    tokenizer: Stage,
-    data: Mapping[str, Stage],
-    base: Stage,
-    components: Mapping[str, Stage],
-    tasks: ScoredTasks,
-    centroid: Stage | None,
-) -> list[Round]:
-    """components: empty where the study trains its proxies. centroid: scores of the maturity check, for the stack."""
-    proposal = _first_proposal(study, run, data)
+def rounds(foundation: Foundation, centroid: Stage | None) -> list[Round]:
+    """centroid: scores of the maturity check, for the stack."""
+    study = foundation.study
+    proposal = _first_proposal(foundation)
+    score = scores_of_merged if study.search.proxies == "merged" else scores_of_trained
     result: list[Round] = []
     for number, _ in enumerate(study.search.rounds, start=1):
-        if study.search.proxies == "merged":
-            scores = scores_of_merged(study, number, run, tokenizer, data, base, components, tasks, proposal)
-        else:
-            scores = scores_of_trained(study, number, run, tokenizer, data, base, tasks, proposal)
+        scores = score(foundation, number, proposal)
         so_far = [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal]
-        fit = _fit(study, number, run, data, *so_far, centroid if proxy_score_of(study) == "stack" else None)
+        fit = _fit(foundation, number, *so_far, centroid if proxy_score_of(study) == "stack" else None)
         result.append(Round(number, proposal, scores, fit))
         proposal = fit
     return result
@@ -92,7 +82,9 @@ def _space_settings(study: Study) -> dict[str, Any]:
     }
 
 
-def _first_proposal(study: Study, run: Path, data: Mapping[str, Stage]) -> Stage:
+def _first_proposal(foundation: Foundation) -> Stage:
+    study, data = foundation.study, foundation.data
+
     def make(folder: Path) -> None:
         from megatron_demix.search.sample import sample_mixtures
 
@@ -101,7 +93,7 @@ def _first_proposal(study: Study, run: Path, data: Mapping[str, Stage]) -> Stage
         _write_mixtures(folder, 1, space, weights_MD)
 
     settings = {"num": study.search.rounds[0], "design": study.search.design, **_space_settings(study)}
-    return Stage("rounds/1/sample", run, settings, tuple(data.values()), make)
+    return Stage("rounds/1/sample", foundation.run, settings, tuple(data.values()), make)
 
 
 def _write_mixtures(folder: Path, number: int, space: Any, weights_MD: Any) -> None:
@@ -118,15 +110,14 @@ def _write_mixtures(folder: Path, number: int, space: Any, weights_MD: Any) -> N
 
 
 def _fit(
-    study: Study,
+    foundation: Foundation,
     number: int,
-    run: Path,
-    data: Mapping[str, Stage],
     scores: Sequence[Stage],
     proposals: Sequence[Stage],
     centroid: Stage | None,
 ) -> Stage:
     """Fit every score on all rounds so far; then propose the next round's mixtures, or after the last round choose."""
+    study, data = foundation.study, foundation.data
     last, search = number == len(study.search.rounds), study.search
     settings = {
         **search.model_dump(include={"objective", "aim", "surrogate", "candidates"}),
@@ -171,9 +162,8 @@ def _fit(
             _write_mixtures(folder, number + 1, space, proposed_MD)
         write_json(folder / FIT, facts)
 
-    return Stage(
-        f"rounds/{number}/fit", run, settings, (*scores, *proposals, *data.values(), *([centroid] if centroid else [])), make
-    )
+    needs = (*scores, *proposals, *data.values(), *([centroid] if centroid else []))
+    return Stage(f"rounds/{number}/fit", foundation.run, settings, needs, make)
 
 
 def _spread_so_far(

@@ -1,0 +1,26 @@
+"""What a study's search stands on, and what its final runs are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.task_inputs import TaskInputs
+from megatron_demix.study.study import Study
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """Everything that is there before any mixture."""
+
+    study: Study
+    run: Path
+    tokenizer: Stage
+    data: Mapping[str, Stage]
+    """By domain."""
+    base: Stage
+    components: Mapping[str, Stage]
+    """By domain; empty where the study trains its proxies."""
+    tasks: TaskInputs
