@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from megatron_demix.artifact import write_json
+from megatron_demix.evaluate.ensemble import FOLDER, DomainText, Texts, keep
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.evaluate.tasks.suite import Scored, Suite, TextCodec, read_task
 from megatron_demix.evaluate.windows import Windows, read_windows
@@ -55,6 +56,8 @@ class EvaluateJob(BaseModel):
     seed: int = 0
     """Of methods that drop at random."""
     checkpoints: dict[str, Path] = {}
+    keep_tokens: list[str] = []
+    """Models whose every token's probability stays in work/tokens (megatron_demix.evaluate.ensemble)."""
     part: tuple[int, int] | None = None
     """(i, n): only every n-th model from the i-th on, whose rows stay in `work` for the job that scores the rest."""
     work: Path
@@ -112,7 +115,8 @@ def evaluate(
                 parallel = job.parallel.model_copy(update={"sequence_parallel": False}) if suite else job.parallel
                 model = build_model(job.model, job.train, parallel, job.vocab_size, cached=suite is not None)
                 writes = parallel_state.get_model_parallel_group().rank() == 0
-                score = _scorer(job, model, suite, judges=writes)
+                windows = list(_windows(job))
+                score = _scorer(job, model, windows, suite, judges=writes)
                 merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
                 heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
                 rows = job.work / f"rows-{'-of-'.join(map(str, job.part)) if job.part else 'all'}-{replica}.jsonl"
@@ -129,6 +133,8 @@ def evaluate(
                     scored = score()
                     if writes:
                         _say(name, scored)
+                        if name in job.keep_tokens:
+                            keep(job.work / FOLDER, name, _texts(windows, suite), scored.token_nats)
                         with open(rows, "a") as file:
                             # The leading newline ends a line that a kill cut short.
                             row = {"model": name, "scores": scored.scores, "notes": scored.notes}
@@ -173,22 +179,29 @@ def _say(model: str, scored: Scored) -> None:
             )
 
 
-def _scorer(job: EvaluateJob, model: Any, suite: Suite | None, *, judges: bool) -> Callable[[], Scored]:
-    """What scores the model as it is at the time."""
+def _scorer(
+    job: EvaluateJob, model: Any, windows: Sequence[Windows], suite: Suite | None, *, judges: bool
+) -> Callable[[], Scored]:
+    """What scores the model as it is at the time. Its tokens are those of domains, then those of tasks."""
     from megatron_demix.evaluate.live import LiveModel
-    from megatron_demix.evaluate.loss import bits_per_byte
+    from megatron_demix.evaluate.loss import bits_per_byte, token_nats
 
-    windows = list(_windows(job))
     live = LiveModel(model, vocab_size=job.vocab_size, max_tokens=job.max_tokens) if suite else None
 
     def score() -> Scored:
-        losses = {w.name: bits_per_byte(model, w, micro_batch_size=job.micro_batch_size) for w in windows}
+        nats = {w.name: token_nats(model, w, micro_batch_size=job.micro_batch_size) for w in windows}
+        losses = {w.name: bits_per_byte(nats[w.name], w) for w in windows}
         if suite is None or live is None:
-            return Scored(losses)
+            return Scored(losses, token_nats=[*nats.values()])
         scored = suite.score(live, batch_tokens=job.micro_batch_size * job.train.seq_length, judges=judges)
-        return Scored(losses | scored.scores, scored.notes)
+        return Scored(losses | scored.scores, scored.notes, [*nats.values(), *scored.token_nats])
 
     return score
+
+
+def _texts(windows: Sequence[Windows], suite: Suite | None) -> Texts:
+    domains = {w.name: DomainText(w.tokens.shape[0], w.tokens.shape[1] - 1, w.target_bytes) for w in windows}
+    return Texts(domains, suite.texts if suite else {})
 
 
 def _windows(job: EvaluateJob) -> Iterator[Windows]:

@@ -35,12 +35,17 @@ class Request:
         return cls(tuple(context)[-(max_tokens + 1 - len(continuation)) :], continuation)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Likelihood:
-    """nats: -log p of the whole continuation. greedy: every token of it was the most probable one."""
+    """token_nats: float32, -log p of each token of the continuation. greedy: every one was the most probable one."""
 
-    nats: float
+    token_nats: np.ndarray
     greedy: bool
+
+    @property
+    def nats(self) -> float:
+        """-log p of the whole continuation."""
+        return float(self.token_nats.sum(dtype=np.float64))
 
 
 def likelihoods(model: LiveModel, requests: Sequence[Request], *, batch_tokens: int) -> list[Likelihood]:
@@ -48,9 +53,11 @@ def likelihoods(model: LiveModel, requests: Sequence[Request], *, batch_tokens: 
 
     Contexts are sorted by length. What all of them begin with (worked examples) is run once; then, batch by batch, as much of
     each distinct context as the shortest one has, once for all its continuations; then the rest, filled up at the right.
-    Losses are float32 as the model computes them and are added in float64.
+    Losses are float32 as the model computes them.
     """
-    results = torch.zeros(len(requests), 2, dtype=torch.float64, device=model.device)
+    ends = np.cumsum([len(request.continuation) for request in requests])
+    nats_T = torch.zeros(int(ends[-1]) if requests else 0, dtype=torch.float32, device=model.device)
+    greedy_T = torch.zeros(len(nats_T), dtype=torch.uint8, device=model.device)
     if requests:
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, request in enumerate(requests):
@@ -58,9 +65,11 @@ def likelihoods(model: LiveModel, requests: Sequence[Request], *, batch_tokens: 
         contexts = sorted(by_context, key=lambda c: (len(c), c))
         start = common_start(model, contexts)
         for batch in _batches(contexts, by_context, requests, batch_tokens):
-            _score(model, start, batch, by_context, requests, results)
-        model.shared(results)
-    return [Likelihood(nats, bool(greedy)) for nats, greedy in results.tolist()]
+            _score(model, start, batch, by_context, requests, ends, nats_T, greedy_T)
+        model.shared(nats_T)
+        model.shared(greedy_T)
+    nats, greedy = (np.split(values.cpu().numpy(), ends[:-1]) for values in (nats_T, greedy_T))
+    return [Likelihood(n, bool(g.all())) for n, g in zip(nats, greedy, strict=True)] if requests else []
 
 
 def common_start(model: LiveModel, contexts: Sequence[tuple[int, ...]]) -> Cache:
@@ -107,9 +116,11 @@ def _score(
     batch: list[tuple[int, ...]],
     by_context: dict[tuple[int, ...], list[int]],
     requests: Sequence[Request],
-    results: torch.Tensor,
+    ends: np.ndarray,
+    nats_T: torch.Tensor,
+    greedy_T: torch.Tensor,
 ) -> None:
-    """Fill in results[i] (nats, greedy) of the batch's requests, on the last pipeline stage."""
+    """Fill in the tokens of the batch's requests, on the last pipeline stage. Those of request i end before ends[i]."""
     rows = [(row, i) for row, context in enumerate(batch) for i in by_context[context]]
     lengths = [len(requests[i].context) + len(requests[i].continuation) - 1 for _, i in rows]
     cache, source = start, torch.zeros(len(rows), dtype=torch.int64)
@@ -129,8 +140,7 @@ def _score(
     row_of, position = torch.tensor(places, device=model.device).T
     targets = np.concatenate([requests[i].continuation for _, i in rows])
     nats, greedy = model.judge(hidden[position, row_of], targets)
-    of = torch.tensor([i for _, i in rows], device=model.device)
-    totals = torch.zeros(len(rows), 2, dtype=torch.float64, device=model.device)
-    totals.index_add_(0, row_of, torch.stack([nats.double(), (~greedy).double()], dim=1))
-    totals[:, 1] = (totals[:, 1] == 0).double()
-    results[of] = totals
+    spans = [np.arange(ends[i] - len(requests[i].continuation), ends[i]) for _, i in rows]
+    at = torch.from_numpy(np.concatenate(spans)).to(model.device)
+    nats_T[at] = nats
+    greedy_T[at] = greedy.to(greedy_T.dtype)

@@ -6,31 +6,36 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_demix.evaluate.windows import Windows
 
 
-def bits_per_byte(model: torch.nn.Module, windows: Windows, *, micro_batch_size: int) -> float:
-    """Sum of -log2 p(target) over all targets, divided by the bytes they stand for.
+def token_nats(model: torch.nn.Module, windows: Windows, *, micro_batch_size: int) -> np.ndarray:
+    """-log p of every target, float32 [num_targets], window by window.
 
-    Called by every rank of one model-parallel group with its own pipeline stage; every rank returns the same number. Per-token
-    losses are float32 as the model computes them and are added in float64, in window order.
+    Called by every rank of one model-parallel group with its own pipeline stage; every rank returns the same numbers.
     """
     from megatron.core import parallel_state
 
-    total_nats = _sum_of_losses(model, windows, micro_batch_size)
+    losses = _losses(model, windows, micro_batch_size)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
-            total_nats,
+            losses,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return total_nats.item() / math.log(2) / windows.target_bytes
+    return losses.cpu().numpy()
 
 
-def _sum_of_losses(model: torch.nn.Module, windows: Windows, micro_batch_size: int) -> torch.Tensor:
-    """float64 scalar; only meaningful on the last pipeline stage."""
+def bits_per_byte(nats_T: np.ndarray, windows: Windows) -> float:
+    """Sum of -log2 p(target) over all targets, added in float64, divided by the bytes they stand for."""
+    return float(nats_T.sum(dtype=np.float64)) / math.log(2) / windows.target_bytes
+
+
+def _losses(model: torch.nn.Module, windows: Windows, micro_batch_size: int) -> torch.Tensor:
+    """float32 [num_targets]; only meaningful on the last pipeline stage."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -38,24 +43,23 @@ def _sum_of_losses(model: torch.nn.Module, windows: Windows, micro_batch_size: i
     tokens = torch.from_numpy(windows.tokens)
     num_windows, seq_length = tokens.shape[0], tokens.shape[1] - 1
     micro_batch_size = min(micro_batch_size, num_windows)
-    # The schedules want equal micro-batches: the last one is filled up with repeats, whose losses are masked out.
+    # The schedules want equal micro-batches: the last one is filled up with repeats, whose losses are left out.
     num_micro_batches = -(-num_windows // micro_batch_size)
     rows = torch.arange(num_micro_batches * micro_batch_size).clamp(max=num_windows - 1).view(num_micro_batches, -1)
-    counted = (torch.arange(rows.numel()) < num_windows).view(num_micro_batches, -1, 1).to(device)
     positions = torch.arange(seq_length, device=device).expand(micro_batch_size, -1)
-    sums: list[torch.Tensor] = []
+    losses_of: list[torch.Tensor] = []
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches() -> Iterator[torch.Tensor]:
         for i in range(num_micro_batches):
-            yield tokens[rows[i]].to(device), counted[i]
+            yield tokens[rows[i]].to(device)
 
     def forward_step(iterator: Iterator[Any], stage: torch.nn.Module):
-        batch, mask = next(iterator)
+        batch = next(iterator)
         # No attention mask: causal masking is part of the layer spec (AttnMaskType.causal).
         output = stage(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous())
 
         def collect(losses: torch.Tensor):
-            sums.append((losses.double() * mask).sum())
+            losses_of.append(losses.float())
             return losses.new_zeros(()), {}
 
         return output, collect
@@ -64,9 +68,8 @@ def _sum_of_losses(model: torch.nn.Module, windows: Windows, micro_batch_size: i
     model.eval()
     with torch.inference_mode():
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            for batch, mask in batches():
-                losses = model(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous())
-                sums.append((losses.double() * mask).sum())
+            for batch in batches():
+                losses_of.append(model(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous()).float())
         else:
             get_forward_backward_func()(
                 forward_step_func=forward_step,
@@ -78,4 +81,6 @@ def _sum_of_losses(model: torch.nn.Module, windows: Windows, micro_batch_size: i
                 forward_only=True,
             )
     model.train(was_training)
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=device)
+    if not losses_of:
+        return torch.empty(windows.num_targets, dtype=torch.float32, device=device)
+    return torch.cat(losses_of)[:num_windows].flatten()

@@ -16,6 +16,7 @@ from task_files import write_all, write_lines
 
 from megatron_demix.artifact import write_json
 from megatron_demix.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_demix.evaluate.ensemble import Ensemble
 from megatron_demix.evaluate.job import EvaluateJob, evaluate
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.evaluate.windows import read_windows
@@ -75,6 +76,7 @@ def parts(tmp_path_factory, make_train_job, byte_corpus):
         micro_batch_size=4,
         components=components,
         mixtures=MIXTURES,
+        keep_tokens=["skewed", "component_a"],
         checkpoints={f"disk_{name}": folder / "proxies" / name for name in MIXTURES} | {"component_a": components["a"]},
         work=folder / "scores",
     )
@@ -96,6 +98,16 @@ def test_memory_and_disk_are_the_same_model(reference):
         assert reference[name] == reference[f"disk_{name}"]
     assert reference["only_a"] == reference["component_a"]
     assert len({tuple(reference[name].values()) for name in MIXTURES}) == 3
+
+
+def test_an_ensemble_of_one_is_that_model(parts, reference):
+    _, job = parts
+    found = Ensemble(job.work / "tokens", job.keep_tokens).scores(np.eye(2))
+    assert set(found) == set(reference["skewed"]) - {"writes/pass@1"}
+    for m, name in enumerate(job.keep_tokens):
+        assert {score: values[m] for score, values in found.items()} == pytest.approx(
+            {score: reference[name][score] for score in found}, rel=1e-12
+        )
 
 
 def test_tasks_are_columns_of_the_table(parts, reference):
@@ -168,6 +180,11 @@ def test_every_layout_scores_alike(parts, reference, layout):
     for model, row in rows.items():
         assert row == pytest.approx(reference[model], rel=2e-6), model
     assert not list(work.glob("rows-*"))
+    # Every token's probability, too.
+    assert (work / "tokens" / "texts.json").read_text() == (job.work / "tokens" / "texts.json").read_text()
+    for name in job.keep_tokens:
+        tokens, expected = (np.load(at / "tokens" / f"{name}.npy") for at in (work, job.work))
+        assert tokens == pytest.approx(expected, rel=2e-4, abs=2e-5)
 
 
 def test_ranks_end_with_the_error_s_code(parts):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.evaluate.ensemble import TaskText
 from megatron_demix.evaluate.scores import Score
 from megatron_demix.evaluate.tasks.answers import Judge, Judgement
+from megatron_demix.evaluate.tasks.choices import Choices
 from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
 from megatron_demix.evaluate.tasks.records import find_files, read_records
 from megatron_demix.study.search import TaskSpec
@@ -93,10 +95,12 @@ def read_task(spec: TaskSpec, split: str) -> Task:
 
 @dataclass
 class Scored:
-    """One model's scores by name, and what should be known about them, by task."""
+    """One model's scores by name; what should be known about them, by task; and -log p of each scored token, float32: of each
+    domain, then of all answers of each task that has likelihoods."""
 
     scores: dict[str, float] = field(default_factory=dict)
     notes: dict[str, dict[str, int]] = field(default_factory=dict)
+    token_nats: list[np.ndarray] = field(default_factory=list)
 
 
 class Suite:
@@ -119,6 +123,15 @@ class Suite:
             for name, score in names.items()
         ]
 
+    @property
+    def texts(self) -> dict[str, TaskText]:
+        """Of each task that has likelihoods, what they are of."""
+        found = {}
+        for task in self._tasks:
+            if decided := {score: name for name, score in task.spec.score_names.items() if score not in _GENERATED}:
+                found[task.spec.name] = TaskText(np.array(task.answer_tokens), task.choices, decided)
+        return found
+
     def score(self, model: LiveModel, *, batch_tokens: int, judges: bool = True) -> Scored:
         """Called by every rank of a model-parallel group. judges: whether this rank judges the generated answers; the others,
         which have them too, get no scores of these."""
@@ -128,7 +141,9 @@ class Suite:
             notes = {"items": len(task.items), "cut": 0}
             measured: dict[str, float] = {}
             if wanted - _GENERATED:
-                measured |= task.likelihood_scores(model, batch_tokens, notes)
+                found = task.likelihoods(model, batch_tokens, notes)
+                result.token_nats.append(np.concatenate([m.token_nats for m in found]))
+                measured |= task.choices.scores(np.array([m.nats for m in found]))
             if wanted & _GENERATED:
                 right = task.share_right(model, batch_tokens, notes, judges=judges)
                 measured |= dict.fromkeys(_GENERATED, right)
@@ -195,30 +210,34 @@ class _EncodedTask:
         notes["stopped"] = sum(judgement.stopped for judgement in judged)
         return sum(judgement.right for judgement in judged) / len(judged)
 
-    def likelihood_scores(self, model: LiveModel, batch_tokens: int, notes: dict[str, int]) -> dict[str, float]:
-        """Adds to the notes how many texts are longer than what the model reads; their beginning is left out."""
+    def likelihoods(self, model: LiveModel, batch_tokens: int, notes: dict[str, int]) -> list[Likelihood]:
+        """Of all answers. Adds to the notes how many texts are too long for the model; their beginning is left out."""
         from megatron_demix.evaluate.likelihood import likelihoods
 
         notes["cut"] += self._requests[1]
-        found = likelihoods(model, self._requests[0], batch_tokens=batch_tokens)
-        right = right_by_byte = 0
-        gold_nats = gold_bytes = 0.0
-        begin = 0
-        for item in self.items:
-            options = self._options(item)
-            mine: list[Likelihood] = found[begin : begin + len(options)]
-            begin += len(options)
-            gold = item.gold if len(options) > 1 else 0
-            lengths = [max(len(answer.encode()), 1) for answer in item.answers]
-            right += int(np.argmin([m.nats for m in mine])) == gold
-            right_by_byte += int(np.argmin([m.nats / n for m, n in zip(mine, lengths, strict=False)])) == gold
-            gold_nats += mine[gold].nats
-            gold_bytes += len(options[gold][1].encode())
-        return {
-            "acc": right / len(self.items),
-            "acc_norm": right_by_byte / len(self.items),
-            "bits_per_byte": gold_nats / math.log(2) / gold_bytes,
-        }
+        return likelihoods(model, self._requests[0], batch_tokens=batch_tokens)
+
+    @cached_property
+    def choices(self) -> Choices:
+        """Of the answers whose likelihoods are taken."""
+        options = [self._options(item) for item in self.items]
+        gold = [item.gold if len(mine) > 1 else 0 for item, mine in zip(self.items, options, strict=True)]
+        answer_bytes = [
+            max(len(answer.encode()), 1)
+            for item, mine in zip(self.items, options, strict=True)
+            for answer in item.answers[: len(mine)]
+        ]
+        return Choices(
+            num_options_I=np.array([len(mine) for mine in options]),
+            gold_I=np.array(gold),
+            answer_bytes_R=np.array(answer_bytes),
+            gold_bytes=sum(len(mine[g][1].encode()) for mine, g in zip(options, gold, strict=True)),
+        )
+
+    @property
+    def answer_tokens(self) -> list[int]:
+        """[R] tokens of each answer whose likelihood is taken."""
+        return [len(request.continuation) for request in self._requests[0]]
 
 
 def encode_pairs(codec: TextCodec, pairs: Sequence[tuple[str, str]], max_tokens: int) -> tuple[list[Request], int]:

@@ -23,8 +23,8 @@ def plain(live, request: Request) -> Likelihood:
     with torch.no_grad():
         logits = live.stage(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None)[0, :, :VOCABULARY].double()
     scored, targets = logits[len(request.context) - 1 :], tokens[0, len(request.context) :]
-    nats = -scored.log_softmax(-1).gather(-1, targets[:, None]).sum().item()
-    return Likelihood(nats, bool((scored.argmax(-1) == targets).all()))
+    nats = -scored.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return Likelihood(nats.numpy(), bool((scored.argmax(-1) == targets).all()))
 
 
 def requests_of(seed: int, *, shared: int) -> list[Request]:
@@ -51,6 +51,7 @@ def test_against_plain_forward_passes(live, shared):
         for request, measured in zip(requests, found, strict=True):
             expected = plain(live, request)
             assert measured.nats == pytest.approx(expected.nats, rel=2e-5)
+            assert measured.token_nats == pytest.approx(expected.token_nats, rel=1e-4, abs=1e-5)
             assert measured.greedy == expected.greedy
         assert found[-1].greedy
 
