@@ -67,13 +67,14 @@ DeltaSum::DeltaSum(const DeltaRules& rules, const Kernels& kernels)
     : rules_(rules), kernels_(kernels), loops_(delta_kernels(kernels.isa)), rows_(kernels) {}
 
 void DeltaSum::operator()(int s, const WeightSet& set, DType in, DType out, const std::vector<const char*>& views, std::int64_t index,
-                          const std::vector<char*>& outs, std::size_t count, bool streamed) {
+                          const std::vector<char*>& outs, std::size_t count, bool past_cache) {
     const std::size_t num_parts = views.size() - 1, in_size = item_size(in), out_size = item_size(out);
     float* const floats = floats_.get((num_parts + 4) * step);
     deltas_.assign(num_parts, nullptr);
     base_ = floats + num_parts * step;
-    for (std::size_t i = 0; i < count; i += step) {
-        const std::size_t n = std::min(step, count - i);
+    const std::size_t head = past_cache ? unaligned_head(outs, out_size, count) : count;
+    for (std::size_t i = 0, n; i < count; i += n) {
+        n = std::min(step, (i < head ? head : count) - i);
         kernels_.widen[int(in)](views[num_parts] + i * in_size, base_, n);
         for (const int k : set.read) {
             if (k == int(num_parts)) continue;
@@ -84,12 +85,8 @@ void DeltaSum::operator()(int s, const WeightSet& set, DType in, DType out, cons
             deltas_[k] = d;
         }
         for (const Block& b : set.blocks)
-            for (int r = 0; r < b.count; ++r) {
-                char* const to = outs[b.first + r] + i * out_size;
-                char* const dst = streamed ? result_.get(step * 4) : to;
-                mix(b, b.weights.data() + std::size_t(r) * b.sources.size(), out, dst, n);
-                if (streamed) kernels_.stream_copy(to, dst, n * out_size);
-            }
+            for (int r = 0; r < b.count; ++r)
+                mix(b, b.weights.data() + std::size_t(r) * b.sources.size(), out, outs[b.first + r] + i * out_size, n, i >= head);
     }
 }
 
@@ -153,7 +150,7 @@ void DeltaSum::rank_row(int s, int k, std::int64_t row) {
     ranks.set = s, ranks.row = row;
 }
 
-void DeltaSum::mix(const Block& b, const float* weights, DType out, char* dst, std::size_t n) {
+void DeltaSum::mix(const Block& b, const float* weights, DType out, char* dst, std::size_t n, bool past_cache) {
     float* const sum = base_ + step;
     const int num_parts = int(deltas_.size());
     terms_.clear(), weights_.clear();
@@ -163,7 +160,7 @@ void DeltaSum::mix(const Block& b, const float* weights, DType out, char* dst, s
         std::memset(sum, 0, n * sizeof(float));
     } else if (!rules_.elect) {
         void* const to_sum[] = {sum};
-        kernels_.one_row[int(DType::f32)][int(DType::f32)](terms_.data(), weights_.data(), int(terms_.size()), to_sum, n);
+        kernels_.one_row[int(DType::f32)][int(DType::f32)](terms_.data(), weights_.data(), int(terms_.size()), to_sum, n, false);
     } else {
         float *const total = sum + step, *const used = total + step;
         std::memset(sum, 0, 3 * step * sizeof(float));
@@ -175,7 +172,7 @@ void DeltaSum::mix(const Block& b, const float* weights, DType out, char* dst, s
     const void* const sources[] = {base_, sum};
     const float scales[] = {1.0f, rules_.scale};
     void* const to[] = {dst};
-    kernels_.one_row[int(DType::f32)][int(out)](sources, scales, 2, to, n);
+    kernels_.one_row[int(DType::f32)][int(out)](sources, scales, 2, to, n, past_cache);
 }
 
 }  // namespace demix

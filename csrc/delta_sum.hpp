@@ -44,7 +44,7 @@ public:
 
     // As MixtureSum; s, index: the weight set's number, and that of the first element.
     void operator()(int s, const WeightSet& set, DType in, DType out, const std::vector<const char*>& views, std::int64_t index,
-                    const std::vector<char*>& outs, std::size_t count, bool streamed);
+                    const std::vector<char*>& outs, std::size_t count, bool past_cache);
 
 private:
     void thin(int s, int k, std::int64_t index, float* d, std::size_t n);
@@ -52,14 +52,13 @@ private:
     void rank_row(int s, int k, std::int64_t row);
     void tabulate(std::int64_t columns);
     // weights: those of the block's sources for one of its mixtures
-    void mix(const Block& b, const float* weights, DType out, char* dst, std::size_t n);
+    void mix(const Block& b, const float* weights, DType out, char* dst, std::size_t n, bool past_cache);
 
     const DeltaRules& rules_;
     const Kernels& kernels_;
     const DeltaKernels& loops_;
     RowReader rows_;
     Buffer<float> floats_;  // [K + 4][step]: the deltas, the base, and three sums
-    Buffer<char> result_;
     float* base_ = nullptr;
     std::vector<const float*> deltas_;  // [K]
     std::vector<const void*> terms_;

@@ -12,7 +12,10 @@ namespace demix {
 // addresses of any alignment.
 // Accumulates in float32 with fused multiply-adds in the order of k (the first term is a product, so that -0 survives) and
 // rounds once, to nearest even; NaN results are the canonical quiet NaN. Every instruction set gives the same bits.
-using WeightedSum = void (*)(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n);
+// past_cache: results that nobody reads soon are written past the caches, where each would cost a read of the line it overwrites;
+// all dsts are multiples of 64, and the thread must call stream_fence() (merge_write.hpp) before others may look.
+using WeightedSum = void (*)(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
+                             bool past_cache);
 
 // Results that are summed together: each source element is loaded once for all of them, and they stay in registers.
 inline constexpr int row_block = 4;
@@ -20,15 +23,10 @@ inline constexpr int row_block = 4;
 // dst[i] = float32(src[i])
 using Widen = void (*)(const void* src, float* dst, std::size_t n);
 
-// memcpy past the caches: results that nobody reads soon would otherwise cost a read of the line they overwrite. The thread must
-// call stream_fence() (merge_write.hpp) before others may look.
-using StreamCopy = void (*)(char* to, const char* from, std::size_t n);
-
 struct Kernels {
     const char* isa;
     WeightedSum one_row[3][3], row_block[3][3];  // [in][out], by DType
     Widen widen[3];
-    StreamCopy stream_copy;
 };
 
 // A kernel for every pair of types, as Kernels holds them. `using D = DType` must be in force.

@@ -16,15 +16,17 @@ namespace {
 struct V {
     static constexpr std::size_t lanes = 8;
     static constexpr int columns = 2;
+    static constexpr bool converts_pairs = false;
     using Float = __m256;
 
     INLINE Float splat(float f) { return _mm256_set1_ps(f); }
     INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
     INLINE void store_raw(float* dst, std::size_t i, Float f) { _mm256_storeu_ps(dst + i, f); }
-    INLINE void stream(char* to, const char* from) {
-        for (int half = 0; half < 64; half += 32)
-            _mm256_stream_si256(reinterpret_cast<__m256i*>(to + half), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half)));
+    template <bool PastCache>
+    INLINE void store_half(char* at, __m128i h) {
+        if constexpr (PastCache) _mm_stream_si128(reinterpret_cast<__m128i*>(at), h);
+        else _mm_storeu_si128(reinterpret_cast<__m128i*>(at), h);
     }
 
     template <DType In>
@@ -36,14 +38,8 @@ struct V {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
     }
 
-    template <DType Out, int Columns>
-    INLINE void store(void* base, std::size_t i, const Float (&sums)[Columns]) {
-#pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) store_one<Out>(base, i + c * lanes, sums[c]);
-    }
-
-    template <DType Out>
-    INLINE void store_one(void* base, std::size_t i, Float f) {
+    template <DType Out, bool PastCache>
+    INLINE void store(void* base, std::size_t i, Float f) {
         char* at = static_cast<char*>(base) + item_size(Out) * i;
         const __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
         if constexpr (Out == DType::bf16) {
@@ -53,13 +49,15 @@ struct V {
             __m256i h = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
             h = _mm256_blendv_epi8(h, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
             const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0b1000);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_castsi256_si128(packed));
+            store_half<PastCache>(at, _mm256_castsi256_si128(packed));
         } else {
             f = _mm256_blendv_ps(f, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
-            if constexpr (Out == DType::f32) {
-                _mm256_storeu_ps(reinterpret_cast<float*>(at), f);
+            if constexpr (Out == DType::f16) {
+                store_half<PastCache>(at, _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+            } else if constexpr (PastCache) {
+                _mm256_stream_ps(reinterpret_cast<float*>(at), f);
             } else {
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+                _mm256_storeu_ps(reinterpret_cast<float*>(at), f);
             }
         }
     }

@@ -10,7 +10,11 @@ struct V {
     INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     INLINE void store_raw(float* dst, std::size_t i, Float f) { _mm512_storeu_ps(dst + i, f); }
-    INLINE void stream(char* to, const char* from) { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from)); }
+    template <bool PastCache>
+    INLINE void store_half(char* at, __m256i h) {
+        if constexpr (PastCache) _mm256_stream_si256(reinterpret_cast<__m256i*>(at), h);
+        else _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), h);
+    }
 
     template <DType In>
     INLINE Float load(const void* base, std::size_t i) {
@@ -21,29 +25,47 @@ struct V {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
     }
 
-    template <DType Out, int Columns>
-    INLINE void store(void* base, std::size_t i, const Float (&sums)[Columns]) {
 #if defined(DEMIX_AVX512_BF16)
-        if constexpr (Out == DType::bf16) {
-            // The processor's own convert rounds to nearest even, too, but flushes denormals and keeps a NaN's payload.
-            __mmask16 special = 0;
-#pragma GCC unroll 8
-            for (int c = 0; c < Columns; ++c) special |= _mm512_fpclass_ps_mask(sums[c], 0x01 | 0x20 | 0x80);
-            if (__builtin_expect(special == 0, 1)) {
-                char* at = static_cast<char*>(base) + 2 * i;
-#pragma GCC unroll 8
-                for (int c = 0; c < Columns; ++c)
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 32 * c), (__m256i)_mm512_cvtneps_pbh(sums[c]));
-                return;
-            }
-        }
-#endif
-#pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) store_one<Out>(base, i + c * lanes, sums[c]);
-    }
+    static constexpr bool converts_pairs = true;
 
-    template <DType Out>
-    INLINE void store_one(void* base, std::size_t i, Float f) {
+    // The processor's convert to bf16 rounds to nearest even, but takes denormals for zeros and keeps a NaN's payload. Adding up what
+    // is converted finds both: the sum is NaN if a number was, and a denormal operand raises a flag. Additions have pipelines of
+    // their own beside the multiply-adds, so that they cost next to nothing.
+    struct Watch {
+        Float sums[2];
+
+        INLINE Watch begin() { return {{_mm512_setzero_ps(), _mm512_setzero_ps()}}; }
+
+        INLINE void see(Watch& watch, Float a, Float b) {
+            watch.sums[0] = _mm512_add_ps(watch.sums[0], a);
+            watch.sums[1] = _mm512_add_ps(watch.sums[1], b);
+        }
+
+        // Also true where the flag was raised before, or cannot be; takes it down. An infinite sum may be NaN as well.
+        INLINE bool saw(const Watch& watch) {
+            Float all = _mm512_add_ps(watch.sums[0], watch.sums[1]);
+            asm volatile("" : "+v"(all));  // the flag is read after the additions
+            const unsigned raised = _mm_getcsr() & (_MM_EXCEPT_DENORM | denormals_are_zeros);
+            if (raised) _mm_setcsr(_mm_getcsr() & ~unsigned(_MM_EXCEPT_DENORM));
+            return raised || _mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q);
+        }
+
+        static constexpr unsigned denormals_are_zeros = 0x40;
+    };
+
+    template <bool PastCache>
+    INLINE void store_pair(void* base, std::size_t i, Float low, Float high) {
+        char* at = static_cast<char*>(base) + 2 * i;
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        if constexpr (PastCache) _mm512_stream_si512(reinterpret_cast<__m512i*>(at), both);
+        else _mm512_storeu_si512(at, both);
+    }
+#else
+    static constexpr bool converts_pairs = false;
+#endif
+
+    template <DType Out, bool PastCache>
+    INLINE void store(void* base, std::size_t i, Float f) {
         char* at = static_cast<char*>(base) + item_size(Out) * i;
         const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
         if constexpr (Out == DType::bf16) {
@@ -52,13 +74,15 @@ struct V {
             const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
             __m512i h = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
             h = _mm512_mask_mov_epi32(h, nan, _mm512_set1_epi32(0x7fc0));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16(h));
+            store_half<PastCache>(at, _mm512_cvtepi32_epi16(h));
         } else {
             f = _mm512_mask_mov_ps(f, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
-            if constexpr (Out == DType::f32) {
-                _mm512_storeu_ps(at, f);
+            if constexpr (Out == DType::f16) {
+                store_half<PastCache>(at, _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+            } else if constexpr (PastCache) {
+                _mm512_stream_ps(reinterpret_cast<float*>(at), f);
             } else {
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+                _mm512_storeu_ps(at, f);
             }
         }
     }

@@ -1,6 +1,5 @@
 // The portable kernels, and the choice between instruction sets.
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 #include "kernels.hpp"
@@ -9,7 +8,8 @@ namespace demix {
 namespace {
 
 template <DType In, DType Out, int Rows>
-void weighted_sum(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
+void weighted_sum(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
+                  bool /* past_cache */) {
     for (int r = 0; r < Rows; ++r, weights += num_sources)
         for (std::size_t i = 0; i < n; ++i) {
             float sum = weights[0] * load_element<In>(sources[0], i);
@@ -23,14 +23,12 @@ void widen(const void* src, float* dst, std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) dst[i] = load_element<In>(src, i);
 }
 
-void stream_copy(char* to, const char* from, std::size_t n) { std::memcpy(to, from, n); }
-
 }  // namespace
 
 const Kernels& scalar_kernels() {
     using D = DType;
     static const Kernels table = {"scalar", DEMIX_IN_OUT(weighted_sum, 1), DEMIX_IN_OUT(weighted_sum, row_block),
-                                  {widen<D::f32>, widen<D::bf16>, widen<D::f16>}, stream_copy};
+                                  {widen<D::f32>, widen<D::bf16>, widen<D::f16>}};
     return table;
 }
 

@@ -40,48 +40,48 @@ std::vector<WeightSet> make_weight_sets(const Settings& s, int num_sources) {
     return sets;
 }
 
+std::size_t unaligned_head(const std::vector<char*>& outs, std::size_t item, std::size_t count) {
+    const std::size_t bytes = std::size_t(-reinterpret_cast<std::uintptr_t>(outs[0])) % 64;
+    for (const char* out : outs)
+        if (std::size_t(-reinterpret_cast<std::uintptr_t>(out)) % 64 != bytes) return count;
+    return bytes % item ? count : std::min(count, bytes / item);
+}
+
 void MixtureSum::operator()(const WeightSet& set, DType in, DType out, const std::vector<const char*>& views,
-                            const std::vector<char*>& outs, std::size_t count, bool streamed) {
+                            const std::vector<char*>& outs, std::size_t count, bool past_cache) {
     const std::size_t in_size = item_size(in), out_size = item_size(out), num_sources = views.size();
     const bool widen = outs.size() > 2 && in != DType::f32;
     const DType read_as = widen ? DType::f32 : in;
-    // Widened sources of one step together take half of a 32 KiB first-level cache, a block of results a small part of it.
+    // Widened sources of one step together take half of a 32 KiB first-level cache.
     const std::size_t step = outs.size() == 1 ? 2048 : std::max<std::size_t>(256, 4096 / num_sources / 64 * 64);
+    const std::size_t head = past_cache ? unaligned_head(outs, out_size, count) : count;
     narrow_.resize(num_sources);
-    for (std::size_t i = 0; i < count; i += step) {
-        const std::size_t n = std::min(step, count - i);
+    for (std::size_t i = 0, n; i < count; i += n) {
+        n = std::min(step, (i < head ? head : count) - i);
         for (const int k : set.read) {
             narrow_[k] = views[k] + i * in_size;
             if (!widen) continue;
             float* floats = wide_.get(step * num_sources) + step * std::size_t(k);
             kernels_.widen[int(in)](narrow_[k], floats, n);
         }
+        // Several blocks compute for so long that the memory would rest: it brings what the next step reads, a part with each block.
+        std::size_t asked = n * in_size, ask = asked;
         for (const Block& b : set.blocks) {
-            char* to[row_block];
+            if (widen) ask += (step * in_size + set.blocks.size() - 1) / set.blocks.size();
+            for (; asked < ask; asked += 64)
+                for (const int k : set.read) __builtin_prefetch(static_cast<const char*>(narrow_[k]) + asked);
             void* dsts[row_block];
-            const void* made[row_block];
-            for (int r = 0; r < b.count; ++r) {
-                to[r] = outs[b.first + r] + i * out_size;
-                dsts[r] = streamed ? results_.get(row_block * step * 4) + r * step * 4 : to[r];
-                made[r] = dsts[r];
-            }
+            for (int r = 0; r < b.count; ++r) dsts[r] = outs[b.first + r] + i * out_size;
             if (b.sources.empty()) {
                 for (int r = 0; r < b.count; ++r) std::memset(dsts[r], 0, n * out_size);
             } else if (b.lone_one() && in == out) {
-                made[0] = narrow_[b.sources[0]];
+                std::memcpy(dsts[0], narrow_[b.sources[0]], n * out_size);
             } else {
                 terms_.resize(b.sources.size());
                 for (std::size_t j = 0; j < terms_.size(); ++j)
                     terms_[j] = widen ? wide_.get(0) + step * std::size_t(b.sources[j]) : narrow_[b.sources[j]];
                 const auto& kernels = b.count == 1 ? kernels_.one_row : kernels_.row_block;
-                kernels[int(read_as)][int(out)](terms_.data(), b.weights.data(), int(terms_.size()), dsts, n);
-            }
-            for (int r = 0; r < b.count; ++r) {
-                if (streamed) {
-                    kernels_.stream_copy(to[r], static_cast<const char*>(made[r]), n * out_size);
-                } else if (made[r] != dsts[r]) {
-                    std::memcpy(dsts[r], made[r], n * out_size);
-                }
+                kernels[int(read_as)][int(out)](terms_.data(), b.weights.data(), int(terms_.size()), dsts, n, i >= head);
             }
         }
     }

@@ -25,19 +25,21 @@ struct WeightSet {
 
 std::vector<WeightSet> make_weight_sets(const Settings& settings, int num_sources);
 
+// Elements of `item` bytes before all outs come to a multiple of 64 bytes together; `count`, if that is sooner.
+std::size_t unaligned_head(const std::vector<char*>& outs, std::size_t item, std::size_t count);
+
 // One thread's summing, with its buffers.
 class MixtureSum {
 public:
     explicit MixtureSum(const Kernels& kernels) : kernels_(kernels) {}
 
     // For every mixture m, `count` elements to outs[m]. views: [K] addresses of contiguous elements, valid where set.read says.
-    // streamed: write past the caches (see StreamCopy).
+    // past_cache: as in WeightedSum, but outs may have any alignment.
     void operator()(const WeightSet& set, DType in, DType out, const std::vector<const char*>& views, const std::vector<char*>& outs,
-                    std::size_t count, bool streamed);
+                    std::size_t count, bool past_cache);
 
 private:
     const Kernels& kernels_;
-    Buffer<char> results_;
     Buffer<float> wide_;
     std::vector<const void*> narrow_, terms_;
 };

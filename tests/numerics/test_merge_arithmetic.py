@@ -16,8 +16,9 @@ TINY = {"float32": 2.0**-150, "bfloat16": 2.0**-134, "float16": 2.0**-25}
 EDGES = [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 6e-8, 3e-5, 65504.0, 65519.0, 3.3e38]
 
 
-def merge(sources, weights_MK, out, *, offset=0, threads=1, tile_bytes=1 << 18, check=False):
-    """M merged tensors of dtype `out`. offset: bytes by which every source's address is off alignment."""
+def merge(sources, weights_MK, out, *, offset=0, shifts=(0,), threads=1, tile_bytes=1 << 18, check=False):
+    """M merged tensors of dtype `out`. offset: bytes by which every source's address is off alignment; shifts: elements by
+    which those of the results are, in turn."""
     plan = MergePlan(len(sources))
     records = []
     for source in sources:
@@ -29,7 +30,7 @@ def merge(sources, weights_MK, out, *, offset=0, threads=1, tile_bytes=1 << 18, 
     target = plan.add_target([n], str(sources[0].dtype).removeprefix("torch."), out)
     if n:
         plan.add_region(target, [0], [n], records, [0] * len(sources), [[1]] * len(sources))
-    outs = [torch.empty(n, dtype=DTYPES[out]) for _ in weights_MK]
+    outs = [torch.empty(n + 64, dtype=DTYPES[out])[shifts[m % len(shifts)] :][:n] for m in range(len(weights_MK))]
     addresses = np.array([[o.data_ptr() for o in outs]], np.int64)
     outcome = plan.run(
         np.array(weights_MK)[None], addresses_TM=addresses, threads=threads, tile_bytes=tile_bytes, check_sources=check
@@ -139,6 +140,31 @@ def test_any_address_and_length(offset, n):
         aligned = merge(sources, weights, dtype)
         shifted = merge(sources, weights, dtype, offset=offset, threads=3, tile_bytes=4096, check=True)
         assert all(torch.equal(a, b) for a, b in zip(aligned, shifted, strict=True))
+
+
+@pytest.mark.parametrize("shifts", [(1,), (8,), (31,), (0, 5, 0, 0, 32)])
+@pytest.mark.parametrize("out", DTYPES)
+def test_any_address_of_the_results(shifts, out, isa):
+    sources = random_sources("bfloat16", 5000, k=3)
+    weights = [[0.1 * i, 0.5, 0.5 - 0.1 * i] for i in range(9)]
+    for mixtures in (weights, weights[:1]):
+        aligned, shifted = merge(sources, mixtures, out), merge(sources, mixtures, out, shifts=shifts)
+        assert all(torch.equal(a, b) for a, b in zip(aligned, shifted, strict=True))
+
+
+@pytest.mark.parametrize("special", [1e-40, -1e-40, float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("num_mixtures", [1, 5])
+def test_one_number_of_many_is_special(special, num_mixtures, monkeypatch):
+    weights = [[0.5 - 0.01 * m, 0.25, 0.25 + 0.01 * m] for m in range(num_mixtures)]
+    for at in (0, 700, 4999):
+        sources = random_sources("bfloat16", 5000, k=3)
+        for k, source in enumerate(sources):
+            source[at] = special if k < 2 else 0.0
+        found = set()
+        for name in native.instruction_sets():
+            monkeypatch.setenv("MEGATRON_DEMIX_ISA", name)
+            found.add(b"".join(o.view(torch.uint8).numpy().tobytes() for o in merge(sources, weights, "bfloat16")))
+        assert len(found) == 1
 
 
 def test_many_sources():
