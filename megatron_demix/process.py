@@ -1,4 +1,4 @@
-"""Child processes that do not outlive the one that started them."""
+"""Child processes that do not outlive the one that started them, and that leave a signal to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import ctypes
 import os
 import signal
 import sys
+
+
+def leave_usr1_to_parent() -> None:
+    """As subprocess's preexec_fn: the child, and all it starts, ignore SIGUSR1 unless they set a handler of their own.
+
+    SLURM delivers a signal that is meant for a task to every process the task has started, and most would die of it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def die_with_parent(signum: int = signal.SIGTERM) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from processes import kill_all_of_node
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 START_LIMIT_S = 30
 
@@ -29,15 +31,16 @@ def missing_programs() -> list[str]:
 class Cluster:
     """A running cluster. Every command of SLURM's finds it through `environment`."""
 
-    def __init__(self, folder: Path, num_nodes: int, cpus: int) -> None:
+    def __init__(self, folder: Path, num_nodes: int, cpus: int, more: str = "") -> None:
         self.folder, self.nodes = folder, [f"n{i + 1}" for i in range(num_nodes)]
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen] = {}
         for name in ("state", "spool", "log"):
             (folder / name).mkdir(parents=True)
         ports = _free_ports(num_nodes + 1)
-        (folder / "slurm.conf").write_text(_configuration(folder, self.nodes, cpus, ports))
+        (folder / "slurm.conf").write_text(_configuration(folder, self.nodes, cpus, ports) + more)
         (folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # there is nothing behind the name
         (folder / "log" / "jobs.txt").touch()
 
     def start_daemon(self, name: str) -> None:
@@ -52,6 +55,11 @@ class Cluster:
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
+
+    def crash_node(self, name: str) -> None:
+        """SIGKILL for its slurmd, for its jobs and for all that watches them, as if it had lost its power."""
+        kill_all_of_node(name, self.folder / "log" / f"slurmd.{name}.log")
+        self._daemons.pop(name).wait()
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of one of SLURM's commands."""
@@ -101,8 +109,9 @@ class Cluster:
 
 
 @contextmanager
-def private_cluster(folder: Path, *, num_nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
-    cluster = Cluster(folder, num_nodes, cpus)
+def private_cluster(folder: Path, *, num_nodes: int = 2, cpus: int = 2, more: str = "") -> Iterator[Cluster]:
+    """more: lines of slurm.conf."""
+    cluster = Cluster(folder, num_nodes, cpus, more)
     try:
         for name in ("slurmctld", *cluster.nodes):
             cluster.start_daemon(name)
@@ -147,6 +156,7 @@ def _configuration(folder: Path, nodes: list[str], cpus: int, ports: list[int]) 
         "SelectTypeParameters": "CR_Core",
         "SchedulerParameters": "sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1",
         "SlurmdParameters": "config_overrides",
+        "GresTypes": "gpu",
         "ReturnToService": 2,
         "MinJobAge": 300,
         "KillWait": 5,
@@ -160,7 +170,9 @@ def _configuration(folder: Path, nodes: list[str], cpus: int, ports: list[int]) 
     text = [f"{key}={value}" for key, value in lines.items()]
     for node, port in zip(nodes, ports[1:], strict=True):
         (folder / "spool" / node).mkdir()
-        text.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000")
+        text.append(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000 Gres=gpu:1"
+        )
     text.append("PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
     return "\n".join(text) + "\n"
 

@@ -1,6 +1,7 @@
 """Behaves to the outside as stock pretrain_gpt.py does, and trains nothing: it prints lines, and saves copies of one folder.
 Of several ranks the last one does so, and the others say that they were there.
 
+--finetune: --load names that folder, and it starts afresh.
 --stand-in HOW: early (ends without an error after half of the iterations, when started afresh), nan, or an exit code to end
 with.
 """
@@ -20,16 +21,18 @@ def main() -> int:
         parser.add_argument(option, type=Path)
     for option in ("--train-iters", "--save-interval", "--global-batch-size"):
         parser.add_argument(option, type=int)
+    parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--stand-in", default="")
     arguments, _ = parser.parse_known_args()
+    source = arguments.pretrained_checkpoint or arguments.load
     tracker = arguments.load / "latest_checkpointed_iteration.txt"
-    first = int(tracker.read_text()) if tracker.exists() else 0
+    first = int(tracker.read_text()) if tracker.exists() and not arguments.finetune else 0
     print(f"rank {os.environ['RANK']} starting after iteration {first}, with {arguments.pretrained_checkpoint}", flush=True)
     if os.environ["RANK"] != str(int(os.environ["WORLD_SIZE"]) - 1):
         return 0
     if arguments.stand_in.isdecimal():
         return int(arguments.stand_in)
-    (source,) = (p for p in arguments.pretrained_checkpoint.iterdir() if p.is_dir())
+    source = max(p for p in source.iterdir() if p.is_dir())
     for iteration in range(first + 1, arguments.train_iters + 1):
         loss = "" if arguments.stand_in == "nan" and iteration == 3 else f" lm loss: {5 - 0.1 * iteration:.6E} |"
         print(

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_demix.pipeline.dag import Dag
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What becomes of a stage that is under way."""
+
+    state: Literal["running", "queued"]
+    job: str = ""
+    """What the scheduler calls it."""
+    reason: str = ""
+    """Why it waits, in the scheduler's words."""
 
 
 class Backend(Protocol):
@@ -27,8 +39,8 @@ class Backend(Protocol):
         """Let what is under way save and stop. Facts about it, with a sentence under "said"."""
         ...
 
-    def activity(self) -> Mapping[str, str]:
-        """ "running", or "queued" and why, by the name of each stage that is under way."""
+    def activity(self) -> Mapping[str, Activity]:
+        """By the name of each stage that is under way."""
         ...
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.errors import Incomplete, StageFailed
+from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.local import holder
 from megatron_demix.launch.stage import is_locked
 from megatron_demix.pipeline.dag import Dag
@@ -38,9 +39,9 @@ class Background:
         said = "nothing is running" if pid is None else f"process {pid} has saved and stopped; `demix resume` goes on"
         return {"said": said, "pid": pid}
 
-    def activity(self) -> Mapping[str, str]:
+    def activity(self) -> Mapping[str, Activity]:
         """Stages with ranks only: the others are done as soon as they are looked at."""
-        return {s.name: "running" for s in self._dag.all if s.ranks and is_locked(s.log.with_suffix(".lock"))}
+        return {s.name: Activity("running") for s in self._dag.all if s.ranks and is_locked(s.log.with_suffix(".lock"))}
 
 
 def log_of(run: Path) -> Path:

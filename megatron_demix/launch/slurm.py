@@ -14,13 +14,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import fingerprint, read_json, write_atomic, write_json
 from megatron_demix.errors import ConfigError, DemixError, Incomplete, StageFailed
 from megatron_demix.launch.attempts import Attempts, forget
+from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.local import only_one
 from megatron_demix.launch.slurm_scripts import CONCLUDE, Group, Scripts, check_kinds, group
 from megatron_demix.pipeline.dag import Dag
@@ -42,17 +43,29 @@ class Slurm:
     def submit(self) -> dict[str, Any]:
         self._dag.run.mkdir(parents=True, exist_ok=True)
         with only_one(self._dag.run):
-            if live := self._jobs():
+            live = self._jobs()
+            if held := sorted({job for job, _, _, _, reason in live if _is_held(reason)}):
+                _slurm("scontrol", "release", *held)
+                said = f"released {_ids(held)}, which SLURM had put back into the queue and held, as a node could not start it"
+                return {"said": said, "jobs": held}
+            if live:
                 raise Incomplete(
-                    f"{self._dag.run} is already being worked on by the SLURM jobs {_ids(live)}: see `demix status`, or "
-                    "`demix cancel` them first."
+                    f"{self._dag.run} is already being worked on by the SLURM jobs {_ids(j for j, *_ in live)}: see "
+                    "`demix status`, or `demix cancel` them first."
                 )
             for g in self._groups():
                 for stage in g.stages:
                     forget(stage)
             self._scripts.cancelled.unlink(missing_ok=True)
-            jobs = self._submit([s for s in self._dag.all if not s.done()])
-        return {"said": f"{len(jobs)} jobs, scripts in {self._scripts.folder}", "jobs": jobs}
+            missing = [s for s in self._dag.all if not s.done()]
+            jobs = self._submit(missing)
+        what = f"{len(missing)} of {len(self._dag.all)} stages are to do" if missing else "everything is already done"
+        said = (
+            f"{what}: submitted as jobs {_ids(jobs.values())}; the last one writes the report\n"
+            f"scripts: {self._scripts.folder}\nlogs: {self._scripts.logs}\n"
+            "`demix status` looks at them, `demix cancel` stops them"
+        )
+        return {"said": said, "jobs": jobs}
 
     def scripts(self) -> str:
         groups = self._groups()
@@ -73,25 +86,29 @@ class Slurm:
         while left := self._jobs():
             if time.monotonic() >= deadline:
                 raise Incomplete(
-                    f"jobs {_ids(left)} have not ended after {format_duration(CANCEL_WAIT_S)}; they may still be saving. Try "
-                    "again, or scancel them."
+                    f"jobs {_ids(j for j, *_ in left)} have not ended after {format_duration(CANCEL_WAIT_S)}; they may still "
+                    "be saving. Try again, or scancel them."
                 )
             # A job that was starting had no one who listened to the signal, and one that was requeued is pending now.
             _slurm("scancel", "--state=PENDING", *ids, check=False)
             time.sleep(1)
-        return {"said": f"jobs {', '.join(ids)} have saved and stopped; `demix resume` goes on", "jobs": ids}
+        return {"said": f"jobs {_ids(ids)} have saved and stopped; `demix resume` goes on", "jobs": ids}
 
-    def activity(self) -> Mapping[str, str]:
+    def activity(self) -> Mapping[str, Activity]:
         try:
             members = read_json(self._scripts.folder / "groups.json")
         except DemixError:
             return {}
-        found: dict[str, str] = {}
-        for _, of_group, index, state, reason in self._jobs():
+        found: dict[str, Activity] = {}
+        for job, of_group, index, state, reason in self._jobs():
             if stages := members.get(of_group):
+                name = stages[index or 0]
+                job = job if index is None else f"{job}_{index}"
+                if state in ("RUNNING", "COMPLETING"):
+                    found[name] = Activity("running", job)
                 # Of a stage in parts, each has a job; one that runs counts more than one that waits.
-                name, running = stages[index or 0], state in ("RUNNING", "COMPLETING")
-                found[name] = "running" if running or found.get(name) == "running" else f"queued ({reason})"
+                elif name not in found or found[name].state != "running":
+                    found[name] = Activity("queued", job, "" if reason == "None" else reason)
         return found
 
     def conclude(self) -> None:
@@ -102,21 +119,33 @@ class Slurm:
 
             print(f"{verdict(self._dag)}\nreport: {write_report(self._dag)}", flush=True)
             return
-        failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
-        possible = _without(missing, failed)
-        log = self._dag.run / "logs" / "slurm"
-        if failed and not possible:
-            raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
-        if self._progress() == read_json(self._scripts.folder / "progress.json"):
-            raise StageFailed(
-                f"{len(missing)} stages are not done ({missing[0].name}, ...), and nothing has changed since they were "
-                f"submitted. Look into {log}; when the cause is gone, `demix resume` goes on."
-            )
         if self._scripts.cancelled.exists():
             raise Incomplete("cancelled; `demix resume` goes on.")
+        if self._progress() == read_json(self._scripts.folder / "progress.json"):
+            self._note_what_never_began()
+        failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
+        possible = _without(missing, failed)
+        if failed and not possible:
+            raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
         with only_one(self._dag.run):
             jobs = self._submit(possible)
-        print(f"{len(missing)} stages are not done: submitted again as {', '.join(jobs.values())}", flush=True)
+        print(f"{len(missing)} stages are not done: submitted again as {_ids(jobs.values())}", flush=True)
+
+    def _note_what_never_began(self) -> None:
+        """Of jobs that ended before their stage could keep an account itself: there was no Python, or no container."""
+        for g in self._groups():
+            for index, stage in enumerate(g.stages):
+                if stage.done() or Attempts.read(stage).failed or not all(n.done() for n in stage.needs):
+                    continue
+                log = self._scripts.newest_log(g, index)
+                said = log.read_text(errors="replace").strip().splitlines()[-5:] if log else []
+                ending = "".join(f"\n    {line}" for line in said) or " nothing"
+                reason = (
+                    f"stage {stage.name}: its job ended before the stage began, so it was not submitted again. When the cause "
+                    f"is gone, `demix resume` goes on. Log: {log or self._scripts.logs}, which ends{ending}"
+                )
+                for of in {stage, stage.whole}:
+                    Attempts(failed=reason).write(of)
 
     def _groups(self) -> list[Group]:
         return group(self._dag.all, self._scripts.spec.parts)
@@ -125,7 +154,7 @@ class Slurm:
         """Job ids by group. Of an array only the elements that are missing are submitted."""
         groups = self._groups()
         scripts = self._scripts
-        (self._dag.run / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
+        scripts.logs.mkdir(parents=True, exist_ok=True)
         scripts.folder.mkdir(exist_ok=True)
         write_json(scripts.study, self._dag.study.model_dump(mode="json"))
         write_json(scripts.folder / "groups.json", {g.name: [s.whole.name for s in g.stages] for g in groups})
@@ -176,8 +205,14 @@ class Slurm:
         return fingerprint([[s.name, s.done(), vars(Attempts.read(s))] for g in self._groups() for s in g.stages])
 
 
-def _ids(jobs: Sequence[tuple]) -> str:
-    return ", ".join(sorted({job for job, *_ in jobs}))
+def _is_held(reason: str) -> bool:
+    """What SLURM itself holds, such as "launch failed requeued held": it waits for someone to release it."""
+    return "requeue" in reason and "held" in reason
+
+
+def _ids(jobs: Iterable[str]) -> str:
+    ids = sorted(set(jobs), key=lambda job: (len(job), job))
+    return ", ".join(ids) if len(ids) < 5 else f"{ids[0]} to {ids[-1]} ({len(ids)} jobs)"
 
 
 def _without(stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,15 @@ class Scripts:
         """While this file is there, no job goes back into the queue."""
         return self.folder / "cancelled"
 
+    @property
+    def logs(self) -> Path:
+        return self.run / "logs" / "slurm"
+
+    def newest_log(self, group: Group, index: int) -> Path | None:
+        """Of the newest job of one stage of a group."""
+        ending = f"-*_{index}.log" if len(group.stages) > 1 else "-*.log"
+        return max(self.logs.glob(glob.escape(group.name) + ending), key=lambda p: p.stat().st_mtime, default=None)
+
     def path(self, group: str) -> Path:
         return self.folder / f"{group}.sbatch"
 
@@ -137,7 +147,7 @@ class Scripts:
         return "\n".join(lines) + "\n"
 
     def _common(self, name: str, resources: SlurmResources, *, array: int) -> list[str]:
-        log = self.run / "logs" / "slurm" / f"{name}-{'%A_%a' if array > 1 else '%j'}.log"
+        log = self.logs / f"{name}-{'%A_%a' if array > 1 else '%j'}.log"
         options = {
             "job-name": self.job_name(name),
             "chdir": self.run,

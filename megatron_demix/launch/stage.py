@@ -40,7 +40,7 @@ from megatron_demix.errors import (
 )
 from megatron_demix.launch.attempts import MOST_ATTEMPTS, Attempts
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.process import die_with_parent
+from megatron_demix.process import die_with_parent, leave_usr1_to_parent
 from megatron_demix.progress import MetricsLog
 
 FINAL = (
@@ -65,7 +65,7 @@ _SAID = {
 _NEEDS_WAIT_S = 60
 _POLL_S = 5
 _LINGER_S = 10
-"""Schedulers kill all tasks of a job when one fails: the other nodes' tasks leave node 0 the time to write down why."""
+"""Schedulers kill all tasks of a job when one fails: the other nodes' tasks leave node 0 the time to say why."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def start_ranks(stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: 
             env=os.environ | {"OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"},
             pass_fds=[lock.fileno()] if lock else [],
             start_new_session=True,  # Ctrl-C reaches us alone; we pass it on as SIGTERM
+            preexec_fn=leave_usr1_to_parent,  # and so SIGUSR1: torchrun, Megatron-LM and data loaders would die of it
         )
 
 
@@ -238,19 +239,20 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
         said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
         print(f"demix: {said}", file=sys.stderr, flush=True)
-        if nodes.rank == 0:
-            with open(stage.log, "a") as log:
-                log.write(f"demix: {said}\n")
         over = isinstance(e, FINAL) or attempts.number > MOST_ATTEMPTS
-        if nodes.rank == 0 and over:
-            attempts.failed = said
-            attempts.write(stage)
-            if stage.whole is not stage:
-                Attempts(failed=said).write(stage.whole)
-        elif nodes.rank == 0 and isinstance(e, Incomplete) and not isinstance(e, EndedEarly):
-            attempts.number -= 1  # asked to stop: nothing is wrong with it
-            attempts.write(stage)
-        if nodes.rank > 0 and not isinstance(e, Incomplete):
+        if nodes.rank == 0:
+            with suppress(OSError, StorageError):  # its disk may be full, or gone
+                if over:
+                    attempts.failed = said
+                    attempts.write(stage)
+                    if stage.whole is not stage:
+                        Attempts(failed=said).write(stage.whole)
+                elif isinstance(e, Incomplete) and not isinstance(e, EndedEarly):
+                    attempts.number -= 1  # asked to stop: nothing is wrong with it
+                    attempts.write(stage)
+                with open(stage.log, "a") as log:
+                    log.write(f"demix: {said}\n")
+        if nodes.rank > 0:
             with suppress(Incomplete):  # asked to stop while it waits
                 time.sleep(_LINGER_S)
         return e.exit_code if isinstance(e, DemixError) and over else Incomplete.exit_code

@@ -6,10 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_demix.launch.attempts import Attempts
-from megatron_demix.launch.backend import Backend
+from megatron_demix.launch.backend import Activity, Backend
 from megatron_demix.pipeline.dag import Dag
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.progress import Heartbeat
@@ -28,30 +29,45 @@ COLOURS = {
     "to do": "dim",
 }
 _REFRESH_S = 2
+_SILENT_S = 60
+"""A heartbeat is late when it is older than this and three units of work: nothing is said of the time left then."""
 
 
 def rows(dag: Dag, backend: Backend) -> list[dict[str, Any]]:
-    """A row a stage: "stage", "state" (one of COLOURS), "key", "log"; where known "note", "progress" (0 to 1), "eta_s"."""
+    """A row a stage: "stage", "state" (one of COLOURS), "key", "log"; where known "job" (the scheduler's), "note",
+    "progress" (0 to 1), "eta_s", or "silent_s" instead, if it has not been heard for that long."""
     active = backend.activity()
-    return [_row(stage, active.get(stage.name, "")) for stage in dag.all]
+    return [_row(stage, active.get(stage.name)) for stage in dag.all]
 
 
-def _row(stage: Stage, activity: str) -> dict[str, Any]:
-    state, note = activity.partition(" ")[::2]
-    row: dict[str, Any] = {"stage": stage.name, "state": state, "key": stage.key, "log": str(stage.log)}
+def _row(stage: Stage, activity: Activity | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": stage.name, "state": "done", "key": stage.key, "log": str(stage.log)}
     if stage.done():
-        row["state"] = "done"
         return row
-    if not state:
-        note = Attempts.read(stage).failed
-        row["state"] = "failed" if note else stage.state()
-    if note:
-        row["note"] = note.strip("()")
+    if activity:
+        row["state"] = activity.state
+        row |= {key: value for key, value in (("job", activity.job), ("note", activity.reason)) if value}
+    elif failed := Attempts.read(stage).failed:
+        row |= {"state": "failed", "note": failed}
+    else:
+        row["state"] = stage.state()
     if row["state"] in ("running", "partial", "failed") and (beat := Heartbeat.read(stage.heartbeat)):
         row["progress"] = beat["done"] / max(beat["total"], 1)
-        if row["state"] == "running" and beat.get("left_s") is not None:
-            row["eta_s"] = max(0.0, beat["left_s"] - (time.time() - beat["time"]))
+        if row["state"] == "running" and beat["time"] >= _begun(stage):
+            row |= _time_left(beat, time.time() - beat["time"])
     return row
+
+
+def _begun(stage: Stage) -> float:
+    """When its ranks were last started, 0 if that is not known: an older heartbeat says nothing of how it goes now."""
+    return stage.job.stat().st_mtime if stage.job.exists() else 0.0
+
+
+def _time_left(beat: dict[str, Any], age_s: float) -> dict[str, float]:
+    left_s, units = beat.get("left_s"), beat["total"] - beat["done"]
+    if age_s > _SILENT_S + 3 * (left_s or 0) / max(units, 1):
+        return {"silent_s": age_s}
+    return {} if left_s is None else {"eta_s": max(0.0, left_s - age_s)}
 
 
 def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> None:
@@ -60,7 +76,7 @@ def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> No
         print(json.dumps(rows(dag, backend), indent=1))
         return
     if not (watch and sys.stdout.isatty()):
-        on_terminal().print(*_shown(rows(dag, backend)))
+        on_terminal().print(*_shown(rows(dag, backend), dag.run))
         return
     from rich.console import Group
     from rich.live import Live
@@ -68,25 +84,37 @@ def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> No
     with Live(refresh_per_second=4, console=on_terminal()) as live:
         while True:
             found = rows(dag, backend)
-            live.update(Group(*_shown(found)))
+            live.update(Group(*_shown(found, dag.run)))
             if not any(r["state"] in ("running", "queued") for r in found):
                 return
             time.sleep(_REFRESH_S)
 
 
-def _shown(found: Sequence[dict[str, Any]]) -> tuple[Table, str]:
+def _shown(found: Sequence[dict[str, Any]], run: Path) -> tuple[Table, str]:
     from rich.markup import escape
 
-    table = new_table("stage", "state", "progress", "left", "log")
+    by_jobs = any("job" in row for row in found)
+    table = new_table("stage", "state", *(["job"] if by_jobs else []), "progress", "left", "log")
     for row in found:
         state = row["state"]
         progress = f"{100 * row['progress']:.0f} %" if "progress" in row else ""
         left = format_duration(row["eta_s"]) if "eta_s" in row else ""
-        log = "" if state in ("done", "to do", "queued") else row["log"]
+        if "silent_s" in row:
+            left = f"silent for {format_duration(row['silent_s'])}"
+        job = [row.get("job", "")] if by_jobs else []
+        log = row["log"] if state in ("running", "partial", "failed") and Path(row["log"]).exists() else ""
         note = f" {escape(row['note'])}" if state == "queued" and "note" in row else ""
-        table.add_row(row["stage"], f"[{COLOURS[state]}]{state}[/]{note}", progress, left, escape(log))
+        table.add_row(row["stage"], f"[{COLOURS[state]}]{state}[/]{note}", *job, progress, left, escape(log))
+    states = {r["state"] for r in found}
     failures = "".join(f"\n{escape(r['note'])}" for r in found if r["state"] == "failed")
-    return table, counts([r["state"] for r in found]) + failures
+    idle = "" if states & {"running", "queued"} or states == {"done"} else f"\n{escape(_next_step(states, run))}"
+    return table, counts([r["state"] for r in found]) + failures + idle
+
+
+def _next_step(states: set[str], run: Path) -> str:
+    if states == {"to do"} and not (run / "logs").exists():
+        return "nothing is under way: `demix run` makes it here, `demix submit` where launch.backend says"
+    return f"nothing is under way: `demix resume` goes on with what is missing; logs of what was tried: {run / 'logs'}"
 
 
 def counts(states: Sequence[str]) -> str:

@@ -4,9 +4,11 @@ import ast
 import json
 import pydoc_data.topics
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster, private_cluster
 from task_files import ARC, write_lines
 
 STUDY = """
@@ -48,3 +50,9 @@ def study_folder(tmp_path_factory) -> Path:
     write_lines(folder / "quiz.jsonl", ARC)
     (folder / "study.yaml").write_text(STUDY)
     return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    with private_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running

@@ -16,7 +16,7 @@ def test_random_faults_change_nothing(tmp_path):
     command = [sys.executable, str(BENCHMARK), *options, "--output", str(tmp_path / "faults.json")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert result.returncode == 0, result.stdout + result.stderr
-    summary = json.loads((tmp_path / "faults.json").read_text())["summary"]
+    summary = json.loads((tmp_path / "faults.json").read_text())["total"]
     assert summary["studies finished"] == 1
     assert summary["artifacts different or missing"] == 0
     assert summary["faults"] >= 1

@@ -4,74 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from dist_checkpoints import small_model, write_checkpoint
-from slurm_cluster import Cluster, missing_programs, private_cluster
+from processes import processes
+from slurm_study import (
+    contents,
+    demix,
+    iterations,
+    job_of,
+    make_again,
+    needs_slurm,
+    states,
+    wait_for,
+    write_study,
+)
 
-from megatron_demix.artifact import hash_file
 from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.study.load import load_study
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())} (slurm-wlm)"),
-]
-DEMIX = [sys.executable, "-m", "megatron_demix.cli"]
-STUDY = """
-name: two-nodes
-seed: 7
-tokenizer: {type: byte}
-prepare: {workers: 1, split: [0.8, 0.1, 0.1]}
-domains:
-  - {name: code, inputs: ["corpus/code.jsonl"], max_epochs: 8}
-  - {name: english, inputs: ["corpus/english.jsonl"], max_epochs: 8}
-model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
-parallel: {data: 2}
-train: {seq_length: 32, micro_batch_size: 4, global_batch_size: 8, lr: 3e-3, precision: fp32, save_interval: 50}
-base: {tokens: 2560}
-component: {tokens: 76800}                # 300 steps, long enough to be disturbed
-search: {rounds: [8], objective: {code: 0.7, english: 0.3}, candidates: 1000, top: 16}
-evaluate: {tokens_per_domain: 1k}
-final: {tokens: 2560, baselines: [], blend: materialise}
-launch:
-  backend: slurm
-  slurm:
-    {ranks_per_node: 1, cpus_per_task: 1, time: 10min, setup: "export GLOO_SOCKET_IFNAME=lo",
-     parts: {data: 2, rounds: 2, blend: 2}}
-"""
-LIMIT_S = 300
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    with private_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
-        yield running
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.timeout(600), needs_slurm]
 
 
 @pytest.fixture(scope="module")
 def study(study_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two-nodes")
-    (folder / "corpus").symlink_to(study_folder / "corpus")
-    (folder / "study.yaml").write_text(STUDY)
-    return folder / "study.yaml"
-
-
-def demix(cluster: Cluster, command: str, study: Path, *more: str) -> subprocess.Popen:
-    arguments = [*DEMIX, command, str(study), "--runs", str(study.parent), *more]
-    return subprocess.Popen(arguments, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def states(cluster: Cluster, study: Path) -> dict[str, dict]:
-    out, errors = demix(cluster, "status", study, "--json").communicate(timeout=60)
-    assert out, errors
-    return {row["stage"]: row for row in json.loads(out)}
+    return write_study(tmp_path_factory.mktemp("two-nodes"), study_folder / "corpus")
 
 
 def given_base(study: Path) -> list[str]:
@@ -88,44 +53,6 @@ def given_base(study: Path) -> list[str]:
     return [word for setting in [*settings, "trainer.args=--stand-in early"] for word in ("--set", setting)]
 
 
-def wait_for(what: str, reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not reached():
-        assert time.monotonic() < deadline, f"waited {LIMIT_S} s for {what}"
-        time.sleep(0.05)
-
-
-def iterations(run: Path, stage: str) -> int:
-    for path in run.glob(f"logs/{stage}-*.heartbeat"):
-        try:
-            return json.loads(path.read_text())["done"]
-        except (OSError, ValueError):
-            pass
-    return 0
-
-
-def processes(*words: str) -> list[int]:
-    """Processes whose command line has all these words, other than torchrun's, which repeats that of its ranks."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().decode(errors="replace").replace("\0", " ")
-        except OSError:
-            continue
-        if "launch.ranks" not in line and all(word in line for word in words) and int(path.parent.name) != os.getpid():
-            found.append(int(path.parent.name))
-    return found
-
-
-def job_of(cluster: Cluster, study_name: str, group: str, index: int | str = "N/A") -> str:
-    rows = cluster.run("squeue", "--noheader", "--array", "--format=%A %j %K").split("\n")
-    return next(j for j, name, k in map(str.split, filter(None, rows)) if name == f"{study_name}.{group}" and k == str(index))
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
     run = study.parent / "two-nodes"
     both = [demix(cluster, "submit", study) for _ in range(2)]
@@ -140,7 +67,7 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
     assert found["components/code"]["state"] == "running"
     assert found["final/scores"]["state"] == "queued"
     cluster.run("scancel", "--signal=USR1", "--batch", job_of(cluster, "two-nodes", "components", 0))
-    workers = processes("megatron_demix.pipeline.worker", "/components.english-")
+    workers = processes("megatron_demix.pipeline.worker", f"{run}/logs/components.english-")
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     # The controller is not there for a while; the jobs go on.
@@ -149,7 +76,7 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
     cluster.start_daemon("slurmctld")
 
     # The batch script of the final run is killed: nothing puts it back into the queue, and what needs it is dropped.
-    wait_for("the final run", lambda: bool(processes("megatron_demix.launch.stage", "final/found-seed0")))
+    wait_for("the final run", lambda: bool(processes("megatron_demix.launch.stage", f"{run}/slurm", "final/found-seed0")))
     job = int(job_of(cluster, "two-nodes", "final.found-seed0"))
     (script,) = processes(f"{cluster.folder}/", f"/job{job:05d}/slurm_script")
     os.kill(script, signal.SIGKILL)
@@ -164,12 +91,103 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
 
     for name in ("code", "english"):
         published = next(run.glob(f"components/{name}-*"))
-        undisturbed = run_again(run, f"components.{published.name}.json", tmp_path / name, ranks=2)
+        undisturbed = make_again(run, f"components.{published.name}.json", tmp_path / name, ranks=2)
         assert {k: v for k, v in contents(published).items() if k != "manifest.json"} == undisturbed
     check_what_was_made_in_parts(study, run, tmp_path)
 
     again, errors = demix(cluster, "submit", study, "--json").communicate(timeout=120)
     assert list(json.loads(again)["jobs"]) == ["conclude"], errors
+
+
+def test_the_time_limit_of_slurm_itself(cluster, study, tmp_path):
+    """With the data of the test above. SLURM tells one component to save; the other hears nothing of it, is killed at its
+    limit, and submitted again. Until then both are held, so that they last a minute and cost nothing."""
+    run = study.parent / "limited"
+    for name in ("tokenizer", "data"):
+        shutil.copytree(study.parent / "two-nodes" / name, run / name)
+    limits = ["launch.slurm.kinds={components: {time: 1min}}", "launch.slurm.grace=45"]
+    more = [word for setting in ("name=limited", "parallel.data=1", *limits) for word in ("--set", setting)]
+    _, errors = demix(cluster, "submit", study, *more).communicate(timeout=120)
+    try:
+        wait_for("both components", lambda: min(iterations(run, f"components.{n}") for n in ("code", "english")) > 60)
+        ranks = {n: processes("megatron_demix.pipeline.worker", f"{run}/logs/components.{n}-") for n in ("code", "english")}
+        for pid in ranks["code"] + ranks["english"]:
+            os.kill(pid, signal.SIGSTOP)
+        assert len(ranks["code"]) == len(ranks["english"]) == 1
+        wait_for("SLURM's signal before the limit", lambda: all(map(is_asked_to_stop, ranks["code"])))
+        for pid in ranks["code"]:
+            os.kill(pid, signal.SIGCONT)
+        wait_for("the components", lambda: len(list(run.glob("components/*/manifest.json"))) == 2)
+    finally:
+        demix(cluster, "cancel", study, *more).communicate(timeout=150)
+    for name in ("code", "english"):
+        published = next(run.glob(f"components/{name}-*"))
+        undisturbed = make_again(run, f"components.{published.name}.json", tmp_path / name, ranks=1)
+        assert {k: v for k, v in contents(published).items() if k != "manifest.json"} == undisturbed, errors
+    logs = {path.name: path.read_text() for path in (run / "logs" / "slurm").glob("*.log")}
+    code, english = ("".join(text for name, text in logs.items() if name.endswith(f"_{i}.log")) for i in (0, 1))
+    assert "run components/code: stopped by SIGTERM after iteration" in code
+    assert "components/code is not finished (code 75): back into the queue" in code
+    assert "DUE TO TIME LIMIT" in english
+    assert "submitted again as" in "".join(text for name, text in logs.items() if name.startswith("conclude-"))
+
+
+def is_asked_to_stop(pid: int) -> bool:
+    """Whether SIGTERM waits for a process that is held."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    pending = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd"))
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+# What a user would change in examples/slurm, for models as small as these.
+EDITS = {
+    "train_components.sbatch": {
+        r"--array=0-2": "--array=0-0",
+        r"domains=\(general code math\)": "domains=(code)",
+        r"--vocab-size 32000 [^&]*--train-iters \$steps": "--vocab-size 257 --eod-id 256 --num-layers 2 --hidden-size 32 "
+        "--num-attention-heads 2 --seq-length 32 --micro-batch-size 4 --global-batch-size 8 --precision fp32 "
+        "--save-interval 20 --train-iters $steps",
+    },
+    "megatron_lm.sbatch": {
+        r"megatron=\$HOME/Megatron-LM": "megatron=Megatron-LM",
+        r"--save-interval 500": "--save-interval 20 --stand-in early",
+    },
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_examples_run_once_they_are_edited(cluster, study, tmp_path, name):
+    """After the first test, whose base and data these start from. Two nodes, one (invented) GPU each."""
+    example = (ROOT / "examples" / "slurm" / name).read_text()
+    setup = f"PATH={tmp_path}:$PATH; export GLOO_SOCKET_IFNAME=lo"
+    same = {r"--gpus-per-node=8": "--gpus-per-node=1", r"steps=2000": "steps=100", r"# module load [^\n]*": setup}
+    for pattern, text in (same | EDITS[name]).items():
+        example, number = re.subn(pattern, text, example)
+        assert number == 1, pattern
+    run = study.parent / "two-nodes"
+    for folder in ("logs", "ckpt", "data", "Megatron-LM"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "ckpt" / "base").symlink_to(next(run.glob("base/base-*")))
+    (tmp_path / "Megatron-LM" / "pretrain_gpt.py").symlink_to(ROOT / "tests" / "stand_in_pretrain.py")
+    for source, prefix in (("english", "general"), ("code", "code")):
+        for suffix in ("bin", "idx"):
+            found = next(run.glob(f"data/{source}-*/train.{suffix}"))
+            (tmp_path / "data" / f"{prefix}_text_document.{suffix}").symlink_to(found)
+    for program, words in (("python", ""), ("torchrun", " -m torch.distributed.run")):
+        (tmp_path / program).write_text(f'#!/bin/bash\nexec {sys.executable}{words} "$@"\n')
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "job.sbatch").write_text(example)
+    submitted = ["sbatch", "--parsable", f"--chdir={tmp_path}", str(tmp_path / "job.sbatch")]
+    job = cluster.run(*submitted).strip()
+    tracker = tmp_path / "ckpt" / "code" / "latest_checkpointed_iteration.txt"
+    wait_for("a checkpoint", tracker.exists)
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0" if "--array" in example else job, check=False)
+    wait_for("the last checkpoint", lambda: tracker.read_text() == "100")
+    wait_for("the job's end", lambda: not cluster.jobs())
+    ended = cluster.run("scontrol", "show", "job", job)
+    assert "JobState=COMPLETED" in ended
+    assert re.search(r"Restarts=[1-9]", ended)
 
 
 def check_what_was_made_in_parts(study: Path, run: Path, folder: Path) -> None:
@@ -182,19 +200,8 @@ def check_what_was_made_in_parts(study: Path, run: Path, folder: Path) -> None:
         stage.finish()
         assert contents(stage.folder) == contents(run / "data" / stage.folder.name), name
     scored = next(run.glob("rounds/1/scores-*"))
-    again = run_again(run, f"rounds.1.{scored.name}.json", folder / "scores", ranks=1)
+    again = make_again(run, f"rounds.1.{scored.name}.json", folder / "scores", ranks=1)
     assert again == {k: v for k, v in contents(scored).items() if k != "manifest.json"}
-
-
-def run_again(run: Path, job: str, work: Path, *, ranks: int) -> dict[str, str]:
-    """The same job on this machine, undisturbed."""
-    path = work.with_suffix(".json")
-    elsewhere = {"work": str(work), "heartbeat": None} | ({"tensorboard": None} if job.startswith("components") else {})
-    path.write_text(json.dumps(json.loads((run / "logs" / job).read_text()) | elsewhere))
-    work.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", f"--nproc-per-node={ranks}"]
-    subprocess.run([*command, "-m", "megatron_demix.pipeline.worker", path], check=True, timeout=200, capture_output=True)
-    return contents(work)
 
 
 def test_cancel_saves_and_resume_goes_on(cluster, study, tmp_path):

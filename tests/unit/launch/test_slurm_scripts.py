@@ -85,6 +85,7 @@ def test_nodes_are_counted_and_ranks_find_one_another(stages):
     ):  # fmt: skip
         assert f"#SBATCH --{option}\n" in text
     assert "MASTER_ADDR=$(scontrol show node --oneliner" in text
+    assert 'scontrol requeue "$job"' in text  # SLURM_JOB_ID is, in one of its elements, the number of the whole array
     assert "'/runs/my run/slurm/study.json' \"$stage\" \\\n    --run '/runs/my run' --root /studies --nodes 2 &" in text
     assert "MASTER_ADDR" not in render(stages, "rounds.1.scores", gpus_per_node=8)
     assert "--gpus-per-node=4\n" in render(stages, "rounds.1.scores", gpus_per_node=8)

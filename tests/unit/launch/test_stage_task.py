@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,19 @@ def test_being_asked_to_stop_does_not_count(tmp_path, stop):
     assert Attempts.read(stage).number == 0
     assert not list(tmp_path.glob("blend/*"))
     assert not list(tmp_path.glob("blend/.*"))
+
+
+def test_only_the_task_itself_hears_usr1(tmp_path):
+    """Which SLURM sends to all of its processes: from the task the ranks get SIGTERM, and the time to save."""
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=2)
+    stage.log.parent.mkdir()
+    ranks = task.start_ranks(stage, threads_per_rank=1, lock=None)
+    try:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{ranks.pid}/status").read_text().splitlines())
+        assert int(status["SigIgn"], 16) >> (signal.SIGUSR1 - 1) & 1
+    finally:
+        ranks.kill()
+        ranks.wait()
 
 
 def test_a_need_that_is_not_done_is_named(tmp_path, stop, monkeypatch):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_demix.launch.attempts import Attempts
+from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.status import rows, show_status
 from megatron_demix.pipeline.stage import Stage
 
@@ -25,8 +26,9 @@ def run(tmp_path):
     Attempts(failed="stage base/base: the loss is nan").write(failed)
     beat = {"done": 25, "total": 100, "unit": "iterations", "pid": 1, "time": time.time(), "left_s": 90.0}
     running.heartbeat.write_text(json.dumps(beat))
-    dag = SimpleNamespace(all=[done, failed, running, stage("components/b", 1), stage("final/a", 1)])
-    activity = {"components/a": "running", "components/b": "queued (Priority)"}
+    running.log.touch()
+    dag = SimpleNamespace(run=tmp_path, all=[done, failed, running, stage("components/b", 1), stage("final/a", 1)])
+    activity = {"components/a": Activity("running", "12_0"), "components/b": Activity("queued", "12_1", "Priority")}
     return dag, SimpleNamespace(activity=lambda: activity)
 
 
@@ -37,15 +39,37 @@ def test_rows(run):
     }  # fmt: skip
     assert found["components/a"]["progress"] == 0.25
     assert found["components/a"]["eta_s"] == pytest.approx(90, abs=5)
-    assert found["components/b"]["note"] == "Priority"
+    assert (found["components/b"]["job"], found["components/b"]["note"]) == ("12_1", "Priority")
     assert found["base/base"]["note"] == "stage base/base: the loss is nan"
 
 
 def test_the_table_and_json(run, capsys):
     show_status(*run, as_json=False, watch=False)
     text = capsys.readouterr().out
-    assert re.search(r"components/a +running +25 % +1m\d\ds +/.*components\.a-\w+\.log", text)
-    assert re.search(r"components/b +queued Priority", text)
-    assert "1 done  1 running  1 queued  1 failed  1 to do\nstage base/base: the loss is nan" in text
+    assert re.search(r"components/a +running +12_0 +25 % +1m\d\ds +/.*components\.a-\w+\.log", text)
+    assert re.search(r"components/b +queued Priority +12_1", text)
+    assert text.endswith("1 done  1 running  1 queued  1 failed  1 to do\nstage base/base: the loss is nan\n")
     show_status(*run, as_json=True, watch=True)
     assert len(json.loads(capsys.readouterr().out)) == 5
+
+
+def test_a_late_heartbeat_is_said_instead_of_a_time_left(run):
+    dag, backend = run
+    running = dag.all[2]
+    beat = json.loads(running.heartbeat.read_text())
+    running.heartbeat.write_text(json.dumps(beat | {"time": time.time() - 62, "left_s": 75 * 50}))  # 50 s a unit
+    assert "eta_s" in rows(dag, backend)[2]
+    running.heartbeat.write_text(json.dumps(beat | {"time": time.time() - 120}))
+    row = rows(dag, backend)[2]
+    assert (row["state"], "eta_s" in row, row["silent_s"]) == ("running", False, pytest.approx(120, abs=5))
+    running.job.touch()  # it has been started again since
+    assert not {"eta_s", "silent_s"} & set(rows(dag, backend)[2])
+
+
+def test_what_to_do_is_said_where_nothing_is_under_way(run, capsys):
+    dag, backend = run
+    backend.activity = dict
+    show_status(dag, backend, as_json=False, watch=False)
+    assert f"nothing is under way: `demix resume` goes on with what is missing; logs of what was tried: {dag.run}/logs" in (
+        " ".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
+    )
