@@ -264,8 +264,7 @@ class Faults:
         try:
             outcome = self.kinds[kind]()
             self.check_published()
-            # A mapped file that loses pages ends whoever reads them; nothing else may end a merge without a message.
-            if outcome.startswith("died") and (kind, outcome) != ("file cut short while read", "died (SIGBUS)"):
+            if outcome.startswith("died"):
                 raise Harm(outcome)
             self.run_again()
             return outcome

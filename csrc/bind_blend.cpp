@@ -1,4 +1,4 @@
-// Bindings of all that handles text, tokens, indexed data and blends. As in bindings.cpp, arguments are addresses that native.py has checked.
+// Bindings of all that handles text, tokens, indexed data and blends. As in bindings.cpp, arguments are addresses that native/ has checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

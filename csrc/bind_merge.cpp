@@ -6,6 +6,7 @@
 #include "crc32.hpp"
 #include "delta_sum.hpp"
 #include "kernels.hpp"
+#include "mapped_file.hpp"
 #include "merge.hpp"
 #include "pickle_scan.hpp"
 
@@ -84,6 +85,13 @@ void bind_merge(py::module_& m) {
               return crc32(info.ptr, n);
           },
           py::arg("contiguous_buffer"));
+    m.def("watch_map",
+          [](std::uintptr_t address, std::size_t bytes) {
+              return reinterpret_cast<std::uintptr_t>(watch_map(reinterpret_cast<const void*>(address), bytes));
+          },
+          py::arg("address"), py::arg("bytes"));
+    m.def("is_lost", [](std::uintptr_t map) { return is_lost(reinterpret_cast<const WatchedMap*>(map)); }, py::arg("map"));
+    m.def("unwatch_map", [](std::uintptr_t map) { unwatch_map(reinterpret_cast<WatchedMap*>(map)); }, py::arg("map"));
     m.def("pickle_scan",
           [](const py::bytes& data) {
               const std::string_view view = data;

@@ -1,5 +1,5 @@
 // Python bindings of the compiled core: one bind_*() for each room that has native code. Arguments arrive as addresses and
-// sizes: megatron_demix/native.py is the only caller and has already checked dtype, contiguity and bounds.
+// sizes: megatron_demix/native/ is the only caller and has already checked dtype, contiguity and bounds.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

@@ -15,6 +15,7 @@ from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint
 from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, TensorInfo, read_metadata
 from megatron_demix.checkpoint.payload import Payload, read_payload
 from megatron_demix.errors import CorruptInput
+from megatron_demix.native import WatchedMap
 
 # What a training checkpoint holds beside the model. Distributed optimizers, chained optimizers, schedulers, random states.
 _NOT_MODEL = re.compile(
@@ -44,6 +45,7 @@ class Checkpoint:
         self._read_ahead = read_ahead
         self._maps: dict[str, mmap.mmap | None] = {}
         self._files: dict[str, np.ndarray] = {}
+        self._watched: dict[str, WatchedMap] = {}
 
     @property
     def model_tensors(self) -> dict[str, TensorInfo]:
@@ -91,6 +93,15 @@ class Checkpoint:
             begin = location.position // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_WILLNEED, begin, location.position + location.length - begin)
 
+    def check_still_there(self) -> None:
+        """Raises CorruptInput if a file was cut short, or its disk failed, since it was opened: zeros may have been read."""
+        for name, watched in self._watched.items():
+            if watched.lost:
+                raise CorruptInput(
+                    f"{self.location.path / name}: became unreadable while it was read: it was cut short, or its disk failed. "
+                    "Copy or save the checkpoint again, and leave it alone while it is in use; nothing was made of it."
+                )
+
     def payload(self, info: TensorInfo, chunk: Chunk) -> Payload:
         """The elements of one chunk (also of with_keys(), layers.py). Raises CorruptInput if they are not what it promises."""
         what = f"{self.location.path}/{chunk.location.file} ({info.key!r} at {chunk.offset})"
@@ -112,7 +123,9 @@ class Checkpoint:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else None
         except OSError as e:
             raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
-        if mapped is not None and not self._read_ahead:
-            mapped.madvise(mmap.MADV_RANDOM)
+        if mapped is not None:
+            self._watched[name] = WatchedMap(mapped)
+            if not self._read_ahead:
+                mapped.madvise(mmap.MADV_RANDOM)
         self._maps[name] = mapped
         self._files[name] = np.frombuffer(mapped if mapped is not None else b"", np.uint8)

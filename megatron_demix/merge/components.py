@@ -54,6 +54,11 @@ class Components:
             self._payloads[at] = self.checkpoints[k].payload(info, chunk)
         return self._payloads[at]
 
+    def check_still_there(self) -> None:
+        """Raises CorruptInput if a component's file became unreadable after it was opened: sums made since do not count."""
+        for checkpoint in self.checkpoints:
+            checkpoint.check_still_there()
+
     def digest(self, k: int) -> str:
         """A fingerprint of component k's model: names, shapes, types, and the CRCs its archives promise for all elements."""
         hashed = blake2b(digest_size=16)

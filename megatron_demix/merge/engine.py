@@ -250,6 +250,7 @@ def _merge_group(
                 check_sources=True,
                 progress=_Increments(advance) if progress else None,
             )
+        job.parts.check_still_there()
         if outcome["damaged"]:
             raise CorruptInput(
                 f"{plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum. Copy or save the component "
@@ -270,8 +271,10 @@ def _merge_group(
                     expected = job.oracle.mixture(weights_MK[m], provenances[m]["mixture"])
                     verify_merge(out.folder, job.parts, expected, verify, str(out.target))
                 except VerificationFailed:
+                    job.parts.check_still_there()
                     out.discard_all()
                     raise
+                job.parts.check_still_there()
                 out.publish()
     except BaseException:
         for out in outputs:

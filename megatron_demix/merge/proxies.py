@@ -58,8 +58,9 @@ class ProxyMerger:
     def merge(self, weights: Mapping[str, float], *, normalize: Normalize = "error") -> None:
         """Write the mixture of these weights into the parameters. Raises MixtureError; CorruptInput on damaged components.
 
-        The first merge compares the components' checksums too; a file that changes later is not noticed. On a GPU with room for
-        them, the components move there in the first merge, and later ones do not leave the device.
+        The first merge compares the components' checksums too; of what happens to a file later, only that it cannot be read any
+        more is noticed. On a GPU with room for them, the components move there in the first merge, and later ones do not leave
+        the device.
         """
         self.merge_all({"proxy": weights}, [[tensor.tensor for tensor in self._live]], normalize=normalize)
 
@@ -81,7 +82,9 @@ class ProxyMerger:
         if len(models) != len(mixtures) or any([(t.shape, t.dtype, t.device) for t in model] != pattern for model in targets):
             raise ValueError(f"{len(mixtures)} mixtures need as many models, with tensors like the live ones in their order")
         if self._device is None:
-            if (name := self._plan.damaged(self._threads)) is not None:
+            damaged = self._plan.damaged(self._threads)
+            self.components.check_still_there()
+            if (name := damaged) is not None:
                 raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
             self._method.prepare(self._plan, self._threads)
             recipe = self._method.recipe(weights_MK, list(mixtures))
@@ -95,6 +98,7 @@ class ProxyMerger:
             for tensors in self._on_cpu(recipe, targets):
                 for staged in tensors:
                     staged.finish()
+        self.components.check_still_there()
 
     def _on_cpu(self, recipe: Recipe, targets: Sequence[Sequence[torch.Tensor]]) -> list[list[Staged]]:
         """[M][T] the results, where the CPU can write them."""

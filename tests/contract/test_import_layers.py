@@ -124,7 +124,7 @@ def test_torch_stays_out_of_search_report_and_formats(imports: list[Import]) -> 
 
 def test_one_door_to_the_compiled_core(imports: list[Import]) -> None:
     offenders = [i for i in imports if f"{i.name}.".startswith(f"{PACKAGE}._core.") and i.room != "native"]
-    _none(offenders, "the compiled core is imported by native.py alone")
+    _none(offenders, "the compiled core is imported by native/ alone")
 
 
 def test_tools_are_thin(imports: list[Import]) -> None:

@@ -1,5 +1,10 @@
 """Proxies in memory: a live model's parameters on any rank, and what does not fit."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from dist_checkpoints import bits, parallel_cuts, small_model, write_checkpoint
@@ -80,6 +85,40 @@ def test_a_damaged_component_is_noticed(parts):
     file.write_bytes(data)
     with pytest.raises(CorruptInput, match=r"fc2.weight' at .*: its bytes differ from their checksum"):
         ProxyMerger(parts, live_rank(0, 1)).merge({"a": 1.0})
+
+
+def test_a_component_cut_short_while_it_is_mapped(tmp_path):
+    large = {"decoder.final_layernorm.weight": torch.ones(1 << 20, dtype=torch.bfloat16)}
+    parts = {n: write_checkpoint(tmp_path / n, large, {}) for n in "ab"}
+    live = LiveTensor("decoder.final_layernorm.weight", (1 << 20,), (0,), torch.zeros(1 << 20, dtype=torch.bfloat16))
+    merger = ProxyMerger(parts, [live])
+    merger.merge({"a": 0.5, "b": 0.5})
+    (file,) = parts["b"].glob("*.distcp")
+    os.truncate(file, 1 << 19)
+    for _ in range(2):
+        with pytest.raises(CorruptInput, match=rf"{file}: became unreadable while it was read"):
+            merger.merge({"a": 0.5, "b": 0.5})
+    with pytest.raises(CorruptInput, match=r"The file is truncated"):
+        ProxyMerger(parts, [live])
+
+
+def test_other_bus_errors_end_the_process_as_ever(parts, tmp_path):
+    """Also where a map that was watched is gone, and its addresses may be another's."""
+    code = f"""
+import mmap, os
+from megatron_demix.checkpoint.reader import Checkpoint
+checkpoint = Checkpoint({str(parts["a"])!r})
+info = next(iter(checkpoint.model_tensors.values()))
+checkpoint.payload(info, info.chunks[0])
+del checkpoint
+path = {str(tmp_path / "other")!r}
+open(path, "wb").write(bytes(1 << 16))
+with open(path, "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+os.truncate(path, 0)
+mapped[4096]
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGBUS
 
 
 def test_several_models_at_once(parts):
