@@ -1,0 +1,83 @@
+"""What is done with SLURM's answers, which are given here; with a real SLURM in end_to_end/test_slurm.py."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_demix.artifact import write_json
+from megatron_demix.errors import Incomplete, StageFailed
+from megatron_demix.launch import slurm
+from megatron_demix.launch.attempts import Attempts
+from megatron_demix.launch.backend import Activity
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study.launch import SlurmSpec
+
+
+@pytest.fixture
+def dag(tmp_path):
+    first = [Stage(f"data/{name}", tmp_path, {}, (), lambda folder: None) for name in ("a", "b")]
+    base = Stage("base/base", tmp_path, {}, tuple(first), lambda folder: None, ranks=2)
+    study = SimpleNamespace(name="s", launch=SimpleNamespace(slurm=SlurmSpec()), model_dump=lambda mode: {})
+    return SimpleNamespace(study=study, run=tmp_path, all=[*first, base])
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Commands that were given, and what squeue lists."""
+    found = SimpleNamespace(commands=[], listed=[])
+
+    def answer(*command, check=True):
+        found.commands.append(command)
+        return "".join(line + "\n" for line in found.listed) if command[0] == "squeue" else f"{len(found.commands)}\n"
+
+    monkeypatch.setattr(slurm, "_slurm", answer)
+    return found
+
+
+def line(dag, job, index, group, state, reason):
+    return f"{job}\t{index}\ts.{group}\t{state}\t{reason}\t{dag.run}"
+
+
+def test_jobs_under_way_are_named_and_others_left_alone(dag, answers):
+    backend = slurm.Slurm(dag, dag.run)
+    (dag.run / "slurm").mkdir()
+    write_json(dag.run / "slurm" / "groups.json", {"data": ["data/a", "data/b"], "base.base": ["base/base"]})
+    answers.listed = [
+        line(dag, 7, 0, "data", "RUNNING", "None"),
+        line(dag, 7, 1, "data", "PENDING", "None"),
+        line(dag, 8, "N/A", "base.base", "PENDING", "Dependency"),
+        "9\tN/A\ts.base.base\tRUNNING\tNone\t/elsewhere",
+    ]
+    assert backend.activity() == {
+        "data/a": Activity("running", "7_0"),
+        "data/b": Activity("queued", "7_1"),
+        "base/base": Activity("queued", "8", "Dependency"),
+    }
+    with pytest.raises(
+        Incomplete, match=r"already being worked on by the SLURM jobs 7, 8: see `demix status`, or `demix cancel`"
+    ):
+        backend.submit()
+
+
+def test_what_slurm_holds_is_released(dag, answers):
+    answers.listed = [line(dag, 8, "N/A", "base.base", "PENDING", "launch failed requeued held")]
+    said = slurm.Slurm(dag, dag.run).submit()["said"]
+    assert said == "released 8, which SLURM had put back into the queue and held, as a node could not start it"
+    assert answers.commands[-1] == ("scontrol", "release", "8")
+
+
+def test_a_job_that_ended_before_its_stage_began_is_a_failure_with_its_log(dag, answers):
+    backend = slurm.Slurm(dag, dag.run)
+    backend.submit()
+    (dag.run / "logs" / "slurm" / "data-1_0.log").write_text("srun: error\nno such file: python3\n")
+    dag.all[1].finish()
+    write_json(dag.run / "slurm" / "progress.json", backend._progress())
+    with pytest.raises(StageFailed, match=r"2 stages are not done:\nstage data/a: its job ended before the stage began"):
+        backend.conclude()
+    assert "data-1_0.log, which ends\n    srun: error\n    no such file: python3" in Attempts.read(dag.all[0]).failed
+    assert not Attempts.read(dag.all[2]).failed
+
+
+def test_many_jobs_are_named_by_the_first_and_the_last():
+    assert slurm._ids(["9", "10", "9"]) == "9, 10"
+    assert slurm._ids(map(str, range(8, 14))) == "8 to 13 (6 jobs)"
