@@ -52,7 +52,7 @@ bench-data: $(CORE) $(DEV)
 	$(BIN)/python benchmarks/data_blend.py
 
 # benchmarks/rank_consistency.py trains about nine hundred small models (50 minutes of a core): run it by hand.
-# benchmarks/surrogates.py needs RegMix's published runs: give it --data by hand.
+# benchmarks/surrogates.py and domain_changes.py need RegMix's published runs: give them --data by hand.
 bench-search: $(CORE) $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py
 

@@ -152,7 +152,7 @@ def _study_command(options: argparse.Namespace) -> int:
     else:
         stages = _stages(dag, options)
         if options.command == "plan" or options.dry_run:
-            _plan(stages, options)
+            _plan(dag, stages, options)
         else:
             _run(dag, stages, options)
     return 0
@@ -180,6 +180,8 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         )
     nothing_to_do = all(s.done() for s in stages)
     if not nothing_to_do:
+        for line in () if options.quiet else _used_of_earlier(dag, stages):
+            print(line, file=sys.stderr)
         display = Display(quiet=options.quiet)
         run_stages(stages, dag.run, jobs=launch.jobs, threads_per_rank=launch.threads_per_rank, display=display)
     elif not options.quiet:
@@ -244,7 +246,7 @@ def _report(dag: Dag, options: argparse.Namespace) -> None:
         print(f"{verdict(dag)}\nreport: {_shown(page)}")
 
 
-def _plan(stages: list[Stage], options: argparse.Namespace) -> None:
+def _plan(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
     rows = [
         {"stage": s.name, "state": s.state(), "ranks": s.ranks, "key": s.key, "path": str(s.folder)} for s in stages
     ]  # fmt: skip
@@ -258,10 +260,17 @@ def _plan(stages: list[Stage], options: argparse.Namespace) -> None:
         state = str(row["state"])
         table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), _shown(stage.folder))
     on_terminal().print(table, counts([str(row["state"]) for row in rows]))
+    for line in _used_of_earlier(dag, stages):
+        print(line)
     if options.command != "plan":
         for stage in stages:
             if stage.script and not stage.done():
                 print(f"\n# ---- {stage.job.with_suffix('.sh')}\n{stage.script()}", end="")
+
+
+def _used_of_earlier(dag: Dag, stages: list[Stage]) -> list[str]:
+    """What these stages take over from other studies, and what not, and why."""
+    return ["used of the earlier study " + e.said(f"at most {e.num_proxies} proxies") for e in dag.earlier if e.stage in stages]
 
 
 def _shown(path: Path) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_demix.errors import ConfigError, CorruptInput
-from megatron_demix.pipeline import data_stages, final_stages, maturity_stages, search_stages, train_stages
+from megatron_demix.errors import ConfigError, CorruptInput, DemixError
+from megatron_demix.pipeline import data_stages, earlier_stages, final_stages, maturity_stages, search_stages, train_stages
+from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import InputDigests
@@ -16,6 +18,7 @@ from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study.data import DomainSpec
+from megatron_demix.study.load import load_study
 from megatron_demix.study.study import Study
 from megatron_demix.train.megatron_lm.checkout import Checkout
 
@@ -24,6 +27,7 @@ from megatron_demix.train.megatron_lm.checkout import Checkout
 class Dag(Foundation):
     """Every stage of a study, by role. `all` lists them in an order in which they can run."""
 
+    earlier: list[Earlier]
     rounds: list[search_stages.Round]
     blends: dict[str, Stage]
     finals: dict[str, Stage]
@@ -70,32 +74,83 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
     study_path: relative inputs are resolved from its folder. Raises ConfigError or CorruptInput for inputs that are missing;
     with absent_inputs they may be: all is as it will be but the keys.
     """
-    root = study_path.resolve().parent
-    study = with_base(study, root, absent_ok=absent_inputs)
-    study = study.model_copy(update={"trainer": study.trainer.under(root)})
-    if study.trainer.backend == "megatron_lm" and not absent_inputs:
-        assert study.trainer.checkout is not None
-        Checkout.open(study.trainer.checkout).script(study.trainer.script)
     digests = InputDigests(run / "cache" / "input_digests.json", absent_ok=absent_inputs)
-    inputs = {d.name: _inputs(d, root, absent_inputs) for d in study.domains}
-    cleaned = data_stages.clean(study, root, run, inputs, digests)
-    tokenizer = data_stages.tokenizer(study, root, run, inputs, digests, cleaned)
-    data = {d.name: data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests, cleaned) for d in study.domains}
-    tasks = task_inputs(study, root, digests)
-    base = train_stages.base(study, root, run, tokenizer, data, digests)
+    dag = _wired(study, study_path.resolve(), run, digests, ())
+    if dag.study.trainer.backend == "megatron_lm" and not absent_inputs:
+        assert dag.study.trainer.checkout is not None
+        Checkout.open(dag.study.trainer.checkout).script(dag.study.trainer.script)
     digests.save()
+    return dag
+
+
+def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> Dag:
+    """naming: the studies that name this one as an earlier one, directly or through others."""
+    root = path.parent
+    study = with_base(study, root, absent_ok=digests.absent_ok)
+    study = study.model_copy(update={"trainer": study.trainer.under(root)})
+    before = _earlier_dags(study, path, run, digests, naming)
+    elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
+    inputs = {d.name: _inputs(d, root, digests.absent_ok) for d in study.domains}
+    if cleaned := data_stages.clean(study, root, run, inputs, digests):
+        cleaned = _where_done(cleaned, elsewhere)
+    tokenizer = _where_done(data_stages.tokenizer(study, root, run, inputs, digests, cleaned), elsewhere)
+    data = {
+        d.name: _where_done(data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests, cleaned), elsewhere)
+        for d in study.domains
+    }
+    tasks = task_inputs(study, root, digests)
+    base = _where_done(train_stages.base(study, root, run, tokenizer, data, digests), elsewhere)
     merged = study.search.proxies == "merged"
-    components = {name: train_stages.component(study, name, run, tokenizer, data, base) for name in data} if merged else {}
+    components = {
+        name: _where_done(train_stages.component(study, name, run, tokenizer, data, base), elsewhere)
+        for name in (data if merged else ())
+    }
     foundation = Foundation(study, run, tokenizer, data, base, components, tasks)
+    earlier = [
+        earlier_stages.earlier(spec, foundation, there, absent_ok=digests.absent_ok)
+        for spec, there in zip(study.search.earlier, before, strict=True)
+    ]
     maturity = maturity_stages.maturity(foundation) if merged and study.component.maturity_seeds else None
-    rounds = search_stages.rounds(foundation, maturity.scores if maturity else None)
+    rounds = search_stages.rounds(foundation, maturity.scores if maturity else None, earlier)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
     finals = final_stages.finals(study, run, tokenizer, blends, base)
     proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
     scores = final_stages.scores(foundation, finals, proxies)
     return Dag(
-        **vars(foundation), rounds=rounds, blends=blends, finals=finals, proxies=proxies, final_scores=scores, maturity=maturity
+        **vars(foundation),
+        earlier=earlier,
+        rounds=rounds,
+        blends=blends,
+        finals=finals,
+        proxies=proxies,
+        final_scores=scores,
+        maturity=maturity,
     )
+
+
+def _earlier_dags(study: Study, path: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> list[Dag]:
+    """All stages of each study of search.earlier. Its run lies beside `run`, or is `run` where the studies have one name."""
+    found: dict[str, Dag] = {}
+    for spec in study.search.earlier:
+        place, label = (path.parent / spec.study).resolve(), earlier_stages.label_of(spec)
+        if place in (path, *naming):
+            raise ConfigError(f"search.earlier: {place} is this study, or names it as an earlier one.")
+        if label in found:
+            raise ConfigError(f"search.earlier: two studies have the file name {label!r}, by which they are told apart.")
+        try:
+            there = load_study(place)
+            there_run = run if there.name == study.name else run.parent / there.name
+            found[label] = _wired(there, place, there_run, digests, (*naming, path))
+        except DemixError as e:
+            raise type(e)(f"search.earlier, {spec.study}: {e}") from e
+    return list(found.values())
+
+
+def _where_done(stage: Stage, runs: Sequence[Path]) -> Stage:
+    """The stage in the first of these other runs in which it is done, if it is not done in its own."""
+    if runs and not stage.done():
+        return next((there for run in runs if (there := replace(stage, run=run)).done()), stage)
+    return stage
 
 
 def _inputs(domain: DomainSpec, root: Path, absent_ok: bool) -> list[Path]:

@@ -56,6 +56,7 @@ def collect(dag: Dag) -> ReportData:
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
         rounds=_rounds(dag),
+        earlier=_earlier(dag),
         maturity=_maturity(dag),
         choice=choice,
         final=_final(dag),
@@ -117,6 +118,12 @@ def _rounds(dag: Dag) -> list[Round]:
         }
         rounds.append(Round(mixtures, scores, fit, facts.get("objective", {}), facts.get("constant", {})))
     return rounds
+
+
+def _earlier(dag: Dag) -> list[str]:
+    """As the newest fit has used them, if there is one."""
+    fits = [read_json(r.fit.folder / FIT)["earlier"] for r in dag.rounds if dag.earlier and r.fit.done()]
+    return [e.said(f"{fits[-1][e.label]['proxies'] if fits else e.num_proxies} proxies") for e in dag.earlier]
 
 
 def _maturity(dag: Dag) -> Maturity | None:

@@ -64,6 +64,12 @@ def scores_of_trained(foundation: Foundation, number: int, proposal: Stage) -> S
     return scoring(foundation, f"rounds/{number}/scores", "valid", foundation.tasks.search, (proposal, *trained), models)
 
 
+def scored_losses(foundation: Foundation) -> list[str]:
+    """Domains whose loss is measured."""
+    losses = foundation.study.evaluate.losses
+    return list(foundation.data) if losses == "all" else losses
+
+
 def scoring(
     foundation: Foundation,
     name: str,
@@ -78,7 +84,7 @@ def scoring(
     merge: how mixtures are made, for the key.
     """
     study, tokenizer, data = foundation.study, foundation.tokenizer, foundation.data
-    domains = list(data) if study.evaluate.losses == "all" else study.evaluate.losses
+    domains = scored_losses(foundation)
     settings = {
         "split": split,
         "domains": domains,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import write_json
+from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline.comparable import score_names
+from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.scoring import proxy_score_of, scores_of_merged, scores_of_trained
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates, usable_objective
 from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.study.search import MIN_PROXIES
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import AnchorSpec
 
@@ -32,19 +37,38 @@ class Round:
     fit: Stage
 
 
-def rounds(foundation: Foundation, centroid: Stage | None) -> list[Round]:
-    """centroid: scores of the maturity check, for the stack."""
+def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Earlier] = ()) -> list[Round]:
+    """centroid: scores of the maturity check, for the stack. Raises ConfigError where the first round has too few proxies."""
     study = foundation.study
-    proposal = _first_proposal(foundation)
+    _enough_proxies(foundation, earlier)
+    proposal = _fit(foundation, 0, [], [], None, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
     score = scores_of_merged if study.search.proxies == "merged" else scores_of_trained
     result: list[Round] = []
     for number, _ in enumerate(study.search.rounds, start=1):
         scores = score(foundation, number, proposal)
         so_far = [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal]
-        fit = _fit(foundation, number, *so_far, centroid if proxy_score_of(study) == "stack" else None)
+        fit = _fit(foundation, number, *so_far, centroid if proxy_score_of(study) == "stack" else None, earlier)
         result.append(Round(number, proposal, scores, fit))
         proposal = fit
     return result
+
+
+def _enough_proxies(foundation: Foundation, earlier: Sequence[Earlier]) -> None:
+    """A score that no earlier study has needs a first round that fixes its surrogate."""
+    first = foundation.study.search.rounds[0]
+    lacking = [name for name in score_names(foundation) if not any(name in e.scores for e in earlier)]
+    if lacking and first < MIN_PROXIES:
+        raise ConfigError(
+            f"search.rounds: the first has {first} proxies. A surrogate needs {MIN_PROXIES}, and no earlier study has the "
+            f"scores {', '.join(lacking)}."
+        )
+
+
+def _covers(foundation: Foundation, earlier: Sequence[Earlier]) -> bool:
+    """Whether an earlier study has varied every domain of this one, and measured all that this one aims at: the first round
+    then goes on from a fit, as any other."""
+    aimed = {name for name, weight in foundation.study.search.objective.items() if weight}
+    return any(set(foundation.data) <= set(e.same) and aimed <= set(e.scores) for e in earlier)
 
 
 def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
@@ -115,8 +139,10 @@ def _fit(
     scores: Sequence[Stage],
     proposals: Sequence[Stage],
     centroid: Stage | None,
+    earlier: Sequence[Earlier],
 ) -> Stage:
-    """Fit every score on all rounds so far; then propose the next round's mixtures, or after the last round choose."""
+    """Fit every score on earlier studies and all rounds so far; then propose the next round's mixtures, or after the last round
+    choose. Number 0 proposes the first."""
     study, data = foundation.study, foundation.data
     last, search = number == len(study.search.rounds), study.search
     settings = {
@@ -132,14 +158,16 @@ def _fit(
         from megatron_demix.search.outcome import outcome
 
         space = search_space(study, data)
-        surrogates, constant, higher, entries = fit_surrogates(study, space, scores, proposals, centroid)
-        objective = usable_objective(search.objective, constant)
+        fitted = fit_surrogates(study, space, scores, proposals, centroid, earlier)
+        surrogates, higher = fitted.surrogates, fitted.higher_is_better
+        objective = usable_objective(search.objective, fitted.constant)
         goal = Objective(space, surrogates, objective, aim=search.aim, higher_is_better=higher)
-        names = [m["name"] for m in entries]
+        measured = zip(fitted.names, goal.measured().tolist(), strict=True)
         facts: dict[str, Any] = {
-            "surrogates": {name: fit_facts(surrogate, names) for name, surrogate in surrogates.items()},
-            "objective": dict(zip(names, goal.measured().tolist(), strict=True)),
-            **({"constant": constant} if constant else {}),
+            "surrogates": {name: fit_facts(surrogate, fitted.names) for name, surrogate in surrogates.items()},
+            "objective": {name: value for name, value in measured if math.isfinite(value)},
+            **({"constant": fitted.constant} if fitted.constant else {}),
+            **({"earlier": fitted.earlier} if earlier else {}),
         }
         aims: dict[str, Any] = {"aim": search.aim, "higher_is_better": higher, "seed": study.seed + number}
         if last:
@@ -162,7 +190,7 @@ def _fit(
             _write_mixtures(folder, number + 1, space, proposed_MD)
         write_json(folder / FIT, facts)
 
-    needs = (*scores, *proposals, *data.values(), *([centroid] if centroid else []))
+    needs = (*scores, *proposals, *(e.stage for e in earlier), *data.values(), *([centroid] if centroid else []))
     return Stage(f"rounds/{number}/fit", foundation.run, settings, needs, make)
 
 

@@ -3,46 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import IncompatibleInputs
+from megatron_demix.evaluate.job import SCORES
+from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, component_row, proxy_score_of
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.search.proxy_score import Centroid, ProxyScore, part_of_merged, proxy_scores
+from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.surrogate import Surrogate, fit_surrogate
 from megatron_demix.study.study import Study
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Of all proxies so far. constant: the value of each score that is the same for all, and has no surrogate. names: of the
+    proxies, in the surrogates' order. earlier: by study, what was used of it, and what was not, and why."""
+
+    surrogates: dict[str, Surrogate]
+    constant: dict[str, float]
+    higher_is_better: set[str]
+    names: list[str]
+    earlier: dict[str, Any]
+
+
+@dataclass
+class _Measured:
+    """The proxies of one study. components: the rows of its components alone, in the order of the mixtures' weights."""
+
+    entries: list[dict[str, Any]]
+    table: ScoreTable
+    components: list[str]
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        return {score.name: score for score in self.table.scores}
+
+    def values(self, score: str, kind: ProxyScore, part: float) -> np.ndarray:
+        """What the proxies count as; NaN where this study has no such score."""
+        if score not in self.scores or not self.entries:
+            return np.full(len(self.entries), np.nan)
+        merged_M = np.array(self.table.column(score, [m["name"] for m in self.entries]))
+        if kind == "merged":
+            return merged_M
+        weights_MK = np.array([[*m["weights"].values()] for m in self.entries])
+        return proxy_scores(kind, weights_MK, merged_M, np.array(self.table.column(score, self.components)), part)
+
+
 def fit_surrogates(
-    study: Study, space: Any, scores: Sequence[Stage], proposals: Sequence[Stage], centroid: Stage | None
-) -> tuple[dict[str, Any], dict[str, float], set[str], list[dict[str, Any]]]:
-    """Of the proxies of all rounds so far: a surrogate of each score; the value of each score that is the same for all, and has
-    none; which of the others are better when higher; and the proxies."""
-    import numpy as np
-
-    from megatron_demix.evaluate.scores import ScoreTable
-    from megatron_demix.search.proxy_score import proxy_scores
-    from megatron_demix.search.surrogate import fit_surrogate
-
-    entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
-    names = [m["name"] for m in entries]
-    tables = [ScoreTable.read(s.folder / "scores.json") for s in scores]
-    merged = ScoreTable(tables[0].scores, {name: row for table in tables for name, row in table.rows.items()})
-    shares_MD, weights_MD = (np.array([[m[kind][d] for d in space.domains] for m in entries]) for kind in ("shares", "weights"))
-    centroids = _centroids(centroid)
-    alone = [component_row(d) for d in space.domains]
+    study: Study,
+    space: SearchSpace,
+    scores: Sequence[Stage],
+    proposals: Sequence[Stage],
+    centroid: Stage | None,
+    earlier: Sequence[Earlier] = (),
+) -> Fitted:
+    """Fit the proxies of all rounds so far and of earlier studies. A mixture that was scored in several studies counts once: in
+    this one, else in the first of them."""
+    own = _own(space, scores, proposals)
+    sources = [own, *map(_of_earlier, earlier)]
+    shares = [m["shares"] for measured in sources for m in measured.entries]
+    dropped = [name for name in dict.fromkeys(name for row in shares for name in row) if name not in space.domains]
+    met = {_mixture(m) for m in own.entries}
+    for measured in sources[1:]:
+        measured.entries = [m for m in measured.entries if _mixture(m) not in met]
+        met |= {_mixture(m) for m in measured.entries}
+    entries = [m for measured in sources for m in measured.entries]
+    shares_MD = np.array([[m["shares"].get(d, 0.0) for d in (*space.domains, *dropped)] for m in entries])
+    kind, centroids = proxy_score_of(study), _centroids(centroid)
     surrogates, constant = {}, {}
-    for s in merged.scores:
-        values_M, kind = np.array(merged.column(s.name, names)), proxy_score_of(study)
-        if kind != "merged":
-            components_K = np.array(merged.column(s.name, alone))
-            values_M = proxy_scores(kind, weights_MD, values_M, components_K, centroids.get(s.name))
-        if np.ptp(values_M) <= 1e-12 * max(1.0, np.abs(values_M).max()):
-            constant[s.name] = float(values_M[0])
-        else:
-            surrogates[s.name] = fit_surrogate(shares_MD, values_M, study.search.surrogate, seed=study.seed, name=s.name)
-    higher = {s.name for s in merged.scores if s.direction == "higher"} - set(constant)
-    return surrogates, constant, higher, entries
+    known = {name: score for measured in sources for name, score in measured.scores.items()}
+    for name in known:
+        part = 0.5
+        if name in centroids:
+            part = part_of_merged(np.array(own.table.column(name, own.components)), centroids[name])
+        values_M = np.concatenate([measured.values(name, kind, part) for measured in sources])
+        measured_M = np.isfinite(values_M)
+        if not measured_M.any():
+            continue  # what only this study measures, before it has any proxies
+        if np.ptp(values_M[measured_M]) <= 1e-12 * max(1.0, np.abs(values_M[measured_M]).max()):
+            constant[name] = float(values_M[measured_M][0])
+            continue
+        only = {} if measured_M.all() else {"measured_M": measured_M}
+        fitting: dict[str, Any] = {"seed": study.seed, "name": name, "num_dropped": len(dropped), **only}
+        surrogates[name] = fit_surrogate(shares_MD, values_M, study.search.surrogate, **fitting)
+    higher = {name for name, score in known.items() if score.direction == "higher"} - set(constant)
+    facts = {e.label: {"proxies": len(m.entries), **e.facts} for e, m in zip(earlier, sources[1:], strict=True)}
+    return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts)
+
+
+def _own(space: SearchSpace, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _Measured:
+    tables = [ScoreTable.read(s.folder / SCORES) for s in scores]
+    rows = {name: row for table in tables for name, row in table.rows.items()}
+    table = ScoreTable(next((t.scores for t in tables if t.scores), []), rows)
+    entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
+    return _Measured(entries, table, [component_row(d) for d in space.domains])
+
+
+def _of_earlier(earlier: Earlier) -> _Measured:
+    entries = read_json(earlier.stage.folder / MIXTURES)
+    components = [earlier.row(component_row(d)) for d in entries[0]["weights"]]
+    return _Measured(entries, ScoreTable.read(earlier.stage.folder / SCORES), components)
+
+
+def _mixture(entry: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """Its shares, so that those of two studies can be compared."""
+    return tuple(sorted((name, round(share, 9)) for name, share in entry["shares"].items() if share))
 
 
 def usable_objective(objective: Mapping[str, float], constant: Mapping[str, float]) -> dict[str, float]:
@@ -57,22 +130,20 @@ def usable_objective(objective: Mapping[str, float], constant: Mapping[str, floa
     return usable
 
 
-def _centroids(scores: Stage | None) -> dict[str, Any]:
-    """By score, the search.proxy_score.Centroid that a maturity check has measured."""
+def _centroids(scores: Stage | None) -> dict[str, Centroid]:
+    """By score, what a maturity check has measured."""
     if scores is None:
         return {}
-    from megatron_demix.evaluate.scores import ScoreTable
-    from megatron_demix.search.proxy_score import Centroid
-
     table = ScoreTable.read(scores.folder / "scores.json")
     trained = [name for name in table.rows if name.startswith(TRAINED_CENTROID)]
     means = {s.name: sum(table.column(s.name, trained)) / len(trained) for s in table.scores}
     return {name: Centroid(table.rows[MERGED_CENTROID][name], mean) for name, mean in means.items()}
 
 
-def fit_facts(surrogate: Any, models: list[str]) -> dict[str, Any]:
-    """What the report shows of a surrogate: all out of fold."""
+def fit_facts(surrogate: Surrogate, names: Sequence[str]) -> dict[str, Any]:
+    """What the report shows of a surrogate: all out of fold. names: of all proxies."""
     facts = surrogate.cross_validation
+    models = [name for name, score in zip(names, surrogate.scores_M, strict=True) if np.isfinite(score)]
     return {
         "kind": surrogate.kind,
         "rmse": facts["rmse"],

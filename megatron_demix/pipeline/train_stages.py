@@ -15,7 +15,7 @@ from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.section import MixtureSpec
 from megatron_demix.study.study import Study
-from megatron_demix.study.training import TrainSpec
+from megatron_demix.study.training import TrainerSpec, TrainSpec
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.megatron_lm.arguments import own_arguments
 from megatron_demix.train.megatron_lm.command import FROM_DATA, prepare, shown_command
@@ -50,6 +50,23 @@ def num_tokens(study: Study, phase: PhaseName) -> int:
     return num_iterations(study, phase) * study.train.global_batch_size * study.train.seq_length
 
 
+def training_settings(study: Study, phase: PhaseName, seed: int) -> dict[str, Any]:
+    """What decides the result of a training run, apart from its data and its start."""
+    settings: dict[str, Any] = {
+        "model": study.model.model_dump(exclude={"transformer_impl"}),
+        "train": study.phase(phase).model_dump(exclude=_NOT_IN_KEY),
+        "train_iters": num_iterations(study, phase),
+        "seed": seed,
+    }
+    if stock := _stock(study):
+        settings["trainer"] = {"backend": stock.backend, "script": stock.script.name, "args": own_arguments(stock.args)}
+    return settings
+
+
+def _stock(study: Study) -> TrainerSpec | None:
+    return study.trainer if study.trainer.backend == "megatron_lm" else None
+
+
 def training(
     study: Study,
     name: str,
@@ -68,17 +85,8 @@ def training(
     wanted is an empty artifact."""
     train: TrainSpec = study.phase(phase)
     iterations = num_iterations(study, phase)
-    everything = {
-        "model": study.model.model_dump(exclude={"transformer_impl"}),
-        "train": train.model_dump(exclude=_NOT_IN_KEY),
-        "train_iters": iterations,
-        "seed": seed,
-        **settings,
-    }
-
-    stock = study.trainer if study.trainer.backend == "megatron_lm" else None
-    if stock:
-        everything["trainer"] = {"backend": stock.backend, "script": stock.script.name, "args": own_arguments(stock.args)}
+    everything = {**training_settings(study, phase, seed), **settings}
+    stock = _stock(study)
 
     def job(work: Path, vocab_size: int, eod_id: int, sources: list[tuple[Path, float]], start: Path | None) -> TrainJob:
         return TrainJob(

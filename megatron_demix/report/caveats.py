@@ -16,8 +16,8 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     """Weak spots of what was measured, each with what to do about it."""
     found = []
     for number, r in enumerate(data.rounds, start=1):
-        if number > 1 and not r.mixtures:
-            found.append(f"Round {number} was left empty: after the ones before it, too little was left to win (search.stop).")
+        if not r.mixtures:
+            found.append(f"Round {number} was left empty: after what came before it, too little was left to win (search.stop).")
         if r.scores and (lacking := len(r.mixtures) - len(data.measured(number - 1))):
             found.append(
                 f"Round {number}: {lacking} of {len(r.mixtures)} proxies have no finite objective, and are not in the plots. "

@@ -173,6 +173,8 @@ class ReportData:
     names share the part before the slash are drawn together."""
     proxies: Literal["merged", "trained"] = "merged"
     rounds: Sequence[Round] = ()
+    earlier: Sequence[str] = ()
+    """What was used of each earlier study, in words."""
     maturity: Maturity | None = None
     choice: Choice | None = None
     final: Sequence[FinalRun] = ()

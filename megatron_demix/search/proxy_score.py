@@ -23,24 +23,22 @@ class Centroid:
 
 
 def proxy_scores(
-    kind: ProxyScore, weights_MK: np.ndarray, merged_M: np.ndarray, components_K: np.ndarray, centroid: Centroid | None = None
+    kind: ProxyScore, weights_MK: np.ndarray, merged_M: np.ndarray, components_K: np.ndarray, part: float = 0.5
 ) -> np.ndarray:
     """One score of M proxies. weights_MK: merge weights; merged_M, components_K: measured on the proxies and the components.
 
-    stack: the mean of merged and interpolated. Where the centroid has been trained, too, each score lies as far from
-    interpolated to merged as the trained centroid does between theirs, and never beyond either.
+    stack: a score lies this part of the way from interpolated to merged.
     """
     if kind == "merged":
         return merged_M
     interpolated_M = weights_MK @ components_K
     if kind == "interpolated":
         return interpolated_M
-    return interpolated_M + _part_of_merged(components_K, centroid) * (merged_M - interpolated_M)
+    return interpolated_M + part * (merged_M - interpolated_M)
 
 
-def _part_of_merged(components_K: np.ndarray, centroid: Centroid | None) -> float:
-    if centroid is None:
-        return 0.5
+def part_of_merged(components_K: np.ndarray, centroid: Centroid) -> float:
+    """How far the trained centroid lies between the components' mean and the merged centroid; never beyond either."""
     interpolated = float(components_K.mean())
     gap = centroid.merged - interpolated
     return float(np.clip((centroid.trained - interpolated) / gap, 0, 1)) if gap else 0.5

@@ -26,9 +26,22 @@ class GroupSpec(Section):
     highest: float = Field(1.0, ge=0, le=1)
 
 
+class EarlierSpec(Section):
+    """A study of other domains whose proxies count in this one, wherever a score of theirs is still what it would be here."""
+
+    study: Path
+    """Its file as it was run, relative to this one. Its run lies beside this study's, and is not added to."""
+    rounds: int | None = Field(None, ge=1)
+    """How many of its rounds count. Default: all; they have to be done."""
+    split: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    """Domains of it that are others now: {math: [math_a, math_b]}. A share of math was one of both, by their tokens."""
+
+
 class SearchSpec(Section):
     rounds: list[Annotated[int, Field(ge=1)]] = Field([64, 32, 16], min_length=1)
     """Proxies evaluated in each round."""
+    earlier: list[EarlierSpec] = []
+    """Studies of other domains whose proxies are used, too."""
     proxies: Literal["merged", "trained"] = "merged"
     """merged from the components (DeMix); or each trained on its mixture: RegMix with one round, CLIMB with several."""
     proxy_score: Literal["merged", "interpolated", "stack"] = "stack"
@@ -58,7 +71,7 @@ class SearchSpec(Section):
     def _usable(self) -> SearchSpec:
         if any(w < 0 for w in self.objective.values()) or sum(self.objective.values()) <= 0:
             raise ValueError("objective: weights must be >= 0 and not all 0")
-        if self.rounds[0] < MIN_PROXIES:
+        if self.rounds[0] < MIN_PROXIES and not self.earlier:
             raise ValueError(f"rounds: the first has {self.rounds[0]} proxies, but a surrogate needs {MIN_PROXIES}")
         if self.aim == "worst" and len({w for w in self.objective.values() if w}) > 1:
             raise ValueError(

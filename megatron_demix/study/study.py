@@ -79,6 +79,7 @@ class Study(Section):
             ("base.mixture", self.base.mixture),
             ("component.anchor.mixture", self.component.anchor.mixture),
             *((f"search.groups.{label}", group.domains) for label, group in self.search.groups.items()),
+            *((f"search.earlier: split of {old}", parts) for e in self.search.earlier for old, parts in e.split.items()),
         ):
             allowed = scores if what == "search.objective" else names
             for name in () if isinstance(used, str) else used:

@@ -3,21 +3,17 @@
 from pathlib import Path
 
 import pytest
+from in_process import make
 
 from megatron_demix.artifact import read_json
-from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.errors import ConfigError
-from megatron_demix.evaluate.job import EvaluateJob, evaluate
-from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints, table
 from megatron_demix.pipeline.reporting import collect
-from megatron_demix.pipeline.stage import Stage, with_needs
+from megatron_demix.pipeline.stage import with_needs
 from megatron_demix.pipeline.train_stages import num_iterations
 from megatron_demix.study.load import load_study
-from megatron_demix.train.job import TrainJob
-from megatron_demix.train.trainer import train
 
 TRAINED = ["search.proxies=trained", "search.rounds=[8, 2]", "search.bootstraps=0", "search.surrogate=ridge", "base.tokens=1k"]
 
@@ -25,17 +21,6 @@ TRAINED = ["search.proxies=trained", "search.rounds=[8, 2]", "search.bootstraps=
 def dag_of(study_folder: Path, runs: Path, *overrides: str) -> Dag:
     path = study_folder / "study.yaml"
     return build_dag(load_study(path, [*TRAINED, *overrides]), path, runs / "run")
-
-
-def make(stage: Stage) -> None:
-    if stage.ranks and stage.begin():
-        if read_json(stage.job)["kind"] == "train":
-            train(TrainJob.read(stage.job))
-        else:
-            evaluate(
-                EvaluateJob.model_validate(read_json(stage.job)), lambda parts, live: ProxyMerger(parts, live), load_tokenizer
-            )
-    stage.finish()
 
 
 def test_rounds_of_trained_proxies_find_a_mixture(study_folder, tmp_path):

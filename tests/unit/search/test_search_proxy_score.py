@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_demix.search.proxy_score import Centroid, proxy_scores
+from megatron_demix.search.proxy_score import Centroid, part_of_merged, proxy_scores
 
 WEIGHTS_MK = np.array([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75]])
 MERGED_M = np.array([2.0, 1.0, 1.5])
@@ -31,11 +31,11 @@ def test_a_stack_is_the_mean_until_the_centroid_is_known():
     ],
 )
 def test_the_trained_centroid_says_how_much_of_each(trained, part):
-    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, Centroid(merged=1.0, trained=trained))
+    centroid = Centroid(merged=1.0, trained=trained)
+    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, part_of_merged(COMPONENTS_K, centroid))
     assert stacked_M == pytest.approx(part * MERGED_M + (1 - part) * INTERPOLATED_M)
     assert stacked_M[1] == pytest.approx(min(max(trained, 1.0), 2.5))
 
 
 def test_a_centroid_where_both_agree_says_nothing():
-    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, Centroid(merged=2.5, trained=2.0))
-    assert stacked_M == pytest.approx((MERGED_M + INTERPOLATED_M) / 2)
+    assert part_of_merged(COMPONENTS_K, Centroid(merged=2.5, trained=2.0)) == 0.5

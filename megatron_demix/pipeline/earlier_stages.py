@@ -1,0 +1,182 @@
+"""Proxies of an earlier study, of other domains: which of their scores count in this one, and what their mixtures are here.
+
+A score counts if this study would have measured the same: the same base, components trained and merged in the same way, the
+same text and evaluation. A proxy then is an observation at its actual shares: 0 of a domain that was added, some of one that
+was dropped, and of one that was split as much of each part as that has of its tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_demix.artifact import read_json, write_json
+from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.evaluate.job import SCORES
+from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.pipeline import data_stages
+from megatron_demix.pipeline.comparable import differences, score_names, scores_left_out
+from megatron_demix.pipeline.foundation import Foundation
+from megatron_demix.pipeline.scoring import component_row, proxy_score_of
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.study.search import EarlierSpec
+from megatron_demix.study.section import nearest
+
+if TYPE_CHECKING:
+    from megatron_demix.pipeline.dag import Dag
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What is used of one earlier study. stage: its artifact holds mixtures.json and scores.json, in the terms of this study.
+
+    num_proxies: at most. scores: those that count. left_out: by score of this study that does not, why. same: domains that are
+    what they were. dropped: by name, what the column of their shares is called.
+    """
+
+    label: str
+    stage: Stage
+    num_proxies: int
+    scores: Sequence[str]
+    left_out: Mapping[str, str]
+    same: Sequence[str]
+    split: Mapping[str, Sequence[str]]
+    dropped: Mapping[str, str]
+
+    def row(self, model: str) -> str:
+        """What one of its models is called here."""
+        return f"{self.label}/{model}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For fit.json."""
+        return {
+            "scores": list(self.scores),
+            "left_out": dict(self.left_out),
+            "split": {name: list(parts) for name, parts in self.split.items()},
+            "dropped": list(self.dropped),
+        }
+
+    def said(self, proxies: str) -> str:
+        """proxies: how many, in words."""
+        lacking = "".join(f"; not {score}: {why}" for score, why in self.left_out.items())
+        gone = f"; shares of {', '.join(self.dropped)}, no domain here, are a feature" if self.dropped else ""
+        return f"{self.label}: {proxies}, with {', '.join(self.scores)}{lacking}{gone}"
+
+
+def label_of(spec: EarlierSpec) -> str:
+    """What the rows and the stage of an earlier study are called here: the name of its file."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", spec.study.stem)
+
+
+def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool = False) -> Earlier:
+    """here: this study; there: all stages of the earlier one, of which none is run.
+
+    Raises IncompatibleInputs naming every difference where no score counts, ConfigError where the spec does not fit both
+    studies or the earlier one is not done. absent_ok: without inputs neither is known, so neither is an error.
+    """
+    label, used = label_of(spec), there.rounds[: spec.rounds]
+    if len(used) < (spec.rounds or 0):
+        raise ConfigError(f"search.earlier: {label} has {len(used)} rounds, not {spec.rounds}.")
+    parts_of = _parts(label, spec, here, there)
+    left_out = dict(scores_left_out(here, there))
+    scores = [name for name in score_names(here) if name not in left_out]
+    unlike = list(differences(here, there))
+    if (unlike or not scores) and not absent_ok:
+        reasons = unlike or [f"{name}: {why}" for name, why in left_out.items()]
+        raise IncompatibleInputs(
+            f"search.earlier: nothing that {label} measured would be the same here. Make the studies agree, or take it out:\n"
+            + "\n".join(f"  {reason}" for reason in reasons)
+        )
+    dropped = {name: f"{name}-{there.data[name].key}" for name, parts in parts_of.items() if not parts}
+    interpolates = proxy_score_of(here.study) != "merged"
+
+    def make(folder: Path) -> None:
+        entries: list[dict[str, Any]] = []
+        rows: dict[str, dict[str, float]] = {}
+        known: dict[str, Score] = {}
+
+        def add(table: ScoreTable, model: str) -> None:
+            rows[found.row(model)] = {score: table.column(score, [model])[0] for score in scores}
+
+        for r in used:
+            table = ScoreTable.read(r.scores.folder / SCORES)
+            known |= {score.name: score for score in table.scores}
+            for m in read_json(r.proposal.folder / MIXTURES):
+                shares = _shares(m["shares"], parts_of, dropped, here)
+                entries.append({"name": found.row(m["name"]), "weights": m["weights"], "shares": shares})
+                add(table, m["name"])
+            if r.number == 1 and interpolates:
+                for name in there.components:
+                    add(table, component_row(name))
+        if not entries:
+            raise IncompatibleInputs(f"search.earlier: {label} has scored no proxies of its own. Take it out.")
+        write_json(folder / MIXTURES, entries)
+        ScoreTable([known[name] for name in scores], rows).write(folder / SCORES)
+
+    settings: dict[str, Any] = {
+        "study": label,
+        "rounds": [[r.proposal.key, r.scores.key] for r in used],
+        "domains": list(here.data),
+        "parts": parts_of,
+        "dropped": dropped,
+        "scores": scores,
+        "components": interpolates,
+    }
+    needs = {name: here.data[name] for parts in parts_of.values() if len(parts) > 1 for name in parts}
+    stage = Stage(f"earlier/{label}", here.run, settings, tuple(needs.values()), make)
+    if not absent_ok and not stage.done():
+        _require(label, spec, [s for r in used for s in (r.proposal, r.scores)])
+    same = [name for name, parts in parts_of.items() if parts == [name] and name not in spec.split]
+    num_proxies = sum(there.study.search.rounds[: len(used)])
+    found = Earlier(label, stage, num_proxies, scores, left_out, same, spec.split, dropped)
+    return found
+
+
+def _parts(label: str, spec: EarlierSpec, here: Foundation, there: Dag) -> dict[str, list[str]]:
+    """What each of its domains is here: itself, if text and name are the same; what it was split into; or none."""
+    for name in spec.split:
+        if name not in there.data:
+            raise ConfigError(f"search.earlier: split: {label} has no domain {name!r}{nearest(name, list(there.data))}")
+    parts = {}
+    for name, stage in there.data.items():
+        same = name in here.data and here.data[name].key == stage.key
+        if same and name in spec.split:
+            raise ConfigError(f"search.earlier: split: {name!r} is the same domain here as in {label}; take it out.")
+        parts[name] = [name] if same else spec.split.get(name, [])
+    return parts
+
+
+def _require(label: str, spec: EarlierSpec, stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        if not stage.done():
+            name = stage.folder.name
+            others = sorted(path.name for path in stage.folder.parent.glob(f"{name.removesuffix(stage.key)}*"))
+            there_is = f" (there is {', '.join(others)}, of other text or settings)" if others else ""
+            raise ConfigError(
+                f"search.earlier: {label} is not done: {stage.folder} does not exist{there_is}. Its file and its text have to "
+                f"be as they were run. If it was not run, `demix search {spec.study}` does it; of a study that was given up, "
+                "`rounds` says how many of its rounds to use."
+            )
+
+
+def _shares(
+    shares: Mapping[str, float], parts_of: Mapping[str, Sequence[str]], dropped: Mapping[str, str], here: Foundation
+) -> dict[str, float]:
+    """Actual shares of the domains of this study, and after them of those that are no longer there."""
+    found = dict.fromkeys([*here.data, *dropped.values()], 0.0)
+    for name, share in shares.items():
+        parts = parts_of[name]
+        if not parts:
+            found[dropped[name]] = share
+        elif len(parts) == 1:
+            found[parts[0]] += share
+        else:
+            tokens = data_stages.tokens({part: here.data[part] for part in parts}, "train")
+            for part in parts:
+                found[part] += share * tokens[part] / sum(tokens.values())
+    return found
