@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 from megatron_demix.artifact import read_json
+from megatron_demix.command import exit_code
 from megatron_demix.data.blend import MODES, Pool, build_blend
 from megatron_demix.data.blend_report import blend_table
 from megatron_demix.data.curriculum import Stage, build_curriculum
-from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.units import parse_tokens
 
@@ -55,6 +56,10 @@ def build(arguments: argparse.Namespace) -> list[dict]:
 
 
 def main() -> int:
+    return exit_code(run)
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", type=Path, required=True, metavar="YAML", help="the domains' indexed data and epoch limits")
     parser.add_argument("--mixture", type=Path, required=True, metavar="JSON", help="shares by domain")
@@ -75,11 +80,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
-    try:
-        manifests = build(arguments)
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    manifests = build(arguments)
     for manifest in manifests:
         print(json.dumps(manifest, indent=1) if arguments.json else blend_table(manifest))
         if not manifest["files"]:

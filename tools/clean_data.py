@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_demix.command import exit_code
 from megatron_demix.data.inputs import resolve_inputs
-from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.errors import ConfigError
 from megatron_demix.units import Cut, parse_cut
 
 HEURISTICS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
@@ -58,29 +59,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    arguments = parser().parse_args()
-    try:
-        inputs: dict[str, list[Path]] = {}
-        for domain, pattern in pairs("--input", arguments.input):
-            inputs.setdefault(domain, []).extend(resolve_inputs([pattern]))
-        spec, grades = settings(arguments), dict(map(grade, pairs("--grades", arguments.grades)))
-        slurm = dict(pairs("--slurm", arguments.slurm)) if arguments.slurm is not None else None
-        # Here, because it takes seconds to import.
-        from megatron_demix.data.clean.run import clean_domains
+    return exit_code(run)
 
-        report = clean_domains(
-            inputs,
-            arguments.output,
-            spec,
-            grades=grades,
-            json_keys=dict.fromkeys(inputs, arguments.json_key),
-            on_bad_document=arguments.on_bad_document,
-            workers=arguments.workers,
-            slurm=slurm and {k: int(v) if v.isdigit() else v for k, v in slurm.items()},
-        )
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+
+def run() -> int:
+    arguments = parser().parse_args()
+    inputs: dict[str, list[Path]] = {}
+    for domain, pattern in pairs("--input", arguments.input):
+        inputs.setdefault(domain, []).extend(resolve_inputs([pattern]))
+    spec, grades = settings(arguments), dict(map(grade, pairs("--grades", arguments.grades)))
+    slurm = dict(pairs("--slurm", arguments.slurm)) if arguments.slurm is not None else None
+    # Here, because it takes seconds to import.
+    from megatron_demix.data.clean.run import clean_domains
+
+    report = clean_domains(
+        inputs,
+        arguments.output,
+        spec,
+        grades=grades,
+        json_keys=dict.fromkeys(inputs, arguments.json_key),
+        on_bad_document=arguments.on_bad_document,
+        workers=arguments.workers,
+        slurm=slurm and {k: int(v) if v.isdigit() else v for k, v in slurm.items()},
+    )
     if report is None:
         print(f"submitted; {arguments.output} appears when the last job has ended. The same command then tidies up.")
     else:

@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 
 from megatron_demix.checkpoint.summary import format_summary, summarize
-from megatron_demix.errors import DemixError
+from megatron_demix.command import exit_code
 
 
 def main() -> int:
+    return exit_code(run)
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a run's root, an iter_* or release folder, or a bare torch_dist folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    try:
-        facts = summarize(arguments.path)
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    facts = summarize(arguments.path)
     print(json.dumps(facts, indent=1) if arguments.json else format_summary(facts))
     return 0
 

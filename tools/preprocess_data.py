@@ -16,9 +16,10 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_demix.command import exit_code
 from megatron_demix.data.prepare import preprocess, resolve_inputs
 from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.errors import ConfigError
 from megatron_demix.study.data import TokenizerSpec
 
 # Megatron's names for what we call a tokenizer's type.
@@ -48,6 +49,10 @@ def tokenizer_from(kind: str, model: Path | None) -> Tokenizer:
 
 
 def main() -> int:
+    return exit_code(run)
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
@@ -71,42 +76,38 @@ def main() -> int:
     parser.add_argument("--log-interval", type=int, metavar="N", help="accepted for Megatron's scripts; progress is a bar")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
-    try:
-        if arguments.keep_newlines and not arguments.split_sentences:
-            raise ConfigError("--keep-newlines has no effect without --split-sentences.")
-        tokenizer = tokenizer_from(arguments.tokenizer_type, arguments.tokenizer_model)
-        inputs = resolve_inputs(arguments.input)
-        sentences = None
-        if arguments.split_sentences:
-            from megatron_demix.data.sentences import punkt
+    if arguments.keep_newlines and not arguments.split_sentences:
+        raise ConfigError("--keep-newlines has no effect without --split-sentences.")
+    tokenizer = tokenizer_from(arguments.tokenizer_type, arguments.tokenizer_model)
+    inputs = resolve_inputs(arguments.input)
+    sentences = None
+    if arguments.split_sentences:
+        from megatron_demix.data.sentences import punkt
 
-            sentences = punkt(keep_newlines=arguments.keep_newlines)
-        number = arguments.partitions
-        if number < 1 or not 0 <= (arguments.partition or 0) < number:
-            raise ConfigError(f"--partition is {arguments.partition} of {number} partitions, expected 0 to {number - 1}.")
-        parts = [(i, number) for i in range(number)] if arguments.partition is None else [(arguments.partition, number)]
-        for key in arguments.json_keys:
-            prefix = Path(f"{arguments.output_prefix}_{key}_{'sentence' if sentences else 'document'}")
-            for part in parts:
-                counts = preprocess(
-                    inputs,
-                    tokenizer,
-                    prefix,
-                    json_key=key,
-                    workers=arguments.workers,
-                    append_eod=arguments.append_eod,
-                    sentences=sentences,
-                    on_bad_document=arguments.on_bad_document,
-                    part=part if number > 1 else None,
-                    progress=not arguments.quiet,
-                )
-            if counts:
-                print(json.dumps({"prefix": str(prefix)} | counts))
-            else:
-                print(f"{prefix} is not published yet: other partitions are missing", file=sys.stderr)
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+        sentences = punkt(keep_newlines=arguments.keep_newlines)
+    number = arguments.partitions
+    if number < 1 or not 0 <= (arguments.partition or 0) < number:
+        raise ConfigError(f"--partition is {arguments.partition} of {number} partitions, expected 0 to {number - 1}.")
+    parts = [(i, number) for i in range(number)] if arguments.partition is None else [(arguments.partition, number)]
+    for key in arguments.json_keys:
+        prefix = Path(f"{arguments.output_prefix}_{key}_{'sentence' if sentences else 'document'}")
+        for part in parts:
+            counts = preprocess(
+                inputs,
+                tokenizer,
+                prefix,
+                json_key=key,
+                workers=arguments.workers,
+                append_eod=arguments.append_eod,
+                sentences=sentences,
+                on_bad_document=arguments.on_bad_document,
+                part=part if number > 1 else None,
+                progress=not arguments.quiet,
+            )
+        if counts:
+            print(json.dumps({"prefix": str(prefix)} | counts))
+        else:
+            print(f"{prefix} is not published yet: other partitions are missing", file=sys.stderr)
     return 0
 
 

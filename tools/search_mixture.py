@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_demix.errors import DemixError
+from megatron_demix.command import exit_code
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 SURROGATES = (
@@ -20,12 +20,12 @@ SURROGATES = (
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    try:
+
+    def run() -> int:
         args.run(args)
-    except DemixError as e:
-        print(f"search_mixture.py: {e}", file=sys.stderr)
-        return e.exit_code
-    return 0
+        return 0
+
+    return exit_code(run)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,11 +8,16 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_demix.command import exit_code
 from megatron_demix.data.inputs import resolve_inputs
-from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.errors import ConfigError
 
 
 def main() -> int:
+    return exit_code(run)
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     perplexity = kinds.add_parser("perplexity", help="an n-gram model of text one trusts: a folder with model.arpa and "
@@ -27,24 +32,20 @@ def main() -> int:
         kind.add_argument("--output", type=Path, required=True, metavar="PATH")
         kind.add_argument("--json-key", default="text", metavar="KEY", help="default: text")
     arguments = parser.parse_args()
-    try:
-        from megatron_demix.data.clean.models import train_perplexity, train_quality
+    from megatron_demix.data.clean.models import train_perplexity, train_quality
 
-        if arguments.kind == "perplexity":
-            files = resolve_inputs(arguments.input)
-            report = train_perplexity(files, arguments.output, order=arguments.order, vocab_size=arguments.vocab_size,
-                                      json_key=arguments.json_key)  # fmt: skip
-        else:
-            samples: dict[str, list[Path]] = {}
-            for given in arguments.input:
-                label, equals, pattern = given.partition("=")
-                if not equals:
-                    raise ConfigError(f"--input {given}: expected LABEL=PATH.")
-                samples.setdefault(label, []).extend(resolve_inputs([pattern]))
-            report = train_quality(samples, arguments.output, json_key=arguments.json_key)
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    if arguments.kind == "perplexity":
+        files = resolve_inputs(arguments.input)
+        report = train_perplexity(files, arguments.output, order=arguments.order, vocab_size=arguments.vocab_size,
+                                  json_key=arguments.json_key)  # fmt: skip
+    else:
+        samples: dict[str, list[Path]] = {}
+        for given in arguments.input:
+            label, equals, pattern = given.partition("=")
+            if not equals:
+                raise ConfigError(f"--input {given}: expected LABEL=PATH.")
+            samples.setdefault(label, []).extend(resolve_inputs([pattern]))
+        report = train_quality(samples, arguments.output, json_key=arguments.json_key)
     print(json.dumps(report, indent=1))
     return 0
 

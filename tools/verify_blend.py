@@ -6,21 +6,21 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_demix.command import exit_code
 from megatron_demix.data.verify import verify_blend
-from megatron_demix.errors import DemixError
 
 
 def main() -> int:
+    return exit_code(run)
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prefix", type=Path, metavar="PREFIX", help="path prefix of the blend, without .bin/.idx")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
-    try:
-        counts = verify_blend(arguments.prefix, progress=not arguments.quiet)
-    except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    counts = verify_blend(arguments.prefix, progress=not arguments.quiet)
     if arguments.json:
         print(json.dumps(counts, indent=1))
     else:
