@@ -123,10 +123,13 @@ class Local(Place):
         both = [self._start(), self._start()]
         while all(process.poll() is None for process in both):
             time.sleep(0.05)
-        loser = both[0] if both[0].poll() is not None else both[1]
-        if loser.returncode != INCOMPLETE:
-            raise RuntimeError(f"of two commands at once, one ended with {loser.returncode}, expected {INCOMPLETE}")
-        self._process = both[1] if loser is both[0] else both[0]
+        first, second = both if both[0].poll() is not None else reversed(both)
+        if first.returncode == 0:  # it has done all there is to do
+            second.wait()
+            first, second = second, first
+        if first.returncode != INCOMPLETE and second.returncode != 0:
+            raise RuntimeError(f"of two commands at once, one ended with {first.returncode}, expected {INCOMPLETE}")
+        self._process = second
 
     def _start(self) -> subprocess.Popen:
         command = [*DEMIX, self.part, str(self.study), "--runs", str(self.runs), "--quiet"]
@@ -224,7 +227,7 @@ class Slurm(Place):
         node = self.chance.choice(self._cluster.nodes)
         self._cluster.crash_node(node)
         time.sleep(1)
-        self._cluster.start_daemon(node)
+        self._cluster.start_daemon(node, rebooted=True)
         return True
 
     def _restart_controller(self) -> bool:

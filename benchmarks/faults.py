@@ -142,7 +142,9 @@ def main() -> int:
             raise RuntimeError(f"the undisturbed study was not finished: {reference}")
         wanted, steps = artifacts(undisturbed.run), steps_done(undisturbed.run)
         print(f"undisturbed: {len(wanted)} artifacts, {steps} steps, {reference['wall_s']:.0f} s", flush=True)
-        rows = []
+        settings = {"gap_s": options.gap, "part": options.part, "cpus": os.cpu_count()}
+        settings |= {"artifacts of a study": len(wanted), "steps of a study": steps}
+        rows: list[dict] = []
         for number in range(options.studies):
             disturbed = place(f"study{number}")
             row = run_study(disturbed, options.faults, options.gap, chance)
@@ -152,9 +154,10 @@ def main() -> int:
             row["damaged checkpoints passed over"] = passed_over(disturbed.run)
             rows.append(row)
             print(f"study {number}: {json.dumps(row)}", flush=True)
-    settings = {"gap_s": options.gap, "part": options.part, "cpus": os.cpu_count(), "artifacts of a study": len(wanted)}
+            write(options.output, f"{options.backend}, seed {options.seed}", settings, rows)
     summary = summarise(rows)
-    write(options.output, f"{options.backend}, seed {options.seed}", settings | {"steps of a study": steps}, summary, rows)
+    for name, value in summary.items():
+        print(f"{name:32} {value}")
     return 0 if summary["studies finished"] == len(rows) and not summary["artifacts different or missing"] else 1
 
 
@@ -173,12 +176,10 @@ def summarise(rows: list[dict]) -> dict:
     }
 
 
-def write(path: Path, name: str, settings: dict, summary: dict, rows: list[dict]) -> None:
-    """Print a run's summary and add the run to the file, or replace the one of that name."""
-    for key, value in summary.items():
-        print(f"{key:32} {value}")
+def write(path: Path, name: str, settings: dict, rows: list[dict]) -> None:
+    """Add a run to the file, or replace the one of that name: after every study, so that what is interrupted counts."""
     runs = read_json(path)["runs"] if path.exists() else {}
-    runs[name] = {"settings": settings, "summary": summary, "studies": rows}
+    runs[name] = {"settings": settings, "summary": summarise(rows), "studies": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"total": summarise([row for run in runs.values() for row in run["studies"]]), "runs": runs})
 

@@ -43,9 +43,9 @@ class Cluster:
         (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # there is nothing behind the name
         (folder / "log" / "jobs.txt").touch()
 
-    def start_daemon(self, name: str) -> None:
-        """name: "slurmctld" or a node's."""
-        command = ["slurmctld", "-D"] if name == "slurmctld" else ["slurmd", "-D", "-N", name]
+    def start_daemon(self, name: str, *, rebooted: bool = False) -> None:
+        """name: "slurmctld" or a node's. rebooted: as which a node shall report, so that SLURM gives up what ran there."""
+        command = ["slurmctld", "-D"] if name == "slurmctld" else ["slurmd", "-D", "-N", name, *(["-b"] if rebooted else [])]
         with open(self.folder / "log" / f"{name}.out", "ab") as output:
             self._daemons[name] = subprocess.Popen(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
