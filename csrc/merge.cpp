@@ -7,6 +7,7 @@
 #include "crc32.hpp"
 #include "kernels.hpp"
 #include "merge_tile.hpp"
+#include "read_ahead.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -57,7 +58,13 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
     // A thread that writes to a file waits for the disk most of that time: a second one sums meanwhile.
     const int num_threads = std::max(1, settings.threads) * (to_files ? buffers_per_thread : 1);
     for (int i = 0; i < num_threads; ++i) threads.emplace_back(work);
+    // What goes to files is made once, and may be read from the disk for it; models in memory are made again and again.
+    std::atomic<bool> finished{false};
+    std::thread reader;
+    if (to_files) reader = std::thread([&] { read_ahead(x, finished); });
     for (std::thread& thread : threads) thread.join();
+    finished.store(true);
+    if (reader.joinable()) reader.join();
 
     Outcome outcome;
     outcome.error = x.error.load();

@@ -37,8 +37,8 @@ class Checkpoint:
     def __init__(self, path: Path, *, read_ahead: bool = True) -> None:
         """path: anything find_checkpoint accepts. Raises as find_checkpoint and read_metadata do.
 
-        read_ahead: False where a few scattered bytes are read of what is not in the page cache: a disk may otherwise read
-        megabytes around each of them. prefetch() then fetches what is needed whole.
+        read_ahead: False while a few scattered bytes are read of what is not in the page cache: a disk may otherwise read
+        megabytes around each of them. prefetch() then fetches what is needed whole, and start_read_ahead() ends it.
         """
         self.location: CheckpointDir = find_checkpoint(path)
         self.metadata: CheckpointMetadata = read_metadata(self.location.path)
@@ -101,6 +101,14 @@ class Checkpoint:
                     f"{self.location.path / name}: became unreadable while it was read: it was cut short, or its disk failed. "
                     "Copy or save the checkpoint again, and leave it alone while it is in use; nothing was made of it."
                 )
+
+    def start_read_ahead(self) -> None:
+        """From now on items are read whole, one after another."""
+        if not self._read_ahead:
+            self._read_ahead = True
+            for mapped in self._maps.values():
+                if mapped is not None:
+                    mapped.madvise(mmap.MADV_NORMAL)
 
     def payload(self, info: TensorInfo, chunk: Chunk) -> Payload:
         """The elements of one chunk (also of with_keys(), layers.py). Raises CorruptInput if they are not what it promises."""

@@ -28,7 +28,7 @@ class Components:
         if not paths:
             raise ConfigError("no components to merge. Give at least one checkpoint.")
         self.names = list(paths)
-        self.checkpoints = [Checkpoint(Path(path)) for path in paths.values()]
+        self.checkpoints = [Checkpoint(Path(path), read_ahead=False) for path in paths.values()]
         self._payloads: dict[tuple[int, str, tuple[int, ...]], Payload] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.copied: dict[str, TensorInfo] = {}
@@ -53,6 +53,11 @@ class Components:
         if at not in self._payloads:
             self._payloads[at] = self.checkpoints[k].payload(info, chunk)
         return self._payloads[at]
+
+    def start_read_ahead(self) -> None:
+        """The plan is made, for which the beginning of every chunk was read: now comes all of them."""
+        for checkpoint in self.checkpoints:
+            checkpoint.start_read_ahead()
 
     def check_still_there(self) -> None:
         """Raises CorruptInput if a component's file became unreadable after it was opened: sums made since do not count."""

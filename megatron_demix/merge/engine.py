@@ -96,7 +96,9 @@ def merge_checkpoints(
     threads = threads or default_threads()
     per_pass = _outputs_per_pass(job, threads, max_memory)
     if todo:
-        job.method.prepare(job.plan, threads)
+        plan = job.plan
+        parts.start_read_ahead()
+        job.method.prepare(plan, threads)
     for start in range(0, len(todo), per_pass):
         group = todo[start : start + per_pass]
         _merge_group(

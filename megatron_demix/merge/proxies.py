@@ -82,6 +82,7 @@ class ProxyMerger:
         if len(models) != len(mixtures) or any([(t.shape, t.dtype, t.device) for t in model] != pattern for model in targets):
             raise ValueError(f"{len(mixtures)} mixtures need as many models, with tensors like the live ones in their order")
         if self._device is None:
+            self.components.start_read_ahead()
             damaged = self._plan.damaged(self._threads)
             self.components.check_still_there()
             if (name := damaged) is not None:

@@ -13,6 +13,7 @@ SOURCES = [
     "merge_tile.cpp",
     "merge_sum.cpp",
     "merge_write.cpp",
+    "read_ahead.cpp",
     "delta_sum.cpp",
     "delta_kernels.cpp",
     "row_reader.cpp",
