@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Each command that runs a part of the study: the kinds of stages it asks for (with all they need) and its help.
 _PARTS = {
     "prepare": ({"tokenizer", "data"}, "tokenize the domains into Megatron .bin/.idx, split into train, valid and test"),
-    "train": ({"base", "components"}, "train the base and one component per domain"),
+    "train": ({"base", "components", "averages"}, "train the base and one component per domain"),
     "evaluate": ({"maturity", "rounds"}, "merge and score proxies, round by round, and fit the surrogates"),
     "search": ({"maturity", "rounds"}, "the same as evaluate, ending with the chosen mixture on standard output"),
     "merge": ({"merge"}, "write the chosen mixture's proxy as a checkpoint"),

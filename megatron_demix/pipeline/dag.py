@@ -101,10 +101,10 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     tasks = task_inputs(study, root, digests)
     base = _where_done(train_stages.base(study, root, run, tokenizer, data, digests), elsewhere)
     merged = study.search.proxies == "merged"
-    components = {
-        name: _where_done(train_stages.component(study, name, run, tokenizer, data, base), elsewhere)
-        for name in (data if merged else ())
-    }
+    components = {}
+    for name in data if merged else ():
+        trained = _where_done(train_stages.component(study, name, run, tokenizer, data, base), elsewhere)
+        components[name] = _where_done(train_stages.averaged(study, run, trained), elsewhere)
     foundation = Foundation(study, run, tokenizer, data, base, components, tasks)
     earlier = [
         earlier_stages.earlier(spec, foundation, there, absent_ok=digests.absent_ok)

@@ -91,7 +91,7 @@ def proxies(study: Study, run: Path, base: Stage, components: Mapping[str, Stage
         from megatron_demix.merge.engine import merge_checkpoints
 
         merge_checkpoints(
-            {n: c.folder for n, c in components.items()},
+            {n: train_stages.checkpoint_of(c) for n, c in components.items()},
             {FOUND: read_json(choice.folder / CHOICE)["merge_weights"]},
             folder / "proxies",
             threads=study.merge.threads,

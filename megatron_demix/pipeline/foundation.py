@@ -22,5 +22,5 @@ class Foundation:
     """By domain."""
     base: Stage
     components: Mapping[str, Stage]
-    """By domain; empty where the study trains its proxies."""
+    """By domain, as they are merged; empty where the study trains its proxies."""
     tasks: TaskInputs

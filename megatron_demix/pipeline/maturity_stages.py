@@ -33,20 +33,24 @@ def maturity(foundation: Foundation) -> Maturity:
     tokenizer, data = foundation.tokenizer, foundation.data
     centroid = Mixture.uniform(data)
     trained = {
-        f"{TRAINED_CENTROID}{seed}": train_stages.on_merge_weights(
-            study, f"maturity/centroid-seed{seed}", run, tokenizer, data, base, centroid, seed=study.seed + seed
+        f"{TRAINED_CENTROID}{seed}": train_stages.averaged(
+            study,
+            run,
+            train_stages.on_merge_weights(
+                study, f"maturity/centroid-seed{seed}", run, tokenizer, data, base, centroid, seed=study.seed + seed
+            ),
         )
         for seed in range(study.component.maturity_seeds)
     }
 
     def models() -> dict[str, Any]:
         return {
-            "components": {n: c.folder for n, c in components.items()},
+            "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
             "mixtures": {MERGED_CENTROID: dict(centroid)},
             "merge": study.merge,
             "base": train_stages.checkpoint_of(base),
             "seed": study.seed,
-            "checkpoints": {BASE: train_stages.checkpoint_of(base), **{name: stage.folder for name, stage in trained.items()}},
+            "checkpoints": {name: train_stages.checkpoint_of(stage) for name, stage in {BASE: base, **trained}.items()},
         }
 
     needs = (base, *components.values(), *trained.values())

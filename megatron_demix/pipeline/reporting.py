@@ -95,7 +95,9 @@ def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:
 
 
 def _losses(dag: Dag) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    for stage in (dag.base, *dag.components.values(), *dag.finals.values()):
+    for stage in dag.all:
+        if stage.kind not in ("base", "components", "final"):
+            continue
         path = stage.folder / "losses.jsonl"
         if stage.done() and path.is_file():
             entries = [e for e in map(json.loads, path.read_text().splitlines()) if "lm loss" in e]

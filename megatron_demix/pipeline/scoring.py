@@ -33,7 +33,7 @@ def scores_of_merged(foundation: Foundation, number: int, proposal: Stage) -> St
     def models() -> dict[str, Any]:
         proposed = {m["name"]: m["weights"] for m in read_json(proposal.folder / MIXTURES)}
         return {
-            "components": {n: c.folder for n, c in components.items()},
+            "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
             "mixtures": proposed | {component_row(n): dict(Mixture.one_hot(components, n)) for n in alone},
             "merge": study.merge,
             "base": train_stages.checkpoint_of(base),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import fingerprint, hash_file, read_json, write_json
-from megatron_demix.errors import MixtureError
+from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.huggingface_base import imported
@@ -23,6 +23,7 @@ from megatron_demix.train.megatron_lm.work import check_finished, settle
 from megatron_demix.units import format_count
 
 PhaseName = Literal["base", "component", "proxy", "final"]
+POINTER, AVERAGE = "pointer.json", "average"
 MIXTURES = "mixtures.json"
 """A round's mixtures, in the artifact that proposed them."""
 _TOKENS = {"base": "base.tokens", "component": "component.tokens", "proxy": "search.proxy_tokens", "final": "final.tokens"}
@@ -35,7 +36,33 @@ _NOT_IN_KEY = {
 
 
 def num_iterations(study: Study, phase: PhaseName) -> int:
-    """Optimiser steps of a phase: its tokens, to the nearest whole step, at least one."""
+    """Optimiser steps that a phase really runs for."""
+    return kept_iterations(study)[-1] if phase == "component" else schedule_iterations(study, phase)
+
+
+def kept_iterations(study: Study) -> list[int]:
+    """Of a component, ascending: the iterations whose checkpoints are used. It ends with the last one, whatever its schedule.
+
+    Raises ConfigError where two of them would be one.
+    """
+    total, parts = schedule_iterations(study, "component"), study.component.average
+    if parts is None:
+        return [total]
+    kept = [max(1, round(part * total)) for part in parts]
+    if len(set(kept)) < len(kept):
+        raise ConfigError(
+            f"component.average: {parts} of {total} iterations are {kept}, which repeats one. Take parts farther apart, or "
+            "train components for longer."
+        )
+    return kept
+
+
+def _kept_before_the_last(study: Study, phase: PhaseName) -> list[int]:
+    return kept_iterations(study)[:-1] if phase == "component" else []
+
+
+def schedule_iterations(study: Study, phase: PhaseName) -> int:
+    """Optimiser steps that a phase's tokens are, to the nearest whole step, at least one: its learning rate's schedule."""
     tokens = _proxy_tokens(study) if phase == "proxy" else getattr(study, phase).tokens
     return max(1, round(tokens / (study.train.global_batch_size * study.train.seq_length)))
 
@@ -55,9 +82,11 @@ def training_settings(study: Study, phase: PhaseName, seed: int) -> dict[str, An
     settings: dict[str, Any] = {
         "model": study.model.model_dump(exclude={"transformer_impl"}),
         "train": study.phase(phase).model_dump(exclude=_NOT_IN_KEY),
-        "train_iters": num_iterations(study, phase),
+        "train_iters": schedule_iterations(study, phase),
         "seed": seed,
     }
+    if keep := _kept_before_the_last(study, phase):
+        settings["kept"] = [*keep, num_iterations(study, phase)]
     if stock := _stock(study):
         settings["trainer"] = {"backend": stock.backend, "script": stock.script.name, "args": own_arguments(stock.args)}
     return settings
@@ -84,7 +113,11 @@ def training(
     """A training stage. blend, init and wanted are asked when the stage begins, when what it needs is there; what is not
     wanted is an empty artifact."""
     train: TrainSpec = study.phase(phase)
-    iterations = num_iterations(study, phase)
+    iterations, schedule, keep = (
+        num_iterations(study, phase),
+        schedule_iterations(study, phase),
+        _kept_before_the_last(study, phase),
+    )
     everything = {**training_settings(study, phase, seed), **settings}
     stock = _stock(study)
 
@@ -96,6 +129,8 @@ def training(
             parallel=study.parallel,
             train=train,
             train_iters=iterations,
+            schedule_iters=schedule,
+            keep=keep,
             vocab_size=vocab_size,
             eod_id=eod_id,
             blend=sources,
@@ -134,7 +169,7 @@ def training(
 
     def judge(folder: Path) -> None:
         if wanted():
-            check_finished(folder, name, iterations)
+            check_finished(folder, name, iterations, keep)
 
     ranks = study.parallel.world_size
     stage = Stage(name, run, everything, tuple(needs), make, ranks=ranks, judge=judge, script=script if stock else None)
@@ -189,20 +224,39 @@ def given(name: str, checkpoint: Path, run: Path, *, absent_ok: bool = False) ->
     digest = fingerprint([hash_file(found.path / ".metadata"), [p.stat().st_size for p in sorted(found.path.glob("*.distcp"))]])
 
     def make(folder: Path) -> None:
-        write_json(folder / "pointer.json", {"checkpoint": str(found.path.resolve())})
+        write_json(folder / POINTER, {"checkpoint": str(found.path.resolve())})
 
     return Stage(name, run, {"checkpoint": digest}, (), make)
 
 
 def checkpoint_of(stage: Stage) -> Path:
-    """The checkpoint a finished training stage (or a given base) stands for."""
-    pointer = stage.folder / "pointer.json"
+    """The checkpoint a finished stage stands for: one that trains, averages, or was given."""
+    pointer = stage.folder / POINTER
     return stage.folder / read_json(pointer)["checkpoint"] if pointer.is_file() else stage.folder
 
 
 def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage) -> Stage:
     one_hot = Mixture.one_hot(data, name)
     return on_merge_weights(study, f"components/{name}", run, tokenizer, data, base, one_hot, seed=study.seed)
+
+
+def averaged(study: Study, run: Path, trained: Stage) -> Stage:
+    """The stage that stands for a model trained as components are: itself, or the mean of the checkpoints it has kept."""
+    if study.component.average is None:
+        return trained
+
+    def make(folder: Path) -> None:
+        from megatron_demix.checkpoint.layout import iteration_folder
+        from megatron_demix.merge.engine import merge_checkpoints
+
+        kept = kept_iterations(study)
+        parts = {iteration_folder(i): trained.folder / iteration_folder(i) for i in kept}
+        merge_checkpoints(
+            parts, {AVERAGE: dict.fromkeys(parts, 1 / len(parts))}, folder, threads=study.merge.threads, progress=False
+        )
+        write_json(folder / POINTER, {"checkpoint": AVERAGE})
+
+    return Stage(f"averages/{trained.name}", run, {}, (trained,), make)
 
 
 def on_merge_weights(

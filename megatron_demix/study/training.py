@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -166,8 +167,16 @@ class AnchorSpec(Section):
 
 class ComponentSpec(Phase):
     anchor: AnchorSpec = AnchorSpec()
+    average: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(None, min_length=2)
+    """Parts of the run, ascending, whose checkpoints' mean is the component. It ends with the last. Null: its end alone."""
     maturity_seeds: int = Field(0, ge=0)
     """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ComponentSpec:
+        if self.average and any(a >= b for a, b in pairwise(self.average)):
+            raise ValueError(f"average: {self.average} has to ascend: parts of the run, such as [0.6, 0.65, 0.7, 0.75]")
+        return self
 
 
 # The options of each merge method (megatron_demix.merge.named). Random drops take the study's seed.

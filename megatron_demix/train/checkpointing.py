@@ -73,7 +73,8 @@ class Checkpoints:
         self._rank, self._num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def save(self, iteration: int) -> Path:
-        """Publish the state after `iteration` steps, then drop all but the newest keep_checkpoints. Raises StorageError."""
+        """Publish the state after `iteration` steps, then drop all but the newest keep_checkpoints and job.keep. Raises
+        StorageError."""
         target = self._folder(iteration)
         unfinished = target.with_name(f".unfinished-{target.name}")
         with self._writing(target, unfinished):
@@ -92,7 +93,7 @@ class Checkpoints:
                 shutil.rmtree(target, ignore_errors=True)  # a damaged one that was not resumed from
                 os.rename(unfinished, target)
                 write_atomic(self._job.work / TRACKER, str(iteration))
-                older = [i for i in iterations_in(self._job.work) if i < iteration]
+                older = [i for i in iterations_in(self._job.work) if i < iteration and i not in self._job.keep]
                 self._drop(older[: 1 - self._job.train.keep_checkpoints])
         torch.distributed.barrier()
         return target
@@ -136,13 +137,14 @@ class Checkpoints:
             return iteration
         return 0
 
-    def keep_only(self, iteration: int) -> None:
-        """Remove every checkpoint but this one, and what killed runs left: the run is finished."""
+    def finish(self) -> None:
+        """Remove every checkpoint but the last and those of job.keep, and what killed runs left."""
+        last = self._job.train_iters
         if self._rank == 0:
-            self._drop([i for i in iterations_in(self._job.work) if i != iteration])
+            self._drop([i for i in iterations_in(self._job.work) if i != last and i not in self._job.keep])
             for left in self._job.work.glob(".unfinished-*"):
                 shutil.rmtree(left, ignore_errors=True)
-            write_atomic(self._job.work / TRACKER, str(iteration))
+            write_atomic(self._job.work / TRACKER, str(last))
         torch.distributed.barrier()
 
     def _folder(self, iteration: int) -> Path:

@@ -22,6 +22,10 @@ class TrainJob(BaseModel):
     parallel: ParallelSpec = ParallelSpec()
     train: TrainSpec
     train_iters: int = Field(ge=1)
+    schedule_iters: int | None = Field(None, ge=1)
+    """Iterations that the learning rate's schedule is made for. Default: train_iters. With more, the run ends before it."""
+    keep: list[Annotated[int, Field(ge=1)]] = []
+    """Iterations whose checkpoints stay, beside the last one's."""
     vocab_size: int = Field(ge=2)
     """Number of token ids, before padding."""
     eod_id: int = Field(ge=0)
@@ -45,7 +49,14 @@ class TrainJob(BaseModel):
             raise ValueError("blend: every source has weight 0; give at least one a positive weight")
         if self.eod_id >= self.vocab_size:
             raise ValueError(f"eod_id {self.eod_id} is not below vocab_size {self.vocab_size}")
+        if self.decay_iters < self.train_iters:
+            raise ValueError(f"schedule_iters {self.schedule_iters} is below train_iters {self.train_iters}")
         return self
+
+    @property
+    def decay_iters(self) -> int:
+        """The length of the learning rate's schedule."""
+        return self.schedule_iters or self.train_iters
 
     @classmethod
     def read(cls, path: Path) -> TrainJob:

@@ -64,7 +64,7 @@ def run(job: TrainJob) -> None:
                     journal.step(row)
                     if spoken:
                         journal.speak(row, straggler)
-                if result.stop or _is_due(iteration, job.train.save_interval, job.train_iters):
+                if result.stop or iteration in job.keep or _is_due(iteration, job.train.save_interval, job.train_iters):
                     watchdog.progress(f"saving iteration {iteration}")
                     if journal:
                         journal.sync()
@@ -74,7 +74,7 @@ def run(job: TrainJob) -> None:
                         f"run {job.name}: stopped by {stop.signal.name if stop.signal else 'another rank'} after iteration "
                         f"{iteration} of {job.train_iters}, saved in {job.work}. Run the same command again to go on."
                     )
-        checkpoints.keep_only(job.train_iters)
+        checkpoints.finish()
 
 
 def _is_due(iteration: int, interval: int | None, last: int) -> bool:

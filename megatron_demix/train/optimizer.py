@@ -91,20 +91,20 @@ def loading(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def build_schedule(job: TrainJob, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up, then decay over the whole run. Counted in samples, as Megatron-LM counts."""
+    """Warm-up, then decay over the whole schedule. Counted in samples, as Megatron-LM counts."""
     train, batch = job.train, job.train.global_batch_size
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=warmup_iters(train, job.train_iters) * batch,
-        lr_decay_steps=job.train_iters * batch,
+        lr_warmup_steps=warmup_iters(train, job.decay_iters) * batch,
+        lr_decay_steps=job.decay_iters * batch,
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        wsd_decay_steps=wsd_decay_iters(job.train_iters) * batch,
+        wsd_decay_steps=wsd_decay_iters(job.decay_iters) * batch,
         lr_wsd_decay_style="linear",
     )

@@ -78,6 +78,7 @@ def test_there_is_nothing_to_merge(study_folder, tmp_path):
 def test_the_merged_centroid_is_scored_beside_trained_ones_and_calibrates_the_stack(study_folder, tmp_path):
     path = study_folder / "study.yaml"
     overrides = ["base.tokens=1k", "component.tokens=1k", "component.maturity_seeds=2", "search.rounds=[8]"]
+    overrides += ["component.average=[0.5, 0.75]", "train.lr_decay_style=constant"]
     dag = build_dag(load_study(path, [*overrides, "search.surrogate=ridge", "search.bootstraps=0"]), path, tmp_path / "run")
     for stage in dag.of_kinds({"maturity", "rounds"}):
         make(stage)
@@ -92,7 +93,11 @@ def test_the_merged_centroid_is_scored_beside_trained_ones_and_calibrates_the_st
     assert check is not None
     rows = [check.merged, check.base, *check.trained]
     assert len({row["code"] for row in rows}) == 4
-    blends = [dict(read_json(stage.job)["blend"]) for stage in dag.maturity.trained.values()]
+    # Components and trained centroids alike are the mean of two checkpoints, and end with the second, of four iterations.
+    trained = [next(iter(stage.needs)) for stage in (*dag.components.values(), *dag.maturity.trained.values())]
+    for stage in trained:
+        assert sorted(p.name for p in stage.folder.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
+    blends = [dict(read_json(stage.job)["blend"]) for stage in trained[2:]]
     assert [sorted(blend.values()) for blend in blends] == [[0.5, 0.5]] * 2
     assert check.merged["code"] < check.base["code"]
 

@@ -224,13 +224,13 @@ def _parallel(parallel: ParallelSpec, train: TrainSpec) -> Flags:
 
 
 def _training(job: TrainJob) -> Flags:
-    train, steps = job.train, job.train_iters
+    train, steps = job.train, job.decay_iters
     flags: Flags = {
         "seq-length": train.seq_length,
         "max-position-embeddings": job.model.max_position_embeddings or train.seq_length,
         "micro-batch-size": train.micro_batch_size,
         "global-batch-size": train.global_batch_size,
-        "train-iters": steps,
+        "train-iters": job.train_iters,
         "lr": train.lr,
         "min-lr": train.min_lr,
         "lr-decay-style": train.lr_decay_style,
@@ -243,7 +243,7 @@ def _training(job: TrainJob) -> Flags:
         "clip-grad": train.clip_grad,
         "bf16": train.precision == "bf16",
         "eval-iters": 0,
-        "eval-interval": steps,  # divided by, even where nothing is evaluated
+        "eval-interval": job.train_iters,  # divided by, even where nothing is evaluated
         "seed": job.seed,
     }
     if train.lr_decay_style == "WSD":

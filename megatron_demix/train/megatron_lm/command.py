@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shlex
 import sys
@@ -29,6 +30,7 @@ def prepare(job: TrainJob, trainer: TrainerSpec, files: Path, metrics: Path) -> 
     Raises ConfigError where this machine cannot run it.
     """
     assert job.heartbeat is not None
+    check_kept(job)
     transformer_engine = _transformer_engine(job.model, trainer)
     write_json(files.with_suffix(".data.json"), data_arguments(job))
     start, target = _start(job.init_checkpoint, files)
@@ -45,14 +47,27 @@ def prepare(job: TrainJob, trainer: TrainerSpec, files: Path, metrics: Path) -> 
         environment=environment,
         train=job.train,
         train_iters=job.train_iters,
+        keep=job.keep,
         work=job.work,
         metrics=metrics,
         heartbeat=job.heartbeat,
     )
 
 
+def check_kept(job: TrainJob) -> None:
+    """Raises ConfigError where a checkpoint has to stay that Megatron-LM would not save."""
+    for iteration in job.keep:
+        if iteration % job.train.save_interval:
+            raise ConfigError(
+                f"run {job.name}: the checkpoint of iteration {iteration} has to stay (component.average), but Megatron-LM "
+                f"saves every {job.train.save_interval}. Set train.save_interval to {math.gcd(*job.keep)}, or train with "
+                "trainer.backend: megatron_core."
+            )
+
+
 def shown_command(job: TrainJob, trainer: TrainerSpec, files: Path, *, unknown: Collection[str] = ()) -> str:
     """What prepare() will write as a script; nothing is written. unknown: options whose values are shown as three dots."""
+    check_kept(job)
     start = job.init_checkpoint if unknown else _start(job.init_checkpoint, files)[0]
     engine = job.model.transformer_impl != "local"
     return _as_script(job, *_command(job, trainer, files, start, transformer_engine=engine), unknown=unknown)

@@ -37,6 +37,8 @@ class StockJob(BaseModel):
     """Beside what torchrun sets."""
     train: TrainSpec
     train_iters: int
+    keep: list[int] = []
+    """Iterations whose checkpoints stay."""
     work: Path
     metrics: Path
     """metrics.jsonl of the study's run."""
@@ -114,7 +116,7 @@ class _Listener:
         if number % self._job.train.log_interval == 0 or number == self._job.train_iters:
             events: dict[str, Any] = row | {"tokens_per_s": tokens_per_s}
             self._metrics.write("iteration", name=self._job.name, **events)
-            prune(self._job.work, self._job.train.keep_checkpoints)
+            prune(self._job.work, self._job.train.keep_checkpoints, self._job.keep)
 
     def close(self) -> None:
         self._losses.close()

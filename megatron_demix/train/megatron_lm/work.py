@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_demix.artifact import write_atomic
@@ -53,21 +54,24 @@ def settle(work: Path, name: str) -> int:
     return 0
 
 
-def prune(work: Path, keep: int) -> None:
-    """Delete all but the newest `keep` of the checkpoints that are finished. One that is being written is left alone."""
+def prune(work: Path, newest: int, keep: Collection[int] = ()) -> None:
+    """Delete all finished checkpoints but so many of the newest, and those of `keep`. One being written is left alone."""
     tracked = reached(work)
-    for iteration in [i for i in iterations_in(work) if i <= tracked][:-keep]:
+    for iteration in [i for i in iterations_in(work) if (i <= tracked and i not in keep) or i == tracked][:-newest]:
         shutil.rmtree(work / iteration_folder(iteration), ignore_errors=True)
 
 
-def check_finished(work: Path, name: str, train_iters: int) -> None:
-    """Raises EndedEarly where the tracker is short of train_iters, CorruptInput where its checkpoint is not whole. Then drops
-    all other checkpoints."""
+def check_finished(work: Path, name: str, train_iters: int, keep: Collection[int] = ()) -> None:
+    """Raises EndedEarly where the tracker is short of train_iters, CorruptInput where its checkpoint, or one of `keep`, is not
+    whole. Then drops all other checkpoints."""
     tracked = reached(work)
     if tracked < train_iters:
         raise EndedEarly(
             f"run {name}: its process ended without an error after iteration {tracked} of {train_iters}, by what it has saved "
             f"in {work}. Run the same command again to go on."
         )
-    summarize(work / iteration_folder(tracked))
-    prune(work, 1)
+    for iteration in (*keep, tracked):
+        if not (folder := work / iteration_folder(iteration)).is_dir():
+            raise CorruptInput(f"run {name}: {folder} has to stay, but is gone. Delete {work} to train again from the start.")
+        summarize(folder)
+    prune(work, 1, keep)

@@ -57,6 +57,7 @@ def test_where_and_how_fast_it_runs_changes_nothing(study_path):
         ("final.lr=1e-4", {"final"}),
         ("search.objective={english: 1}", {"rounds", "merge", "blend", "final"}),
         ("component.tokens=640", {"components", "rounds", "merge", "blend", "final"}),
+        ("component.average=[0.4, 0.6]", {"components", "averages", "rounds", "merge", "blend", "final"}),
         ("base.tokens=1280", {"base", "components", "rounds", "merge", "blend", "final"}),
         ("merge={method: ties, density: 0.5}", {"rounds", "merge", "blend", "final"}),
         ("evaluate.tokens_per_domain=1k", {"rounds", "merge", "blend", "final"}),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from dist_checkpoints import small_model, write_checkpoint
+from dist_checkpoints import bits, read_checkpoint, small_model, write_checkpoint
 from stock_runs import RUNS, stock_run
 
 from megatron_demix.cli import main
@@ -205,6 +205,27 @@ def test_a_run_that_ends_early_is_incomplete_and_goes_on(study, capsys, caplog):
     (start,) = run_folder.glob("logs/components.code-*.start")
     assert f"starting after iteration 2, with {start}" in log.read_text()
     assert (start / "release").resolve() == study.parent / "base" / "iter_0000100"
+
+
+def test_checkpoints_that_are_averaged_stay(study, capsys):
+    average = ("--set", "component.average=[0.375, 0.75]")
+    assert run(study, "plain", *average) == 2
+    assert (
+        "the checkpoint of iteration 3 has to stay (component.average), but Megatron-LM saves every 2"
+        in capsys.readouterr().err
+    )
+    average = ("--set", "component.average=[0.25, 0.5, 0.75]")
+    assert run(study, "plain", *average) == 0
+    (done,) = study.parent.glob("runs/s/components/code-*")
+    assert sorted(p.name for p in done.glob("iter_*")) == ["iter_0000002", "iter_0000004", "iter_0000006"]
+    assert len(read_losses(done / "losses.jsonl")) == 6
+    (script,) = study.parent.glob("runs/s/logs/components.code-*.sh")
+    assert "--train-iters 6" in script.read_text()
+    assert "--lr-decay-iters 8" in script.read_text()
+    (mean,) = study.parent.glob("runs/s/averages/components/code-*")
+    # The stand-in saves the base again and again.
+    base, averaged = (read_checkpoint(p) for p in (study.parent / "base" / "iter_0000100", mean / "average" / "release"))
+    assert all(bits(base[key]) == bits(averaged[key]) for key in base)
 
 
 @pytest.mark.parametrize(

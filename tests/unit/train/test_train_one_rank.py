@@ -110,6 +110,23 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, make_train_job, ca
     assert contents(job.work) == contents(whole.work)
 
 
+def test_checkpoints_on_the_way_stay_and_a_run_may_end_before_its_schedule(tmp_path, make_train_job):
+    style = {"lr_decay_style": "linear", "save_interval": 4}
+    whole = make_train_job(tmp_path / "whole", train=style, train_iters=5, schedule_iters=10, keep=[1, 3])
+    train(whole)
+    assert sorted(p.name for p in whole.work.glob("iter_*")) == ["iter_0000001", "iter_0000003", "iter_0000005"]
+    assert (whole.work / "latest_checkpointed_iteration.txt").read_text() == "5"
+    rates = [row["learning-rate"] for row in read_losses(whole.work / "losses.jsonl")]
+    assert rates == pytest.approx([3e-3 * (1 - n / 10) for n in range(5)])
+    stopped = make_train_job(tmp_path / "stopped", train=style, train_iters=5, schedule_iters=10, keep=[1, 3])
+    with stop_in_iteration(4), pytest.raises(Incomplete):
+        train(stopped)
+    train(stopped)
+    assert contents(stopped.work) == contents(whole.work)
+    with pytest.raises(ValueError, match="schedule_iters 4 is below train_iters 5"):
+        make_train_job(tmp_path, train_iters=5, schedule_iters=4)
+
+
 def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path, make_train_job, caplog):
     job = make_train_job(tmp_path, train={"save_interval": 1, "keep_checkpoints": 3})
     with stop_in_iteration(5), pytest.raises(Incomplete):
