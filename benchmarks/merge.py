@@ -326,8 +326,6 @@ def main() -> None:
         "3 wall, DCP and torch / ours": dcp["wall_s"] / ours["wall_s"],
         "4 processor time, in-place proxy / write + load (target <= 1/8)": in_place["cpu_s"] / (disk["cpu_s"] + load["cpu_s"]),
         "4 wall, in-place proxy / write + load (target <= 1/8)": in_place["wall_s"] / (disk["wall_s"] + load["wall_s"]),
-        "4 wall, reading the components in memory / write + load: a limit of any in-place proxy": scan["wall_s"]
-        / (disk["wall_s"] + load["wall_s"]),
         "3 anonymous GB of tools/merge_dist_ckpt.py (target <= 0.512 beyond the interpreter)": ours["anonymous_gb"],
         "processor time a proxy to disk, 1 mixture / 8 mixtures": disk["cpu_s"] / (eight["cpu_s"] / 8),
     }
