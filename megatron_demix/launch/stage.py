@@ -64,6 +64,7 @@ _SAID = {
 }
 _NEEDS_WAIT_S = 60
 _POLL_S = 5
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _LINGER_S = 10
 """Schedulers kill all tasks of a job when one fails: the other nodes' tasks leave node 0 the time to say why."""
 
@@ -164,7 +165,7 @@ class _Stop:
     def __init__(self) -> None:
         self.asked = False
         self.ranks: subprocess.Popen | None = None
-        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for signum in _STOP_SIGNALS:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: object) -> None:
@@ -236,6 +237,8 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         make(stage, threads_per_rank=threads_per_rank, nodes=nodes, stop=stop)
         return 0
     except Exception as e:
+        # The exit code is settled: the TERM that srun sends to all tasks when one has ended must not replace it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
         said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
         print(f"demix: {said}", file=sys.stderr, flush=True)
@@ -253,8 +256,7 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
                 with open(stage.log, "a") as log:
                     log.write(f"demix: {said}\n")
         if nodes.rank > 0:
-            with suppress(Incomplete):  # asked to stop while it waits
-                time.sleep(_LINGER_S)
+            signal.sigtimedwait(_STOP_SIGNALS, _LINGER_S)
         return e.exit_code if isinstance(e, DemixError) and over else Incomplete.exit_code
 
 

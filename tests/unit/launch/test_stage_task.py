@@ -22,7 +22,11 @@ def stop():
 
 
 def run(stage, stop):
-    return task._make_and_judge(stage, 1, task.Nodes(), stop)
+    """As the process that makes this stage and no other would."""
+    try:
+        return task._make_and_judge(stage, 1, task.Nodes(), stop)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, task._STOP_SIGNALS)
 
 
 def failing(tmp_path, error):
@@ -66,6 +70,17 @@ def test_being_asked_to_stop_does_not_count(tmp_path, stop):
     assert Attempts.read(stage).number == 0
     assert not list(tmp_path.glob("blend/*"))
     assert not list(tmp_path.glob("blend/.*"))
+
+
+def test_a_signal_after_the_outcome_does_not_replace_it(tmp_path, stop):
+    """srun sends TERM to the other tasks when the first has ended, while they write down what became of theirs."""
+    stage = failing(tmp_path, StageFailed("stage blend/found: a rank is gone"))
+    try:
+        assert task._make_and_judge(stage, 1, task.Nodes(), stop) == 75
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.sigtimedwait([signal.SIGTERM], 0) is not None
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, task._STOP_SIGNALS)
 
 
 def test_only_the_task_itself_hears_usr1(tmp_path):
