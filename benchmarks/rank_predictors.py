@@ -13,6 +13,7 @@ import numpy as np
 from rank_models import merged
 from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, Bench, to_weights
 
+from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.surrogate import fit_surrogate
 
@@ -78,29 +79,28 @@ def _centroid(bench: Bench) -> np.ndarray:
     return bench.mixed(range(len(bench.uniform_D)))
 
 
-def _from_corners(weights_MK: np.ndarray) -> np.ndarray:
-    """0 at a component, 1 at the centroid, quadratic in between."""
-    return (1 - np.square(weights_MK).sum(axis=1)) / (1 - 1 / weights_MK.shape[1])
+def _second_order(bench: Bench, groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """Coefficients of the components, then of those that were trained on each group of domains in equal parts."""
+    domains = bench.suite.domains
+    mixed = {f"mixed-{r}": {domains[k]: 1 / len(group) for k in group} for r, group in enumerate(groups)}
+    return SecondOrder(domains, mixed).coefficients(_weights(bench))
+
+
+def _centroid_coefficients(bench: Bench) -> np.ndarray:
+    return _second_order(bench, [range(len(bench.uniform_D))])
 
 
 def second_order_centroid(bench: Bench) -> Table:
-    weights_MK = _weights(bench)
-    far_M1 = _from_corners(weights_MK)[:, None]
-    coefficients_MK = np.hstack([weights_MK - far_M1 / weights_MK.shape[1], far_M1])
-    return _scored(bench, "second-order-centroid", lambda: [*_components(bench), _centroid(bench)], coefficients_MK)
+    return _scored(
+        bench, "second-order-centroid", lambda: [*_components(bench), _centroid(bench)], _centroid_coefficients(bench)
+    )
 
 
 def second_order_pairs(bench: Bench) -> Table:
-    weights_MK = _weights(bench)
-    own_MK, extra = weights_MK.copy(), []
-    for i, j in bench.pairs:
-        product_M = 4 * weights_MK[:, i] * weights_MK[:, j]
-        own_MK[:, [i, j]] -= product_M[:, None] / 2
-        extra.append(product_M)
-    coefficients_MK = np.hstack([own_MK, np.stack(extra, axis=1)])
-    return _scored(
-        bench, "second-order-pairs", lambda: [*_components(bench), *(bench.mixed(p) for p in bench.pairs)], coefficients_MK
-    )
+    def sources() -> list[np.ndarray]:
+        return [*_components(bench), *(bench.mixed(pair) for pair in bench.pairs)]
+
+    return _scored(bench, "second-order-pairs", sources, _second_order(bench, bench.pairs))
 
 
 def averaged(bench: Bench, label: str) -> Table:
@@ -137,9 +137,8 @@ def centroid_scores(bench: Bench, seed: int) -> dict[str, float]:
 
 def interpolated_second_order(bench: Bench) -> Table:
     """Interpolated, and bent so that it is right at the trained centroid."""
-    values, centre = interpolated(bench), _table(component_scores(bench))
-    far_M = _from_corners(_weights(bench))
-    return {name: values[name] + far_M * (centroid_scores(bench, 0)[name] - centre[name].mean()) for name in values}
+    scores = _table([*component_scores(bench), centroid_scores(bench, 0)])
+    return {name: _centroid_coefficients(bench) @ values_C for name, values_C in scores.items()}
 
 
 def ensemble(bench: Bench) -> Table:

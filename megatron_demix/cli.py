@@ -260,7 +260,7 @@ def _plan(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         state = str(row["state"])
         table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), _shown(stage.folder))
     on_terminal().print(table, counts([str(row["state"]) for row in rows]))
-    for line in _used_of_earlier(dag, stages):
+    for line in [*_used_of_earlier(dag, stages), *_added_by_mixed(dag)]:
         print(line)
     if options.command != "plan":
         for stage in stages:
@@ -271,6 +271,18 @@ def _plan(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
 def _used_of_earlier(dag: Dag, stages: list[Stage]) -> list[str]:
     """What these stages take over from other studies, and what not, and why."""
     return ["used of the earlier study " + e.said(f"at most {e.num_proxies} proxies") for e in dag.earlier if e.stage in stages]
+
+
+def _added_by_mixed(dag: Dag) -> list[str]:
+    """What training the mixed components costs."""
+    from megatron_demix.pipeline.train_stages import num_tokens
+    from megatron_demix.units import format_count
+
+    if not dag.mixed:
+        return []
+    each, added, others = num_tokens(dag.study, "component"), len(dag.mixed), len(dag.components)
+    tokens = [format_count(num * each) for num in (added, others)]
+    return [f"component.mixed adds {added} to {others} components: {tokens[0]} tokens of training to {tokens[1]}"]
 
 
 def _shown(path: Path) -> str:

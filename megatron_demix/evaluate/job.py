@@ -50,6 +50,8 @@ class EvaluateJob(BaseModel):
     components: dict[str, Path] = {}
     mixtures: dict[str, dict[str, float]] = {}
     """Merge weights over `components`, by proxy name."""
+    normalize: Literal["error", "affine"] = "error"
+    """affine: some of these weights may be negative, though they sum to 1."""
     merge: MergeSpec = MergeSpec()
     base: Path | None = None
     """What the components were trained from, for methods that merge deltas."""
@@ -79,7 +81,7 @@ class EvaluateJob(BaseModel):
 class Merger(Protocol):
     """Writes a proxy into the parameters it was made for (megatron_demix.merge.proxies.ProxyMerger)."""
 
-    def merge(self, weights: Mapping[str, float]) -> None: ...
+    def merge(self, weights: Mapping[str, float], *, normalize: Literal["error", "affine"]) -> None: ...
 
 
 def evaluate(
@@ -127,7 +129,7 @@ def evaluate(
                         continue
                     if name in job.mixtures:
                         assert merger is not None
-                        merger.merge(job.mixtures[name])
+                        merger.merge(job.mixtures[name], normalize=job.normalize)
                     else:
                         load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
                     scored = score()

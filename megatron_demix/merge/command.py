@@ -35,9 +35,9 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--layout", choices=("release", "iter"), default="release", help="release starts at iteration 0 (default)")
     add(
         "--normalize",
-        choices=("error", "warn", "apply", "off"),
+        choices=("error", "warn", "apply", "affine", "off"),
         default="error",
-        help="weights that do not sum to 1 (default: error)",
+        help="weights that do not sum to 1 (default: error, as are negative ones; affine: these are allowed)",
     )
     add(
         "--max-chunk",

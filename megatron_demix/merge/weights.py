@@ -14,7 +14,7 @@ import numpy as np
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import TOLERANCE
 
-Normalize = Literal["error", "warn", "apply", "off"]
+Normalize = Literal["error", "warn", "apply", "affine", "off"]
 
 
 def weight_matrix(
@@ -22,8 +22,9 @@ def weight_matrix(
 ) -> np.ndarray:
     """weights_MK, float64. A component that a mixture does not name has weight 0.
 
-    normalize: what to do with weights that do not sum to 1: error (also refuses negative ones), warn and normalise, apply
-    (normalise), or off (use as given). Raises MixtureError naming the mixture, ConfigError for an unknown `normalize`.
+    normalize: what to do with weights that do not sum to 1: error (also refuses negative ones), affine (error, but some may be
+    negative), warn and normalise, apply (normalise), or off (use as given).
+    Raises MixtureError naming the mixture, ConfigError for an unknown `normalize`.
     """
     if normalize not in get_args(Normalize):
         raise ConfigError(f"normalize is {normalize!r}, expected one of {', '.join(get_args(Normalize))}.")
@@ -47,10 +48,10 @@ def _normalized(row: np.ndarray, name: str, shown: Mapping[str, float], normaliz
     total = math.fsum(row)
     listed = ", ".join(f"{component} {weight:g}" for component, weight in shown.items())
     if normalize == "error" and (row < 0).any():
-        raise MixtureError(f"mixture {name}: a weight is negative: {listed}. Use --normalize off if that is meant.")
+        raise MixtureError(f"mixture {name}: a weight is negative: {listed}. Use --normalize affine if that is meant.")
     if abs(total - 1) <= TOLERANCE:
         return row
-    if normalize == "error":
+    if normalize in ("error", "affine"):
         raise MixtureError(
             f"mixture {name}: weights sum to {total:.6g}, expected 1 (tolerance {TOLERANCE:g}): {listed}. Correct them, or say "
             "--normalize apply to divide by the sum, or off to use them as they are."

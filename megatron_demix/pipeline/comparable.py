@@ -34,6 +34,8 @@ def differences(here: Foundation, there: Foundation) -> Iterator[str]:
             f"component.anchor: {_said(there)} there, {_said(here)} here, or of other text; an anchor that names its domains "
             "stays what it is"
         )
+    if _mixed(here) != _mixed(there):
+        yield f"component.mixed: {_mixed_said(there)} there, {_mixed_said(here)} here, or of other text"
     if proxy_score_of(here.study) != "merged" and proxy_score_of(there.study) == "merged":
         yield "search.proxy_score: merged there, so that its components have no scores of their own; set it to merged here, too"
 
@@ -113,6 +115,17 @@ def _anchor(foundation: Foundation) -> tuple[float, Any]:
         return anchor.share, {(name, stage.key) for name, stage in data.items()}
     mixture = foundation.study.mixture(anchor.mixture, {}, "component.anchor.mixture")
     return anchor.share, {(name, data[name].key): round(share, 9) for name, share in mixture.items() if share}
+
+
+def _mixed(foundation: Foundation) -> dict[str, Any]:
+    """The weights of each mixed component, with the text that they are of."""
+    data, study = foundation.data, foundation.study
+    mixed = study.component.mixed_weights(study.domain_names)
+    return {name: {(n, data[n].key): w for n, w in weights.items() if w} for name, weights in mixed.items()}
+
+
+def _mixed_said(foundation: Foundation) -> str:
+    return ", ".join(foundation.mixed) or "none"
 
 
 def _said(foundation: Foundation) -> str:

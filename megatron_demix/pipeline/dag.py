@@ -15,6 +15,7 @@ from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
+from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study.data import DomainSpec
@@ -101,20 +102,25 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     tasks = task_inputs(study, root, digests)
     base = _where_done(train_stages.base(study, root, run, tokenizer, data, digests), elsewhere)
     merged = study.search.proxies == "merged"
-    components = {}
-    for name in data if merged else ():
-        trained = _where_done(train_stages.component(study, name, run, tokenizer, data, base), elsewhere)
-        components[name] = _where_done(train_stages.averaged(study, run, trained), elsewhere)
-    foundation = Foundation(study, run, tokenizer, data, base, components, tasks)
+
+    def as_merged(trained: Stage) -> Stage:
+        return _where_done(train_stages.averaged(study, run, _where_done(trained, elsewhere)), elsewhere)
+
+    names = list(data) if merged else []
+    components = {n: as_merged(train_stages.component(study, n, run, tokenizer, data, base)) for n in names}
+    mixtures = study.component.mixed_weights(study.domain_names)
+    mixed = {n: as_merged(train_stages.mixed(study, n, run, tokenizer, data, base, w)) for n, w in mixtures.items()}
+    second_order(study)  # raises where a mixed component corrects nothing
+    foundation = Foundation(study, run, tokenizer, data, base, components, mixed, tasks)
     earlier = [
         earlier_stages.earlier(spec, foundation, there, absent_ok=digests.absent_ok)
         for spec, there in zip(study.search.earlier, before, strict=True)
     ]
     maturity = maturity_stages.maturity(foundation) if merged and study.component.maturity_seeds else None
-    rounds = search_stages.rounds(foundation, maturity.scores if maturity else None, earlier)
+    rounds = search_stages.rounds(foundation, maturity.calibration if maturity else None, earlier)
     blends = final_stages.blends(study, run, data, rounds[-1].fit)
     finals = final_stages.finals(study, run, tokenizer, blends, base)
-    proxies = final_stages.proxies(study, run, base, components, rounds[-1].fit) if merged else None
+    proxies = final_stages.proxies(foundation, rounds[-1].fit) if merged else None
     scores = final_stages.scores(foundation, finals, proxies)
     return Dag(
         **vars(foundation),

@@ -17,9 +17,11 @@ from megatron_demix.artifact import read_json, write_json
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.comparable import differences, score_names, scores_left_out
 from megatron_demix.pipeline.foundation import Foundation
+from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.scoring import component_row, proxy_score_of
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES
@@ -46,6 +48,8 @@ class Earlier:
     same: Sequence[str]
     split: Mapping[str, Sequence[str]]
     dropped: Mapping[str, str]
+    second_order: SecondOrder
+    """Of its own weights."""
 
     def row(self, model: str) -> str:
         """What one of its models is called here."""
@@ -111,7 +115,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
                 entries.append({"name": found.row(m["name"]), "weights": m["weights"], "shares": shares})
                 add(table, m["name"])
             if r.number == 1 and interpolates:
-                for name in there.components:
+                for name in there.merged:
                     add(table, component_row(name))
         if not entries:
             raise IncompatibleInputs(f"search.earlier: {label} has scored no proxies of its own. Take it out.")
@@ -133,7 +137,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
         _require(label, spec, [s for r in used for s in (r.proposal, r.scores)])
     same = [name for name, parts in parts_of.items() if parts == [name] and name not in spec.split]
     num_proxies = sum(there.study.search.rounds[: len(used)])
-    found = Earlier(label, stage, num_proxies, scores, left_out, same, spec.split, dropped)
+    found = Earlier(label, stage, num_proxies, scores, left_out, same, spec.split, dropped, second_order(there.study))
     return found
 
 

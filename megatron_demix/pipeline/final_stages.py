@@ -10,7 +10,7 @@ from megatron_demix.artifact import read_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.foundation import Foundation
-from megatron_demix.pipeline.merging import merge_settings, method_of
+from megatron_demix.pipeline.merging import merge_settings, method_of, normalization, second_order
 from megatron_demix.pipeline.scoring import scoring
 from megatron_demix.pipeline.search_stages import CHOICE
 from megatron_demix.pipeline.stage import Stage
@@ -84,22 +84,24 @@ def finals(study: Study, run: Path, tokenizer: Stage, blends: Mapping[str, Stage
     return {f"{name}-seed{n}": final(name, n) for n in range(study.final.seeds) for name in _mixtures(study)}
 
 
-def proxies(study: Study, run: Path, base: Stage, components: Mapping[str, Stage], choice: Stage) -> Stage:
+def proxies(foundation: Foundation, choice: Stage) -> Stage:
     """The found mixture's proxy as a checkpoint on disk, by the engine behind tools/merge_dist_ckpt.py."""
+    study, base, components = foundation.study, foundation.base, foundation.merged
 
     def make(folder: Path) -> None:
         from megatron_demix.merge.engine import merge_checkpoints
 
         merge_checkpoints(
             {n: train_stages.checkpoint_of(c) for n, c in components.items()},
-            {FOUND: read_json(choice.folder / CHOICE)["merge_weights"]},
+            {FOUND: second_order(study).of(read_json(choice.folder / CHOICE)["merge_weights"])},
             folder / "proxies",
+            normalize=normalization(study),
             threads=study.merge.threads,
             method=method_of(study.merge, train_stages.checkpoint_of(base), study.seed),
             progress=False,
         )
 
-    return Stage("merge/proxies", run, merge_settings(study), (choice, base, *components.values()), make)
+    return Stage("merge/proxies", foundation.run, merge_settings(study), (choice, base, *components.values()), make)
 
 
 def scores(foundation: Foundation, finals: Mapping[str, Stage], proxies: Stage | None) -> Stage:

@@ -23,4 +23,11 @@ class Foundation:
     base: Stage
     components: Mapping[str, Stage]
     """By domain, as they are merged; empty where the study trains its proxies."""
+    mixed: Mapping[str, Stage]
+    """By name, components that were trained on mixed weights (component.mixed), as they are merged."""
     tasks: TaskInputs
+
+    @property
+    def merged(self) -> dict[str, Stage]:
+        """All that a proxy is merged from, in the order of megatron_demix.merge.second_order."""
+        return {**self.components, **self.mixed}

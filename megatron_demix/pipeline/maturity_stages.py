@@ -9,44 +9,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_demix.mixture import Mixture
+from megatron_demix.mixture import TOLERANCE, Mixture
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.foundation import Foundation
-from megatron_demix.pipeline.merging import merge_settings
+from megatron_demix.pipeline.merging import merge_settings, normalization, second_order
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
+from megatron_demix.study.study import Study
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class Maturity:
-    """trained: by row of the scores, "seed0", ... scores: the stage whose scores.json has them, MERGED_CENTROID and BASE."""
+    """trained: by row of the scores, "seed0", ... scores: the stage whose scores.json has them, MERGED_CENTROID and BASE.
+
+    calibration: the same, where it says how much of a stack should be merged: not where the proxies have the trained centroid's
+    own weights at that mixture, because it is a mixed component. The merged centroid is then that of the other components.
+    """
 
     trained: dict[str, Stage]
     scores: Stage
+    calibration: Stage | None
 
 
 def maturity(foundation: Foundation) -> Maturity:
-    study, run, base, components = foundation.study, foundation.run, foundation.base, foundation.components
-    tokenizer, data = foundation.tokenizer, foundation.data
+    study, run, base, data = foundation.study, foundation.run, foundation.base, foundation.data
     centroid = Mixture.uniform(data)
-    trained = {
-        f"{TRAINED_CENTROID}{seed}": train_stages.averaged(
-            study,
-            run,
-            train_stages.on_merge_weights(
-                study, f"maturity/centroid-seed{seed}", run, tokenizer, data, base, centroid, seed=study.seed + seed
-            ),
-        )
-        for seed in range(study.component.maturity_seeds)
-    }
+    known = mixed_centroid(study)
+
+    def trained_with(number: int) -> Stage:
+        if known and number == 0:
+            return foundation.mixed[known]
+        name, seed = f"maturity/centroid-seed{number}", study.seed + number
+        trained = train_stages.on_merge_weights(study, name, run, foundation.tokenizer, data, base, centroid, seed=seed)
+        return train_stages.averaged(study, run, trained)
+
+    trained = {f"{TRAINED_CENTROID}{number}": trained_with(number) for number in range(study.component.maturity_seeds)}
+    components = foundation.components if known else foundation.merged
 
     def models() -> dict[str, Any]:
         return {
             "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
-            "mixtures": {MERGED_CENTROID: dict(centroid)},
+            "mixtures": {MERGED_CENTROID: dict(centroid) if known else second_order(study).of(centroid)},
+            "normalize": normalization(study),
             "merge": study.merge,
             "base": train_stages.checkpoint_of(base),
             "seed": study.seed,
@@ -57,4 +64,13 @@ def maturity(foundation: Foundation) -> Maturity:
     # By losses alone: the noise of the comparison is pooled over all scores, which therefore have one unit.
     none = ScoredTasks()
     scores = scoring(foundation, "maturity/scores", "valid", none, needs, models, merge_settings(study))
-    return Maturity(trained, scores)
+    return Maturity(trained, scores, None if known else scores)
+
+
+def mixed_centroid(study: Study) -> str | None:
+    """The mixed component that was trained on all domains in equal parts, if there is one."""
+    names = study.domain_names
+    for name, weights in study.component.mixed_weights(names).items():
+        if max(abs(weight - 1 / len(names)) for weight in weights.values()) < TOLERANCE:
+            return name
+    return None

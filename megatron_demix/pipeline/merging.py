@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_demix.errors import ConfigError
+from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.study.merging import MergeSpec
 from megatron_demix.study.study import Study
 
@@ -30,6 +32,19 @@ def method_of(spec: MergeSpec, base: Path | None, seed: int) -> Method:
     if _is_random(spec):
         options["seed"] = seed
     return make_method(spec.method, base if spec.needs_base else None, **options)
+
+
+def second_order(study: Study) -> SecondOrder:
+    """How merge weights become coefficients of all components, mixed ones included; without these they are the weights."""
+    try:
+        return SecondOrder(study.domain_names, study.component.mixed_weights(study.domain_names))
+    except ConfigError as e:
+        raise ConfigError(f"component.mixed: {e}") from e
+
+
+def normalization(study: Study) -> Literal["error", "affine"]:
+    """What coefficients are checked for: all sum to 1, and those of mixed components may be negative."""
+    return "affine" if study.component.mixed else "error"
 
 
 def _is_random(spec: MergeSpec) -> bool:

@@ -12,7 +12,7 @@ from megatron_demix.evaluate.job import NOTES
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
-from megatron_demix.pipeline.maturity_stages import BASE
+from megatron_demix.pipeline.maturity_stages import BASE, mixed_centroid
 from megatron_demix.pipeline.scoring import MERGED_CENTROID
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
 from megatron_demix.pipeline.stage import Stage
@@ -56,6 +56,7 @@ def collect(dag: Dag) -> ReportData:
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
         rounds=_rounds(dag),
+        mixed=list(dag.mixed),
         earlier=_earlier(dag),
         maturity=_maturity(dag),
         choice=choice,
@@ -134,7 +135,8 @@ def _maturity(dag: Dag) -> Maturity | None:
     if dag.maturity is None or not dag.maturity.scores.done():
         return None
     rows = ScoreTable.read(dag.maturity.scores.folder / "scores.json").rows
-    return Maturity(rows[MERGED_CENTROID], [rows[name] for name in dag.maturity.trained], rows[BASE])
+    trained = [rows[name] for name in dag.maturity.trained]
+    return Maturity(rows[MERGED_CENTROID], trained, rows[BASE], mixed_centroid(dag.study) is not None)
 
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:

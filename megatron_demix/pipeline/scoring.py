@@ -10,7 +10,7 @@ from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.foundation import Foundation
-from megatron_demix.pipeline.merging import merge_settings
+from megatron_demix.pipeline.merging import merge_settings, normalization, second_order
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.pipeline.train_stages import MIXTURES
@@ -26,15 +26,17 @@ def proxy_score_of(study: Study) -> Literal["merged", "interpolated", "stack"]:
 
 
 def scores_of_merged(foundation: Foundation, number: int, proposal: Stage) -> Stage:
-    study, base, components = foundation.study, foundation.base, foundation.components
+    study, base, components = foundation.study, foundation.base, foundation.merged
     # The first round also scores the components themselves: as merges, whose weights are one-hot.
     alone = list(components) if number == 1 and proxy_score_of(study) != "merged" else []
 
     def models() -> dict[str, Any]:
-        proposed = {m["name"]: m["weights"] for m in read_json(proposal.folder / MIXTURES)}
+        order = second_order(study)
+        proposed = {m["name"]: order.of(m["weights"]) for m in read_json(proposal.folder / MIXTURES)}
         return {
             "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
             "mixtures": proposed | {component_row(n): dict(Mixture.one_hot(components, n)) for n in alone},
+            "normalize": normalization(study),
             "merge": study.merge,
             "base": train_stages.checkpoint_of(base),
             "seed": study.seed,

@@ -12,7 +12,9 @@ from megatron_demix.artifact import read_json
 from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.pipeline.earlier_stages import Earlier
+from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, component_row, proxy_score_of
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES
@@ -36,11 +38,12 @@ class Fitted:
 
 @dataclass
 class _Measured:
-    """The proxies of one study. components: the rows of its components alone, in the order of the mixtures' weights."""
+    """The proxies of one study. components: the rows of its components alone, in the order of second_order's coefficients."""
 
     entries: list[dict[str, Any]]
     table: ScoreTable
     components: list[str]
+    second_order: SecondOrder
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -53,8 +56,15 @@ class _Measured:
         merged_M = np.array(self.table.column(score, [m["name"] for m in self.entries]))
         if kind == "merged":
             return merged_M
-        weights_MK = np.array([[*m["weights"].values()] for m in self.entries])
-        return proxy_scores(kind, weights_MK, merged_M, np.array(self.table.column(score, self.components)), part)
+        weights_MK = self.second_order.coefficients(np.array([[*m["weights"].values()] for m in self.entries]))
+        return proxy_scores(kind, weights_MK, merged_M, self._components(score), part)
+
+    def interpolated_centroid(self, score: str) -> float:
+        """Of equal merge weights."""
+        return float(self._components(score) @ self.second_order.centroid_K)
+
+    def _components(self, score: str) -> np.ndarray:
+        return np.array(self.table.column(score, self.components))
 
 
 def fit_surrogates(
@@ -67,7 +77,7 @@ def fit_surrogates(
 ) -> Fitted:
     """Fit the proxies of all rounds so far and of earlier studies. A mixture that was scored in several studies counts once: in
     this one, else in the first of them."""
-    own = _own(space, scores, proposals)
+    own = _own(second_order(study), scores, proposals)
     sources = [own, *map(_of_earlier, earlier)]
     shares = [m["shares"] for measured in sources for m in measured.entries]
     dropped = [name for name in dict.fromkeys(name for row in shares for name in row) if name not in space.domains]
@@ -83,7 +93,7 @@ def fit_surrogates(
     for name in known:
         part = 0.5
         if name in centroids:
-            part = part_of_merged(np.array(own.table.column(name, own.components)), centroids[name])
+            part = part_of_merged(own.interpolated_centroid(name), centroids[name])
         values_M = np.concatenate([measured.values(name, kind, part) for measured in sources])
         measured_M = np.isfinite(values_M)
         if not measured_M.any():
@@ -99,18 +109,18 @@ def fit_surrogates(
     return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts)
 
 
-def _own(space: SearchSpace, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _Measured:
+def _own(order: SecondOrder, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _Measured:
     tables = [ScoreTable.read(s.folder / SCORES) for s in scores]
     rows = {name: row for table in tables for name, row in table.rows.items()}
     table = ScoreTable(next((t.scores for t in tables if t.scores), []), rows)
     entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
-    return _Measured(entries, table, [component_row(d) for d in space.domains])
+    return _Measured(entries, table, [component_row(name) for name in order.names], order)
 
 
 def _of_earlier(earlier: Earlier) -> _Measured:
     entries = read_json(earlier.stage.folder / MIXTURES)
-    components = [earlier.row(component_row(d)) for d in entries[0]["weights"]]
-    return _Measured(entries, ScoreTable.read(earlier.stage.folder / SCORES), components)
+    components = [earlier.row(component_row(name)) for name in earlier.second_order.names]
+    return _Measured(entries, ScoreTable.read(earlier.stage.folder / SCORES), components, earlier.second_order)
 
 
 def _mixture(entry: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:

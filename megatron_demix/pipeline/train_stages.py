@@ -240,6 +240,16 @@ def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mappin
     return on_merge_weights(study, f"components/{name}", run, tokenizer, data, base, one_hot, seed=study.seed)
 
 
+def mixed(
+    study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, weights: Mixture
+) -> Stage:
+    """A component that is trained on these merge weights, to correct the merges of the others (component.mixed)."""
+    settings = {"weights": {n: w for n, w in weights.items() if w}}
+    return on_merge_weights(
+        study, f"components/mixed/{name}", run, tokenizer, data, base, weights, seed=study.seed, settings=settings
+    )
+
+
 def averaged(study: Study, run: Path, trained: Stage) -> Stage:
     """The stage that stands for a model trained as components are: itself, or the mean of the checkpoints it has kept."""
     if study.component.average is None:
@@ -269,8 +279,12 @@ def on_merge_weights(
     weights: Mixture,
     *,
     seed: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> Stage:
-    """A model trained as components are, on the data that a merge of these weights stands for: a component, where one is 1."""
+    """A model trained as components are, on the data that a merge of these weights stands for: a component, where one is 1.
+
+    settings: what else is part of its key, where its name does not say the weights.
+    """
     anchor = study.component.anchor
     anchored = _domains_of(anchor.mixture, data) if anchor.share else []
     used = [n for n in data if weights[n] or n in anchored]
@@ -286,7 +300,7 @@ def on_merge_weights(
         run,
         needs=(tokenizer, *(data[n] for n in used), base),
         tokenizer=tokenizer,
-        settings={"anchor": anchor.model_dump()},
+        settings={"anchor": anchor.model_dump(), **(settings or {})},
         blend=blend,
         seed=seed,
         init=lambda: checkpoint_of(base),

@@ -96,6 +96,10 @@ def not_measured(data: ReportData, verdict: Verdict) -> list[str]:
         f"Whether the {data.proxies} proxies rank mixtures as models trained on them for the final budget would: no such "
         "reference models were trained."
     )
+    if data.mixed:
+        items.append(
+            f"How much of the correction by {', '.join(data.mixed)} is noise: each mixed component was trained with one seed."
+        )
     if data.proxies == "merged":
         items.append(
             "Whether merging predicts more than interpolating the components' own scores, or more than short trained proxies "

@@ -120,6 +120,8 @@ class Maturity:
     merged: Mapping[str, float]
     trained: Sequence[Mapping[str, float]]
     base: Mapping[str, float]
+    is_mixed: bool = False
+    """Whether the first of the trained ones is a mixed component: proxies are that model there, and `merged` leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ class ReportData:
     names share the part before the slash are drawn together."""
     proxies: Literal["merged", "trained"] = "merged"
     rounds: Sequence[Round] = ()
+    mixed: Sequence[str] = ()
+    """Components trained on mixtures, which correct the merges to second order."""
     earlier: Sequence[str] = ()
     """What was used of each earlier study, in words."""
     maturity: Maturity | None = None

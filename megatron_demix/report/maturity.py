@@ -65,8 +65,10 @@ def maturity_warning(data: ReportData) -> str | None:
     if not worse:
         return None
     listed = ", ".join(f"{g.score} by {g.gap:.4f}" for g in worse)
+    mixed = data.maturity is not None and data.maturity.is_mixed
+    which, where = (" without component.mixed", "away from the mixed components") if mixed else ("", "there")
     return (
-        f"The merged centroid is worse than models trained on its mixture, beyond the seed noise: {listed}. What forms after "
-        "branching does not survive averaging, so proxies may rank mixtures wrongly there. Branch from a base trained for "
-        "longer, train components for less, or train the proxies (search.proxies: trained)."
+        f"The merged centroid{which} is worse than models trained on its mixture, beyond the seed noise: {listed}. What forms "
+        f"after branching does not survive averaging, so proxies may rank mixtures wrongly {where}. Branch from a base trained "
+        "for longer, train components for less, or train the proxies (search.proxies: trained)."
     )

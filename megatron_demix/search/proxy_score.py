@@ -37,8 +37,7 @@ def proxy_scores(
     return interpolated_M + part * (merged_M - interpolated_M)
 
 
-def part_of_merged(components_K: np.ndarray, centroid: Centroid) -> float:
-    """How far the trained centroid lies between the components' mean and the merged centroid; never beyond either."""
-    interpolated = float(components_K.mean())
+def part_of_merged(interpolated: float, centroid: Centroid) -> float:
+    """How far the trained centroid lies between the interpolated and the merged one; never beyond either."""
     gap = centroid.merged - interpolated
     return float(np.clip((centroid.trained - interpolated) / gap, 0, 1)) if gap else 0.5

@@ -5,8 +5,8 @@ Model, parallelism and optimiser keys carry Megatron's own argument names, so th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,10 @@ from megatron_demix.study.training import (
     TrainerSpec,
     TrainSpec,
 )
+
+
+def _by_name(mixed: Any) -> Iterable[tuple[str, dict[str, float]]]:
+    return mixed.items() if isinstance(mixed, dict) else ()
 
 
 class Study(Section):
@@ -78,6 +82,7 @@ class Study(Section):
             ("tokenizer.domains", self.tokenizer.domains or []),
             ("base.mixture", self.base.mixture),
             ("component.anchor.mixture", self.component.anchor.mixture),
+            *((f"component.mixed.{label}", weights) for label, weights in _by_name(self.component.mixed)),
             *((f"search.groups.{label}", group.domains) for label, group in self.search.groups.items()),
             *((f"search.earlier: split of {old}", parts) for e in self.search.earlier for old, parts in e.split.items()),
         ):
@@ -88,6 +93,7 @@ class Study(Section):
         for what, spec in (("base.mixture", self.base.mixture), ("component.anchor.mixture", self.component.anchor.mixture)):
             if not isinstance(spec, str):
                 Mixture(spec, label=f"study {self.name!r}: {what}")
+        self._check_mixed_components()
         batch = self.train.micro_batch_size * self.parallel.data
         if self.train.global_batch_size % batch:
             raise ValueError(
@@ -104,6 +110,20 @@ class Study(Section):
                 f"is not a multiple of parallel.tensor {self.parallel.tensor}"
             )
         return self
+
+    def _check_mixed_components(self) -> None:
+        if self.component.mixed is None:
+            return
+        if self.search.proxies == "trained":
+            raise ValueError(
+                "component.mixed corrects merged proxies; trained ones (search.proxies) need no correction: take it out"
+            )
+        if self.merge.method != "linear":
+            raise ValueError(
+                "component.mixed: its corrections are sums, with weights below 0, too, and have no meaning for merge.method "
+                f"{self.merge.method}; take method linear, or take component.mixed out"
+            )
+        self.component.mixed_weights(self.domain_names)
 
     def phase(self, name: Literal["base", "component", "proxy", "final"]) -> TrainSpec:
         """`train` with the overrides of one phase applied. Trained proxies are trained as components are."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_demix.study.section import MixtureSpec, Seconds, Section, Share, Tokens
+from megatron_demix.mixture import Mixture
+from megatron_demix.study.section import MixtureSpec, Name, Seconds, Section, Share, Tokens
 
 
 class ModelSpec(Section):
@@ -169,8 +171,22 @@ class ComponentSpec(Phase):
     anchor: AnchorSpec = AnchorSpec()
     average: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(None, min_length=2)
     """Parts of the run, ascending, whose checkpoints' mean is the component. It ends with the last. Null: its end alone."""
+    mixed: Literal["centroid", "pairs"] | Annotated[dict[Name, dict[str, float]], Field(min_length=1)] | None = None
+    """More components, trained on mixed merge weights, that correct proxies to second order: on all domains in equal parts, on
+    every two of them, or on mixtures by name."""
     maturity_seeds: int = Field(0, ge=0)
     """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check."""
+
+    def mixed_weights(self, domains: Sequence[str]) -> dict[str, Mixture]:
+        """Merge weights of the mixed components, by name. Raises MixtureError where those of the study are none."""
+        if self.mixed == "centroid":
+            return {"centroid": Mixture.uniform(domains)}
+        if self.mixed == "pairs":
+            return {f"{a}+{b}": Mixture.uniform((a, b)).over(domains) for a, b in combinations(domains, 2)}
+        return {
+            name: Mixture(weights, label=f"component.mixed.{name}").over(domains, label=f"component.mixed.{name}")
+            for name, weights in (self.mixed or {}).items()
+        }
 
     @model_validator(mode="after")
     def _ascending(self) -> ComponentSpec:

@@ -196,6 +196,8 @@ def test_weights_are_never_normalised_silently(parts, tmp_path):
     with pytest.warns(UserWarning, match=r"weights sum to 0.5; divided by the sum"):
         merge_checkpoints(parts, {"w": {"a": 0.5}}, tmp_path / "ok", normalize="warn", progress=False)
     merge_checkpoints(parts, {"x": {"a": 1.5, "b": -0.5}}, tmp_path / "ok", normalize="off", progress=False, verify="full")
+    merge_checkpoints(parts, {"y": {"a": 1.5, "b": -0.5}}, tmp_path / "ok", normalize="affine", progress=False, verify="full")
+    refuse(MixtureError, "weights sum to 1.1, expected 1", parts, tmp_path, {"m": {"a": 1.5, "b": -0.4}}, normalize="affine")
 
 
 def test_settings_that_make_no_sense(parts, tmp_path):

@@ -74,6 +74,7 @@ def searched(path: Path, *overrides: str) -> Dag:
         models = {m["name"]: m["shares"] for m in read_json(r.proposal.folder / "mixtures.json")}
         if r.number == 1 and dag.study.search.proxy_score != "merged":
             models |= {f"component-{d}": {e: 0.8 * (e == d) + 0.2 * (e == "english") for e in dag.data} for d in dag.data}
+            models |= {f"component-{name}": dict.fromkeys(dag.data, 0.5) for name in dag.mixed}
         for model, shares in models.items():
             table.rows[model] = {name: loss(name, shares) for name in dag.data}
         if not r.scores.done():
@@ -122,6 +123,35 @@ def test_an_added_domain(folder):
     assert (
         "of an earlier study, and not shown here: v1: 24 proxies, with code, english, math; not law: no domain of it." in page
     )
+
+
+def test_corrected_proxies_count_where_the_same_mixed_components_correct_them(folder):
+    first = STUDY.replace("share: 0.2}}", "share: 0.2}, mixed: {skills: {code: 0.5, math: 0.5}}}")
+    first = first.replace("search: {", "search: {proxy_score: interpolated, ")
+    (folder / "v1.yaml").write_text(first)
+    searched(folder / "v1.yaml")
+    path = write(folder, "v2.yaml", first.replace(MATH, MATH + LAW))
+    dag = searched(path)
+    assert dag.earlier[0].second_order.names == ["code", "english", "math", "skills"]
+    made = dag.earlier[0].stage.folder
+    rows, table = read_json(made / "mixtures.json"), read_json(made / "scores.json")["rows"]
+    fit = fits(dag)[1]["surrogates"]["code"]
+    values = dict(zip(fit["models"], fit["measured"], strict=True))
+    used = [row for row in rows if row["name"] in values]
+    assert len(used) > 12
+    for row in used:
+        code, mathematics = row["weights"]["code"], row["weights"]["math"]
+        half = 2 * code * mathematics
+        weights = row["weights"] | {"code": code - half, "math": mathematics - half, "skills": 2 * half}
+        interpolated = sum(weight * table[f"v1/component-{name}"]["code"] for name, weight in weights.items())
+        assert values[row["name"]] == pytest.approx(interpolated)
+    for override in (
+        "component.mixed=null",
+        "component.mixed={other: {code: 0.5, math: 0.5}}",
+        "component.mixed={skills: {code: 0.5, law: 0.5}}",
+    ):
+        with pytest.raises(IncompatibleInputs, match=r"component\.mixed: skills there"):
+            dag_of(path, override)
 
 
 def test_a_dropped_domain_stays_a_feature_and_the_first_round_goes_on_from_a_fit(folder):

@@ -32,10 +32,10 @@ def test_a_stack_is_the_mean_until_the_centroid_is_known():
 )
 def test_the_trained_centroid_says_how_much_of_each(trained, part):
     centroid = Centroid(merged=1.0, trained=trained)
-    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, part_of_merged(COMPONENTS_K, centroid))
+    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, part_of_merged(COMPONENTS_K.mean(), centroid))
     assert stacked_M == pytest.approx(part * MERGED_M + (1 - part) * INTERPOLATED_M)
     assert stacked_M[1] == pytest.approx(min(max(trained, 1.0), 2.5))
 
 
 def test_a_centroid_where_both_agree_says_nothing():
-    assert part_of_merged(COMPONENTS_K, Centroid(merged=2.5, trained=2.0)) == 0.5
+    assert part_of_merged(COMPONENTS_K.mean(), Centroid(merged=2.5, trained=2.0)) == 0.5

@@ -1,0 +1,148 @@
+"""Components that are trained on mixtures: their stages, what stays as it was without them, and what they do not go with."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_demix.artifact import publish, read_json
+from megatron_demix.cli import main
+from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.maturity_stages import mixed_centroid
+from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study.load import load_study
+
+STUDY = """
+name: s
+domains:
+  - {name: code, inputs: [code.jsonl]}
+  - {name: english, inputs: [english.jsonl]}
+  - {name: math, inputs: [math.jsonl]}
+tokenizer: {type: byte}
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
+train: {seq_length: 16, global_batch_size: 4}
+base: {tokens: 640}
+component: {tokens: 320, anchor: {mixture: {english: 1}}}
+search: {rounds: [8], objective: {code: 1}, surrogate: ridge, candidates: 1000, top: 16, bootstraps: 0}
+final: {tokens: 1k}
+"""
+SKILLS = "component.mixed={skills: {code: 0.25, math: 0.75}}"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    for name in ("code", "english", "math"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path / "study.yaml"
+
+
+def dag_of(path: Path, *overrides: str) -> Dag:
+    return build_dag(load_study(path, list(overrides)), path, path.parent / "run")
+
+
+def mixed_stages(dag: Dag) -> dict[str, Stage]:
+    return {stage.name: stage for stage in dag.all if stage.name.startswith("components/mixed/")}
+
+
+def test_what_is_trained(path):
+    assert list(mixed_stages(dag_of(path, "component.mixed=centroid"))) == ["components/mixed/centroid"]
+    pairs = [f"components/mixed/{pair}" for pair in ("code+english", "code+math", "english+math")]
+    assert list(mixed_stages(dag_of(path, "component.mixed=pairs"))) == pairs
+    skills = mixed_stages(dag_of(path, SKILLS))["components/mixed/skills"]
+    assert skills.settings["weights"] == {"code": 0.25, "math": 0.75}
+    # Of the data, it needs that of its domains and of the anchor.
+    assert {need.name for need in skills.needs if need.kind == "data"} == {"data/code", "data/english", "data/math"}
+    unanchored = mixed_stages(dag_of(path, SKILLS, "component.anchor.share=0"))["components/mixed/skills"]
+    assert {need.name for need in unanchored.needs if need.kind == "data"} == {"data/code", "data/math"}
+    averaged = dag_of(path, SKILLS, "component.average=[0.4, 0.6]", "component.tokens=640")
+    assert averaged.mixed["skills"].name == "averages/components/mixed/skills"
+
+
+def test_weights_are_part_of_the_key_and_everything_else_stays(path):
+    before, after = ({s.name: s.key for s in dag_of(path, *overrides).all} for overrides in ((), (SKILLS,)))
+    changed = {name for name, key in after.items() if before.get(name) != key}
+    assert "components/mixed/skills" in changed
+    assert {name.split("/")[0] for name in changed - {"components/mixed/skills"}} == {"rounds", "merge", "blend", "final"}
+    assert not any(name.startswith(("components/code", "blend/natural", "final/natural")) for name in changed)
+    other = mixed_stages(dag_of(path, "component.mixed={skills: {code: 0.5, math: 0.5}}"))
+    assert other["components/mixed/skills"].key != after["components/mixed/skills"]
+
+
+def test_demix_plan_says_what_they_cost(path, capsys):
+    assert main(["plan", str(path), "--runs", str(path.parent / "runs"), "--set", "component.mixed=pairs"]) == 0
+    assert "component.mixed adds 3 to 3 components: 960 tokens of training to 960" in capsys.readouterr().out
+    assert main(["plan", str(path), "--runs", str(path.parent / "runs")]) == 0
+    assert "component.mixed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("component.mixed=centriod", r"component.mixed: Input should be 'centroid' or 'pairs', found 'centriod'"),
+        ("component.mixed={}", r"component.mixed: .*at least 1 item"),
+        ("component.mixed={x: {code: 0.5, maths: 0.5}}", r"component.mixed.x: 'maths' is not one of .*did you mean 'math'\?"),
+        (
+            "component.mixed={code: {code: 0.5, math: 0.5}}",
+            r"component.mixed: mixed component 'code' has the name of a domain's",
+        ),
+        ("component.mixed={x: {code: 1.0}}", r"component.mixed: mixed component 'x' is of one domain alone"),
+        (
+            "component.mixed={x: {code: 0.5, math: 0.5}, y: {code: 0.4, math: 0.6}}",
+            r"component.mixed: mixed component 'y' corrects nothing beside x",
+        ),
+    ],
+)
+def test_what_is_no_mixed_component(path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        dag_of(path, override)
+
+
+def test_weights_that_are_no_mixture(path):
+    with pytest.raises(MixtureError, match=r"component\.mixed\.x: weights sum to 0\.75, expected 1"):
+        dag_of(path, "component.mixed={x: {code: 0.5, math: 0.25}}")
+
+
+def test_what_they_do_not_go_with(path):
+    with pytest.raises(ConfigError, match=r"component\.mixed corrects merged proxies; trained ones"):
+        dag_of(path, SKILLS, "search.proxies=trained")
+    with pytest.raises(ConfigError, match=r"component\.mixed: .* no meaning for merge\.method ties; take method linear"):
+        dag_of(path, SKILLS, "merge={method: ties, density: 0.5}")
+
+
+def test_the_maturity_check_asks_what_proxies_are_at_the_centroid_unless_that_is_trained(path):
+    maturity = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=2").maturity
+    assert next(iter(maturity.trained.values())).name == "maturity/centroid-seed0"
+    assert maturity.calibration is maturity.scores
+    by_hand = "component.mixed={even: {code: 0.3333333, english: 0.3333333, math: 0.3333334}}"
+    dag = dag_of(path, by_hand, "component.maturity_seeds=2")
+    assert mixed_centroid(dag.study) == "even"
+    assert [stage.name for stage in dag.maturity.trained.values()] == ["components/mixed/even", "maturity/centroid-seed1"]
+    assert dag.maturity.calibration is None
+
+
+def test_a_stack_is_calibrated_with_the_corrected_centroid(path):
+    """Every model scores what it is made of, component k alone k; the three pairs score 10."""
+    dag = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=1")
+    for stage in (dag.tokenizer, *dag.data.values(), dag.rounds[0].proposal):
+        stage.finish()
+    mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
+    alone = {f"component-{name}": float(k) for k, name in enumerate(["code", "english", "math"])}
+    alone |= {f"component-{name}": 10.0 for name in dag.mixed}
+    proxies = {m["name"]: 20.0 + m["weights"]["code"] for m in mixtures}
+    # At the centroid of three, each pair has the coefficient 4/9, each domain 1/3 - 4/9: 40/3 - 1/3 = 13, interpolated.
+    tables = {dag.rounds[0].scores: proxies | alone, dag.maturity.scores: {"merged": 17.0, "seed0": 14.0, "base": 30.0}}
+    for stage, values in tables.items():
+        rows = {name: dict.fromkeys(dag.data, value) for name, value in values.items()}
+        with publish(stage.folder, stage.key, stage.kind, {}) as work:
+            ScoreTable([Score(name, "", "lower") for name in dag.data], rows).write(work / "scores.json")
+    dag.rounds[0].fit.finish()
+    measured = read_json(dag.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]["measured"]
+    for mixture, value in zip(mixtures, measured, strict=True):
+        code, english, mathematics = mixture["weights"].values()
+        pairs = 4 * (code * english + code * mathematics + english * mathematics)
+        own = english + 2 * mathematics
+        halves = 2 * (code * english + 2 * code * mathematics + 3 * english * mathematics)
+        interpolated = 10 * pairs + own - halves
+        assert value == pytest.approx(interpolated + 0.25 * (proxies[mixture["name"]] - interpolated))
