@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
+#include <memory>
+#include <system_error>
+
 #include "crc32.hpp"
 #include "delta_sum.hpp"
 #include "kernels.hpp"
@@ -19,8 +23,8 @@ using Weights = py::array_t<float, py::array::c_style>;
 
 // weights_SMK; to_addresses: [T * M] addresses, or [] with descriptors [T * M], direct [T * M] or [], and offsets [T].
 py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uintptr_t>& to_addresses, std::vector<int> descriptors,
-             std::vector<int> direct, std::vector<std::uint64_t> offsets, int threads, const std::string& isa, std::size_t tile_bytes, bool check_sources,
-             const DeltaRules* deltas) {
+             std::vector<int> direct, std::vector<std::uint64_t> offsets, int threads, const std::string& isa, std::size_t tile_bytes,
+             std::size_t piece_bytes, bool check_sources, const DeltaRules* deltas) {
     if (weights.ndim() != 3 || weights.shape(2) != plan.num_sources()) throw std::invalid_argument("weights must be [sets, M, K]");
     Settings settings;
     settings.num_sets = int(weights.shape(0));
@@ -29,6 +33,7 @@ py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uin
     settings.threads = threads;
     settings.isa = isa;
     settings.tile_bytes = tile_bytes;
+    settings.piece_bytes = piece_bytes;
     settings.check_sources = check_sources;
     settings.deltas = deltas;
     if (deltas) deltas->check(settings.num_sets, plan);
@@ -73,7 +78,8 @@ void bind_merge(py::module_& m) {
         .def("add_region", &MergePlan::add_region, py::arg("target"), py::arg("lo"), py::arg("hi"), py::arg("weight_set"),
              py::arg("records"), py::arg("byte_offsets"), py::arg("strides"), py::arg("index"), py::arg("index_strides"))
         .def("run", &run, py::arg("weights"), py::arg("to_addresses"), py::arg("descriptors"), py::arg("direct"),
-             py::arg("offsets"), py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"), py::arg("check_sources"), py::arg("deltas"))
+             py::arg("offsets"), py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"), py::arg("piece_bytes"),
+             py::arg("check_sources"), py::arg("deltas"))
         .def("done_bytes", &MergePlan::done_bytes)
         .def("cancel", &MergePlan::cancel);
     m.attr("buffers_per_thread") = buffers_per_thread;
@@ -85,13 +91,24 @@ void bind_merge(py::module_& m) {
               return crc32(info.ptr, n);
           },
           py::arg("contiguous_buffer"));
-    m.def("watch_map",
-          [](std::uintptr_t address, std::size_t bytes) {
-              return reinterpret_cast<std::uintptr_t>(watch_map(reinterpret_cast<const void*>(address), bytes));
-          },
-          py::arg("address"), py::arg("bytes"));
-    m.def("is_lost", [](std::uintptr_t map) { return is_lost(reinterpret_cast<const WatchedMap*>(map)); }, py::arg("map"));
-    m.def("unwatch_map", [](std::uintptr_t map) { unwatch_map(reinterpret_cast<WatchedMap*>(map)); }, py::arg("map"));
+    py::class_<MappedFile>(m, "MappedFile", py::buffer_protocol())
+        .def(py::init([](const std::string& path) {
+                 try {
+                     return std::make_unique<MappedFile>(path);
+                 } catch (const std::system_error& e) {
+                     errno = e.code().value();
+                     PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+                     throw py::error_already_set();
+                 }
+             }),
+             py::arg("path"))
+        .def_buffer([](MappedFile& file) {
+            return py::buffer_info(const_cast<char*>(file.data()), 1, py::format_descriptor<std::uint8_t>::format(), 1,
+                                   {py::ssize_t(file.bytes())}, {1}, true);
+        })
+        .def("expect_scattered_reads", &MappedFile::expect_scattered_reads, py::arg("scattered"))
+        .def("want", &MappedFile::want, py::arg("at"), py::arg("bytes"))
+        .def_property_readonly("lost", &MappedFile::lost);
     m.def("pickle_scan",
           [](const py::bytes& data) {
               const std::string_view view = data;

@@ -1,27 +1,32 @@
 #include "mapped_file.hpp"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
-#include <cstdint>
+#include <cstring>
 #include <mutex>
+#include <system_error>
 
 namespace demix {
 
-// Never freed, since a handler may be looking at it; used again.
-struct WatchedMap {
+// What a signal handler may look at. Never freed, since one may be looking; used again.
+struct MappedFile::Watch {
     std::atomic<std::uintptr_t> begin{0}, end{0};
     std::atomic<bool> lost{false};
-    bool used = true;
-    WatchedMap* next = nullptr;
+    const MappedFile* file = nullptr;  // null: free
+    Watch* next = nullptr;
 };
 
 namespace {
 
-std::atomic<WatchedMap*> all{nullptr};
+using Watch = MappedFile::Watch;
+
+std::atomic<Watch*> all{nullptr};
 std::mutex changing;
 struct sigaction others;
 std::uintptr_t page_bytes;
@@ -29,7 +34,7 @@ std::uintptr_t page_bytes;
 void on_bus_error(int signal, siginfo_t* info, void* context) {
     const int saved = errno;
     const auto at = reinterpret_cast<std::uintptr_t>(info->si_addr);
-    for (WatchedMap* map = all.load(std::memory_order_acquire); map; map = map->next) {
+    for (Watch* map = all.load(std::memory_order_acquire); map; map = map->next) {
         const std::uintptr_t end = map->end.load(std::memory_order_acquire);
         if (at < map->begin.load(std::memory_order_relaxed) || at >= end) continue;
         map->lost.store(true);
@@ -58,33 +63,82 @@ void install_handler() {
     ::sigaction(SIGBUS, &ours, &others);
 }
 
-}  // namespace
-
-WatchedMap* watch_map(const void* address, std::size_t bytes) {
+Watch* watch(const MappedFile* file) {
     const std::lock_guard<std::mutex> lock(changing);
     static const bool installed = (install_handler(), true);
     (void)installed;
-    WatchedMap* map = all.load();
-    while (map && map->used) map = map->next;
+    Watch* map = all.load();
+    while (map && map->file) map = map->next;
     if (!map) {
-        map = new WatchedMap;
+        map = new Watch;
         map->next = all.load();
         all.store(map, std::memory_order_release);
     }
-    map->used = true;
+    map->file = file;
     map->lost.store(false);
-    map->begin.store(reinterpret_cast<std::uintptr_t>(address));
-    map->end.store((reinterpret_cast<std::uintptr_t>(address) + bytes + page_bytes - 1) / page_bytes * page_bytes,
-                   std::memory_order_release);
+    const auto begin = reinterpret_cast<std::uintptr_t>(file->data());
+    map->begin.store(begin);
+    map->end.store((begin + file->bytes() + page_bytes - 1) / page_bytes * page_bytes, std::memory_order_release);
     return map;
 }
 
-bool is_lost(const WatchedMap* map) { return map->lost.load(); }
+[[noreturn]] void fail(int descriptor, const std::string& path) {
+    const int error = errno;
+    if (descriptor >= 0) ::close(descriptor);
+    throw std::system_error(error, std::generic_category(), path);
+}
 
-void unwatch_map(WatchedMap* map) {
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) {
+    descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    struct stat status;
+    if (descriptor_ < 0 || ::fstat(descriptor_, &status)) fail(descriptor_, path);
+    bytes_ = std::size_t(status.st_size);
+    if (!bytes_) return;
+    void* const data = ::mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, descriptor_, 0);
+    if (data == MAP_FAILED) fail(descriptor_, path);
+    data_ = static_cast<const char*>(data);
+    watch_ = watch(this);
+}
+
+MappedFile::~MappedFile() {
+    if (watch_) {
+        const std::lock_guard<std::mutex> lock(changing);
+        watch_->end.store(0);
+        watch_->file = nullptr;
+    }
+    if (data_) ::munmap(const_cast<char*>(data_), bytes_);
+    ::close(descriptor_);
+}
+
+bool MappedFile::lost() const { return watch_ && watch_->lost.load(); }
+
+void MappedFile::expect_scattered_reads(bool scattered) const {
+    if (data_) ::madvise(const_cast<char*>(data_), bytes_, scattered ? MADV_RANDOM : MADV_NORMAL);
+}
+
+void MappedFile::want(std::size_t at, std::size_t n) const { ::posix_fadvise(descriptor_, off_t(at), off_t(n), POSIX_FADV_WILLNEED); }
+
+void MappedFile::copy(std::size_t at, char* to, std::size_t n) const {
+    while (n) {
+        const ssize_t got = ::pread(descriptor_, to, n, off_t(at));
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            watch_->lost.store(true);
+            std::memset(to, 0, n);
+            return;
+        }
+        at += std::size_t(got), to += got, n -= std::size_t(got);
+    }
+}
+
+const MappedFile* MappedFile::holding(const void* address) {
+    const auto at = reinterpret_cast<std::uintptr_t>(address);
     const std::lock_guard<std::mutex> lock(changing);
-    map->end.store(0);
-    map->used = false;
+    for (const Watch* map = all.load(); map; map = map->next)
+        if (map->file && at >= map->begin.load() && at < map->end.load()) return map->file;
+    return nullptr;
 }
 
 }  // namespace demix

@@ -1,20 +1,45 @@
-// Files that are read through memory maps may be cut short, or their disk may fail, while they are read: the kernel then sends SIGBUS.
+// Files that are read where they lie in the page cache: through a map, or by copies of long pieces.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <string>
 
 namespace demix {
 
-struct WatchedMap;
+// A file, mapped for reading. It may be cut short, or its disk may fail, while it is read: it then becomes zeros from there on, and
+// lost(), and what was computed from it does not count. Through the map that is a SIGBUS: the first file installs a handler of it,
+// which passes on what is not about a mapped file.
+class MappedFile {
+public:
+    // Throws std::system_error. An empty file has no bytes and no data.
+    explicit MappedFile(const std::string& path);
+    ~MappedFile();
+    MappedFile(const MappedFile&) = delete;
+    MappedFile& operator=(const MappedFile&) = delete;
 
-// From now on, where the file behind these bytes cannot be read, the rest of the map becomes zeros and the process goes on; what it
-// computes from them does not count, which is_lost() says. bytes: of a whole map that begins at a page. The first call installs a
-// handler of SIGBUS, which passes on what is not about a watched map.
-WatchedMap* watch_map(const void* address, std::size_t bytes);
+    const char* data() const { return data_; }
+    std::size_t bytes() const { return bytes_; }
+    bool lost() const;
 
-bool is_lost(const WatchedMap* map);
+    // How the map reads from the disk: a page that is touched by itself, or what follows it, too.
+    void expect_scattered_reads(bool scattered) const;
+    // Have bytes read into the page cache soon.
+    void want(std::size_t at, std::size_t n) const;
+    // n bytes from `at` on to `to`. For long pieces that are used once: a map costs a page fault for every 64 KiB, and as much again
+    // when it is taken down.
+    void copy(std::size_t at, char* to, std::size_t n) const;
 
-// Before the bytes are unmapped, or their addresses used for anything else.
-void unwatch_map(WatchedMap* map);
+    // The open one that these bytes lie in, or null.
+    static const MappedFile* holding(const void* address);
+
+    struct Watch;
+
+private:
+    int descriptor_ = -1;
+    const char* data_ = nullptr;
+    std::size_t bytes_ = 0;
+    Watch* watch_ = nullptr;
+};
 
 }  // namespace demix

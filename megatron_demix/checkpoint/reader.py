@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
-import os
 import re
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint
 from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, TensorInfo, read_metadata
 from megatron_demix.checkpoint.payload import Payload, read_payload
 from megatron_demix.errors import CorruptInput
-from megatron_demix.native import WatchedMap
+from megatron_demix.native import MappedFile
 
 # What a training checkpoint holds beside the model. Distributed optimizers, chained optimizers, schedulers, random states.
 _NOT_MODEL = re.compile(
@@ -43,9 +41,7 @@ class Checkpoint:
         self.location: CheckpointDir = find_checkpoint(path)
         self.metadata: CheckpointMetadata = read_metadata(self.location.path)
         self._read_ahead = read_ahead
-        self._maps: dict[str, mmap.mmap | None] = {}
-        self._files: dict[str, np.ndarray] = {}
-        self._watched: dict[str, WatchedMap] = {}
+        self._files: dict[str, MappedFile] = {}
 
     @property
     def model_tensors(self) -> dict[str, TensorInfo]:
@@ -72,7 +68,7 @@ class Checkpoint:
         path = self.location.path / location.file
         if location.file not in self._files:
             self._open(path, location.file)
-        data = self._files[location.file]
+        data = self._files[location.file].data
         if location.position + location.length > data.nbytes:
             raise CorruptInput(
                 f"{path}: has {data.nbytes} bytes, but {key!r} lies at bytes {location.position} to "
@@ -89,14 +85,12 @@ class Checkpoint:
     def prefetch(self, location: Location, key: str) -> None:
         """Have one stored item read from disk in one go. Raises as blob() does."""
         self.blob(location, key)
-        if (mapped := self._maps[location.file]) is not None:
-            begin = location.position // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, begin, location.position + location.length - begin)
+        self._files[location.file].want(location.position, location.position + location.length)
 
     def check_still_there(self) -> None:
         """Raises CorruptInput if a file was cut short, or its disk failed, since it was opened: zeros may have been read."""
-        for name, watched in self._watched.items():
-            if watched.lost:
+        for name, file in self._files.items():
+            if file.lost:
                 raise CorruptInput(
                     f"{self.location.path / name}: became unreadable while it was read: it was cut short, or its disk failed. "
                     "Copy or save the checkpoint again, and leave it alone while it is in use; nothing was made of it."
@@ -106,9 +100,8 @@ class Checkpoint:
         """From now on items are read whole, one after another."""
         if not self._read_ahead:
             self._read_ahead = True
-            for mapped in self._maps.values():
-                if mapped is not None:
-                    mapped.madvise(mmap.MADV_NORMAL)
+            for file in self._files.values():
+                file.expect_scattered_reads(False)
 
     def payload(self, info: TensorInfo, chunk: Chunk) -> Payload:
         """The elements of one chunk (also of with_keys(), layers.py). Raises CorruptInput if they are not what it promises."""
@@ -126,14 +119,9 @@ class Checkpoint:
 
     def _open(self, path: Path, name: str) -> None:
         try:
-            with open(path, "rb") as file:
-                # An empty file cannot be mapped.
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else None
+            file = MappedFile(path)
         except OSError as e:
             raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
-        if mapped is not None:
-            self._watched[name] = WatchedMap(mapped)
-            if not self._read_ahead:
-                mapped.madvise(mmap.MADV_RANDOM)
-        self._maps[name] = mapped
-        self._files[name] = np.frombuffer(mapped if mapped is not None else b"", np.uint8)
+        if not self._read_ahead:
+            file.expect_scattered_reads(True)
+        self._files[name] = file

@@ -4,7 +4,7 @@ Everything that crosses into C++ is checked here: dtype, contiguity, size, and t
 """
 
 from megatron_demix.native.checkpoints import (
-    WatchedMap,
+    MappedFile,
     crc32,
     scan_pickle,
 )
@@ -42,7 +42,7 @@ __all__ = [
     "Interleaver",
     "MergePlan",
     "StreamPart",
-    "WatchedMap",
+    "MappedFile",
     "check_index",
     "count_newlines",
     "crc32",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-import weakref
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,26 @@ import numpy as np
 from megatron_demix.native.core import core
 
 
-class WatchedMap:
-    """A mapped file. If it is cut short, or its disk fails, while it is read: zeros from there on, and `lost`, not the end of
-    the process (csrc/mapped_file.hpp). It is watched until it is unmapped."""
+class MappedFile:
+    """A file's `data`, uint8, mapped for as long as an array of it is there. If it is cut short, or its disk fails, while it is
+    read: zeros from there on, and `lost`, not the end of the process (csrc/mapped_file.hpp)."""
 
-    def __init__(self, mapped: mmap.mmap) -> None:
-        view = np.frombuffer(mapped, np.uint8)
-        self._map: int = core.watch_map(view.ctypes.data, view.nbytes)
-        weakref.finalize(mapped, core.unwatch_map, self._map)
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._file = core.MappedFile(os.fspath(path))
+        self.data: np.ndarray = np.frombuffer(self._file, np.uint8)
 
     @property
     def lost(self) -> bool:
-        return core.is_lost(self._map)
+        return self._file.lost
+
+    def expect_scattered_reads(self, scattered: bool) -> None:
+        """Whether the disk reads only what is touched, or what follows it as well."""
+        self._file.expect_scattered_reads(scattered)
+
+    def want(self, begin: int, end: int) -> None:
+        """Have bytes read from the disk soon."""
+        self._file.want(begin, end - begin)
 
 
 def crc32(buffer: Any) -> int:
