@@ -62,7 +62,8 @@ struct Settings {
     int threads = 1;                 // that sum at a time; each holds one tile of every mixture, twice when files are written
     std::string isa;
     std::size_t tile_bytes = 256 << 10;
-    // Of a source, that each thread copies at a time from its file where that many lie in a row; 0: all is read through the maps.
+    // Of each source, that a thread copies from its file at a time, where an eighth of it or more lies in a row; 0: all is read
+    // through the maps.
     std::size_t piece_bytes = 0;
     const DeltaRules* deltas = nullptr;  // null: plain weighted sums
     bool check_sources = false;  // compare the CRC of every record that is read

@@ -12,9 +12,6 @@ namespace {
 
 // Elements in work at a time. Their sources must stay in half of a 1 MiB second-level cache between their CRC and their sum, also
 // where two threads share it; but every source is a stream of its own to the memory, and long pieces of few streams are faster.
-// A system call for less costs more than the page faults it saves.
-constexpr std::size_t shortest_copy = 32 << 10;
-
 std::int64_t block_of(std::size_t num_sources) { return std::clamp<std::int64_t>((128 << 10) / std::int64_t(num_sources), 2048, 16384); }
 
 }  // namespace
@@ -164,7 +161,8 @@ void TileWorker::check_scattered(const Region& r, int k, const char* at, std::in
 }
 
 const char* TileWorker::fetch(const Record& record, int k, const char* at, std::size_t bytes) {
-    if (!record.file || bytes < shortest_copy || bytes > x_.settings.piece_bytes) return at;
+    // A system call for little costs more than the page faults it saves.
+    if (!record.file || bytes < x_.settings.piece_bytes / 8 || bytes > x_.settings.piece_bytes) return at;
     char* const to = fetched_[k].get(x_.settings.piece_bytes);
     record.file->copy(std::size_t(at - record.file->data()), to, bytes);
     return to;

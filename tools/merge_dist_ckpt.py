@@ -9,7 +9,11 @@ weights.jsonl, {"name": "mix_0", "weights": {"general": 0.5, "code": 0.5}}, to D
 release folder. DIR loads with a plain --load.
 """
 
+import os
 import sys
+
+# Nothing here needs BLAS, whose threads would cost more processor time to start than the rest of the imports.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from megatron_demix.merge.command import main
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import lru_cache
 
 import numpy as np
@@ -20,13 +21,13 @@ def tile(shape: Shape, boxes: tuple[tuple[Shape, Shape], ...]) -> bool:
     """
     if len(boxes) == 1:
         return boxes[0][1] == shape
-    draw = np.random.default_rng(0)
+    draw = random.Random(0)
     volumes, whole = np.ones(len(boxes), np.uint64), 1
     for axis, size in enumerate(shape):
         lo = np.array([offset[axis] for offset, _ in boxes], np.int64)
         hi = lo + np.array([size[axis] for _, size in boxes], np.int64)
-        edges = np.unique(np.concatenate([lo, hi, [0, size]]))
-        places = draw.integers(0, _PRIME, len(edges), dtype=np.uint64)
+        edges = np.array(sorted({0, size, *lo.tolist(), *hi.tolist()}), np.int64)
+        places = np.array([draw.randrange(_PRIME) for _ in edges], np.uint64)
         first, last = (places[np.searchsorted(edges, at)] for at in (lo, hi))
         volumes = volumes * ((last + np.uint64(_PRIME) - first) % _PRIME) % _PRIME
         whole = whole * int((int(places[-1]) - int(places[0])) % _PRIME) % _PRIME

@@ -90,8 +90,9 @@ def _spots(shape: Shape) -> np.ndarray:
     """[256, dims] places in a box: runs of neighbours along the last dimension from random places on."""
     if not shape:
         return np.zeros((1, 0), np.int64)
-    rng = np.random.default_rng(0)
-    places = np.stack([rng.integers(0, size, _SPOTS) for size in shape], axis=1).repeat(_ELEMENTS_A_SPOT, axis=0)
+    draw = random.Random(0)
+    places = np.array([[draw.randrange(size) for size in shape] for _ in range(_SPOTS)], np.int64)
+    places = places.repeat(_ELEMENTS_A_SPOT, axis=0)
     places[:, -1] = (places[:, -1] + np.tile(np.arange(_ELEMENTS_A_SPOT), _SPOTS)) % shape[-1]
     return places
 

@@ -104,9 +104,10 @@ class MergePlan:
         weights_SMK: a set for each weight_set that regions name. deltas: the sum is base + scale * sum_k weights[k] *
         (source_k - base) thinned by these rules; the last source is the base, and its weight must not be 0.
         piece_bytes: each thread copies so much of each source's file at a time, where it lies in a row; 0: it is read through
-        maps, which is slower the first time, and faster after that. direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
-        so far, about ten times a second. Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their
-        CRC, if check_sources]}. Raises OSError when a write fails, and passes on KeyboardInterrupt after the threads stopped.
+        maps, which is slower the first time and faster after that. direct_TM: the same files opened with O_DIRECT (-1: not),
+        used for what is aligned. progress: called with the bytes done so far, about ten times a second.
+        Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their CRC, if check_sources]}. Raises
+        OSError when a write fails, and passes on KeyboardInterrupt after the threads stopped.
         """
         weights = np.ascontiguousarray(weights_SMK, np.float32)
         if not np.isfinite(weights).all():

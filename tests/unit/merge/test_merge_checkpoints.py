@@ -22,6 +22,7 @@ from megatron_demix.errors import (
     StorageError,
     VerificationFailed,
 )
+from megatron_demix.merge import engine
 from megatron_demix.merge.engine import merge_checkpoints
 
 WEIGHTS = {"a": 0.5, "b": 0.25, "c": 0.25}
@@ -103,6 +104,33 @@ def test_bytes_do_not_depend_on_threads_memory_or_company(parts, tmp_path):
     assert merged("threads", {"m": WEIGHTS}, threads=5, max_memory=10 * 65536) == alone
     many = {f"x{i}": {"a": i / 8, "b": 1 - i / 8} for i in range(9)} | {"m": WEIGHTS}
     assert merged("many", many, threads=2) == alone
+
+
+def large(folder, seed, num=1 << 20):
+    """A component with a tensor that is read in several pieces."""
+    values = torch.randn(num, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return write_checkpoint(folder, {"decoder.final_layernorm.weight": values}, {})
+
+
+@pytest.mark.parametrize("max_memory", [1 << 20, 4 << 20, 256 << 20])
+def test_bytes_do_not_depend_on_how_sources_are_read(tmp_path, max_memory):
+    """Through maps, or in pieces of several sizes, of files that do not end with a whole one."""
+    parts = {name: large(tmp_path / name, seed, 1_000_003) for seed, name in enumerate("ab")}
+    (path,) = merge_checkpoints(
+        parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", threads=2, max_memory=max_memory, progress=False
+    )
+    merged = read_checkpoint(path / "release")["decoder.final_layernorm.weight"]
+    a, b = (read_checkpoint(parts[name])["decoder.final_layernorm.weight"].float() for name in "ab")
+    assert torch.equal(merged, (a * 0.5 + b * 0.5).bfloat16())
+
+
+def test_a_component_cut_short_while_it_is_merged(tmp_path, monkeypatch):
+    parts = {name: large(tmp_path / name, seed) for seed, name in enumerate("ab")}
+    (file,) = parts["b"].glob("*.distcp")
+    monkeypatch.setattr(engine, "_check_space", lambda *_: os.truncate(file, 1 << 19))
+    with pytest.raises(CorruptInput, match=rf"{file}: became unreadable while it was read"):
+        merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_optimizer_state_is_not_carried(tmp_path):
