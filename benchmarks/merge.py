@@ -196,6 +196,11 @@ def live_model(component: Path, copies: int = 1) -> list[list[LiveTensor]]:
     ]
 
 
+def eight_together(bench: Bench, merger: ProxyMerger, parts: dict[str, Path], names: list[str]) -> dict[str, float]:
+    models = [[t.tensor for t in model] for model in live_model(parts["c0"], copies=8)]
+    return bench.inside("eight proxies into eight live models", lambda: merger.merge_all(mixtures(8, names), models))
+
+
 def in_memory(parts: dict[str, Path], weights_MK: np.ndarray, threads: int) -> Callable[[], Any]:
     """A merge of M mixtures from mapped components into M models in memory, ready to run."""
     models = live_model(next(iter(parts.values())), len(weights_MK))
@@ -260,11 +265,7 @@ def main() -> None:
     alone = bench.inside("merge, 1 mixture", in_memory(parts, as_matrix(mix), threads), gigabytes)
     merger.merge(mix["m0"])
     in_place = bench.inside("one proxy into a live model", lambda: merger.merge(mix["m0"]), gigabytes)
-    models = [[t.tensor for t in model] for model in live_model(parts["c0"], copies=8)]
-    together = bench.inside(
-        "eight proxies into eight live models", lambda: merger.merge_all(mixtures(8, names), models), gigabytes
-    )
-    del models
+    together = eight_together(bench, merger, parts, names)
 
     print("to disk, as programs")
     tool = [sys.executable, str(HERE.parent / "tools" / "merge_dist_ckpt.py")]
