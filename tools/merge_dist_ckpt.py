@@ -12,10 +12,9 @@ release folder. DIR loads with a plain --load.
 import os
 import sys
 
-# Nothing here needs BLAS, whose threads would cost more processor time to start than the rest of the imports.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 from megatron_demix.merge.command import main
 
 if __name__ == "__main__":
+    # numpy is imported later. Nothing here needs its BLAS, whose threads cost as much processor time to start as all imports.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(main(description=__doc__))
