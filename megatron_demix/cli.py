@@ -282,7 +282,7 @@ def _added_by_mixed(dag: Dag) -> list[str]:
         return []
     each, added, others = num_tokens(dag.study, "component"), len(dag.mixed), len(dag.components)
     tokens = [format_count(num * each) for num in (added, others)]
-    return [f"component.mixed adds {added} to {others} components: {tokens[0]} tokens of training to {tokens[1]}"]
+    return [f"component.mixed adds {added} components to {others}, and {tokens[0]} tokens of training to {tokens[1]}"]
 
 
 def _shown(path: Path) -> str:

@@ -31,6 +31,13 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("inputs", nargs="*", metavar="PATH:WEIGHT", help="a checkpoint and its weight")
     add("--components", nargs="+", metavar="NAME=PATH", default=[], help="named checkpoints, for use with --weights")
     add("--weights", type=Path, metavar="FILE", help="mixtures: one JSON object a line, or CSV with a column a component")
+    add(
+        "--mixed",
+        type=Path,
+        metavar="FILE",
+        help="with --weights: what some components were trained on, mixtures of the others, in the same form; they correct "
+        "merges to second order",
+    )
     add("--output", type=Path, required=True, metavar="DIR")
     add("--layout", choices=("release", "iter"), default="release", help="release starts at iteration 0 (default)")
     add(
@@ -107,6 +114,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from megatron_demix.merge.engine import merge_checkpoints
 
     components, mixtures, single = _what(arguments)
+    if arguments.mixed:
+        mixtures, arguments.normalize = _corrected(list(components), mixtures, arguments), "affine"
     if arguments.threads is not None and arguments.threads < 1:
         raise ConfigError(f"--threads is {arguments.threads}, expected at least 1.")
     if arguments.dry_run:
@@ -186,6 +195,27 @@ def _what(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dic
             raise ConfigError(f"{path!r} is given twice. Add up its weights.")
         components[path], weights[path] = Path(path), value
     return components, {arguments.output.name or "merged": weights}, True
+
+
+def _corrected(
+    components: Sequence[str], mixtures: dict[str, dict[str, float]], arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Coefficients of all components, from weights of those that are not mixed. Raises ConfigError, MixtureError."""
+    from megatron_demix.merge.second_order import SecondOrder
+    from megatron_demix.merge.weights import read_weights, weight_matrix
+
+    if not arguments.components or arguments.method != "linear" or arguments.normalize == "off":
+        raise ConfigError("--mixed goes with --components, --method linear and weights that sum to 1 (not --normalize off).")
+    mixed = read_weights(arguments.mixed)
+    if unknown := [name for name in mixed if name not in components]:
+        raise ConfigError(f"--mixed: {unknown[0]!r} is not among --components, which are {', '.join(components)}.")
+    alone = [name for name in components if name not in mixed]
+    weight_matrix(mixed, alone)  # raises where one is no mixture of these
+    order = SecondOrder(alone, mixed)
+    coefficients_MC = order.coefficients(weight_matrix(mixtures, alone, arguments.normalize))
+    return {
+        name: dict(zip(order.names, row, strict=True)) for name, row in zip(mixtures, coefficients_MC.tolist(), strict=True)
+    }
 
 
 def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]], arguments: argparse.Namespace) -> int:

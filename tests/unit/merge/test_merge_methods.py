@@ -96,6 +96,28 @@ def test_methods_on_the_command_line(tmp_path, capsys):
     assert "method karcher has no density" in capsys.readouterr().err
 
 
+def test_mixed_components_on_the_command_line(tmp_path, capsys):
+    parts, _ = write_components(tmp_path / "x")
+    mixed, weights, output = tmp_path / "mixed.jsonl", tmp_path / "weights.jsonl", tmp_path / "out"
+    mixed.write_text('{"name": "b", "weights": {"a": 0.5, "c": 0.5}}')
+    weights.write_text('{"name": "m", "weights": {"a": 0.25, "c": 0.75}}')
+    command = ["--components", *(f"{name}={path}" for name, path in parts.items()), "--output", str(output), "--quiet"]
+    command += ["--weights", str(weights), "--mixed", str(mixed)]
+    assert main([*command, "--verify", "full"]) == 0
+    described = json.loads((output / "m" / "release" / "demix_merge.json").read_text())
+    assert described["weights"] == {"a": -0.125, "b": 0.75, "c": 0.375}  # b: 4 x .25 x .75
+    for arguments, message in (
+        (["--method", "karcher"], "--mixed goes with --components, --method linear"),
+        (["--normalize", "off"], "--mixed goes with --components, --method linear"),
+        (["--components", f"z={parts['a']}"], "--mixed: 'b' is not among --components, which are z"),
+    ):
+        assert main([*command, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    mixed.write_text('{"name": "b", "weights": {"a": 0.5}}')
+    assert main(command) == 4
+    assert "weights sum to 0.5" in capsys.readouterr().err
+
+
 def test_a_merge_by_another_method_is_another_merge(tmp_path):
     parts, base = write_components(tmp_path / "x")
     mixture = {"m": {"a": 0.5, "b": 0.5}}

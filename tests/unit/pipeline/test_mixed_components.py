@@ -72,7 +72,7 @@ def test_weights_are_part_of_the_key_and_everything_else_stays(path):
 
 def test_demix_plan_says_what_they_cost(path, capsys):
     assert main(["plan", str(path), "--runs", str(path.parent / "runs"), "--set", "component.mixed=pairs"]) == 0
-    assert "component.mixed adds 3 to 3 components: 960 tokens of training to 960" in capsys.readouterr().out
+    assert "component.mixed adds 3 components to 3, and 960 tokens of training to 960" in capsys.readouterr().out
     assert main(["plan", str(path), "--runs", str(path.parent / "runs")]) == 0
     assert "component.mixed" not in capsys.readouterr().out
 

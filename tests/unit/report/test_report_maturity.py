@@ -34,6 +34,22 @@ def test_a_gap_beyond_the_seed_noise_warns(whole):
     assert warning in caveats.warnings(data, judge(data))
 
 
+def test_where_a_mixed_component_is_the_centroid_the_gap_is_that_of_merging_without_it(whole, tmp_path):
+    seeds = {"code": 2.0, "math": 2.0}, {"code": 2.02, "math": 2.02}
+    data = checked(whole, {"code": 2.5, "math": 2.01}, *seeds)
+    assert data.maturity is not None
+    data = replace(data, maturity=replace(data.maturity, is_mixed=True), mixed=["centroid", "skills"])
+    warning = maturity_warning(data)
+    assert warning is not None
+    assert warning.startswith("The merged centroid without component.mixed is worse")
+    assert "may rank mixtures wrongly away from the mixed components" in warning
+    assert any("correction by centroid, skills is noise" in item for item in caveats.not_measured(data, judge(data)))
+    build_report(data, tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text()
+    assert "by 2 components that were trained on mixtures (component.mixed): centroid, skills." in page
+    assert "with it, a proxy at this mixture is the first of these models" in page
+
+
 def test_one_seed_says_nothing_of_noise_and_warns_of_nothing(whole, tmp_path):
     data = checked(whole, {"code": 2.9, "math": 2.0}, {"code": 2.0, "math": 2.0})
     assert [gap.interval for gap in gaps(data)] == [None, None]
