@@ -81,7 +81,7 @@ def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:
     groups: dict[str, dict[str, Mapping[str, Sequence[float]]]] = {}
     for name, curve in data.losses.items():
         if curve.get("iteration"):
-            groups.setdefault(name.split("/")[0], {})[name] = curve
+            groups.setdefault(name.rpartition("/")[0], {})[name] = curve
     return {
         "forest": [figures.forest(verdict.comparisons, data.final_unit)] if verdict.comparisons else [],
         "parallel": [figures.parallel_coordinates(data)],

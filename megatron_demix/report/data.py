@@ -172,7 +172,7 @@ class ReportData:
     domains: Sequence[Domain] = ()
     losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose
-    names share the part before the slash are drawn together."""
+    names share the part before the last slash are drawn together."""
     proxies: Literal["merged", "trained"] = "merged"
     rounds: Sequence[Round] = ()
     mixed: Sequence[str] = ()
