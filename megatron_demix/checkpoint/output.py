@@ -154,15 +154,22 @@ class Output:
         return self.folder / f"{file}{_RECORD}"
 
     def seal(
-        self, placements: Sequence[Placement], common: Mapping[str, Any], provenance: Mapping[str, Any], tracker: str
+        self,
+        placements: Sequence[Placement],
+        common: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        tracker: str,
+        carried: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Write what is beside the files of `placements`, all of which must be finished."""
+        """Write what is beside the files of `placements`, all of which must be finished. carried: other files, by name."""
         sizes = _sizes(placements)
         per_file = {file: iter(self.finished(file) or ()) for file in sizes}
         crcs = [next(per_file[p.file]) for p in placements if isinstance(p.item, TensorItem)]
         with storage_errors(f"writing {self.target}"):
             write_metadata(self.folder, placements)
             write_common_state(self.folder / COMMON, common)
+            for name, data in (carried or {}).items():
+                (self.folder / name).write_bytes(data)
             checksums = {"files": sizes, "tensors_crc32": _combined(placements, crcs)}
             write_json(self.folder / self._described_in, dict(provenance) | {"checksums": checksums})
             (self.temporary / TRACKER).write_text(tracker)

@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from megatron_demix.artifact import fingerprint, remove_leftovers
 from megatron_demix.checkpoint.common_state import merged_common_state, read_common_state
 from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.checkpoint.output import Output, is_published
+from megatron_demix.checkpoint.run_config import RUN_CONFIG, merged_run_config
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
 from megatron_demix.errors import ConfigError, CorruptInput, StorageError, VerificationFailed, storage_errors
 from megatron_demix.merge.chunks import cut_anew
@@ -137,6 +139,8 @@ class _Job:
         self.folder = iteration_folder(self.iteration) if layout == "iter" else "release"
         self.tracker = str(self.iteration) if layout == "iter" else "release"
         self.placements = place(self._items())
+        run_config = merged_run_config(first.location)
+        self.carried = {} if run_config is None else {RUN_CONFIG: run_config}
         self.common, self.left_out = merged_common_state(self.common_state, self.iteration)
         self.mine = self.placements
 
@@ -175,6 +179,7 @@ class _Job:
 
     def provenance(self, name: str, weights: np.ndarray, normalize: Normalize) -> dict[str, Any]:
         """Plain facts that do not depend on when, where or by how many threads the merge was made."""
+        carried = self.carried
         return {
             "format": 2,
             "software": f"megatron_demix {__version__}",
@@ -189,6 +194,11 @@ class _Job:
             },
             "copied_from_first": sorted({p.item.key for p in self.placements if isinstance(p.item, CopiedItem)}),
             "left_out": self.left_out,
+            **(
+                {"carried": {name: blake2b(data, digest_size=16).hexdigest() for name, data in carried.items()}}
+                if carried
+                else {}
+            ),
         }
 
     def _digest(self, k: int) -> str:
@@ -275,7 +285,7 @@ def _merge_group(
                 out.finish()
                 if any(out.finished(p.file) is None for p in job.placements):
                     continue
-                out.seal(job.placements, job.common, provenances[m], job.tracker)
+                out.seal(job.placements, job.common, provenances[m], job.tracker, job.carried)
                 try:
                     expected = job.oracle.mixture(weights_MK[m], provenances[m]["mixture"])
                     verify_merge(out.folder, job.parts, expected, verify, str(out.target))

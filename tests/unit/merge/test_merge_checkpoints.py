@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import yaml
 from dist_checkpoints import bits, parallel_cuts, read_checkpoint, small_model, write_checkpoint
 
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -140,6 +141,30 @@ def test_optimizer_state_is_not_carried(tmp_path):
     (path,) = merge_checkpoints({"a": a, "b": b}, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
     assert read_checkpoint(path / "release").keys() == small_model(0).keys()
     assert Checkpoint(path).metadata.objects == {}
+
+
+RUN_CONFIG = """\
+model: {_target_: megatron.bridge.models.GPTModelProvider, num_layers: 2, activation_func: {_target_: torch.nn.functional.silu}}
+checkpoint: {save: /runs/a, save_optim: true, save_rng: true}
+"""
+
+
+def test_a_bridge_run_config_is_carried_along(parts, tmp_path):
+    """Megatron-Bridge builds the model from it, and asks it what else to load."""
+    (parts["a"] / "run_config.yaml").write_text(RUN_CONFIG)
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    carried = yaml.safe_load((path / "release" / "run_config.yaml").read_text())
+    assert carried == {
+        "model": yaml.safe_load(RUN_CONFIG)["model"],
+        "checkpoint": {"save": "/runs/a", "save_optim": False, "save_rng": False},
+    }
+    merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    (parts["a"] / "run_config.yaml").write_text("model: {}")
+    with pytest.raises(OutputExists, match=r"made from other inputs"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    (parts["a"] / "run_config.yaml").write_text("model: !!python/object/apply:os.system [exit]")
+    with pytest.raises(CorruptInput, match=r"run_config.yaml: cannot be read .*take it away"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "other", progress=False)
 
 
 def test_tensors_that_are_not_floats_come_from_the_first(tmp_path):
