@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.artifact import read_json, sync_path, temporary_beside, write_json
-from megatron_demix.errors import CorruptInput
+from megatron_demix.artifact import is_temporary, read_json, sync_path, temporary_beside, write_json
+from megatron_demix.errors import CorruptInput, storage_errors
 from megatron_demix.evaluate.tasks.choices import Choices
 
 FOLDER, TEXTS = "tokens", "texts.json"
@@ -92,10 +92,18 @@ def keep(folder: Path, model: str, texts: Texts, token_nats: Sequence[np.ndarray
     texts.write(folder / TEXTS)
     target = folder / f"{model}.npy"
     temporary = temporary_beside(target)
-    with open(temporary, "wb") as file:
-        np.save(file, np.concatenate(token_nats).astype(np.float32, copy=False))
-    sync_path(temporary)
-    temporary.rename(target)
+    with storage_errors(f"writing {target}"):
+        with open(temporary, "wb") as file:
+            np.save(file, np.concatenate(token_nats).astype(np.float32, copy=False))
+        sync_path(temporary)
+        temporary.rename(target)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What killed writers have left, on whatever machine: called when no writer is left."""
+    for path in folder.glob(".*"):
+        if is_temporary(path):
+            path.unlink()
 
 
 class Ensemble:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from megatron_demix.artifact import write_json
-from megatron_demix.evaluate.ensemble import FOLDER, DomainText, Texts, keep
+from megatron_demix.evaluate.ensemble import FOLDER, DomainText, Texts, keep, remove_unfinished
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.evaluate.tasks.suite import Scored, Suite, TextCodec, read_task
 from megatron_demix.evaluate.windows import Windows, read_windows
@@ -239,5 +239,6 @@ def _collect(job: EvaluateJob, suite: Suite | None) -> None:
     if suite:
         write_json(job.work / NOTES, {name: rows[name]["notes"] for name in job.models})
     table.write(job.work / SCORES)
+    remove_unfinished(job.work / FOLDER)
     for path in job.work.glob("rows-*.jsonl"):
         path.unlink()

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings
-from megatron_demix.pipeline.scoring import proxy_score_of, scored_losses
+from megatron_demix.pipeline.scoring import proxy_score_of, scored_losses, scores_proxies
 from megatron_demix.pipeline.stage import Stage
 
 _ABSENT = "nothing"
@@ -36,6 +36,9 @@ def differences(here: Foundation, there: Foundation) -> Iterator[str]:
         )
     if _mixed(here) != _mixed(there):
         yield f"component.mixed: {_mixed_said(there)} there, {_mixed_said(here)} here, or of other text"
+    if scores_proxies(here.study) and not scores_proxies(there.study):
+        scored = proxy_score_of(there.study)
+        yield f"search.proxy_score: {scored} there, so that only its components have scores; set it to interpolated here"
     if proxy_score_of(here.study) != "merged" and proxy_score_of(there.study) == "merged":
         yield "search.proxy_score: merged there, so that its components have no scores of their own; set it to merged here, too"
 

@@ -22,7 +22,7 @@ from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.comparable import differences, score_names, scores_left_out
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import second_order
-from megatron_demix.pipeline.scoring import component_row, proxy_score_of
+from megatron_demix.pipeline.scoring import component_row, proxy_score_of, scores_proxies
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study.search import EarlierSpec
@@ -113,7 +113,8 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
             for m in read_json(r.proposal.folder / MIXTURES):
                 shares = _shares(m["shares"], parts_of, dropped, here)
                 entries.append({"name": found.row(m["name"]), "weights": m["weights"], "shares": shares})
-                add(table, m["name"])
+                if scores_proxies(there.study):
+                    add(table, m["name"])
             if r.number == 1 and interpolates:
                 for name in there.merged:
                     add(table, component_row(name))

@@ -12,8 +12,8 @@ from typing import Any
 from megatron_demix.mixture import TOLERANCE, Mixture
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.foundation import Foundation
-from megatron_demix.pipeline.merging import merge_settings, normalization, second_order
-from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, scoring
+from megatron_demix.pipeline.merging import merge_settings, second_order
+from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, merges, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.study.study import Study
@@ -50,15 +50,9 @@ def maturity(foundation: Foundation) -> Maturity:
     components = foundation.components if known else foundation.merged
 
     def models() -> dict[str, Any]:
-        return {
-            "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
-            "mixtures": {MERGED_CENTROID: dict(centroid) if known else second_order(study).of(centroid)},
-            "normalize": normalization(study),
-            "merge": study.merge,
-            "base": train_stages.checkpoint_of(base),
-            "seed": study.seed,
-            "checkpoints": {name: train_stages.checkpoint_of(stage) for name, stage in {BASE: base, **trained}.items()},
-        }
+        weights = dict(centroid) if known else second_order(study).of(centroid)
+        checkpoints = {name: train_stages.checkpoint_of(stage) for name, stage in {BASE: base, **trained}.items()}
+        return merges(foundation, components, {MERGED_CENTROID: weights}) | {"checkpoints": checkpoints}
 
     needs = (base, *components.values(), *trained.values())
     # By losses alone: the noise of the comparison is pooled over all scores, which therefore have one unit.

@@ -13,9 +13,9 @@ from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
 from megatron_demix.pipeline.maturity_stages import BASE, mixed_centroid
-from megatron_demix.pipeline.scoring import MERGED_CENTROID
+from megatron_demix.pipeline.scoring import MERGED_CENTROID, proxy_score_of
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
-from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.stage import Stage, unique
 
 if TYPE_CHECKING:
     from megatron_demix.pipeline.dag import Dag
@@ -55,6 +55,7 @@ def collect(dag: Dag) -> ReportData:
         domains=_domains(dag, {name: row.epochs for name, row in blend.items()}),
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
+        proxy_score=proxy_score_of(dag.study),
         rounds=_rounds(dag),
         mixed=list(dag.mixed),
         earlier=_earlier(dag),
@@ -73,7 +74,8 @@ def _tasks(dag: Dag) -> dict[str, Task]:
     from megatron_demix.evaluate.tasks.suite import final_split, search_split
     from megatron_demix.report.data import Task
 
-    notes = [row for r in dag.rounds if (file := r.scores.folder / NOTES).is_file() for row in read_json(file).values()]
+    stages = unique(r.scores for r in dag.rounds)
+    notes = [row for stage in stages if (file := stage.folder / NOTES).is_file() for row in read_json(file).values()]
     tasks = {}
     for task in dag.study.evaluate.tasks:
         generated = [row[task.name] for row in notes if "endless" in row[task.name]]
@@ -109,18 +111,33 @@ def _rounds(dag: Dag) -> list[Round]:
     from megatron_demix.report.data import Fit, Proxy, Round
 
     rounds = []
+    facts_of = {r.number: read_json(r.fit.folder / FIT) for r in dag.rounds if r.fit.done()}
+    counted = _counted(facts_of[max(facts_of)]) if facts_of else {}
     for r in dag.rounds:
         if not r.proposal.done():
             break
         mixtures = [Proxy(m["name"], m["weights"], m["shares"]) for m in read_json(r.proposal.folder / MIXTURES)]
-        scores = ScoreTable.read(r.scores.folder / "scores.json").rows if r.scores.done() else {}
-        facts: dict[str, Any] = read_json(r.fit.folder / FIT) if r.fit.done() else {}
+        table = ScoreTable.read(r.scores.folder / "scores.json") if r.scores.done() else ScoreTable([])
+        # In the order of the table; before the first fit, as the merged models have scored.
+        rows = {m.name: counted.get(m.name, table.rows.get(m.name, {})) for m in mixtures}
+        order = [score.name for score in table.scores]
+        scores = {model: {name: row[name] for name in order if name in row} for model, row in rows.items() if row}
+        facts: dict[str, Any] = facts_of.get(r.number, {})
         fit = {
             name: Fit(f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"], f["std"])
             for name, f in facts.get("surrogates", {}).items()
         }
         rounds.append(Round(mixtures, scores, fit, facts.get("objective", {}), facts.get("constant", {})))
     return rounds
+
+
+def _counted(fit: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By proxy, what the search took for its scores, whether merged, interpolated or otherwise."""
+    found: dict[str, dict[str, float]] = {}
+    for name, facts in fit["surrogates"].items():
+        for model, value in zip(facts["models"], facts["measured"], strict=True):
+            found.setdefault(model, {})[name] = value
+    return {model: row | fit.get("constant", {}) for model, row in found.items()}
 
 
 def _earlier(dag: Dag) -> list[str]:

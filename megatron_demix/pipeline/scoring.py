@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
@@ -14,41 +14,72 @@ from megatron_demix.pipeline.merging import merge_settings, normalization, secon
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.study.search import ProxyScore
 from megatron_demix.study.study import Study
 
 MERGED_CENTROID, TRAINED_CENTROID = "merged", "seed"
 """Rows of the maturity check's scores: the merged centroid, and (with a number) the ones trained on its mixture."""
 
 
-def proxy_score_of(study: Study) -> Literal["merged", "interpolated", "stack"]:
+def proxy_score_of(study: Study) -> ProxyScore:
     """A trained proxy's score is its own, as a merged one's can be."""
     return study.search.proxy_score if study.search.proxies == "merged" else "merged"
 
 
+def scores_proxies(study: Study) -> bool:
+    """Whether the proxies themselves are scored; if not, what their components score says all."""
+    return proxy_score_of(study) in ("merged", "stack")
+
+
 def scores_of_merged(foundation: Foundation, number: int, proposal: Stage) -> Stage:
-    study, base, components = foundation.study, foundation.base, foundation.merged
+    study, components = foundation.study, foundation.merged
     # The first round also scores the components themselves: as merges, whose weights are one-hot.
-    alone = list(components) if number == 1 and proxy_score_of(study) != "merged" else []
+    alone = _alone(components) if number == 1 and proxy_score_of(study) != "merged" else {}
 
     def models() -> dict[str, Any]:
         order = second_order(study)
         proposed = {m["name"]: order.of(m["weights"]) for m in read_json(proposal.folder / MIXTURES)}
-        return {
-            "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
-            "mixtures": proposed | {component_row(n): dict(Mixture.one_hot(components, n)) for n in alone},
-            "normalize": normalization(study),
-            "merge": study.merge,
-            "base": train_stages.checkpoint_of(base),
-            "seed": study.seed,
-        }
+        return merges(foundation, components, proposed | alone)
 
-    needs = (proposal, base, *components.values())
+    needs = (proposal, foundation.base, *components.values())
     settings = merge_settings(study) | ({"components": True} if alone else {})
     return scoring(foundation, f"rounds/{number}/scores", "valid", foundation.tasks.search, needs, models, settings)
 
 
+def scores_of_components(foundation: Foundation) -> Stage:
+    """What all rounds need where no proxy is scored itself; with what every token costs, where that decides."""
+    study, components = foundation.study, foundation.merged
+    alone = _alone(components)
+    kept = {"keep_tokens": list(alone)} if proxy_score_of(study) == "ensemble" else {}
+
+    def models() -> dict[str, Any]:
+        return merges(foundation, components, alone) | kept
+
+    needs, settings = (foundation.base, *components.values()), merge_settings(study) | kept
+    return scoring(foundation, "rounds/components", "valid", foundation.tasks.search, needs, models, settings)
+
+
+def _alone(components: Mapping[str, Stage]) -> dict[str, dict[str, float]]:
+    return {component_row(name): dict(Mixture.one_hot(components, name)) for name in components}
+
+
+def merges(
+    foundation: Foundation, components: Mapping[str, Stage], mixtures: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """A scoring job's fields for mixtures of some of the components."""
+    study = foundation.study
+    return {
+        "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
+        "mixtures": mixtures,
+        "normalize": normalization(study),
+        "merge": study.merge,
+        "base": train_stages.checkpoint_of(foundation.base),
+        "seed": study.seed,
+    }
+
+
 def component_row(component: str) -> str:
-    """A component's name among the proxies of the first round."""
+    """A component's name among scored models."""
     return f"component-{component}"
 
 
@@ -83,7 +114,7 @@ def scoring(
 ) -> Stage:
     """A stage that scores models on one split and on tasks. models: the components, mixtures and checkpoints of its job.
 
-    merge: how mixtures are made, for the key.
+    merge: how mixtures are made, and what is kept of them, for the key.
     """
     study, tokenizer, data = foundation.study, foundation.tokenizer, foundation.data
     domains = scored_losses(foundation)

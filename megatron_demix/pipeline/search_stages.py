@@ -15,8 +15,14 @@ from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.comparable import score_names
 from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
-from megatron_demix.pipeline.scoring import proxy_score_of, scores_of_merged, scores_of_trained
-from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.scoring import (
+    proxy_score_of,
+    scores_of_components,
+    scores_of_merged,
+    scores_of_trained,
+    scores_proxies,
+)
+from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates, usable_objective
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study.search import MIN_PROXIES
@@ -29,7 +35,8 @@ CHOICE = "mixture.json"
 
 @dataclass(frozen=True)
 class Round:
-    """One iteration. proposal: the stage whose artifact holds this round's mixtures.json."""
+    """One iteration. proposal: the stage whose artifact holds this round's mixtures.json. scores: the one that scores its
+    proxies; where no proxy is scored itself, the components' scores, the same stage in all rounds."""
 
     number: int
     proposal: Stage
@@ -43,10 +50,11 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
     _enough_proxies(foundation, earlier)
     proposal = _fit(foundation, 0, [], [], None, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
     score = scores_of_merged if study.search.proxies == "merged" else scores_of_trained
+    components = None if scores_proxies(study) else scores_of_components(foundation)
     result: list[Round] = []
     for number, _ in enumerate(study.search.rounds, start=1):
-        scores = score(foundation, number, proposal)
-        so_far = [*(r.scores for r in result), scores], [*(r.proposal for r in result), proposal]
+        scores = components or score(foundation, number, proposal)
+        so_far = unique([*(r.scores for r in result), scores]), [*(r.proposal for r in result), proposal]
         fit = _fit(foundation, number, *so_far, centroid if proxy_score_of(study) == "stack" else None, earlier)
         result.append(Round(number, proposal, scores, fit))
         proposal = fit

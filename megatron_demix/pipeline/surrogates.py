@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import IncompatibleInputs
+from megatron_demix.evaluate.ensemble import FOLDER, Ensemble
 from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.merge.second_order import SecondOrder
@@ -18,9 +19,10 @@ from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, component_row, proxy_score_of
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES
-from megatron_demix.search.proxy_score import Centroid, ProxyScore, part_of_merged, proxy_scores
+from megatron_demix.search.proxy_score import Centroid, part_of_merged, stacked
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate, fit_surrogate
+from megatron_demix.study.search import ProxyScore
 from megatron_demix.study.study import Study
 
 
@@ -38,30 +40,43 @@ class Fitted:
 
 @dataclass
 class _Measured:
-    """The proxies of one study. components: the rows of its components alone, in the order of second_order's coefficients."""
+    """The proxies of one study. components: the rows of its components alone, in the order of second_order's coefficients.
+
+    ensemble: by score that likelihoods decide, of each proxy as a mean of probabilities; empty where nothing asks for it.
+    """
 
     entries: list[dict[str, Any]]
     table: ScoreTable
     components: list[str]
     second_order: SecondOrder
+    ensemble: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, Score]:
         return {score.name: score for score in self.table.scores}
 
+    @property
+    def weights_MC(self) -> np.ndarray:
+        """Of all components in every proxy."""
+        return self.second_order.coefficients(np.array([[*m["weights"].values()] for m in self.entries]))
+
     def values(self, score: str, kind: ProxyScore, part: float) -> np.ndarray:
         """What the proxies count as; NaN where this study has no such score."""
         if score not in self.scores or not self.entries:
             return np.full(len(self.entries), np.nan)
-        merged_M = np.array(self.table.column(score, [m["name"] for m in self.entries]))
+        if score in self.ensemble:
+            return self.ensemble[score]
         if kind == "merged":
-            return merged_M
-        weights_MK = self.second_order.coefficients(np.array([[*m["weights"].values()] for m in self.entries]))
-        return proxy_scores(kind, weights_MK, merged_M, self._components(score), part)
+            return self._merged(score)
+        interpolated_M = self.weights_MC @ self._components(score)
+        return stacked(interpolated_M, self._merged(score), part) if kind == "stack" else interpolated_M
 
     def interpolated_centroid(self, score: str) -> float:
         """Of equal merge weights."""
         return float(self._components(score) @ self.second_order.centroid_K)
+
+    def _merged(self, score: str) -> np.ndarray:
+        return np.array(self.table.column(score, [m["name"] for m in self.entries]))
 
     def _components(self, score: str) -> np.ndarray:
         return np.array(self.table.column(score, self.components))
@@ -77,7 +92,7 @@ def fit_surrogates(
 ) -> Fitted:
     """Fit the proxies of all rounds so far and of earlier studies. A mixture that was scored in several studies counts once: in
     this one, else in the first of them."""
-    own = _own(second_order(study), scores, proposals)
+    own = _own(study, scores, proposals)
     sources = [own, *map(_of_earlier, earlier)]
     shares = [m["shares"] for measured in sources for m in measured.entries]
     dropped = [name for name in dict.fromkeys(name for row in shares for name in row) if name not in space.domains]
@@ -109,12 +124,17 @@ def fit_surrogates(
     return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts)
 
 
-def _own(order: SecondOrder, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _Measured:
+def _own(study: Study, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _Measured:
+    order = second_order(study)
     tables = [ScoreTable.read(s.folder / SCORES) for s in scores]
     rows = {name: row for table in tables for name, row in table.rows.items()}
     table = ScoreTable(next((t.scores for t in tables if t.scores), []), rows)
     entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
-    return _Measured(entries, table, [component_row(name) for name in order.names], order)
+    own = _Measured(entries, table, [component_row(name) for name in order.names], order)
+    if proxy_score_of(study) == "ensemble":
+        (components,) = scores
+        own.ensemble = Ensemble(components.folder / FOLDER, own.components).scores(own.weights_MC)
+    return own
 
 
 def _of_earlier(earlier: Earlier) -> _Measured:

@@ -16,6 +16,7 @@ from megatron_demix.report.data import FOUND, Fit, ReportData
 from megatron_demix.report.drawing import colour_variable
 from megatron_demix.report.maturity import gaps
 from megatron_demix.report.verdict import Verdict, judge, standard_deviation
+from megatron_demix.study.search import ProxyScore
 from megatron_demix.units import format_bytes, format_count, format_duration
 
 _HERE = Path(__file__).parent
@@ -69,12 +70,22 @@ def render(data: ReportData) -> str:
         final=_final_table(data, verdict),
         proxies=_proxy_rows(data),
         maturity=gaps(data),
+        proxy_score=_PROXY_SCORES[data.proxy_score] if data.proxies == "merged" else "",
         surrogates=_surrogates(_last_fit(data)),
         timings=_timings(data),
         warnings=caveats.warnings(data, verdict),
         not_measured=caveats.not_measured(data, verdict),
         settings=_flat(data.settings),
     )
+
+
+_PROXY_SCORES: dict[ProxyScore, str] = {
+    "merged": "A proxy's scores are those of the merged model.",
+    "interpolated": "A proxy's scores are the components' own, averaged with its merge weights: no proxy was merged for them.",
+    "stack": "A proxy's scores lie between those of the merged model and the components' own, averaged with its merge weights.",
+    "ensemble": "A proxy's scores are those of the components' probabilities, averaged for every token with its merge weights; "
+    "those of generated answers are the components' own, averaged. No proxy was merged for them.",
+}
 
 
 def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:
@@ -139,7 +150,7 @@ def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
     if num := sum(len(r.mixtures) for r in data.rounds):
         rounds = len(data.rounds)
         remark = f"in {rounds} round{'s' * (rounds > 1)}" + (", none of them trained" if data.proxies == "merged" else "")
-        tiles.append((f"{data.proxies} proxies", str(num), remark))
+        tiles.append((f"{data.kind_of_proxies} proxies", str(num), remark))
     if data.timings_s:
         tiles.append(("stage time", format_duration(math.fsum(data.timings_s.values())), f"{len(data.timings_s)} stages"))
     return tiles

@@ -93,18 +93,18 @@ def not_measured(data: ReportData, verdict: Verdict) -> list[str]:
             "documents were drawn once."
         )
     items.append(
-        f"Whether the {data.proxies} proxies rank mixtures as models trained on them for the final budget would: no such "
-        "reference models were trained."
+        f"Whether the {data.kind_of_proxies} proxies rank mixtures as models trained on them for the final budget would: no "
+        "such reference models were trained."
     )
     if data.mixed:
         items.append(
             f"How much of the correction by {', '.join(data.mixed)} is noise: each mixed component was trained with one seed."
         )
     if data.proxies == "merged":
-        items.append(
-            "Whether merging predicts more than interpolating the components' own scores, or more than short trained proxies "
-            "at the same cost."
-        )
+        predicts = "merging predicts more than interpolating the components' own scores, or more than"
+        if data.kind_of_proxies != "merged":
+            predicts = "the components' own scores predict more than merged proxies, or than"
+        items.append(f"Whether {predicts} short trained proxies at the same cost.")
     if data.tasks:
         items.append(f"Other tasks than {', '.join(data.tasks)}.")
     else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_demix.errors import ConfigError
+from megatron_demix.study.search import ProxyScore
 
 FOUND = "found"
 """The name of the searched mixture among the final runs; every other name is a baseline."""
@@ -59,7 +60,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Round:
-    """One sample-merge-evaluate-fit iteration. scores: by proxy name, then score. fit: by score, on all rounds so far.
+    """One sample-merge-evaluate-fit iteration. scores: what counted, by proxy name, then score. fit: by score, on all rounds so
+    far.
 
     objective: what the search made of the scores, by proxy, of all rounds so far. constant: scores that are the same for all of
     these, which the search could not use. No mixtures: an earlier round was enough.
@@ -174,6 +176,8 @@ class ReportData:
     """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose
     names share the part before the last slash are drawn together."""
     proxies: Literal["merged", "trained"] = "merged"
+    proxy_score: ProxyScore = "merged"
+    """What counted as a proxy's score."""
     rounds: Sequence[Round] = ()
     mixed: Sequence[str] = ()
     """Components trained on mixtures, which correct the merges to second order."""
@@ -199,6 +203,11 @@ class ReportData:
                     f"report of {self.study!r}: final run {run.mixture!r}, seed {run.seed}, has no score {missing[0]!r}, "
                     f"which the objective needs; it has {', '.join(run.scores) or 'none'}. Score it again."
                 )
+
+    @property
+    def kind_of_proxies(self) -> str:
+        """In one word: what they are, or what stands for them."""
+        return self.proxy_score if self.proxy_score in ("interpolated", "ensemble") else self.proxies
 
     @property
     def score_names(self) -> list[str]:

@@ -1,17 +1,15 @@
 """What counts as a proxy's score: the merged model's, the components' own interpolated, or a stack of the two.
 
 Merging and interpolating err in different ways: a merge loses what the components do not share, interpolation misses all that
-domains do for one another. Their mean ranked mixtures better than either in benchmarks/rank_consistency.py.
+domains do for one another. Their mean ranked mixtures better than either in benchmarks/rank_consistency.py. Averaged
+probabilities (megatron_demix.evaluate.ensemble) are the fourth kind.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-
-ProxyScore = Literal["merged", "interpolated", "stack"]
 
 
 @dataclass(frozen=True)
@@ -22,18 +20,8 @@ class Centroid:
     trained: float
 
 
-def proxy_scores(
-    kind: ProxyScore, weights_MK: np.ndarray, merged_M: np.ndarray, components_K: np.ndarray, part: float = 0.5
-) -> np.ndarray:
-    """One score of M proxies. weights_MK: merge weights; merged_M, components_K: measured on the proxies and the components.
-
-    stack: a score lies this part of the way from interpolated to merged.
-    """
-    if kind == "merged":
-        return merged_M
-    interpolated_M = weights_MK @ components_K
-    if kind == "interpolated":
-        return interpolated_M
+def stacked(interpolated_M: np.ndarray, merged_M: np.ndarray, part: float = 0.5) -> np.ndarray:
+    """One score of M proxies: this part of the way from interpolated to merged."""
     return interpolated_M + part * (merged_M - interpolated_M)
 
 

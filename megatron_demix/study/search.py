@@ -13,6 +13,8 @@ Surrogate = Literal[
     "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
 ]
 
+ProxyScore = Literal["merged", "interpolated", "stack", "ensemble"]
+
 MIN_BOOTSTRAPS = 10
 MIN_PROXIES = 8
 """Fewer do not fix a surrogate."""
@@ -44,8 +46,9 @@ class SearchSpec(Section):
     """Studies of other domains whose proxies are used, too."""
     proxies: Literal["merged", "trained"] = "merged"
     """merged from the components (DeMix); or each trained on its mixture: RegMix with one round, CLIMB with several."""
-    proxy_score: Literal["merged", "interpolated", "stack"] = "stack"
-    """What a merged proxy's score is: the merged model's, the components' own averaged with its weights, or a stack of both."""
+    proxy_score: ProxyScore = "stack"
+    """What a merged proxy's score is: the merged model's, the components' own averaged with its weights, a stack of both, or
+    that of the components' probabilities, averaged for every token. Only merged and stack score the proxies themselves."""
     proxy_tokens: Tokens | None = None
     """Of each trained proxy. Default: all together cost what the components would."""
     stop: float | None = Field(None, gt=0, lt=1)
@@ -81,6 +84,11 @@ class SearchSpec(Section):
             raise ValueError(f"stop needs bootstraps of {MIN_BOOTSTRAPS} or more to judge by, found {self.bootstraps}")
         if self.proxies == "trained" and "proxy_score" in self.model_fields_set:
             raise ValueError("proxy_score says what the score of a merged proxy is; a trained one has its own")
+        if self.proxy_score == "ensemble" and self.earlier:
+            raise ValueError(
+                "proxy_score ensemble needs what every token costs every component, and of an earlier study only scores are "
+                "taken over; set proxy_score to interpolated or stack, or take `earlier` out"
+            )
         if self.proxy_tokens is not None and self.proxies == "merged":
             raise ValueError("proxy_tokens is what trained proxies cost; merged ones cost the components: set component.tokens")
         return self

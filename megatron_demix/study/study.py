@@ -123,6 +123,11 @@ class Study(Section):
                 "component.mixed: its corrections are sums, with weights below 0, too, and have no meaning for merge.method "
                 f"{self.merge.method}; take method linear, or take component.mixed out"
             )
+        if self.search.proxy_score == "ensemble":
+            raise ValueError(
+                "component.mixed corrects with weights below 0, with which the mean of the components' probabilities is none: "
+                "set search.proxy_score to another than ensemble, or take component.mixed out"
+            )
         self.component.mixed_weights(self.domain_names)
 
     def phase(self, name: Literal["base", "component", "proxy", "final"]) -> TrainSpec:

@@ -80,6 +80,7 @@ def searched(path: Path, *overrides: str) -> Dag:
         if not r.scores.done():
             with publish(r.scores.folder, r.scores.key, "scores", {}) as work:
                 table.write(work / "scores.json")
+        if not r.fit.done():
             r.fit.finish()
     return dag
 

@@ -1,23 +1,16 @@
-"""Merged, interpolated and stacked scores of proxies, on a score whose every value is known."""
+"""Stacks of merged and interpolated scores, on a score whose every value is known."""
 
 import numpy as np
 import pytest
 
-from megatron_demix.search.proxy_score import Centroid, part_of_merged, proxy_scores
+from megatron_demix.search.proxy_score import Centroid, part_of_merged, stacked
 
-WEIGHTS_MK = np.array([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75]])
 MERGED_M = np.array([2.0, 1.0, 1.5])
-COMPONENTS_K = np.array([2.0, 3.0])
 INTERPOLATED_M = np.array([2.0, 2.5, 2.75])
 
 
-def test_merged_and_interpolated_are_what_they_say():
-    assert proxy_scores("merged", WEIGHTS_MK, MERGED_M, COMPONENTS_K) == pytest.approx(MERGED_M)
-    assert proxy_scores("interpolated", WEIGHTS_MK, MERGED_M, COMPONENTS_K) == pytest.approx(INTERPOLATED_M)
-
-
 def test_a_stack_is_the_mean_until_the_centroid_is_known():
-    assert proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K) == pytest.approx((MERGED_M + INTERPOLATED_M) / 2)
+    assert stacked(INTERPOLATED_M, MERGED_M) == pytest.approx((MERGED_M + INTERPOLATED_M) / 2)
 
 
 @pytest.mark.parametrize(
@@ -32,10 +25,10 @@ def test_a_stack_is_the_mean_until_the_centroid_is_known():
 )
 def test_the_trained_centroid_says_how_much_of_each(trained, part):
     centroid = Centroid(merged=1.0, trained=trained)
-    stacked_M = proxy_scores("stack", WEIGHTS_MK, MERGED_M, COMPONENTS_K, part_of_merged(COMPONENTS_K.mean(), centroid))
+    stacked_M = stacked(INTERPOLATED_M, MERGED_M, part_of_merged(INTERPOLATED_M[1], centroid))
     assert stacked_M == pytest.approx(part * MERGED_M + (1 - part) * INTERPOLATED_M)
     assert stacked_M[1] == pytest.approx(min(max(trained, 1.0), 2.5))
 
 
 def test_a_centroid_where_both_agree_says_nothing():
-    assert part_of_merged(COMPONENTS_K.mean(), Centroid(merged=2.5, trained=2.0)) == 0.5
+    assert part_of_merged(2.5, Centroid(merged=2.5, trained=2.0)) == 0.5
