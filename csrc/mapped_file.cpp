@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <system_error>
 
@@ -18,7 +20,7 @@ namespace demix {
 struct MappedFile::Watch {
     std::atomic<std::uintptr_t> begin{0}, end{0};
     std::atomic<bool> lost{false};
-    const MappedFile* file = nullptr;  // null: free
+    bool used = true;
     Watch* next = nullptr;
 };
 
@@ -27,7 +29,8 @@ namespace {
 using Watch = MappedFile::Watch;
 
 std::atomic<Watch*> all{nullptr};
-std::mutex changing;
+std::mutex changing;  // the watches, and:
+std::map<const char*, const MappedFile*> mapped;  // by their first byte
 struct sigaction others;
 std::uintptr_t page_bytes;
 
@@ -68,13 +71,14 @@ Watch* watch(const MappedFile* file) {
     static const bool installed = (install_handler(), true);
     (void)installed;
     Watch* map = all.load();
-    while (map && map->file) map = map->next;
+    while (map && map->used) map = map->next;
     if (!map) {
         map = new Watch;
         map->next = all.load();
         all.store(map, std::memory_order_release);
     }
-    map->file = file;
+    mapped[file->data()] = file;
+    map->used = true;
     map->lost.store(false);
     const auto begin = reinterpret_cast<std::uintptr_t>(file->data());
     map->begin.store(begin);
@@ -105,8 +109,9 @@ MappedFile::MappedFile(const std::string& path) {
 MappedFile::~MappedFile() {
     if (watch_) {
         const std::lock_guard<std::mutex> lock(changing);
+        mapped.erase(data_);
         watch_->end.store(0);
-        watch_->file = nullptr;
+        watch_->used = false;
     }
     if (data_) ::munmap(const_cast<char*>(data_), bytes_);
     ::close(descriptor_);
@@ -134,11 +139,12 @@ void MappedFile::copy(std::size_t at, char* to, std::size_t n) const {
 }
 
 const MappedFile* MappedFile::holding(const void* address) {
-    const auto at = reinterpret_cast<std::uintptr_t>(address);
+    const char* const at = static_cast<const char*>(address);
     const std::lock_guard<std::mutex> lock(changing);
-    for (const Watch* map = all.load(); map; map = map->next)
-        if (map->file && at >= map->begin.load() && at < map->end.load()) return map->file;
-    return nullptr;
+    const auto after = mapped.upper_bound(at);
+    if (after == mapped.begin()) return nullptr;
+    const MappedFile* const file = std::prev(after)->second;
+    return at < file->data() + file->bytes() ? file : nullptr;
 }
 
 }  // namespace demix
