@@ -92,8 +92,9 @@ def evaluate(
     """Run by every rank: score every model of the job and let rank 0 write work/scores.json, and work/tasks.json with what
     should be known about the tasks' scores. load_codec: the tokenizer in a folder, where there are tasks.
 
-    Each data-parallel replica takes every n-th model. A finished row is appended to work/rows-<part>-<replica>.jsonl at once: a
-    killed run goes on where it stopped, on any number of replicas and in any number of parts.
+    Each data-parallel replica takes every n-th mixture, and every n-th checkpoint. A finished row is appended to
+    work/rows-<part>-<replica>.jsonl at once: a killed run goes on where it stopped, on any number of replicas and in any number
+    of parts.
     """
     import torch
     from megatron.core import parallel_state
@@ -122,16 +123,17 @@ def evaluate(
                 merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
                 heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
                 rows = job.work / f"rows-{'-of-'.join(map(str, job.part)) if job.part else 'all'}-{replica}.jsonl"
-                for done, name in enumerate(pending):
+                for turn, (name, ours) in enumerate(_turns(job, pending, replica, replicas)):
                     if heartbeat:
-                        heartbeat.beat(len(job.models) - len(pending) + done, len(job.models), "models")
-                    if done % replicas != replica:
-                        continue
+                        done = len(job.models) - len(pending) + turn * replicas
+                        heartbeat.beat(min(done, len(job.models)), len(job.models), "models")
                     if name in job.mixtures:
                         assert merger is not None
                         merger.merge(job.mixtures[name], normalize=job.normalize)
                     else:
                         load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
+                    if not ours:
+                        continue
                     scored = score()
                     if writes:
                         _say(name, scored)
@@ -147,6 +149,20 @@ def evaluate(
             torch.distributed.barrier()
         finally:
             destroy_parallel()
+
+
+def _turns(job: EvaluateJob, pending: Sequence[str], replica: int, replicas: int) -> Iterator[tuple[str, bool]]:
+    """What a replica makes of its model next, and whether it scores that.
+
+    Replicas merge each for itself, but all ranks load at once, since megatron.core compares what they load: a replica that has
+    nothing left to score loads along.
+    """
+    merged = [name for name in pending if name in job.mixtures]
+    loaded = [name for name in pending if name not in job.mixtures]
+    yield from ((name, True) for name in merged[replica::replicas])
+    for first in range(0, len(loaded), replicas):
+        together = loaded[first : first + replicas]
+        yield (together[replica], True) if replica < len(together) else (together[0], False)
 
 
 def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> Suite | None:

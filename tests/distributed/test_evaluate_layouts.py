@@ -168,14 +168,18 @@ def test_every_layout_scores_alike(parts, reference, layout):
     folder, job = parts
     work = folder / "-".join(layout)
     work.mkdir()
-    spread = job.model_copy(update={"work": work, "parallel": job.parallel.model_copy(update=layout)})
+    # An odd number of checkpoints, which two replicas cannot share evenly.
+    checkpoints = {name: path for name, path in job.checkpoints.items() if name != "disk_even"}
+    spread = job.model_copy(
+        update={"work": work, "parallel": job.parallel.model_copy(update=layout), "checkpoints": checkpoints}
+    )
     write_json(folder / "job.json", spread.model_dump(mode="json"))
     # What a killed run left: one whole row, which is not measured again, and one cut short, which is.
     row = {"model": "even", "scores": {"a": 1.0, "b": 2.0}, "notes": {}}
     (work / "rows-all-0.jsonl").write_text(f'\n{json.dumps(row)}\n\n{{"model": "only_a", "sco')
     torchrun(folder / "job.json", ranks=spread.parallel.world_size)
     rows = ScoreTable.read(work / "scores.json").rows
-    assert list(rows) == list(reference)
+    assert list(rows) == [name for name in reference if name != "disk_even"]
     assert rows.pop("even") == {"a": 1.0, "b": 2.0}
     for model, row in rows.items():
         assert row == pytest.approx(reference[model], rel=2e-6), model
