@@ -39,6 +39,7 @@ class Place:
     def __init__(self, study: Path, part: str, chance: random.Random, *, own_disk: bool) -> None:
         self.study, self.runs, self.part, self.chance = study, study.parent, part, chance
         self._damaged: set[int] = set()
+        self.nodes_given_back = 0
         self.faults: dict[str, Callable[[], bool]] = {
             "SIGKILL of a rank": lambda: self.kill_one(self.ranks()),
             "damaged newest checkpoint": self.damage,
@@ -196,12 +197,19 @@ class Slurm(Place):
         if time.monotonic() - self._looked > 1:
             self._looked = time.monotonic()
             with contextlib.suppress(RuntimeError):
+                self._give_back_nodes()
                 waiting = self._cluster.run("squeue", "--noheader", "--array", "--format=%r").splitlines()
                 # A job that SLURM holds after it could not start it waits for a person, who gives the command again.
                 self._state = "running" if waiting and not any("requeued held" in reason for reason in waiting) else "stopped"
                 if not waiting and (self.run / "report" / "index.html").exists():
                     self._state = "done"
         return self._state
+
+    def _give_back_nodes(self) -> None:
+        """As an administrator would: a controller that forgot its last seconds drains nodes where it starts jobs twice."""
+        for node in self._cluster.run("sinfo", "--noheader", "--Node", "--states=drain", "--format=%N").split():
+            self._cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            self.nodes_given_back += 1
 
     def _running(self) -> list[str]:
         return self._cluster.run("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%A", check=False).split()

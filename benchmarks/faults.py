@@ -5,8 +5,9 @@ python benchmarks/faults.py --backend local --studies 5 --faults 8 --seed 1   # 
 python benchmarks/faults.py --backend slurm --studies 2 --faults 8 --seed 2   # on a private SLURM of two nodes (slurm-wlm)
 
 Prints a table and adds it to a JSON file: the faults injected by kind; studies finished; artifacts whose bytes differ from the
-undisturbed run's; optimiser steps done more than once; how often the command had to be given again by hand. The file holds
-every run, by its backend and seed, and their total. Full disks need the right to mount one.
+undisturbed run's; optimiser steps done more than once; how often the command had to be given again by hand, or a node that
+SLURM had drained had to be given back. The file holds every run, by its backend and seed, and their total. Full disks need the
+right to mount one.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def main() -> int:
             row["artifacts different or missing"] = sorted(n for n in wanted if found.get(n) != wanted[n])
             row["steps repeated"] = steps_done(disturbed.run) - steps
             row["damaged checkpoints passed over"] = passed_over(disturbed.run)
+            row["nodes given back by hand"] = disturbed.nodes_given_back
             rows.append(row)
             print(f"study {number}: {json.dumps(row)}", flush=True)
             write(options.output, f"{options.backend}, seed {options.seed}", settings, rows)
@@ -173,6 +175,7 @@ def summarise(rows: list[dict]) -> dict:
         "damaged checkpoints passed over": sum(row["damaged checkpoints passed over"] or 0 for row in rows),
         "steps repeated": sum(row["steps repeated"] for row in rows),
         "commands given again": sum(row["commands given again"] for row in rows),
+        "nodes given back by hand": sum(row.get("nodes given back by hand", 0) for row in rows),
     }
 
 

@@ -36,6 +36,19 @@ def kill_all_of_node(name: str, log: Path) -> None:
             kill(pid)
 
 
+@contextlib.contextmanager
+def held(pids: list[int]) -> Iterator[None]:
+    """Processes that do nothing meanwhile, so that however slow the one who looks at them is, they get no further."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

@@ -80,6 +80,17 @@ class Cluster:
                 raise RuntimeError(f"slurmctld does not answer {START_LIMIT_S} s after its start")
             time.sleep(0.1)
 
+    def wait_until_saved(self) -> None:
+        """slurmctld writes its jobs down every few seconds. One that is killed has forgotten what came later: it may lose jobs,
+        start them twice, and drain their node."""
+        asked = time.time()
+        self.run("scontrol", "update", f"JobId={self.jobs()[0]}", "Comment=saved")
+        deadline = time.monotonic() + START_LIMIT_S
+        while (self.folder / "state" / "job_state").stat().st_mtime < asked:
+            if time.monotonic() >= deadline:
+                raise RuntimeError(f"slurmctld has not saved its state for {START_LIMIT_S} s")
+            time.sleep(0.1)
+
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline:

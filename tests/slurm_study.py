@@ -38,7 +38,7 @@ launch:
     {ranks_per_node: 1, cpus_per_task: 1, time: 10min, setup: "export GLOO_SOCKET_IFNAME=lo",
      parts: {data: 2, rounds: 2, blend: 2}}
 """
-LIMIT_S = 300
+LIMIT_S = 600
 
 
 def write_study(folder: Path, corpus: Path) -> Path:
@@ -55,7 +55,7 @@ def demix(cluster: Cluster, command: str, study: Path, *more: str) -> subprocess
 
 
 def states(cluster: Cluster, study: Path, *more: str) -> dict[str, dict]:
-    out, errors = demix(cluster, "status", study, "--json", *more).communicate(timeout=60)
+    out, errors = demix(cluster, "status", study, "--json", *more).communicate(timeout=LIMIT_S)
     assert out, errors
     return {row["stage"]: row for row in json.loads(out)}
 
@@ -92,5 +92,5 @@ def make_again(run: Path, job: str, work: Path, *, ranks: int) -> dict[str, str]
     path.write_text(json.dumps(json.loads((run / "logs" / job).read_text()) | elsewhere))
     work.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", f"--nproc-per-node={ranks}"]
-    subprocess.run([*command, "-m", "megatron_demix.pipeline.worker", path], check=True, timeout=200, capture_output=True)
+    subprocess.run([*command, "-m", "megatron_demix.pipeline.worker", path], check=True, timeout=LIMIT_S, capture_output=True)
     return contents(work)

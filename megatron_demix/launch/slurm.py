@@ -29,7 +29,13 @@ from megatron_demix.pipeline.stage import Stage
 from megatron_demix.units import format_duration
 
 CANCEL_WAIT_S = 120
+CONTROLLER_WAIT_S = 600
+"""How long the last job waits for a controller that does not answer."""
 _COMMAND_LIMIT_S = 120
+
+
+class NoAnswer(Incomplete):
+    """SLURM's controller cannot be reached, or has no time."""
 
 
 class Slurm:
@@ -128,8 +134,24 @@ class Slurm:
         if failed and not possible:
             raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
         with only_one(self._dag.run):
-            jobs = self._submit(possible)
+            jobs = self._submit_patiently(possible)
         print(f"{len(missing)} stages are not done: submitted again as {_ids(jobs.values())}", flush=True)
+
+    def _submit_patiently(self, stages: Sequence[Stage]) -> dict[str, str]:
+        """Nobody is there to try again when the controller does not answer."""
+        deadline = time.monotonic() + CONTROLLER_WAIT_S
+        ceased = False
+        while True:
+            try:
+                if ceased and (begun := {job for job, *_ in self._jobs()}):
+                    _slurm("scancel", *begun, check=False)
+                return self._submit(stages)
+            except NoAnswer as e:
+                if time.monotonic() >= deadline:
+                    raise
+                ceased = True
+                print(f"demix: {e} Trying again.", file=sys.stderr, flush=True)
+                time.sleep(10)
 
     def _note_what_never_began(self) -> None:
         """Of jobs that ended before their stage could keep an account itself: there was no Python, or no container."""
@@ -225,7 +247,7 @@ def _without(stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:
 
 
 def _slurm(*command: str, check: bool = True) -> str:
-    """Output of one of SLURM's commands. Raises ConfigError where it is not installed or refuses, Incomplete where the
+    """Output of one of SLURM's commands. Raises ConfigError where it is not installed or refuses, NoAnswer where the
     controller does not answer."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S)
@@ -235,11 +257,12 @@ def _slurm(*command: str, check: bool = True) -> str:
             "--set launch.backend=local."
         ) from e
     except subprocess.TimeoutExpired as e:
-        raise Incomplete(f"{command[0]} has not answered within {_COMMAND_LIMIT_S} s; try again.") from e
+        raise NoAnswer(f"{command[0]} has not answered within {_COMMAND_LIMIT_S} s; try again.") from e
     if check and result.returncode != 0:
         said = " ".join(result.stderr.split())
-        unreachable = any(s in said for s in ("Unable to contact", "Connection refused", "Socket timed out", "try again"))
-        raise (Incomplete if unreachable else ConfigError)(f"{' '.join(command[:1])}: {said or 'failed'}")
+        # The last is what scontrol says of a job, of a controller that is away.
+        away = ("Unable to contact", "Connection refused", "Socket timed out", "try again", "Unexpected message received")
+        raise (NoAnswer if any(s in said for s in away) else ConfigError)(f"{' '.join(command[:1])}: {said or 'failed'}")
     return result.stdout
 
 

@@ -129,6 +129,7 @@ class Scripts:
             study=study,
             run=run,
             root=root,
+            folder=shlex.quote(str(self.folder)),
             cancelled=shlex.quote(str(self.cancelled)),
         )
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megatron_demix.artifact import remove_leftovers
+from megatron_demix.artifact import remove_leftovers, write_atomic
 from megatron_demix.errors import (
     ConfigError,
     CorruptInput,
@@ -160,19 +160,37 @@ def failure(stage: Stage, code: int) -> DemixError:
 
 
 class _Stop:
-    """SIGTERM, SIGUSR1, SIGINT: passed on to the ranks as SIGTERM, so that they save; without ranks, Incomplete is raised."""
+    """SIGTERM, SIGUSR1, SIGINT: passed on to the ranks as SIGTERM, so that they save; without ranks, Incomplete is raised.
+
+    settled: what becomes of the stage is known, and no signal replaces it, such as the SIGTERM that srun sends to all tasks
+    when one has ended. Blocking would not do: libraries have threads, and one that blocks nothing hears it.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.settled = self.is_last_call = False
         self.ranks: subprocess.Popen | None = None
         for signum in _STOP_SIGNALS:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: object) -> None:
         self.asked = True
+        self.is_last_call |= signum == signal.SIGTERM
+        if self.settled:
+            return
         if self.ranks is None:
             raise Incomplete(f"stopped by {signal.Signals(signum).name}.")
         self.ranks.terminate()
+
+    def ignore(self) -> None:
+        """Until the process is gone: Python gives up handlers some time before that."""
+        for signum in _STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+
+    def linger(self) -> None:
+        """Until SIGTERM has come, at most _LINGER_S."""
+        deadline = time.monotonic() + _LINGER_S
+        while not self.is_last_call and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def wait(self, ranks: subprocess.Popen, until: Callable[[], bool]) -> int:
         """The ranks' exit code, 0 if `until` comes true before they end: then they are stopped."""
@@ -235,10 +253,10 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         if nodes.rank == 0 and not stage.done():
             attempts.begin(stage)
         make(stage, threads_per_rank=threads_per_rank, nodes=nodes, stop=stop)
+        stop.settled = True
         return 0
     except Exception as e:
-        # The exit code is settled: the TERM that srun sends to all tasks when one has ended must not replace it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        stop.settled = True
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
         said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
         print(f"demix: {said}", file=sys.stderr, flush=True)
@@ -256,7 +274,7 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
                 with open(stage.log, "a") as log:
                     log.write(f"demix: {said}\n")
         if nodes.rank > 0:
-            signal.sigtimedwait(_STOP_SIGNALS, _LINGER_S)
+            stop.linger()
         return e.exit_code if isinstance(e, DemixError) and over else Incomplete.exit_code
 
 
@@ -267,6 +285,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--root", type=Path, help="folder that relative inputs start from (default: the study file's)")
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes; MASTER_ADDR and MASTER_PORT name node 0")
+    parser.add_argument("--outcome", type=Path, help="file that node 0 writes its exit code to")
     options = parser.parse_args()
     die_with_parent()
     stop = _Stop()
@@ -286,7 +305,12 @@ def main() -> int:
     except DemixError as e:
         print(f"demix: {e}", file=sys.stderr)
         return e.exit_code
-    return _make_and_judge(stage, study.launch.threads_per_rank, nodes, stop)
+    code = _make_and_judge(stage, study.launch.threads_per_rank, nodes, stop)
+    stop.ignore()
+    if options.outcome and nodes.rank == 0:
+        with suppress(StorageError):  # then the scheduler has to judge by what it is told
+            write_atomic(options.outcome, str(code))
+    return code
 
 
 if __name__ == "__main__":

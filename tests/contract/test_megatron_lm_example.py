@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from dist_checkpoints import write_checkpoint
@@ -59,7 +58,6 @@ def test_megatron_lm_has_their_flags(tmp_path):
     assert "pretrained-checkpoint" in known
 
 
-@pytest.mark.timeout(240)
 def test_what_the_page_says_to_run_runs(tmp_path):
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     example = tmp_path / "examples" / "megatron_lm"

@@ -26,7 +26,7 @@ from megatron_demix.study.data import TokenizerSpec
 from megatron_demix.study.search import TaskSpec
 from megatron_demix.train.trainer import train
 
-TIME_LIMIT_S = 180
+TIME_LIMIT_S = 600
 MIXTURES = {"even": {"a": 0.5, "b": 0.5}, "only_a": {"a": 1.0, "b": 0.0}, "skewed": {"a": 0.2, "b": 0.8}}
 # Whether an answer passes depends on its every character, so equal scores mean equal texts.
 WRITES = [

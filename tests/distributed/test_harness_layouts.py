@@ -28,7 +28,7 @@ def test_every_rank_has_the_answers_of_one_alone(make_train_job, tmp_path, layou
     subprocess.run(
         [*command, str(SCRIPT), str(tmp_path / "job.json"), str(tmp_path / "found"), json.dumps(layout)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=180,
+        timeout=600,
         check=True,
     )
     for rank in range(2):

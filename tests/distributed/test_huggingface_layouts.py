@@ -22,7 +22,7 @@ from megatron_demix.study.training import ModelSpec, ParallelSpec
 transformers = pytest.importorskip("transformers")
 
 VOCAB, SEQUENCE, WINDOWS = 384, 32, 8  # a multiple of 128: padding would take part in the softmax of one side only
-TIME_LIMIT_S = 200
+TIME_LIMIT_S = 600
 
 
 @pytest.fixture(scope="module")

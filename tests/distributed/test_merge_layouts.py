@@ -19,13 +19,12 @@ def root(tmp_path_factory):
         [*command, str(Path(__file__).with_name("run_merge_layouts.py")), str(root)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("family", "key", "chunks"),
     [

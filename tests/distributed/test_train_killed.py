@@ -17,7 +17,7 @@ from megatron_demix.artifact import hash_file
 from megatron_demix.train.trainer import train
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_component.py"
-TIME_LIMIT_S = 100
+TIME_LIMIT_S = 200
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -39,7 +39,7 @@ def wait_for_iteration(heartbeat: Path, iteration: int) -> None:
 
 
 def test_killed_stopped_and_undisturbed_runs_are_equal(tmp_path, make_train_job):
-    settings = {"train_iters": 200, "train": {"micro_batch_size": 8, "save_interval": 20, "log_interval": 100}}
+    settings = {"train_iters": 400, "train": {"micro_batch_size": 8, "save_interval": 20, "log_interval": 100}}
     whole = make_train_job(tmp_path / "whole", **settings)
     train(whole)
 
@@ -54,7 +54,7 @@ def test_killed_stopped_and_undisturbed_runs_are_equal(tmp_path, make_train_job)
         assert process.wait(TIME_LIMIT_S) == -signal.SIGKILL
         saved = [int(p.name.removeprefix("iter_")) for p in job.work.glob("iter_*")]
         assert saved
-        assert max(saved) < 180, "the run was too fast for this test"
+        assert max(saved) < 300, "the run was too fast for this test"
         heartbeat.unlink()
 
         process = start(path)

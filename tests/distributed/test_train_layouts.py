@@ -18,7 +18,7 @@ from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
 
-TIME_LIMIT_S = 200
+TIME_LIMIT_S = 600
 ITERATIONS = 6
 LAYOUTS = {
     "tp2pp2": {"tensor": 2, "pipeline": 2},
@@ -157,7 +157,9 @@ def test_a_launch_of_the_wrong_size_is_refused(tmp_path, make_train_job):
     path = tmp_path / "job.json"
     path.write_text(job.model_dump_json())
     tool = Path(__file__).parents[2] / "tools" / "train_component.py"
-    process = subprocess.run([sys.executable, tool, "--job", path], timeout=60, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, tool, "--job", path], timeout=TIME_LIMIT_S, capture_output=True, text=True, check=False
+    )
     assert process.returncode == 2
     assert "error (rank 0): run tiny: needs 2 ranks; start it with torchrun" in process.stderr
 

@@ -32,13 +32,12 @@ def tree(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.timeout(120)
 def test_kill_at_random_moments_then_run_again(parts, tmp_path):
     weights = tmp_path / "weights.jsonl"
     rows = [{"name": f"m{i}", "weights": {"c0": i / 8, "c1": 1 - i / 8}} for i in range(6)]
     weights.write_text("".join(json.dumps(row) + "\n" for row in rows))
     started = time.monotonic()
-    subprocess.run(command(parts, weights, tmp_path / "whole"), check=True, capture_output=True, timeout=60)
+    subprocess.run(command(parts, weights, tmp_path / "whole"), check=True, capture_output=True, timeout=200)
     took = time.monotonic() - started
     whole = tree(tmp_path / "whole")
 
@@ -52,13 +51,13 @@ def test_kill_at_random_moments_then_run_again(parts, tmp_path):
         for name in os.listdir(out) if out.exists() else ():
             if not name.startswith("."):
                 assert {f"{name}/{file}": data for file, data in tree(out / name).items()}.items() <= whole.items()
-    subprocess.run(command(parts, weights, out), check=True, capture_output=True, timeout=60)
+    subprocess.run(command(parts, weights, out), check=True, capture_output=True, timeout=200)
     assert tree(out) == whole
 
 
 def test_the_tool_reports_errors_by_exit_code(parts, tmp_path):
     def run(*arguments):
-        done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=200)
         return done.returncode, done.stdout, done.stderr
 
     a, b = parts["c0"], parts["c1"]

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 from dist_checkpoints import small_model, write_checkpoint
-from processes import processes
+from processes import held, processes
+from slurm_cluster import Cluster
 from slurm_study import (
+    LIMIT_S,
     contents,
     demix,
     iterations,
@@ -31,7 +33,7 @@ from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.study.load import load_study
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.timeout(600), needs_slurm]
+pytestmark = [pytest.mark.timeout(1800), needs_slurm]
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +58,27 @@ def given_base(study: Path) -> list[str]:
 def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
     run = study.parent / "two-nodes"
     both = [demix(cluster, "submit", study) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=LIMIT_S) for process in both]
     assert sorted(process.returncode for process in both) == [0, 75], said
     loser = said[0 if both[0].returncode else 1][1]
     assert "another demix process that works on" in loser or "already being worked on by the SLURM jobs" in loser
 
     # The time limit nears for one component; the other loses a rank of the second node.
     wait_for("both components", lambda: iterations(run, "components.code") > 60 and iterations(run, "components.english") > 60)
-    found = states(cluster, study)
-    assert found["components/code"]["state"] == "running"
-    assert found["final/scores"]["state"] == "queued"
-    cluster.run("scancel", "--signal=USR1", "--batch", job_of(cluster, "two-nodes", "components", 0))
     workers = processes("megatron_demix.pipeline.worker", f"{run}/logs/components.english-")
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    # The controller is not there for a while; the jobs go on.
-    cluster.kill_daemon("slurmctld")
+    with held(workers + processes("megatron_demix.pipeline.worker", f"{run}/logs/components.code-")) as pids:
+        assert len(pids) == 4
+        found = states(cluster, study)
+        assert found["components/code"]["state"] == "running"
+        assert found["final/scores"]["state"] == "queued"
+        cluster.wait_until_saved()
+        cluster.run("scancel", "--signal=USR1", "--batch", job_of(cluster, "two-nodes", "components", 0))
+        os.kill(workers[1], signal.SIGKILL)
+        # The controller is not there for a while; the jobs go on.
+        cluster.kill_daemon("slurmctld")
     time.sleep(1)
     cluster.start_daemon("slurmctld")
+    cluster.wait_until_answering()
 
     # The batch script of the final run is killed: nothing puts it back into the queue, and what needs it is dropped.
     wait_for("the final run", lambda: bool(processes("megatron_demix.launch.stage", f"{run}/slurm", "final/found-seed0")))
@@ -83,11 +88,11 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
 
     wait_for("the report", lambda: (run / "report" / "index.html").exists())
     found = states(cluster, study)
-    assert {row["state"] for row in found.values()} == {"done"}
-    log = "".join(p.read_text() for p in sorted((run / "logs" / "slurm").glob("*.log")))
-    assert "components/code is not finished (code 75): back into the queue" in log
-    assert "components/english is not finished (code 75): back into the queue" in log
-    assert "submitted again as" in log
+    log = logs(run)
+    assert {row["state"] for row in found.values()} == {"done"}, log
+    assert "components/code is not finished (code 75): back into the queue" in log, log
+    assert "components/english is not finished (code 75): back into the queue" in log, log
+    assert "submitted again as" in log, log
 
     for name in ("code", "english"):
         published = next(run.glob(f"components/{name}-*"))
@@ -95,41 +100,51 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
         assert {k: v for k, v in contents(published).items() if k != "manifest.json"} == undisturbed
     check_what_was_made_in_parts(study, run, tmp_path)
 
-    again, errors = demix(cluster, "submit", study, "--json").communicate(timeout=120)
+    again, errors = demix(cluster, "submit", study, "--json").communicate(timeout=LIMIT_S)
     assert list(json.loads(again)["jobs"]) == ["conclude"], errors
 
 
 def test_the_time_limit_of_slurm_itself(cluster, study, tmp_path):
     """With the data of the test above. SLURM tells one component to save; the other hears nothing of it, is killed at its
-    limit, and submitted again. Until then both are held, so that they last a minute and cost nothing."""
+    limit, and submitted again. Until then both are held, so that they last a minute or two and cost nothing."""
     run = study.parent / "limited"
     for name in ("tokenizer", "data"):
         shutil.copytree(study.parent / "two-nodes" / name, run / name)
-    limits = ["launch.slurm.kinds={components: {time: 1min}}", "launch.slurm.grace=45"]
-    more = [word for setting in ("name=limited", "parallel.data=1", *limits) for word in ("--set", setting)]
-    _, errors = demix(cluster, "submit", study, *more).communicate(timeout=120)
+    more = [w for s in ("name=limited", "parallel.data=1", "launch.slurm.grace=45") for w in ("--set", s)]
+    _, errors = demix(cluster, "submit", study, *more).communicate(timeout=LIMIT_S)
     try:
         wait_for("both components", lambda: min(iterations(run, f"components.{n}") for n in ("code", "english")) > 60)
         ranks = {n: processes("megatron_demix.pipeline.worker", f"{run}/logs/components.{n}-") for n in ("code", "english")}
-        for pid in ranks["code"] + ranks["english"]:
-            os.kill(pid, signal.SIGSTOP)
         assert len(ranks["code"]) == len(ranks["english"]) == 1
-        wait_for("SLURM's signal before the limit", lambda: all(map(is_asked_to_stop, ranks["code"])))
-        for pid in ranks["code"]:
-            os.kill(pid, signal.SIGCONT)
+        os.kill(ranks["english"][0], signal.SIGSTOP)
+        with held(ranks["code"]):
+            shorten(cluster, "limited", "components")
+            wait_for("SLURM's signal before the limit", lambda: is_asked_to_stop(ranks["code"][0]))
         wait_for("the components", lambda: len(list(run.glob("components/*/manifest.json"))) == 2)
     finally:
-        demix(cluster, "cancel", study, *more).communicate(timeout=150)
+        demix(cluster, "cancel", study, *more).communicate(timeout=LIMIT_S)
     for name in ("code", "english"):
         published = next(run.glob(f"components/{name}-*"))
         undisturbed = make_again(run, f"components.{published.name}.json", tmp_path / name, ranks=1)
         assert {k: v for k, v in contents(published).items() if k != "manifest.json"} == undisturbed, errors
-    logs = {path.name: path.read_text() for path in (run / "logs" / "slurm").glob("*.log")}
-    code, english = ("".join(text for name, text in logs.items() if name.endswith(f"_{i}.log")) for i in (0, 1))
-    assert "run components/code: stopped by SIGTERM after iteration" in code
-    assert "components/code is not finished (code 75): back into the queue" in code
-    assert "DUE TO TIME LIMIT" in english
-    assert "submitted again as" in "".join(text for name, text in logs.items() if name.startswith("conclude-"))
+    code, english, last = (logs(run, pattern) for pattern in ("components-*_0.log", "components-*_1.log", "conclude-*.log"))
+    assert "run components/code: stopped by SIGTERM after iteration" in code, code
+    assert "components/code is not finished (code 75): back into the queue" in code, code
+    assert "DUE TO TIME LIMIT" in english, english
+    assert "submitted again as" in last, last
+
+
+def logs(run: Path, pattern: str = "*.log") -> str:
+    return "".join(f"---- {p.name}\n{p.read_text()}" for p in sorted((run / "logs" / "slurm").glob(pattern)))
+
+
+def shorten(cluster: Cluster, study_name: str, group: str) -> None:
+    """Let a group's jobs reach their time limit, which is in whole minutes, within the next two of them."""
+    for index in (0, 1):
+        job = job_of(cluster, study_name, group, index)
+        ran = re.search(r"RunTime=(\d+):(\d+):", cluster.run("scontrol", "show", "job", job))
+        assert ran
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(ran[1]) + int(ran[2]) + 1}")
 
 
 def is_asked_to_stop(pid: int) -> bool:
@@ -160,7 +175,7 @@ def test_the_examples_run_once_they_are_edited(cluster, study, tmp_path, name):
     """After the first test, whose base and data these start from. Two nodes, one (invented) GPU each."""
     example = (ROOT / "examples" / "slurm" / name).read_text()
     setup = f"PATH={tmp_path}:$PATH; export GLOO_SOCKET_IFNAME=lo"
-    same = {r"--gpus-per-node=8": "--gpus-per-node=1", r"steps=2000": "steps=100", r"# module load [^\n]*": setup}
+    same = {r"--gpus-per-node=8": "--gpus-per-node=1", r"steps=2000": "steps=200", r"# module load [^\n]*": setup}
     for pattern, text in (same | EDITS[name]).items():
         example, number = re.subn(pattern, text, example)
         assert number == 1, pattern
@@ -182,12 +197,16 @@ def test_the_examples_run_once_they_are_edited(cluster, study, tmp_path, name):
     job = cluster.run(*submitted).strip()
     tracker = tmp_path / "ckpt" / "code" / "latest_checkpointed_iteration.txt"
     wait_for("a checkpoint", tracker.exists)
-    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0" if "--array" in example else job, check=False)
-    wait_for("the last checkpoint", lambda: tracker.read_text() == "100")
+    # The stand-in for Megatron-LM ends by itself, half way and without an error.
+    ranks = processes("tools/train_component.py", "--save ckpt/code")
+    with held(ranks):
+        cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0" if "--array" in example else job, check=False)
+        wait_for("the signal", lambda: all(map(is_asked_to_stop, ranks)))
+    wait_for("the last checkpoint", lambda: tracker.read_text() == "200")
     wait_for("the job's end", lambda: not cluster.jobs())
     ended = cluster.run("scontrol", "show", "job", job)
-    assert "JobState=COMPLETED" in ended
-    assert re.search(r"Restarts=[1-9]", ended)
+    assert "JobState=COMPLETED" in ended, ended
+    assert re.search(r"Restarts=[1-9]", ended), ended
 
 
 def check_what_was_made_in_parts(study: Path, run: Path, folder: Path) -> None:
@@ -207,14 +226,14 @@ def check_what_was_made_in_parts(study: Path, run: Path, folder: Path) -> None:
 def test_cancel_saves_and_resume_goes_on(cluster, study, tmp_path):
     run = tmp_path / "two-nodes"
     more = ["--set", "component.tokens=2M", "--set", "base.tokens=256", "--runs", str(tmp_path)]
-    _, errors = demix(cluster, "submit", study, *more).communicate(timeout=120)
+    _, errors = demix(cluster, "submit", study, *more).communicate(timeout=LIMIT_S)
     wait_for("a component", lambda: iterations(run, "components.code") > 20)
-    out, errors = demix(cluster, "cancel", study, *more).communicate(timeout=200)
+    out, errors = demix(cluster, "cancel", study, *more).communicate(timeout=LIMIT_S)
     assert "have saved and stopped; `demix resume` goes on" in out, errors
     assert cluster.jobs() == []
     assert list(run.glob("components/.code-*.work/iter_*"))
     assert not list(run.glob("components/*/manifest.json"))
-    out, errors = demix(cluster, "cancel", study, *more).communicate(timeout=200)
+    out, errors = demix(cluster, "cancel", study, *more).communicate(timeout=LIMIT_S)
     assert out == "nothing is running\n", errors
 
 
@@ -228,7 +247,7 @@ def test_text_is_cleaned_by_arrays(cluster, tmp_path):
 
     def clean(output: str, *more: str, b: str = "b.jsonl") -> subprocess.CompletedProcess:
         command = [sys.executable, tool, "--input", "a=a.jsonl", f"b={b}", "--output", output, "--ngram", "0", *more]
-        return subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=LIMIT_S)
 
     slurm = ("--slurm", "partition=debug", "time=0:10:00", "mem_per_cpu_gb=1", "tasks_per_job=8")
     submitted = clean("out", *slurm)
@@ -250,13 +269,13 @@ def test_stock_megatron_lm_across_two_nodes(cluster, study):
     last rank, which is heard, is on the other node than the one that publishes."""
     settings = given_base(study)
     submitted = demix(cluster, "submit", study, *settings)
-    _, errors = submitted.communicate(timeout=60)
+    _, errors = submitted.communicate(timeout=LIMIT_S)
     assert submitted.returncode == 0, errors
     run = study.parent / "stock"
     try:
         wait_for("the components", lambda: len(list(run.glob("components/*/manifest.json"))) == 2)
     finally:
-        demix(cluster, "cancel", study, *settings).communicate(timeout=150)
+        demix(cluster, "cancel", study, *settings).communicate(timeout=LIMIT_S)
     for name in ("code", "english"):
         (other,) = run.glob(f"logs/components.{name}-*.node1.log")
         assert other.with_suffix("").with_suffix(".log").read_text().count("rank 0 starting after iteration") >= 2

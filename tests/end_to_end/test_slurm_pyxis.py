@@ -18,7 +18,7 @@ from slurm_study import contents, demix, iterations, job_of, make_again, needs_s
 
 PYXIS = Path(os.environ.get("DEMIX_PYXIS", "/nowhere"))
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     needs_slurm,
     pytest.mark.skipif(
         not (PYXIS.is_file() and shutil.which("enroot") and shutil.which("mksquashfs")),

@@ -56,12 +56,11 @@ def launch(checkout: Checkout, *arguments: str) -> str:
         **alone(),
     }
     command = [sys.executable, str(LAUNCHER), *arguments]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:]
     return result.stdout
 
 
-@pytest.mark.timeout(300)
 def test_its_own_parser_accepts_every_kind_of_run(tmp_path, checkout, record_property):
     cases = []
     for kind in RUNS:
@@ -118,7 +117,7 @@ def job_file(run: Path) -> Path:
     return found
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_both_trainers_learn_the_same(trained, checkout, record_property):
     """The same start, batches and schedule give the losses of every step, but for rounding."""
     for name in ("code", "english"):
@@ -138,7 +137,6 @@ def test_both_trainers_learn_the_same(trained, checkout, record_property):
     assert heard == [4, 8, 12, 16]
 
 
-@pytest.mark.timeout(300)
 def test_a_merge_of_its_components_loads_with_a_plain_load(trained, tmp_path, checkout, record_property):
     """Megatron-LM's inspector lists it, and its loss before the first step is ours, on the same batch."""
     components = {name: component(trained["stock"], name) for name in ("code", "english")}
@@ -147,7 +145,7 @@ def test_a_merge_of_its_components_loads_with_a_plain_load(trained, tmp_path, ch
     )
     inspector = [sys.executable, "tools/checkpoint/checkpoint_inspector.py", "inspect", str(merged / "release")]
     result = subprocess.run(
-        inspector, cwd=checkout.path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True, timeout=100
+        inspector, cwd=checkout.path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True, timeout=400
     )
     assert result.returncode == 0, result.stderr
     assert "decoder.layers.mlp.linear_fc1.weight [torch.float32" in result.stdout
@@ -173,7 +171,6 @@ def test_a_merge_of_its_components_loads_with_a_plain_load(trained, tmp_path, ch
     assert loss == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.timeout(400)
 def test_stopped_on_two_ranks_it_saves_and_goes_on(study_folder, tmp_path, checkout):
     """SIGTERM to `demix train`: Megatron-LM saves and ends with 0, demix with 75. Then it is finished, every line once."""
     (tmp_path / "corpus").symlink_to(study_folder / "corpus")
@@ -184,7 +181,7 @@ def test_stopped_on_two_ranks_it_saves_and_goes_on(study_folder, tmp_path, check
     command = [sys.executable, "-m", "megatron_demix.cli", "run", "study.yaml", "--set", "domains.0.max_epochs=1000"]
     command += ["--set", "domains.1.max_epochs=1000", *(w for s in settings for w in ("--set", s))]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 400
     losses: list[Path] = []
     while not (losses and losses[0].read_text().count("\n") >= 3):
         assert time.monotonic() < deadline
@@ -192,7 +189,7 @@ def test_stopped_on_two_ranks_it_saves_and_goes_on(study_folder, tmp_path, check
         time.sleep(0.2)
         losses = list(tmp_path.glob("runs/stock/base/.base-*.work/losses.jsonl"))
     running.send_signal(signal.SIGTERM)
-    said = running.communicate(timeout=150)[1]
+    said = running.communicate(timeout=400)[1]
     assert running.returncode == 75, said
     saved = int((losses[0].parent / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= saved < 117

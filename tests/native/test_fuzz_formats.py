@@ -15,11 +15,11 @@ def test_no_input_makes_the_parsers_read_astray(tmp_path):
     parsers = [ROOT / "csrc" / f"{name}.cpp" for name in ("index_file", "json_lines", "pickle_scan")]
     sources = [ROOT / "tests/native/fuzz_formats.cpp", *parsers]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
-    build = subprocess.run(["g++", *flags, *sources, "-o", tmp_path / "fuzz"], capture_output=True, text=True, timeout=240)
+    build = subprocess.run(["g++", *flags, *sources, "-o", tmp_path / "fuzz"], capture_output=True, text=True, timeout=600)
     if "cannot find" in build.stderr and "asan" in build.stderr:
         pytest.skip("the compiler has no AddressSanitizer run-time")
     assert build.returncode == 0, build.stderr
-    run = subprocess.run([tmp_path / "fuzz", str(EXECUTIONS), "1"], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([tmp_path / "fuzz", str(EXECUTIONS), "1"], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     executions, indexes, lines, pickles = map(int, run.stdout.split())
     assert executions == EXECUTIONS

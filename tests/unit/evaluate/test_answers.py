@@ -150,7 +150,7 @@ def test_a_program_that_never_ends(program):
     started = time.monotonic()
     outcome = run_python(program, timeout_s=0.7)
     assert outcome == sandbox.Outcome(False, True, "", "")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 @isolated

@@ -39,7 +39,7 @@ def working(tmp_path):
 def test_cancel_lets_it_save_and_waits(working, tmp_path):
     # Reaped here, as init would a detached one; until then the lock alone says that it has ended.
     assert background.cancel(tmp_path) == working.pid
-    assert working.wait(timeout=20) == 75
+    assert working.wait(timeout=60) == 75
     assert holder(tmp_path) is None
     assert background.cancel(tmp_path) is None
 

@@ -78,6 +78,33 @@ def test_a_job_that_ended_before_its_stage_began_is_a_failure_with_its_log(dag, 
     assert not Attempts.read(dag.all[2]).failed
 
 
+def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, monkeypatch, capsys):
+    """What it had submitted by then is cancelled, so that no stage has two jobs."""
+    backend = slurm.Slurm(dag, dag.run)
+    backend.submit()
+    write_json(dag.run / "slurm" / "progress.json", "another")
+    answer, away = slurm._slurm, iter([False, True])
+
+    def break_off(*command, check=True):
+        if command[0] == "sbatch" and next(away, False):
+            answers.listed = [line(dag, 12, 0, "data", "PENDING", "None")]
+            raise slurm.NoAnswer("sbatch: Unable to contact slurm controller (connect failure)")
+        return answer(*command, check=check)
+
+    monkeypatch.setattr(slurm, "_slurm", break_off)
+    monkeypatch.setattr(slurm.time, "sleep", lambda s: None)
+    backend.conclude()
+    said = capsys.readouterr()
+    assert said.err == "demix: sbatch: Unable to contact slurm controller (connect failure) Trying again.\n"
+    assert "3 stages are not done: submitted again as" in said.out
+    assert ("scancel", "12") in answers.commands
+    monkeypatch.setattr(slurm, "CONTROLLER_WAIT_S", 0)
+    write_json(dag.run / "slurm" / "progress.json", "another")
+    away = iter([True])
+    with pytest.raises(slurm.NoAnswer, match="Unable to contact"):
+        backend.conclude()
+
+
 def test_many_jobs_are_named_by_the_first_and_the_last():
     assert slurm._ids(["9", "10", "9"]) == "9, 10"
     assert slurm._ids(map(str, range(8, 14))) == "8 to 13 (6 jobs)"

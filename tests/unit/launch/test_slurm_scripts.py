@@ -84,9 +84,9 @@ def test_nodes_are_counted_and_ranks_find_one_another(stages):
         "qos=high", "time=2-06:30:00", "mem=900G", "signal=B:USR1@300", "requeue", "chdir='/runs/my run'",
     ):  # fmt: skip
         assert f"#SBATCH --{option}\n" in text
-    assert "MASTER_ADDR=$(scontrol show node --oneliner" in text
+    assert "MASTER_ADDR=$(patiently scontrol show node --oneliner" in text
     assert 'scontrol requeue "$job"' in text  # SLURM_JOB_ID is, in one of its elements, the number of the whole array
-    assert "'/runs/my run/slurm/study.json' \"$stage\" \\\n    --run '/runs/my run' --root /studies --nodes 2 &" in text
+    assert "'/runs/my run/slurm/study.json' \"$stage\" \\\n    --run '/runs/my run' --root /studies --nodes 2 --outcome" in text
     assert "MASTER_ADDR" not in render(stages, "rounds.1.scores", gpus_per_node=8)
     assert "--gpus-per-node=4\n" in render(stages, "rounds.1.scores", gpus_per_node=8)
     with pytest.raises(
@@ -129,3 +129,61 @@ def test_scripts_are_valid_bash(stages):
     spec = {"container": "i", "mounts": ["/a b"], "setup": "true", "cpus_per_task": 2, "ranks_per_node": 4}
     for g in group(stages):
         subprocess.run(["bash", "-n"], input=render(stages, g.name, **spec), text=True, check=True)
+
+
+SRUN = """for word in "$@"; do outcome=$word; done
+[ "$SAID" ] && echo "$SAID" > "$outcome"
+[ "$SIGNAL" ] && kill -USR1 $PPID
+sleep "$SRUN_S"; exit "$SRUN_CODE"
+"""
+SCONTROL = """echo "$*" >> commands
+[ "$1" != requeue ] || [ "$(grep -c requeue commands)" -gt "$REFUSED" ]
+"""
+
+
+@pytest.fixture
+def job(stages, tmp_path):
+    """job(nodes, srun's code, what node 0 said, ...) -> exit code of a job's script, and whether it is back in the queue."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sleep", '/bin/sleep "${1/10/0}"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "slurm").mkdir()
+
+    def run(ranks, srun_code, said="", *, signal="", srun_s=0.0, refused=0):
+        chosen = next(g for g in group(stages) if g.stages[0].ranks == ranks)
+        text = Scripts(SlurmSpec(ranks_per_node=8), "s", tmp_path, tmp_path).of_group(chosen)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SAID": said}
+        environment |= {"SIGNAL": signal, "SRUN_CODE": str(srun_code), "SRUN_S": str(srun_s), "REFUSED": str(refused)}
+        (tmp_path / "commands").write_text("")
+        ended = subprocess.run(["bash"], input=text, text=True, capture_output=True, cwd=tmp_path, env=environment, timeout=30)
+        assert not list((tmp_path / "slurm").iterdir())
+        requeued = (tmp_path / "commands").read_text().count("requeue 7")
+        back = "is not finished (code" in ended.stdout
+        return ended.returncode, requeued if back else 0
+
+    return run
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_what_node_0_says_decides_what_becomes_of_a_job(job):
+    """srun's own code is the highest of all tasks', those included that SLURM killed when node 0's had ended."""
+    assert job(0, 0) == (0, 0)
+    assert job(0, 2) == (2, 0)
+    assert job(0, 75) == (75, 1)
+    assert job(0, 137) == (137, 1)
+    assert job(16, 143, "75") == (75, 1)
+    assert job(16, 143, "9") == (9, 0)
+    assert job(16, 143, "0") == (0, 0)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_a_signal_does_not_hide_the_exit_code(job):
+    """It ends bash's wait with a code of its own, also where srun has ended by then."""
+    assert job(0, 2, signal="USR1", srun_s=0.2) == (138, 1)  # killed by it, as an srun that was just starting
+    assert job(0, 2, signal="USR1") in [(2, 0), (138, 1)]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_a_job_waits_for_the_controller_to_take_it_back(job):
+    assert job(0, 75, refused=2) == (75, 3)
+    assert job(0, 75, refused=9) == (75, 3)  # it answers, and refuses

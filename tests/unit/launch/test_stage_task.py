@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +24,10 @@ def stop():
         signal.signal(signum, handler)
 
 
-def run(stage, stop):
+def run(stage, stop, node=0):
     """As the process that makes this stage and no other would."""
-    try:
-        return task._make_and_judge(stage, 1, task.Nodes(), stop)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, task._STOP_SIGNALS)
+    stop.settled = False
+    return task._make_and_judge(stage, 1, task.Nodes(rank=node), stop)
 
 
 def failing(tmp_path, error):
@@ -72,15 +73,30 @@ def test_being_asked_to_stop_does_not_count(tmp_path, stop):
     assert not list(tmp_path.glob("blend/.*"))
 
 
-def test_a_signal_after_the_outcome_does_not_replace_it(tmp_path, stop):
-    """srun sends TERM to the other tasks when the first has ended, while they write down what became of theirs."""
-    stage = failing(tmp_path, StageFailed("stage blend/found: a rank is gone"))
-    try:
-        assert task._make_and_judge(stage, 1, task.Nodes(), stop) == 75
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.sigtimedwait([signal.SIGTERM], 0) is not None
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, task._STOP_SIGNALS)
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_signal_after_the_outcome_does_not_replace_it(tmp_path, stop, code):
+    """Whichever thread hears it."""
+    done = Stage("blend/found", tmp_path, {}, (), lambda folder: None)
+    stage = failing(tmp_path, StageFailed("stage blend/found: a rank is gone")) if code else done
+    assert run(stage, stop) == code
+    signal.raise_signal(signal.SIGTERM)
+    other = threading.Thread(target=signal.pthread_kill, args=(threading.get_ident(), signal.SIGUSR1))
+    other.start()
+    other.join()
+    stop.ignore()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+def test_other_nodes_leave_node_0_the_time_to_say_why(tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(task, "start_ranks", lambda *_, **__: subprocess.Popen(["false"]))
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=2)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    began = time.monotonic()
+    assert run(stage, stop, node=1) == 75
+    assert 0.3 <= time.monotonic() - began < task._LINGER_S
+    timer.join()
+    assert not stage.log.exists()
 
 
 def test_only_the_task_itself_hears_usr1(tmp_path):

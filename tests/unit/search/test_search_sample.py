@@ -48,8 +48,8 @@ def test_small_weights_are_zero_and_the_mean_follows_the_natural_shares() -> Non
 def test_200_000_mixtures_take_seconds() -> None:
     started = time.process_time()
     weights_MD = sample_mixtures(SPACE, 200_000, 0)
-    # 2 s on an idle machine; the bound leaves room for a busy one.
-    assert time.process_time() - started < 6
+    # 2 s on an idle machine; the bound leaves room for a slower, busy one.
+    assert time.process_time() - started < 20
     assert SPACE.feasible(weights_MD).all()
 
 
