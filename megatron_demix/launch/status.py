@@ -35,12 +35,15 @@ _SILENT_S = 60
 
 def rows(dag: Dag, backend: Backend) -> list[dict[str, Any]]:
     """A row a stage: "stage", "state" (one of COLOURS), "key", "log"; where known "job" (the scheduler's), "note",
-    "progress" (0 to 1), "eta_s", or "silent_s" instead, if it has not been heard for that long."""
+    "progress" (0 to 1), "eta_s", or "silent_s" instead, if it has not been heard for that long; of a stage that array elements
+    make together and that has begun "parts" and, of these, "parts_done"."""
     active = backend.activity()
-    return [_row(stage, active.get(stage.name)) for stage in dag.all]
+    launch = dag.study.launch
+    parts = launch.slurm.parts if launch.backend == "slurm" else {}
+    return [_row(stage, active.get(stage.name), parts.get(stage.kind, 1)) for stage in dag.all]
 
 
-def _row(stage: Stage, activity: Activity | None) -> dict[str, Any]:
+def _row(stage: Stage, activity: Activity | None, num_parts: int) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": stage.name, "state": "done", "key": stage.key, "log": str(stage.log)}
     if stage.done():
         return row
@@ -51,6 +54,10 @@ def _row(stage: Stage, activity: Activity | None) -> dict[str, Any]:
         row |= {"state": "failed", "note": failed}
     else:
         row["state"] = stage.state()
+    if num_parts > 1 and stage.make_part:
+        num_done = sum(stage.part((i, num_parts)).made for i in range(num_parts))
+        if num_done or row["state"] in ("running", "partial", "failed"):
+            row |= {"parts": num_parts, "parts_done": num_done}
     if row["state"] in ("running", "partial", "failed") and (beat := Heartbeat.read(stage.heartbeat)):
         row["progress"] = beat["done"] / max(beat["total"], 1)
         if row["state"] == "running" and beat["time"] >= _begun(stage):
@@ -98,6 +105,8 @@ def _shown(found: Sequence[dict[str, Any]], run: Path) -> tuple[Table, str]:
     for row in found:
         state = row["state"]
         progress = f"{100 * row['progress']:.0f} %" if "progress" in row else ""
+        if row.get("parts_done", 0) < row.get("parts", 0):
+            progress = f"{row['parts_done']} of {row['parts']} parts"
         left = format_duration(row["eta_s"]) if "eta_s" in row else ""
         if "silent_s" in row:
             left = f"silent for {format_duration(row['silent_s'])}"

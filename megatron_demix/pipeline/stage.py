@@ -125,7 +125,12 @@ class Part(Stage):
         return self.of
 
     def done(self) -> bool:
-        return self.of.done() or self._made.exists()
+        return self.made or self.of.done()
+
+    @property
+    def made(self) -> bool:
+        """Whether it waits to be put together with the others."""
+        return self._made.exists()
 
     @property
     def work(self) -> Path:

@@ -11,6 +11,7 @@ from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.status import rows, show_status
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study.launch import LaunchSpec, SlurmSpec
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def run(tmp_path):
     beat = {"done": 25, "total": 100, "unit": "iterations", "pid": 1, "time": time.time(), "left_s": 90.0}
     running.heartbeat.write_text(json.dumps(beat))
     running.log.touch()
-    dag = SimpleNamespace(run=tmp_path, all=[done, failed, running, stage("components/b", 1), stage("final/a", 1)])
+    study = SimpleNamespace(launch=LaunchSpec(backend="slurm", slurm=SlurmSpec(parts={"data": 3, "components": 2})))
+    dag = SimpleNamespace(study=study, run=tmp_path, all=[done, failed, running, stage("components/b", 1), stage("final/a", 1)])
     activity = {"components/a": Activity("running", "12_0"), "components/b": Activity("queued", "12_1", "Priority")}
     return dag, SimpleNamespace(activity=lambda: activity)
 
@@ -51,6 +53,26 @@ def test_the_table_and_json(run, capsys):
     assert text.endswith("1 done  1 running  1 queued  1 failed  1 to do\nstage base/base: the loss is nan\n")
     show_status(*run, as_json=True, watch=True)
     assert len(json.loads(capsys.readouterr().out)) == 5
+
+
+def test_a_stage_in_parts_says_how_many_are_done(run, capsys):
+    """Before they are put together; components are not made in parts, whatever the setting says."""
+    dag, backend = run
+    stage = Stage("data/b", dag.run, {}, (), lambda folder: None, make_part=lambda folder, part: None)
+    dag.all.append(stage)
+    assert "parts" not in rows(dag, backend)[-1]
+    backend.activity()["data/b"] = Activity("running", "7_1")
+    for number in range(3):
+        row = rows(dag, backend)[-1]
+        assert (row["parts_done"], row["parts"]) == (number, 3)
+        show_status(dag, backend, as_json=False, watch=False)
+        assert re.search(rf"data/b +running +7_1 +{number} of 3 parts", capsys.readouterr().out)
+        stage.part((number, 3)).finish()
+    show_status(dag, backend, as_json=False, watch=False)
+    assert "of 3 parts" not in capsys.readouterr().out
+    stage.finish()
+    assert "parts" not in rows(dag, backend)[-1]
+    assert not any("parts" in row for row in rows(dag, backend))
 
 
 def test_a_late_heartbeat_is_said_instead_of_a_time_left(run):
