@@ -151,7 +151,7 @@ def job(stages, tmp_path):
 
     def run(ranks, srun_code, said="", *, signal="", srun_s=0.0, refused=0):
         chosen = next(g for g in group(stages) if g.stages[0].ranks == ranks)
-        text = Scripts(SlurmSpec(ranks_per_node=8), "s", tmp_path, tmp_path).of_group(chosen)
+        text = Scripts(SlurmSpec(ranks_per_node=8, setup="set -euo pipefail"), "s", tmp_path, tmp_path).of_group(chosen)
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SAID": said}
         environment |= {"SIGNAL": signal, "SRUN_CODE": str(srun_code), "SRUN_S": str(srun_s), "REFUSED": str(refused)}
         (tmp_path / "commands").write_text("")
