@@ -140,7 +140,8 @@ add = outputs.Outputs.add
 def slow(self, done):
     add(self, done)
     print(self.blocks, flush=True)
-    time.sleep(0.02)
+    if self.blocks >= 5:
+        time.sleep(600)  # until it is killed
 outputs.Outputs.add = slow
 tokenizer = load_tokenizer(TokenizerSpec(type="byte"))
 prepare.prepare_domain([Path("corpus.jsonl")], tokenizer, Path("killed"), seed=5, progress=False)
