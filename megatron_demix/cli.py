@@ -260,7 +260,7 @@ def _plan(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         state = str(row["state"])
         table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), _shown(stage.folder))
     on_terminal().print(table, counts([str(row["state"]) for row in rows]))
-    for line in [*_used_of_earlier(dag, stages), *_added_by_mixed(dag)]:
+    for line in [*_used_of_earlier(dag, stages), *_added_by_mixed(dag), *_extrapolated(dag)]:
         print(line)
     if options.command != "plan":
         for stage in stages:
@@ -283,6 +283,16 @@ def _added_by_mixed(dag: Dag) -> list[str]:
     each, added, others = num_tokens(dag.study, "component"), len(dag.mixed), len(dag.components)
     tokens = [format_count(num * each) for num in (added, others)]
     return [f"component.mixed adds {added} components to {others}, and {tokens[0]} tokens of training to {tokens[1]}"]
+
+
+def _extrapolated(dag: Dag) -> list[str]:
+    """How scores are continued to the final run's length, and what that does to their noise."""
+    from megatron_demix.pipeline.train_stages import horizon_line
+
+    line = horizon_line(dag.study)
+    if line is None:
+        return []
+    return [f"search.extrapolate takes {line}", *([f"warning: {line.warning}"] if line.warning else [])]
 
 
 def _shown(path: Path) -> str:

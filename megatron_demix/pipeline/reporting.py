@@ -16,6 +16,7 @@ from megatron_demix.pipeline.maturity_stages import BASE, mixed_centroid
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, proxy_score_of
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
 from megatron_demix.pipeline.stage import Stage, unique
+from megatron_demix.pipeline.train_stages import horizon_line
 
 if TYPE_CHECKING:
     from megatron_demix.pipeline.dag import Dag
@@ -45,6 +46,7 @@ def collect(dag: Dag) -> ReportData:
 
     choice = _choice(dag)
     blend = _blend(dag)
+    line = horizon_line(dag.study)
     return ReportData(
         study=dag.study.name,
         settings=dag.study.model_dump(mode="json", exclude_defaults=True),
@@ -56,6 +58,8 @@ def collect(dag: Dag) -> ReportData:
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
         proxy_score=proxy_score_of(dag.study),
+        extrapolated=str(line) if line else "",
+        extrapolation_warning=line.warning if line else None,
         rounds=_rounds(dag),
         mixed=list(dag.mixed),
         earlier=_earlier(dag),

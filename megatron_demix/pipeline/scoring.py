@@ -31,7 +31,8 @@ def scores_proxies(study: Study) -> bool:
     return proxy_score_of(study) in ("merged", "stack")
 
 
-def scores_of_merged(foundation: Foundation, number: int, proposal: Stage) -> Stage:
+def scores_of_merged(foundation: Foundation, number: int, proposal: Stage, at: int | None = None) -> Stage:
+    """at: merges of the components as they were after so many iterations."""
     study, components = foundation.study, foundation.merged
     # The first round also scores the components themselves: as merges, whose weights are one-hot.
     alone = _alone(components) if number == 1 and proxy_score_of(study) != "merged" else {}
@@ -39,24 +40,30 @@ def scores_of_merged(foundation: Foundation, number: int, proposal: Stage) -> St
     def models() -> dict[str, Any]:
         order = second_order(study)
         proposed = {m["name"]: order.of(m["weights"]) for m in read_json(proposal.folder / MIXTURES)}
-        return merges(foundation, components, proposed | alone)
+        return merges(foundation, components, proposed | alone, at)
 
     needs = (proposal, foundation.base, *components.values())
     settings = merge_settings(study) | ({"components": True} if alone else {})
-    return scoring(foundation, f"rounds/{number}/scores", "valid", foundation.tasks.search, needs, models, settings)
+    name = f"rounds/{number}/scores{_after(at)}"
+    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, settings)
 
 
-def scores_of_components(foundation: Foundation) -> Stage:
-    """What all rounds need where no proxy is scored itself; with what every token costs, where that decides."""
+def scores_of_components(foundation: Foundation, at: int | None = None) -> Stage:
+    """What all rounds need where no proxy is scored itself; with what every token costs, where that decides. at: as above."""
     study, components = foundation.study, foundation.merged
     alone = _alone(components)
     kept = {"keep_tokens": list(alone)} if proxy_score_of(study) == "ensemble" else {}
 
     def models() -> dict[str, Any]:
-        return merges(foundation, components, alone) | kept
+        return merges(foundation, components, alone, at) | kept
 
     needs, settings = (foundation.base, *components.values()), merge_settings(study) | kept
-    return scoring(foundation, "rounds/components", "valid", foundation.tasks.search, needs, models, settings)
+    name = f"rounds/components{_after(at)}"
+    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, settings)
+
+
+def _after(at: int | None) -> str:
+    return "" if at is None else f"_after_{at}"
 
 
 def _alone(components: Mapping[str, Stage]) -> dict[str, dict[str, float]]:
@@ -64,12 +71,15 @@ def _alone(components: Mapping[str, Stage]) -> dict[str, dict[str, float]]:
 
 
 def merges(
-    foundation: Foundation, components: Mapping[str, Stage], mixtures: Mapping[str, Mapping[str, float]]
+    foundation: Foundation,
+    components: Mapping[str, Stage],
+    mixtures: Mapping[str, Mapping[str, float]],
+    at: int | None = None,
 ) -> dict[str, Any]:
-    """A scoring job's fields for mixtures of some of the components."""
+    """A scoring job's fields for mixtures of some of the components, as they were after iteration `at` (None: the last)."""
     study = foundation.study
     return {
-        "components": {n: train_stages.checkpoint_of(c) for n, c in components.items()},
+        "components": {n: train_stages.checkpoint_of(c, at) for n, c in components.items()},
         "mixtures": mixtures,
         "normalize": normalization(study),
         "merge": study.merge,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,37 @@ CHOICE = "mixture.json"
 @dataclass(frozen=True)
 class Round:
     """One iteration. proposal: the stage whose artifact holds this round's mixtures.json. scores: the one that scores its
-    proxies; where no proxy is scored itself, the components' scores, the same stage in all rounds."""
+    proxies; where no proxy is scored itself, the components' scores, the same stage in all rounds. early: the same after parts
+    of the components' run (search.extrapolate)."""
 
     number: int
     proposal: Stage
     scores: Stage
     fit: Stage
+    early: tuple[Stage, ...] = ()
 
 
 def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Earlier] = ()) -> list[Round]:
     """centroid: scores of the maturity check, for the stack. Raises ConfigError where the first round has too few proxies."""
     study = foundation.study
     _enough_proxies(foundation, earlier)
-    proposal = _fit(foundation, 0, [], [], None, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
-    score = scores_of_merged if study.search.proxies == "merged" else scores_of_trained
-    components = None if scores_proxies(study) else scores_of_components(foundation)
+    proposal = _fit(foundation, 0, [[]], [], None, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
+    parts = [*train_stages.kept_iterations(study)[:-1], None] if study.search.extrapolate else [None]
+    components = [] if scores_proxies(study) else [scores_of_components(foundation, at) for at in parts]
+
+    def scored(number: int) -> list[Stage]:
+        if study.search.proxies == "trained":
+            return [scores_of_trained(foundation, number, proposal)]
+        return components or [scores_of_merged(foundation, number, proposal, at) for at in parts]
+
     result: list[Round] = []
+    scores: list[list[Stage]] = []
     for number, _ in enumerate(study.search.rounds, start=1):
-        scores = components or score(foundation, number, proposal)
-        so_far = unique([*(r.scores for r in result), scores]), [*(r.proposal for r in result), proposal]
-        fit = _fit(foundation, number, *so_far, centroid if proxy_score_of(study) == "stack" else None, earlier)
-        result.append(Round(number, proposal, scores, fit))
+        scores.append(scored(number))
+        by_part = [unique(stages) for stages in zip(*scores, strict=True)]
+        proposals = [*(r.proposal for r in result), proposal]
+        fit = _fit(foundation, number, by_part, proposals, centroid if proxy_score_of(study) == "stack" else None, earlier)
+        result.append(Round(number, proposal, scores[-1][-1], fit, tuple(scores[-1][:-1])))
         proposal = fit
     return result
 
@@ -144,13 +155,13 @@ def _write_mixtures(folder: Path, number: int, space: Any, weights_MD: Any) -> N
 def _fit(
     foundation: Foundation,
     number: int,
-    scores: Sequence[Stage],
+    scores: Sequence[Sequence[Stage]],
     proposals: Sequence[Stage],
     centroid: Stage | None,
     earlier: Sequence[Earlier],
 ) -> Stage:
     """Fit every score on earlier studies and all rounds so far; then propose the next round's mixtures, or after the last round
-    choose. Number 0 proposes the first."""
+    choose. Number 0 proposes the first. scores: of all rounds, after each part of the components' run, at last its end."""
     study, data = foundation.study, foundation.data
     last, search = number == len(study.search.rounds), study.search
     settings = {
@@ -176,6 +187,7 @@ def _fit(
             "objective": {name: value for name, value in measured if math.isfinite(value)},
             **({"constant": fitted.constant} if fitted.constant else {}),
             **({"earlier": fitted.earlier} if earlier else {}),
+            **({"extrapolated": line.facts} if (line := train_stages.horizon_line(study)) else {}),
         }
         aims: dict[str, Any] = {"aim": search.aim, "higher_is_better": higher, "seed": study.seed + number}
         if last:
@@ -198,7 +210,13 @@ def _fit(
             _write_mixtures(folder, number + 1, space, proposed_MD)
         write_json(folder / FIT, facts)
 
-    needs = (*scores, *proposals, *(e.stage for e in earlier), *data.values(), *([centroid] if centroid else []))
+    needs = (
+        *chain.from_iterable(scores),
+        *proposals,
+        *(e.stage for e in earlier),
+        *data.values(),
+        *([centroid] if centroid else []),
+    )
     return Stage(f"rounds/{number}/fit", foundation.run, settings, needs, make)
 
 

@@ -18,7 +18,7 @@ from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, component_row, proxy_score_of
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.pipeline.train_stages import MIXTURES, horizon_line
 from megatron_demix.search.proxy_score import Centroid, part_of_merged, stacked
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate, fit_surrogate
@@ -85,14 +85,15 @@ class _Measured:
 def fit_surrogates(
     study: Study,
     space: SearchSpace,
-    scores: Sequence[Stage],
+    scores: Sequence[Sequence[Stage]],
     proposals: Sequence[Stage],
     centroid: Stage | None,
     earlier: Sequence[Earlier] = (),
 ) -> Fitted:
     """Fit the proxies of all rounds so far and of earlier studies. A mixture that was scored in several studies counts once: in
-    this one, else in the first of them."""
-    own = _own(study, scores, proposals)
+    this one, else in the first of them. scores: of all rounds, after each part of the components' run, at last its end."""
+    by_part = [_own(study, stages, proposals) for stages in scores]
+    own, line = by_part[-1], horizon_line(study)
     sources = [own, *map(_of_earlier, earlier)]
     shares = [m["shares"] for measured in sources for m in measured.entries]
     dropped = [name for name in dict.fromkeys(name for row in shares for name in row) if name not in space.domains]
@@ -109,7 +110,10 @@ def fit_surrogates(
         part = 0.5
         if name in centroids:
             part = part_of_merged(own.interpolated_centroid(name), centroids[name])
-        values_M = np.concatenate([measured.values(name, kind, part) for measured in sources])
+        values_of = [measured.values(name, kind, part) for measured in sources]
+        if line:
+            values_of[0] = line.coefficients_P @ [measured.values(name, kind, part) for measured in by_part]
+        values_M = np.concatenate(values_of)
         measured_M = np.isfinite(values_M)
         if not measured_M.any():
             continue  # what only this study measures, before it has any proxies

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import fingerprint, hash_file, read_json, write_json
+from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.search.horizon import Line
 from megatron_demix.study.section import MixtureSpec
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import TrainerSpec, TrainSpec
@@ -45,16 +47,21 @@ def kept_iterations(study: Study) -> list[int]:
 
     Raises ConfigError where two of them would be one.
     """
-    total, parts = schedule_iterations(study, "component"), study.component.average
+    total, setting, parts = schedule_iterations(study, "component"), "component.average", study.component.average
     if parts is None:
-        return [total]
+        setting, parts = "search.extrapolate", [*(study.search.extrapolate or ()), 1.0]
     kept = [max(1, round(part * total)) for part in parts]
     if len(set(kept)) < len(kept):
         raise ConfigError(
-            f"component.average: {parts} of {total} iterations are {kept}, which repeats one. Take parts farther apart, or "
+            f"{setting}: {parts} of {total} iterations are {kept}, which repeats one. Take parts farther apart, or "
             "train components for longer."
         )
     return kept
+
+
+def horizon_line(study: Study) -> Line | None:
+    """Through scores after the kept iterations, to the final run's length; None where scores are those at the end."""
+    return Line(kept_iterations(study), schedule_iterations(study, "final")) if study.search.extrapolate else None
 
 
 def _kept_before_the_last(study: Study, phase: PhaseName) -> list[int]:
@@ -229,8 +236,10 @@ def given(name: str, checkpoint: Path, run: Path, *, absent_ok: bool = False) ->
     return Stage(name, run, {"checkpoint": digest}, (), make)
 
 
-def checkpoint_of(stage: Stage) -> Path:
-    """The checkpoint a finished stage stands for: one that trains, averages, or was given."""
+def checkpoint_of(stage: Stage, iteration: int | None = None) -> Path:
+    """The checkpoint a finished stage stands for: one that trains, averages, or was given. iteration: a kept one before it."""
+    if iteration is not None:
+        return stage.folder / iteration_folder(iteration)
     pointer = stage.folder / POINTER
     return stage.folder / read_json(pointer)["checkpoint"] if pointer.is_file() else stage.folder
 
@@ -256,7 +265,6 @@ def averaged(study: Study, run: Path, trained: Stage) -> Stage:
         return trained
 
     def make(folder: Path) -> None:
-        from megatron_demix.checkpoint.layout import iteration_folder
         from megatron_demix.merge.engine import merge_checkpoints
 
         kept = kept_iterations(study)

@@ -50,6 +50,8 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
         for name, task in data.tasks.items()
         if task.endless or task.stopped
     ]
+    if data.extrapolation_warning:
+        found.append(data.extrapolation_warning)
     if maturity := maturity_warning(data):
         found.append(maturity)
     if floor := _at_the_floor(data):

@@ -178,6 +178,9 @@ class ReportData:
     proxies: Literal["merged", "trained"] = "merged"
     proxy_score: ProxyScore = "merged"
     """What counted as a proxy's score."""
+    extrapolated: str = ""
+    """In words, how scores were continued to the final run's length; and what is to be said against that."""
+    extrapolation_warning: str | None = None
     rounds: Sequence[Round] = ()
     mixed: Sequence[str] = ()
     """Components trained on mixtures, which correct the merges to second order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,6 +50,9 @@ class SearchSpec(Section):
     proxy_score: ProxyScore = "stack"
     """What a merged proxy's score is: the merged model's, the components' own averaged with its weights, a stack of both, or
     that of the components' probabilities, averaged for every token. Only merged and stack score the proxies themselves."""
+    extrapolate: list[Annotated[float, Field(gt=0, lt=1)]] | None = Field(None, min_length=1)
+    """Parts of the components' run, ascending: scores of proxies of their checkpoints there and at the end lie on a line in the
+    logarithm of the tokens, which is continued to final.tokens. Null: the scores at the end."""
     proxy_tokens: Tokens | None = None
     """Of each trained proxy. Default: all together cost what the components would."""
     stop: float | None = Field(None, gt=0, lt=1)
@@ -84,6 +88,17 @@ class SearchSpec(Section):
             raise ValueError(f"stop needs bootstraps of {MIN_BOOTSTRAPS} or more to judge by, found {self.bootstraps}")
         if self.proxies == "trained" and "proxy_score" in self.model_fields_set:
             raise ValueError("proxy_score says what the score of a merged proxy is; a trained one has its own")
+        if self.extrapolate:
+            if any(a >= b for a, b in pairwise(self.extrapolate)):
+                raise ValueError(
+                    f"extrapolate: {self.extrapolate} has to ascend: parts of the components' run, as in [0.25, 0.5]"
+                )
+            if self.proxies == "trained":
+                raise ValueError("extrapolate continues scores of merged proxies; take it out, or set proxies to merged")
+            if self.earlier:
+                raise ValueError(
+                    "extrapolate needs scores after parts of a run; of an earlier study there are none: take one out"
+                )
         if self.proxy_score == "ensemble" and self.earlier:
             raise ValueError(
                 "proxy_score ensemble needs what every token costs every component, and of an earlier study only scores are "

@@ -26,6 +26,7 @@ from megatron_demix.study.training import (
     TrainerSpec,
     TrainSpec,
 )
+from megatron_demix.units import format_count
 
 
 def _by_name(mixed: Any) -> Iterable[tuple[str, dict[str, float]]]:
@@ -94,6 +95,7 @@ class Study(Section):
             if not isinstance(spec, str):
                 Mixture(spec, label=f"study {self.name!r}: {what}")
         self._check_mixed_components()
+        self._check_extrapolation()
         batch = self.train.micro_batch_size * self.parallel.data
         if self.train.global_batch_size % batch:
             raise ValueError(
@@ -129,6 +131,29 @@ class Study(Section):
                 "set search.proxy_score to another than ensemble, or take component.mixed out"
             )
         self.component.mixed_weights(self.domain_names)
+
+    def _check_extrapolation(self) -> None:
+        if self.search.extrapolate is None:
+            return
+        if self.component.average is not None:
+            raise ValueError(
+                "search.extrapolate: the components are means of checkpoints (component.average), which have no one length; "
+                "take one of both out"
+            )
+        if (style := self.phase("component").lr_decay_style) != "constant":
+            raise ValueError(
+                f"search.extrapolate: the components' lr_decay_style is {style}, and what its decay wins is no function of the "
+                "tokens; set component.lr_decay_style to constant"
+            )
+        if self.final.init != "base":
+            raise ValueError(
+                "search.extrapolate: the line begins at the base, and so has the final run to; set final.init to base"
+            )
+        if self.final.tokens <= self.component.tokens:
+            raise ValueError(
+                f"search.extrapolate: final.tokens ({format_count(self.final.tokens)}) is not more than component.tokens "
+                f"({format_count(self.component.tokens)}), so there is nothing to extrapolate to; take it out"
+            )
 
     def phase(self, name: Literal["base", "component", "proxy", "final"]) -> TrainSpec:
         """`train` with the overrides of one phase applied. Trained proxies are trained as components are."""

@@ -59,7 +59,8 @@ def check_kept(job: TrainJob) -> None:
     for iteration in job.keep:
         if iteration % job.train.save_interval:
             raise ConfigError(
-                f"run {job.name}: the checkpoint of iteration {iteration} has to stay (component.average), but Megatron-LM "
+                f"run {job.name}: the checkpoint of iteration {iteration} has to stay (component.average or "
+                f"search.extrapolate), but Megatron-LM "
                 f"saves every {job.train.save_interval}. Set train.save_interval to {math.gcd(*job.keep)}, or train with "
                 "trainer.backend: megatron_core."
             )

@@ -211,7 +211,7 @@ def test_checkpoints_that_are_averaged_stay(study, capsys):
     average = ("--set", "component.average=[0.375, 0.75]")
     assert run(study, "plain", *average) == 2
     assert (
-        "the checkpoint of iteration 3 has to stay (component.average), but Megatron-LM saves every 2"
+        "the checkpoint of iteration 3 has to stay (component.average or search.extrapolate), but Megatron-LM saves every 2"
         in capsys.readouterr().err
     )
     average = ("--set", "component.average=[0.25, 0.5, 0.75]")
