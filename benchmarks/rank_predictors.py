@@ -159,7 +159,14 @@ def ensemble(bench: Bench) -> Table:
 
 def stacked(bench: Bench) -> Table:
     """The mean of the merged and the interpolated score."""
-    left, right = merged_at(bench), interpolated(bench)
+    return _mean(merged_at(bench), interpolated(bench))
+
+
+def stacked_second_order(bench: Bench) -> Table:
+    return _mean(second_order_centroid(bench), interpolated_second_order(bench))
+
+
+def _mean(left: Table, right: Table) -> Table:
     return {name: (left[name] + right[name]) / 2 for name in left}
 
 
@@ -229,6 +236,7 @@ PREDICTORS: dict[str, Predictor] = {
     "interpolated, second order from the centroid": interpolated_second_order,
     "stack: mean of merged and interpolated": stacked,
     "stack: calibrated at the centroid": calibrated,
+    "stack: mean, second order from the centroid": stacked_second_order,
     "no model: own share": no_model,
 }
 COSTLY = {"merged, anchor of one domain", "merged, second order from all pairs"}
