@@ -14,6 +14,7 @@ from rank_models import merged
 from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, Bench, to_weights
 
 from megatron_demix.merge.second_order import SecondOrder
+from megatron_demix.search.horizon import Line
 from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.surrogate import fit_surrogate
 
@@ -112,10 +113,11 @@ def averaged(bench: Bench, label: str) -> Table:
     return _scored(bench, label.replace(" ", "-"), sources, _weights(bench))
 
 
-def extrapolated(bench: Bench) -> Table:
-    """From an eighth and a quarter of the horizon to all of it, on a straight line in the logarithm of the steps."""
-    early, late = (merged_at(bench, at=at) for at in (0.125, 0.25))
-    return {name: late[name] + 2 * (late[name] - early[name]) for name in late}
+def extrapolated(bench: Bench, parts: Sequence[float]) -> Table:
+    """From these parts of the horizon to all of it, on a straight line in the logarithm of the steps."""
+    tables = [merged_at(bench, at=at) for at in parts]
+    coefficients_P = Line([bench.plan.steps(at) for at in parts], bench.plan.horizon).coefficients_P
+    return {name: coefficients_P @ [table[name] for table in tables] for name in tables[0]}
 
 
 # --- no merging -------------------------------------------------------------------------------------------------------
@@ -229,7 +231,9 @@ PREDICTORS: dict[str, Predictor] = {
     **{f"merged, {label}": partial(averaged, label=label) for label in AVERAGED},
     "merged, 1/4 of the budget": partial(merged_at, at=0.25),
     "merged, 1/2 of the budget": partial(merged_at, at=0.5),
-    "merged, 1/4 extrapolated to the horizon": extrapolated,
+    "merged, 1/4 extrapolated to the horizon": partial(extrapolated, parts=(0.125, 0.25)),
+    "merged, 1/2 extrapolated to the horizon": partial(extrapolated, parts=(0.25, 0.5)),
+    "merged, 1/2 extrapolated from 1/8": partial(extrapolated, parts=(0.125, 0.5)),
     "probability ensemble": ensemble,
     "interpolated": interpolated,
     "interpolated, pure components": partial(interpolated, share=0.0),

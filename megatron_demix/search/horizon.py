@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-NOISY = 2.0
-"""A line that multiplies noise by more than this is warned of."""
+NOISY = 1.5
+"""A line that multiplies noise by more than this is warned of: with 1.6 times, scores ranked mixtures worse than without a line
+in benchmarks/rank_consistency.py."""
 
 
 @dataclass(frozen=True, eq=False)

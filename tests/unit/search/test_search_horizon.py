@@ -28,6 +28,6 @@ def test_noise_is_that_of_the_coefficients():
     assert "with 3.6 times the noise" in str(line)
     assert "multiplies the noise of scores by 3.6" in line.warning
     # Parts farther from the end are quieter.
-    quiet = Line([10, 100], 400)
+    quiet = Line([10, 100], 200)
     assert quiet.noise < NOISY
     assert quiet.warning is None
