@@ -217,7 +217,6 @@ def make(stage: Stage, *, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> N
         stage.log.parent.mkdir(parents=True, exist_ok=True)
         _wait_for_ranks(stage, threads_per_rank, None, nodes, stop)
         return
-    _wait_for_needs(stage)
     started = time.monotonic()
     with stage_lock(stage) as held:
         if stage.folder.parent.is_dir():
@@ -237,21 +236,28 @@ def _wait_for_ranks(stage: Stage, threads_per_rank: int, held: IO | None, nodes:
         raise failure(stage, code)
 
 
+class NeedMissing(StageFailed):
+    """The stage was started too early: the scheduler lost the job it was to wait for. What is missing has to be made first."""
+
+
 def _wait_for_needs(stage: Stage) -> None:
     """Needs were done when this was started; another node's view of a network file system may lag."""
     deadline = time.monotonic() + _NEEDS_WAIT_S
     while missing := [n.name for n in stage.needs if not n.done()]:
         if time.monotonic() >= deadline:
-            raise StageFailed(f"stage {stage.name}: needs {', '.join(missing)}, which is not done.")
+            raise NeedMissing(f"stage {stage.name}: needs {', '.join(missing)}, which is not done.")
         time.sleep(1)
 
 
 def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> int:
     """Exit code of this node's part; node 0 keeps the account of attempts."""
-    attempts = Attempts.read(stage)
+    attempts, begun = Attempts(), False
     try:
         if nodes.rank == 0 and not stage.done():
+            _wait_for_needs(stage)
+            attempts = Attempts.read(stage)
             attempts.begin(stage)
+            begun = True
         make(stage, threads_per_rank=threads_per_rank, nodes=nodes, stop=stop)
         stop.settled = True
         return 0
@@ -261,21 +267,21 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
         print(f"demix: {said}", file=sys.stderr, flush=True)
         over = isinstance(e, FINAL) or attempts.number > MOST_ATTEMPTS
-        if nodes.rank == 0:
+        if nodes.rank == 0 and not isinstance(e, NeedMissing):
             with suppress(OSError, StorageError):  # its disk may be full, or gone
                 if over:
                     attempts.failed = said
                     attempts.write(stage)
                     if stage.whole is not stage:
                         Attempts(failed=said).write(stage.whole)
-                elif isinstance(e, Incomplete) and not isinstance(e, EndedEarly):
+                elif begun and isinstance(e, Incomplete) and not isinstance(e, EndedEarly):
                     attempts.number -= 1  # asked to stop: nothing is wrong with it
                     attempts.write(stage)
                 with open(stage.log, "a") as log:
                     log.write(f"demix: {said}\n")
         if nodes.rank > 0:
             stop.linger()
-        return e.exit_code if isinstance(e, DemixError) and over else Incomplete.exit_code
+        return e.exit_code if isinstance(e, DemixError) and (over or isinstance(e, NeedMissing)) else Incomplete.exit_code
 
 
 def main() -> int:
