@@ -29,6 +29,8 @@ from fault_places import Local, Place, Slurm, small_disk
 from megatron_demix.artifact import MANIFEST, Manifest, hash_file, read_json, write_json
 
 LIMIT_S = 1800
+PATIENCE_S = 30
+"""How long a kind of fault waits for something to harm: without it, those that need ranks would be rare."""
 STUDY = """
 name: faults
 seed: 11
@@ -59,17 +61,19 @@ def run_study(place: Place, num_faults: int, gap_s: float, chance: random.Random
     else:
         place.start()
     next_fault = time.monotonic() + chance.uniform(0, 2 * gap_s)
+    name = chance.choice(sorted(place.faults))
     while (state := place.state()) != "done":
         if time.monotonic() - started > LIMIT_S or restarts > 3 * num_faults + 3:
             break
         if state == "stopped":
             restarts += 1
             place.start()
-        elif sum(injected.values()) < num_faults and time.monotonic() >= next_fault:
-            name = chance.choice(sorted(place.faults))
-            if place.faults[name]():
+        elif sum(injected.values()) < num_faults and (late_s := time.monotonic() - next_fault) >= 0:
+            if hit := place.faults[name]():
                 injected[name] += 1
                 next_fault = time.monotonic() + chance.uniform(0, 2 * gap_s)
+            if hit or late_s > PATIENCE_S:
+                name = chance.choice(sorted(place.faults))
         time.sleep(0.05)
     return {"finished": state == "done", "faults": dict(injected), "commands given again": restarts} | {
         "wall_s": round(time.monotonic() - started, 1)
