@@ -47,7 +47,7 @@ component: {tokens: 51200}                # 200 steps
 search: {rounds: [8], objective: {code: 0.7, words: 0.3}, candidates: 1000, top: 16}
 evaluate: {tokens_per_domain: 1k}
 final: {tokens: 25600, baselines: []}
-launch: {jobs: 2, slurm: {ranks_per_node: 1, cpus_per_task: 1, time: 20min, grace: 60, setup: "export GLOO_SOCKET_IFNAME=lo"}}
+launch: {jobs: 2, slurm: {ranks_per_node: 1, cpus_per_task: 1, time: 6min, grace: 60, setup: "export GLOO_SOCKET_IFNAME=lo"}}
 """
 
 
