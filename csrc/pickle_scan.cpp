@@ -5,7 +5,7 @@
 namespace demix {
 namespace {
 
-enum class Argument { none, fixed, counted, line, two_lines, memo_index, memo_line, stop, unknown };
+enum class Argument { none, fixed, counted, line, two_lines, memo_index, memo_line, frame, stop, unknown };
 
 struct Opcode {
     Argument argument;
@@ -18,7 +18,8 @@ Opcode opcode(unsigned char op) {
         case 'K': case 'h': case 0x80: case 0x82: return {Argument::fixed, 1};
         case 'M': case 0x83: return {Argument::fixed, 2};
         case 'J': case 'j': case 0x84: return {Argument::fixed, 4};
-        case 'G': case 0x95: return {Argument::fixed, 8};
+        case 'G': return {Argument::fixed, 8};
+        case 0x95: return {Argument::frame, 8};
         case 'q': return {Argument::memo_index, 1};
         case 'r': return {Argument::memo_index, 4};
         case 'p': return {Argument::memo_line, 0};
@@ -43,7 +44,7 @@ std::uint64_t little_endian(const unsigned char* p, int width) {
 }  // namespace
 
 std::int64_t pickle_scan(const unsigned char* data, std::size_t n) {
-    std::size_t at = 0;
+    std::size_t at = 0, frame_end = 0;
     while (at < n) {
         const std::size_t start = at;
         const Opcode op = opcode(data[at++]);
@@ -84,8 +85,17 @@ std::int64_t pickle_scan(const unsigned char* data, std::size_t n) {
                     at = next;
                 }
                 break;
+            case Argument::frame: {
+                if (start < frame_end || left < std::size_t(op.width)) return std::int64_t(start);
+                const std::uint64_t bytes = little_endian(data + at, op.width);
+                if (bytes > left - op.width) return std::int64_t(start);
+                at += op.width;
+                frame_end = at + bytes;
+                break;
+            }
             case Argument::unknown: return std::int64_t(start);
         }
+        if (start < frame_end && at > frame_end) return std::int64_t(start);
     }
     return std::int64_t(n);  // no STOP
 }

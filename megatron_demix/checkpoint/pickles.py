@@ -28,6 +28,8 @@ class Inert:
     name = ""
     arguments: tuple | None = None
     state: Any = None
+    # Without this, Python would ask __getitem__ for 0, 1, 2, ..., and a state that answers all of them fills the memory.
+    __iter__ = None
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import pickletools
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from megatron_demix.checkpoint.common_state import (
 )
 from megatron_demix.checkpoint.metadata import read_metadata
 from megatron_demix.checkpoint.payload import read_payload
-from megatron_demix.checkpoint.pickles import Global, instance, read_pickle, write_pickle
+from megatron_demix.checkpoint.pickles import Global, inert, instance, plain_tuple, read_pickle, write_pickle
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
 from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import CorruptInput
@@ -205,6 +206,31 @@ def test_a_pickle_cannot_ask_for_more_memory_than_it_has_bytes():
     bomb = b"\x80\x02" + b"N" + b"r\xff\xff\xff\x7f" + b"."  # remember one object under index 2^31
     with pytest.raises(CorruptInput, match=r"its pickle is damaged"):
         read_pickle(bomb, {}, "bomb")
+
+
+def framed(content: bytes) -> bytes:
+    return b"\x95" + len(content).to_bytes(8, "little") + content
+
+
+def test_frames_are_one_after_another():
+    """As all writers make them. Python's reader in C jumps back to bytes before its buffer where one is within another."""
+    one, two = b"]" + b"K\x01a" * 40, b"K\x02a" * 40
+    assert read_pickle(b"\x80\x04" + framed(one) + framed(two + b"."), {}, "sound") == [1] * 40 + [2] * 40
+    assert read_pickle(b"\x80\x04" + framed(one) + two + b".", {}, "sound") == [1] * 40 + [2] * 40
+    inside = one + framed(two + b".")
+    for bad in (framed(inside[: len(one) + 20]) + inside[len(one) + 20 :], framed(one + b"K") + b"\x01a."):
+        with pytest.raises(CorruptInput, match=r"its pickle is damaged \(at byte"):
+            read_pickle(b"\x80\x04" + bad, {}, "damaged")
+    with pytest.raises(CorruptInput, match=r"its pickle is damaged \(at byte 2\)"):
+        read_pickle(b"\x80\x04" + framed(b"N.")[:-1], {}, "cut short")
+
+
+def test_what_stands_for_an_instance_is_not_iterated():
+    """Its state may have an item for every number: torch.Size of it would fill the memory."""
+    allowed = {"torch.Size": plain_tuple, "m.Size": inert("m.Size"), "collections.OrderedDict": OrderedDict}
+    endless = b"\x80\x02ctorch\nSize\n(cm\nSize\n)\x81ccollections\nOrderedDict\nbtR."
+    with pytest.raises(CorruptInput, match=r"not iterable"):
+        read_pickle(endless, allowed, "endless")
 
 
 # --- common state ---------------------------------------------------------------------------------------------------
