@@ -168,8 +168,12 @@ def stacked_second_order(bench: Bench) -> Table:
     return _mean(second_order_centroid(bench), interpolated_second_order(bench))
 
 
-def _mean(left: Table, right: Table) -> Table:
-    return {name: (left[name] + right[name]) / 2 for name in left}
+def stacked_ensemble(bench: Bench) -> Table:
+    return _mean(merged_at(bench), interpolated(bench), ensemble(bench))
+
+
+def _mean(*tables: Table) -> Table:
+    return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
 
 
 def calibrated(bench: Bench) -> Table:
@@ -241,6 +245,7 @@ PREDICTORS: dict[str, Predictor] = {
     "stack: mean of merged and interpolated": stacked,
     "stack: calibrated at the centroid": calibrated,
     "stack: mean, second order from the centroid": stacked_second_order,
+    "stack: mean of merged, interpolated and ensemble": stacked_ensemble,
     "no model: own share": no_model,
 }
 COSTLY = {"merged, anchor of one domain", "merged, second order from all pairs"}
