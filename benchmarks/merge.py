@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ from merge_inputs import model_shapes, write_component, write_llama
 from megatron_demix import native
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.merge import engine
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.proxies import ProxyMerger
 
@@ -198,14 +196,6 @@ def live_model(component: Path, copies: int = 1) -> list[list[LiveTensor]]:
     ]
 
 
-def merge_through_maps(bench: Bench, parts: dict[str, Path], mix: dict, label: str) -> dict[str, float]:
-    """As merge_checkpoints does it where memory is scarce."""
-    with mock.patch.object(engine, "_piece_bytes", return_value=0):
-        return bench.inside(
-            label, lambda: merge_checkpoints(parts, mix, bench.work / "out", threads=bench.threads, progress=False), fresh=True
-        )
-
-
 def eight_together(bench: Bench, merger: ProxyMerger, parts: dict[str, Path], names: list[str]) -> dict[str, float]:
     models = [[t.tensor for t in model] for model in live_model(parts["c0"], copies=8)]
     return bench.inside("eight proxies into eight live models", lambda: merger.merge_all(mixtures(8, names), models))
@@ -301,7 +291,6 @@ def main() -> None:
         gigabytes,
         fresh=True,
     )
-    through_maps = merge_through_maps(bench, parts, mix, "the same, sources through maps")
     eight = bench.inside(
         "merge_checkpoints, 8 mixtures",
         lambda: merge_checkpoints(parts, mixtures(8, names), bench.work / "out", threads=threads, progress=False),
@@ -324,12 +313,6 @@ def main() -> None:
     merger = records = None  # and with them the maps
     gc.collect()
     cold = median_ratio_cold(bench, parts, files, mix, gigabytes)
-    after = bench.inside(
-        "merge_checkpoints, of files that it had read",
-        lambda: merge_checkpoints(parts, mix, bench.work / "out", threads=threads, progress=False),
-        fresh=True,
-    )
-    after_through_maps = merge_through_maps(bench, parts, mix, "the same, sources through maps, after")
 
     multiply_adds = 7 * sum(int(np.prod(shape)) for shape in model_shapes(1e7).values())  # of one of growth's mixtures
     ratios = {
@@ -339,10 +322,6 @@ def main() -> None:
         / max(read["wall_s"], write["wall_s"]),
         "1 to disk cold, wall / cold read, median of pairs (target <= 1.25)": cold,
         "1 to disk, wall / larger of read and write, largest model of the growth": list(growth["to_disk"].values())[-1],
-        "sources through maps / copied in pieces, wall, components as they were written": through_maps["wall_s"]
-        / disk["wall_s"],
-        "sources through maps / copied in pieces, wall, components as a merge read them": after_through_maps["wall_s"]
-        / after["wall_s"],
         "2 in memory, bytes read and written a second / read bandwidth (target >= 0.9)": scan["wall_s"]
         / alone["wall_s"]
         * (len(parts) + 1)

@@ -8,9 +8,6 @@
 
 #include <atomic>
 #include <cerrno>
-#include <cstring>
-#include <iterator>
-#include <map>
 #include <mutex>
 #include <system_error>
 
@@ -29,8 +26,7 @@ namespace {
 using Watch = MappedFile::Watch;
 
 std::atomic<Watch*> all{nullptr};
-std::mutex changing;  // the watches, and:
-std::map<const char*, const MappedFile*> mapped;  // by their first byte
+std::mutex changing;
 struct sigaction others;
 std::uintptr_t page_bytes;
 
@@ -77,7 +73,6 @@ Watch* watch(const MappedFile* file) {
         map->next = all.load();
         all.store(map, std::memory_order_release);
     }
-    mapped[file->data()] = file;
     map->used = true;
     map->lost.store(false);
     const auto begin = reinterpret_cast<std::uintptr_t>(file->data());
@@ -86,35 +81,35 @@ Watch* watch(const MappedFile* file) {
     return map;
 }
 
-[[noreturn]] void fail(int descriptor, const std::string& path) {
-    const int error = errno;
-    if (descriptor >= 0) ::close(descriptor);
-    throw std::system_error(error, std::generic_category(), path);
-}
+[[noreturn]] void fail(int error, const std::string& path) { throw std::system_error(error, std::generic_category(), path); }
 
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) {
-    descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) fail(errno, path);
     struct stat status;
-    if (descriptor_ < 0 || ::fstat(descriptor_, &status)) fail(descriptor_, path);
-    bytes_ = std::size_t(status.st_size);
-    if (!bytes_) return;
-    void* const data = ::mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, descriptor_, 0);
-    if (data == MAP_FAILED) fail(descriptor_, path);
+    void* data = nullptr;
+    int error = ::fstat(descriptor, &status) ? errno : 0;
+    if (!error && status.st_size) {
+        data = ::mmap(nullptr, std::size_t(status.st_size), PROT_READ, MAP_SHARED, descriptor, 0);
+        if (data == MAP_FAILED) error = errno;
+    }
+    ::close(descriptor);  // the map keeps the file
+    if (error) fail(error, path);
+    if (!data) return;
     data_ = static_cast<const char*>(data);
+    bytes_ = std::size_t(status.st_size);
     watch_ = watch(this);
 }
 
 MappedFile::~MappedFile() {
     if (watch_) {
         const std::lock_guard<std::mutex> lock(changing);
-        mapped.erase(data_);
         watch_->end.store(0);
         watch_->used = false;
     }
     if (data_) ::munmap(const_cast<char*>(data_), bytes_);
-    ::close(descriptor_);
 }
 
 bool MappedFile::lost() const { return watch_ && watch_->lost.load(); }
@@ -123,28 +118,10 @@ void MappedFile::expect_scattered_reads(bool scattered) const {
     if (data_) ::madvise(const_cast<char*>(data_), bytes_, scattered ? MADV_RANDOM : MADV_NORMAL);
 }
 
-void MappedFile::want(std::size_t at, std::size_t n) const { ::posix_fadvise(descriptor_, off_t(at), off_t(n), POSIX_FADV_WILLNEED); }
-
-void MappedFile::copy(std::size_t at, char* to, std::size_t n) const {
-    while (n) {
-        const ssize_t got = ::pread(descriptor_, to, n, off_t(at));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) {
-            watch_->lost.store(true);
-            std::memset(to, 0, n);
-            return;
-        }
-        at += std::size_t(got), to += got, n -= std::size_t(got);
-    }
-}
-
-const MappedFile* MappedFile::holding(const void* address) {
-    const char* const at = static_cast<const char*>(address);
-    const std::lock_guard<std::mutex> lock(changing);
-    const auto after = mapped.upper_bound(at);
-    if (after == mapped.begin()) return nullptr;
-    const MappedFile* const file = std::prev(after)->second;
-    return at < file->data() + file->bytes() ? file : nullptr;
+void MappedFile::want(std::size_t at, std::size_t n) const {
+    if (!data_) return;
+    const std::size_t begin = at / page_bytes * page_bytes;
+    ::madvise(const_cast<char*>(data_) + begin, at + n - begin, MADV_WILLNEED);
 }
 
 }  // namespace demix

@@ -1,15 +1,14 @@
-// Files that are read where they lie in the page cache: through a map, or by copies of long pieces.
+// Files that are read where they lie in the page cache.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <string>
 
 namespace demix {
 
 // A file, mapped for reading. It may be cut short, or its disk may fail, while it is read: it then becomes zeros from there on, and
-// lost(), and what was computed from it does not count. Through the map that is a SIGBUS: the first file installs a handler of it,
-// which passes on what is not about a mapped file.
+// lost(), and what was computed from it does not count. The kernel says so by SIGBUS: the first file installs a handler of it, which
+// passes on what is not about a mapped file.
 class MappedFile {
 public:
     // Throws std::system_error. An empty file has no bytes and no data.
@@ -26,17 +25,10 @@ public:
     void expect_scattered_reads(bool scattered) const;
     // Have bytes read into the page cache soon.
     void want(std::size_t at, std::size_t n) const;
-    // n bytes from `at` on to `to`. For long pieces that are used once: a map costs a page fault for every 64 KiB, and as much again
-    // when it is taken down.
-    void copy(std::size_t at, char* to, std::size_t n) const;
-
-    // The open one that these bytes lie in, or null.
-    static const MappedFile* holding(const void* address);
 
     struct Watch;
 
 private:
-    int descriptor_ = -1;
     const char* data_ = nullptr;
     std::size_t bytes_ = 0;
     Watch* watch_ = nullptr;

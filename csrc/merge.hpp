@@ -17,14 +17,11 @@ namespace demix {
 inline constexpr int max_dims = 8;
 inline constexpr int buffers_per_thread = 2;  // when files are written: one waits for the disk while the other is filled
 
-class MappedFile;
-
 // Bytes that sources point into: one payload of one checkpoint, with the CRC its container promises.
 struct Record {
     const char* base;
     std::uint64_t bytes;
     std::uint32_t crc;
-    const MappedFile* file;  // that they lie in, or null: memory
 };
 
 struct Region {
@@ -62,9 +59,6 @@ struct Settings {
     int threads = 1;                 // that sum at a time; each holds one tile of every mixture, twice when files are written
     std::string isa;
     std::size_t tile_bytes = 256 << 10;
-    // Of each source, that a thread copies from its file at a time, where an eighth of it or more lies in a row; 0: all is read
-    // through the maps.
-    std::size_t piece_bytes = 0;
     const DeltaRules* deltas = nullptr;  // null: plain weighted sums
     bool check_sources = false;  // compare the CRC of every record that is read
 };

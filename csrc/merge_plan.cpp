@@ -1,7 +1,6 @@
 // Building a plan: every address a source may be read at is checked here, so that executing it needs no checks.
 #include <stdexcept>
 
-#include "mapped_file.hpp"
 #include "merge.hpp"
 
 namespace demix {
@@ -13,7 +12,7 @@ std::uint64_t Target::elements() const {
 }
 
 int MergePlan::add_record(const void* base, std::uint64_t bytes, std::uint32_t crc) {
-    records_.push_back({static_cast<const char*>(base), bytes, crc, MappedFile::holding(base)});
+    records_.push_back({static_cast<const char*>(base), bytes, crc});
     return int(records_.size()) - 1;
 }
 

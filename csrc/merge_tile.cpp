@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "crc32.hpp"
-#include "mapped_file.hpp"
 #include "merge_write.hpp"
 
 namespace demix {
@@ -31,7 +30,7 @@ Tiling make_tiling(const Target& t, std::size_t tile_bytes) {
 TileWorker::TileWorker(Execution& execution)
     : x_(execution), num_mixtures_(execution.settings.num_mixtures), to_files_(execution.to.addresses.empty()),
       block_(block_of(execution.plan.num_sources())), sum_(execution.kernels),
-      gathered_(execution.plan.num_sources()), fetched_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
+      gathered_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
     if (execution.settings.deltas) delta_sum_ = std::make_unique<DeltaSum>(*execution.settings.deltas, execution.kernels);
 }
 
@@ -97,33 +96,23 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
     const WeightSet& set = x_.sets[r.weight_set];
     const std::size_t in = item_size(t.in), out = item_size(t.out);
     const bool check = x_.settings.check_sources;
-    const auto stride_of = [&](int k) { return r.strides[std::size_t(k) * t.dims + t.dims - 1]; };
     if (check) crcs_.assign(set.read.size(), 0);
-    const std::int64_t piece = x_.settings.piece_bytes ? std::int64_t(x_.settings.piece_bytes / in) : n;
-    for (std::int64_t begin = 0, end; begin < n; begin = end) {
-        end = std::min(begin + piece, n);
-        pieces_.assign(sources_.begin(), sources_.end());
-        for (const int k : set.read) {
-            pieces_[k] += begin * stride_of(k) * std::int64_t(in);
-            if (stride_of(k) == 1) pieces_[k] = fetch(x_.plan.records()[r.records[k]], k, pieces_[k], std::size_t(end - begin) * in);
+    for (std::int64_t i = 0; i < n; i += block_) {
+        const std::int64_t count = std::min(block_, n - i);
+        views_.assign(sources_.begin(), sources_.end());
+        for (std::size_t j = 0; j < set.read.size(); ++j) {
+            const int k = set.read[j];
+            const std::int64_t stride = r.strides[std::size_t(k) * t.dims + t.dims - 1];
+            views_[k] = stride == 1 || count == 1 ? sources_[k] + std::size_t(i) * in
+                                                  : gather(k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
+            if (check && (stride == 1 || n == 1)) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
+            if (check && stride != 1 && n > 1) check_scattered(r, k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
         }
-        for (std::int64_t i = begin; i < end; i += block_) {
-            const std::int64_t count = std::min(block_, end - i);
-            views_.assign(pieces_.begin(), pieces_.end());
-            for (std::size_t j = 0; j < set.read.size(); ++j) {
-                const int k = set.read[j];
-                const std::int64_t stride = stride_of(k);
-                const char* const at = pieces_[k] + (i - begin) * stride * std::int64_t(in);
-                views_[k] = stride == 1 || count == 1 ? at : gather(k, at, stride, in, count);
-                if (check && (stride == 1 || n == 1)) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
-                if (check && stride != 1 && n > 1) check_scattered(r, k, at, stride, in, count);
-            }
-            for (int m = 0; m < num_mixtures_; ++m) outs_here_[m] = outs_[m] + std::size_t(to + i) * out;
-            if (delta_sum_) {
-                (*delta_sum_)(r.weight_set, set, t.in, t.out, views_, index + i, outs_here_, std::size_t(count), !to_files_);
-            } else {
-                sum_(set, t.in, t.out, views_, outs_here_, std::size_t(count), !to_files_);
-            }
+        for (int m = 0; m < num_mixtures_; ++m) outs_here_[m] = outs_[m] + std::size_t(to + i) * out;
+        if (delta_sum_) {
+            (*delta_sum_)(r.weight_set, set, t.in, t.out, views_, index + i, outs_here_, std::size_t(count), !to_files_);
+        } else {
+            sum_(set, t.in, t.out, views_, outs_here_, std::size_t(count), !to_files_);
         }
     }
     if (!check) return;
@@ -158,14 +147,6 @@ void TileWorker::contribute(int record_index, std::uint32_t crc, const char* end
 void TileWorker::check_scattered(const Region& r, int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i, at += stride * std::int64_t(item))
         contribute(r.records[k], crc32_raw(0, at, item), at + item);
-}
-
-const char* TileWorker::fetch(const Record& record, int k, const char* at, std::size_t bytes) {
-    // A system call for little costs more than the page faults it saves.
-    if (!record.file || bytes < x_.settings.piece_bytes / 8 || bytes > x_.settings.piece_bytes) return at;
-    char* const to = fetched_[k].get(x_.settings.piece_bytes);
-    record.file->copy(std::size_t(at - record.file->data()), to, bytes);
-    return to;
 }
 
 const char* TileWorker::gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {

@@ -54,8 +54,6 @@ private:
     void write(const Target& t, std::int64_t target_index, std::uint64_t offset, std::size_t bytes);
     void contribute(int record_index, std::uint32_t crc, const char* end);
     void check_scattered(const Region& r, int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n);
-    // Where the bytes at `at` are to be read: there, or in this thread's copy of them.
-    const char* fetch(const Record& record, int k, const char* at, std::size_t bytes);
     const char* gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n);
 
     Execution& x_;
@@ -65,9 +63,9 @@ private:
     MixtureSum sum_;
     std::unique_ptr<DeltaSum> delta_sum_;  // takes the place of sum_ where the elements are deltas under a rule
     Buffer<char> tile_buffer_;
-    std::vector<Buffer<char>> gathered_, fetched_;  // [K]
+    std::vector<Buffer<char>> gathered_;    // [K]
     std::vector<char*> outs_, outs_here_;   // [M] where the tile lies, and where the elements in work go
-    std::vector<const char*> sources_, pieces_, views_;  // [K] where a run, a piece of it, and the elements in work begin
+    std::vector<const char*> sources_, views_;
     std::vector<std::uint32_t> crcs_;
 };
 

@@ -38,8 +38,6 @@ PROVENANCE = "demix_merge.json"
 _MAX_MEMORY = 256 << 20
 # The tiles of all outputs together should stay in a second-level cache until they are written, but small writes are slow.
 _TILES, _LARGEST_TILE, _SMALLEST_TILE = 2 << 20, 1 << 20, 64 << 10
-# Of each component, read at a time. Shorter pieces cost system calls; those of all threads should stay in the last cache.
-_LARGEST_PIECE, _SMALLEST_PIECE = 256 << 10, 64 << 10
 
 
 def merge_checkpoints(
@@ -98,9 +96,7 @@ def merge_checkpoints(
     job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
     _check_space(output if output.exists() else output.parent, job, len(todo))
     threads = threads or default_threads()
-    piece_bytes = _piece_bytes(job, threads, max_memory)
-    tile_memory = max_memory - piece_bytes * len(parts.names) * threads * BUFFERS_PER_THREAD
-    per_pass = _outputs_per_pass(job, threads, tile_memory)
+    per_pass = _outputs_per_pass(job, threads, max_memory)
     if todo:
         plan = job.plan
         parts.start_read_ahead()
@@ -113,8 +109,7 @@ def merge_checkpoints(
             weights_MK[group],
             [provenances[m] for m in group],
             threads,
-            _tile_bytes(len(group), threads, tile_memory),
-            piece_bytes,
+            _tile_bytes(len(group), threads, max_memory),
             verify,
             progress,
         )
@@ -236,7 +231,6 @@ def _merge_group(
     provenances: list[dict[str, Any]],
     threads: int,
     tile_bytes: int,
-    piece_bytes: int,
     verify: Verify,
     progress: bool,
 ) -> None:
@@ -265,7 +259,6 @@ def _merge_group(
                 offsets_T=offsets_T,
                 threads=threads,
                 tile_bytes=tile_bytes,
-                piece_bytes=piece_bytes,
                 check_sources=True,
                 progress=_Increments(advance) if progress else None,
             )
@@ -312,24 +305,18 @@ class _Increments:
         self._seen = done
 
 
-def _piece_bytes(job: _Job, threads: int, max_memory: int) -> int:
-    """From half of the memory that is there beyond the smallest tiles; 0, which needs none, where that is not enough."""
-    buffers = threads * BUFFERS_PER_THREAD
-    if max_memory < (smallest := buffers * _SMALLEST_TILE):
+def _tile_bytes(num_outputs: int, threads: int, max_memory: int) -> int:
+    wanted = min(_LARGEST_TILE, _TILES // num_outputs)
+    return max(_SMALLEST_TILE, min(wanted, max_memory // (num_outputs * threads * BUFFERS_PER_THREAD)) // 4096 * 4096)
+
+
+def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
+    """As many outputs as the buffers' memory and the open files allow; more are made in further reads."""
+    smallest = threads * BUFFERS_PER_THREAD * _SMALLEST_TILE
+    if max_memory < smallest:
         raise ConfigError(
             f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({format_bytes(smallest)})."
         )
-    allowed = (max_memory - smallest) // 2 // (len(job.parts.names) * buffers) // 4096 * 4096
-    return 0 if allowed < _SMALLEST_PIECE else min(allowed, _LARGEST_PIECE)
-
-
-def _tile_bytes(num_outputs: int, threads: int, memory: int) -> int:
-    wanted = min(_LARGEST_TILE, _TILES // num_outputs)
-    return max(_SMALLEST_TILE, min(wanted, memory // (num_outputs * threads * BUFFERS_PER_THREAD)) // 4096 * 4096)
-
-
-def _outputs_per_pass(job: _Job, threads: int, tile_memory: int) -> int:
-    """As many outputs as the tiles' memory and the open files allow; more are made in further reads."""
     files = 2 * len({p.file for p in job.placements})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files * 1024 + 256
@@ -337,7 +324,7 @@ def _outputs_per_pass(job: _Job, threads: int, tile_memory: int) -> int:
         soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
-    return max(1, min(tile_memory // (threads * BUFFERS_PER_THREAD * _SMALLEST_TILE), (soft - in_use - 32) // files))
+    return max(1, min(max_memory // smallest, (soft - in_use - 32) // files))
 
 
 def _check_space(folder: Path, job: _Job, num_outputs: int) -> None:

@@ -93,7 +93,6 @@ class MergePlan:
         offsets_T: Sequence[int] = (),
         threads: int | None = None,
         tile_bytes: int = 256 << 10,
-        piece_bytes: int = 0,
         check_sources: bool = False,
         deltas: DeltaRules | None = None,
         progress: Callable[[int], None] | None = None,
@@ -103,9 +102,8 @@ class MergePlan:
         A weight of exactly 0 leaves its source out and a lone weight of 1 copies bits, so a one-hot mixture is its component.
         weights_SMK: a set for each weight_set that regions name. deltas: the sum is base + scale * sum_k weights[k] *
         (source_k - base) thinned by these rules; the last source is the base, and its weight must not be 0.
-        piece_bytes: each thread copies so much of each source's file at a time, where it lies in a row; 0: it is read through
-        maps, which is slower the first time and faster after that. direct_TM: the same files opened with O_DIRECT (-1: not),
-        used for what is aligned. progress: called with the bytes done so far, about ten times a second.
+        direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
+        so far, about ten times a second.
         Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their CRC, if check_sources]}. Raises
         OSError when a write fails, and passes on KeyboardInterrupt after the threads stopped.
         """
@@ -127,7 +125,6 @@ class MergePlan:
             threads or default_threads(),
             instruction_set(),
             tile_bytes,
-            piece_bytes,
             check_sources,
             deltas.native if deltas else None,
         )

@@ -18,7 +18,6 @@
 #include "crc32.hpp"
 #include "delta_sum.hpp"
 #include "kernels.hpp"
-#include "mapped_file.hpp"
 #include "merge.hpp"
 #include "pickle_scan.hpp"
 #include "tensor_statistics.hpp"
@@ -57,7 +56,7 @@ struct Bytes {  // exactly n bytes, at an odd address if asked
     std::unique_ptr<char[]> memory;
     std::size_t shift, n;
     Bytes(std::size_t n, bool odd) : memory(new char[n + odd]), shift(odd), n(n) {}
-    char* data() const { return memory.get() + shift; }
+    char* data() { return memory.get() + shift; }
 };
 
 // Inner products and order statistics of a plan's one target against plain loops.
@@ -77,17 +76,6 @@ void check_statistics(const MergePlan& plan, const std::string& isa, std::int64_
     CHECK(delta_magnitudes(plan, {0, rank}, 2, 2, kernels(isa))[1] == magnitudes[std::size_t(rank)]);
 }
 
-// The same bytes, in a file without a name.
-std::unique_ptr<MappedFile> as_file(const Bytes& bytes) {
-    char path[] = "/var/tmp/sanitized_source_XXXXXX";
-    const int descriptor = ::mkstemp(path);
-    CHECK(descriptor >= 0 && ::write(descriptor, bytes.data(), bytes.n) == ssize_t(bytes.n));
-    ::close(descriptor);
-    auto file = std::make_unique<MappedFile>(path);
-    ::unlink(path);
-    return file;
-}
-
 void random_plan() {
     const DType in = DType(draw(0, 2)), out = DType(draw(0, 2));
     const int dims = int(draw(1, 4)), num_sources = int(draw(1, 5)), num_mixtures = int(draw(1, 5));
@@ -100,7 +88,6 @@ void random_plan() {
     plan.add_target(shape, in, out);
     // Each source is one record with the whole target, its dimensions permuted; the target is cut into regions by random lines.
     std::vector<std::unique_ptr<Bytes>> sources;
-    std::vector<std::unique_ptr<MappedFile>> files;
     std::vector<std::vector<std::int64_t>> strides;
     for (int k = 0; k < num_sources; ++k) {
         sources.push_back(std::make_unique<Bytes>(std::size_t(elements) * size_in, draw(0, 1)));
@@ -118,10 +105,7 @@ void random_plan() {
         std::int64_t step = 1;
         for (int i = dims - 1; i >= 0; --i) view[order[i]] = step, step *= shape[order[i]];
         strides.push_back(view);
-        const bool in_file = draw(0, 1);
-        if (in_file) files.push_back(as_file(*sources.back()));
-        CHECK(!in_file || MappedFile::holding(files.back()->data() + files.back()->bytes() - 1) == files.back().get());
-        plan.add_record(in_file ? files.back()->data() : p, sources.back()->n, plain_crc(reinterpret_cast<unsigned char*>(p), sources.back()->n));
+        plan.add_record(p, sources.back()->n, plain_crc(reinterpret_cast<unsigned char*>(p), sources.back()->n));
     }
     std::vector<std::vector<std::int64_t>> edges(dims);
     for (int d = 0; d < dims; ++d) {
@@ -170,7 +154,6 @@ void random_plan() {
     settings.weights = weights.data();
     settings.threads = int(draw(1, 3));
     settings.tile_bytes = std::size_t(draw(1, 40000));
-    settings.piece_bytes = draw(0, 1) ? std::size_t(draw(4, 10000)) : 0;
     settings.check_sources = draw(0, 1);
     const std::vector<const Kernels*> sets = available_kernels();
     settings.isa = sets[draw(0, std::int64_t(sets.size()) - 1)]->isa;
