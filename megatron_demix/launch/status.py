@@ -131,16 +131,19 @@ def counts(states: Sequence[str]) -> str:
 
 
 def new_table(*columns: str) -> Table:
+    """The last column, which holds paths, gives way where a terminal is narrow: it goes on in the next line."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for column in columns:
         justify = "right" if column in ("ranks", "progress", "left") else "left"
-        table.add_column(column, no_wrap=True, justify=justify)  # type: ignore[arg-type]
+        folds = column == columns[-1]
+        table.add_column(column, no_wrap=not folds, overflow="fold" if folds else "ellipsis", justify=justify)  # type: ignore[arg-type]
     return table
 
 
 def on_terminal() -> Console:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    # What is not a terminal may be grep: a row is a line, however long.
+    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
