@@ -8,7 +8,8 @@ namespace demix {
 
 // The offset of the first thing that no honest pickle holds, or -1. Such are: an unknown opcode, an argument that runs past the end,
 // a memo index larger than the pickle (Python's reader would allocate memory for all indices below it), and a frame that begins within
-// another one, or that an argument leaves (its reader in C then reads memory before its buffer).
+// another one, or that an argument leaves (Python's reader in C skips what it had left of the first, and so reads other opcodes than
+// were looked at here).
 std::int64_t pickle_scan(const unsigned char* data, std::size_t n);
 
 }  // namespace demix

@@ -174,7 +174,7 @@ class _Job:
 
     def provenance(self, name: str, weights: np.ndarray, normalize: Normalize) -> dict[str, Any]:
         """Plain facts that do not depend on when, where or by how many threads the merge was made."""
-        carried = self.carried
+        carried = {file: blake2b(data, digest_size=16).hexdigest() for file, data in self.carried.items()}
         return {
             "format": 2,
             "software": f"megatron_demix {__version__}",
@@ -189,11 +189,7 @@ class _Job:
             },
             "copied_from_first": sorted({p.item.key for p in self.placements if isinstance(p.item, CopiedItem)}),
             "left_out": self.left_out,
-            **(
-                {"carried": {name: blake2b(data, digest_size=16).hexdigest() for name, data in carried.items()}}
-                if carried
-                else {}
-            ),
+            **({"carried": carried} if carried else {}),
         }
 
     def _digest(self, k: int) -> str:

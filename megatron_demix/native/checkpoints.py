@@ -17,7 +17,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
-        self._file = core.MappedFile(os.fspath(path))
+        self._file = core.MappedFile(os.fsencode(path))
         self.data: np.ndarray = np.frombuffer(self._file, np.uint8)
 
     @property

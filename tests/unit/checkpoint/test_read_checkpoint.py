@@ -81,6 +81,16 @@ def test_optimizer_and_random_state_are_not_the_model():
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    folder = write_checkpoint(tmp_path / os.fsdecode(b"caf\xe9"), small_model(0))
+    checkpoint = Checkpoint(folder)
+    info = checkpoint.metadata.tensors["decoder.final_layernorm.weight"]
+    assert checkpoint.payload(info, info.chunks[0]).shape == (8,)
+    (folder / info.chunks[0].location.file).unlink()
+    with pytest.raises(CorruptInput, match=r"cannot be read \(No such file or directory\)"):
+        Checkpoint(folder).payload(info, info.chunks[0])
+
+
 def test_truncated_distcp_is_named(tmp_path):
     write_checkpoint(tmp_path, small_model(0))
     file = tmp_path / "__0_0.distcp"
@@ -213,7 +223,8 @@ def framed(content: bytes) -> bytes:
 
 
 def test_frames_are_one_after_another():
-    """As all writers make them. Python's reader in C jumps back to bytes before its buffer where one is within another."""
+    """As all writers make them. Where one is within another, Python's reader in C skips bytes of the first: it would read other
+    opcodes than were looked at."""
     one, two = b"]" + b"K\x01a" * 40, b"K\x02a" * 40
     assert read_pickle(b"\x80\x04" + framed(one) + framed(two + b"."), {}, "sound") == [1] * 40 + [2] * 40
     assert read_pickle(b"\x80\x04" + framed(one) + two + b".", {}, "sound") == [1] * 40 + [2] * 40
