@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from indexed_data import make_indexed
+from small_texts import write_texts
 
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture
@@ -29,8 +30,7 @@ final: {tokens: 1k}
 
 @pytest.fixture
 def study_path(tmp_path: Path) -> Path:
-    for name in ("code", "english", "math"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    write_texts(tmp_path, "code", "english", "math")
     (tmp_path / "study.yaml").write_text(STUDY)
     return tmp_path / "study.yaml"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_texts import write_texts
 
 from megatron_demix.artifact import publish, read_json
 from megatron_demix.errors import ConfigError, IncompatibleInputs
@@ -37,7 +38,7 @@ PARTS = "  - {name: sums, inputs: [sums.jsonl], max_epochs: 100}\n  - {name: pro
 def folder(tmp_path: Path) -> Path:
     sizes = {"code": 200, "english": 200, "math": 200, "law": 200, "sums": 300, "proofs": 100}
     for name, num in sizes.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(num)))
+        write_texts(tmp_path, name, num=num)
     (tmp_path / "v1.yaml").write_text(STUDY)
     return tmp_path
 

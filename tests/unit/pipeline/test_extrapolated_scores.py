@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_texts import write_texts
 
 from megatron_demix.artifact import publish, read_json
 from megatron_demix.cli import main
@@ -30,8 +31,7 @@ final: {tokens: 2560}
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    for name in ("code", "english"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    write_texts(tmp_path, "code", "english")
     (tmp_path / "study.yaml").write_text(STUDY)
     return tmp_path / "study.yaml"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_texts import write_texts
 
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, IncompatibleInputs
@@ -54,8 +55,7 @@ def folder(tmp_path_factory) -> Path:
     )
     transformers.Qwen3ForCausalLM(config).save_pretrained(folder / "qwen")
     (folder / "qwen" / "tokenizer.json").write_text("{}")
-    for name in ("code", "english"):
-        (folder / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    write_texts(folder, "code", "english")
     (folder / "study.yaml").write_text(STUDY)
     return folder
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_texts import write_texts
 
 from megatron_demix.artifact import publish, read_json
 from megatron_demix.cli import main
@@ -32,8 +33,7 @@ SKILLS = "component.mixed={skills: {code: 0.25, math: 0.75}}"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    for name in ("code", "english", "math"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    write_texts(tmp_path, "code", "english", "math")
     (tmp_path / "study.yaml").write_text(STUDY)
     return tmp_path / "study.yaml"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_texts import write_texts
 from task_files import ARC, GSM8K, write_lines
 
 from megatron_demix.artifact import publish, read_json
@@ -48,8 +49,7 @@ NATS_KT[:, 12:] = [[3.0, 0.1, 0.2, 1.5], [0.4, 1.0, 3.0, 0.3]]
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    for name in ("code", "english"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    write_texts(tmp_path, "code", "english")
     write_lines(tmp_path / "quiz.jsonl", ARC)
     write_lines(tmp_path / "sums.jsonl", GSM8K)
     (tmp_path / "study.yaml").write_text(STUDY)

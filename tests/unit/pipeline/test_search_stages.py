@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from small_texts import write_texts
 from task_files import ARC, GSM8K, write_lines
 
 from megatron_demix.artifact import publish, read_json, write_json
@@ -33,8 +34,7 @@ final: {tokens: 1k}
 
 @pytest.fixture
 def study_path(tmp_path: Path) -> Path:
-    for name in ("code", "english", "math"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    write_texts(tmp_path, "code", "english", "math")
     (tmp_path / "study.yaml").write_text(STUDY)
     return tmp_path / "study.yaml"
 

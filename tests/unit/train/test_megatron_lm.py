@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from dist_checkpoints import bits, read_checkpoint, small_model, write_checkpoint
+from small_texts import write_texts
 from stock_runs import RUNS, stock_run
 
 from megatron_demix.cli import main
@@ -153,8 +154,7 @@ def test_lines_of_its_log():
 
 @pytest.fixture
 def study(tmp_path) -> Path:
-    for name in ("code", "english"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    write_texts(tmp_path, "code", "english")
     (tmp_path / "study.yaml").write_text(STUDY)
     write_checkpoint(tmp_path / "base" / "iter_0000100", small_model(0))
     (tmp_path / "base" / "latest_checkpointed_iteration.txt").write_text("200")  # the study starts from an earlier one
