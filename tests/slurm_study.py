@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import processes
 from slurm_cluster import Cluster, missing_programs
 
 from megatron_demix.artifact import hash_file
@@ -74,6 +77,30 @@ def iterations(run: Path, stage: str) -> int:
         except (OSError, ValueError):
             pass
     return 0
+
+
+def stop_components(run: Path, ranks: int, iteration: int = 60) -> dict[str, list[int]]:
+    """SIGSTOP for the ranks of each component that is past an iteration, so that none ends while others still start."""
+    stopped: dict[str, list[int]] = {}
+
+    def both_stopped() -> bool:
+        for name in {"code", "english"} - set(stopped):
+            if iterations(run, f"components.{name}") > iteration:
+                stopped[name] = processes("megatron_demix.pipeline.worker", f"{run}/logs/components.{name}-")
+                for pid in stopped[name]:
+                    os.kill(pid, signal.SIGSTOP)
+        return len(stopped) == 2
+
+    wait_for("both components", both_stopped)
+    assert [len(pids) for pids in stopped.values()] == [ranks, ranks]
+    return stopped
+
+
+def is_asked_to_stop(pid: int) -> bool:
+    """Whether SIGTERM waits for a process that is stopped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    pending = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd"))
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def job_of(cluster: Cluster, study_name: str, group: str, index: int | str = "N/A") -> str:

@@ -20,11 +20,13 @@ from slurm_study import (
     LIMIT_S,
     contents,
     demix,
+    is_asked_to_stop,
     iterations,
     job_of,
     make_again,
     needs_slurm,
     states,
+    stop_components,
     wait_for,
     write_study,
 )
@@ -64,17 +66,16 @@ def test_a_disturbed_study_is_finished_and_the_same(cluster, study, tmp_path):
     assert "another demix process that works on" in loser or "already being worked on by the SLURM jobs" in loser
 
     # The time limit nears for one component; the other loses a rank of the second node.
-    wait_for("both components", lambda: iterations(run, "components.code") > 60 and iterations(run, "components.english") > 60)
-    workers = processes("megatron_demix.pipeline.worker", f"{run}/logs/components.english-")
-    others = processes("megatron_demix.pipeline.worker", f"{run}/logs/components.code-")
-    with held(workers + others):
-        assert len(workers) == len(others) == 2
+    ranks = stop_components(run, 2)
+    with held(ranks["code"] + ranks["english"]):
         found = states(cluster, study)
         assert found["components/code"]["state"] == "running"
         assert found["final/scores"]["state"] == "queued"
         cluster.wait_until_saved()
         cluster.run("scancel", "--signal=USR1", "--batch", job_of(cluster, "two-nodes", "components", 0))
-        os.kill(workers[1], signal.SIGKILL)
+        # scancel ends before the controller, which is about to be killed, has passed the signal on.
+        wait_for("the signal", lambda: all(map(is_asked_to_stop, ranks["code"])))
+        os.kill(ranks["english"][1], signal.SIGKILL)
         # The controller is not there for a while; the jobs go on.
         cluster.kill_daemon("slurmctld")
     time.sleep(1)
@@ -114,10 +115,7 @@ def test_the_time_limit_of_slurm_itself(cluster, study, tmp_path):
     more = [w for s in ("name=limited", "parallel.data=1", "launch.slurm.grace=45") for w in ("--set", s)]
     _, errors = demix(cluster, "submit", study, *more).communicate(timeout=LIMIT_S)
     try:
-        wait_for("both components", lambda: min(iterations(run, f"components.{n}") for n in ("code", "english")) > 60)
-        ranks = {n: processes("megatron_demix.pipeline.worker", f"{run}/logs/components.{n}-") for n in ("code", "english")}
-        assert len(ranks["code"]) == len(ranks["english"]) == 1
-        os.kill(ranks["english"][0], signal.SIGSTOP)
+        ranks = stop_components(run, 1)
         with held(ranks["code"]):
             shorten(cluster, "limited", "components")
             wait_for("SLURM's signal before the limit", lambda: is_asked_to_stop(ranks["code"][0]))
@@ -146,13 +144,6 @@ def shorten(cluster: Cluster, study_name: str, group: str) -> None:
         ran = re.search(r"RunTime=(\d+):(\d+):", cluster.run("scontrol", "show", "job", job))
         assert ran
         cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(ran[1]) + int(ran[2]) + 1}")
-
-
-def is_asked_to_stop(pid: int) -> bool:
-    """Whether SIGTERM waits for a process that is held."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    pending = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd"))
-    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 # What a user would change in examples/slurm, for models as small as these.
