@@ -51,31 +51,33 @@ class _BadZip(Exception):
 
 
 def _read(blob: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-    size = blob.nbytes
-    tail_at = max(0, size - 22 - 0xFFFF)
-    tail = blob[tail_at:].tobytes() if blob[max(0, size - 22) :][:4].tobytes() != _END else b""
-    end = size - 22 if not tail else tail_at + tail.rfind(_END)
-    if end < 0 or (tail and _END not in tail):
-        raise _BadZip("its end record is missing")
-    count, directory_bytes, directory_at = struct.unpack("<10xHII2x", _bytes(blob, end, 22))
-    if end >= 20 and _bytes(blob, end - 20, 4) == _LOCATOR64:
-        (end64,) = struct.unpack("<8xQ4x", _bytes(blob, end - 20, 20))
-        if _bytes(blob, end64, 4) != _END64:
+    data, size = blob.data, blob.nbytes
+    end = size - 22
+    if _bytes(data, end, 4) != _END:  # a comment follows it
+        tail_at = max(0, end - 0xFFFF)
+        end = tail_at + bytes(data[tail_at:]).rfind(_END)
+        if end < tail_at:
+            raise _BadZip("its end record is missing")
+    count, directory_bytes, directory_at = struct.unpack("<10xHII2x", _bytes(data, end, 22))
+    if end >= 20 and _bytes(data, end - 20, 4) == _LOCATOR64:
+        (end64,) = struct.unpack("<8xQ4x", _bytes(data, end - 20, 20))
+        if _bytes(data, end64, 4) != _END64:
             raise _BadZip("its zip64 end record is missing")
-        count, directory_bytes, directory_at = struct.unpack("<32xQQQ", _bytes(blob, end64, 56))
-    directory = _bytes(blob, directory_at, directory_bytes)
+        count, directory_bytes, directory_at = struct.unpack("<32xQQQ", _bytes(data, end64, 56))
+    directory = _bytes(data, directory_at, directory_bytes)
     entries, at = {}, 0
     for _ in range(count):
-        header = struct.unpack("<4s6xH4xIIIHHH8xI", directory[at : at + 46])
+        header = struct.unpack_from("<4s6xH4xIIIHHH8xI", directory, at)
         signature, method, crc, packed, plain, name_bytes, extra_bytes, comment_bytes, local = header
         if signature != _CENTRAL:
             raise _BadZip("its directory is damaged")
         name = directory[at + 46 : at + 46 + name_bytes].decode()
-        extra = directory[at + 46 + name_bytes : at + 46 + name_bytes + extra_bytes]
-        packed, plain, local = _widened(extra, packed, plain, local)
+        if extra_bytes:
+            extra = directory[at + 46 + name_bytes : at + 46 + name_bytes + extra_bytes]
+            packed, plain, local = _widened(extra, packed, plain, local)
         if method or packed != plain:
             raise _BadZip(f"{name} is compressed")
-        signature, local_name_bytes, local_extra_bytes = struct.unpack("<4s22xHH", _bytes(blob, local, 30))
+        signature, local_name_bytes, local_extra_bytes = struct.unpack("<4s22xHH", _bytes(data, local, 30))
         if signature != _LOCAL:
             raise _BadZip(f"{name} has no local header")
         start = local + 30 + local_name_bytes + local_extra_bytes
@@ -86,10 +88,10 @@ def _read(blob: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
     return entries
 
 
-def _bytes(blob: np.ndarray, at: int, n: int) -> bytes:
-    if at + n > blob.nbytes:
+def _bytes(data: memoryview, at: int, n: int) -> bytes:
+    if at < 0 or at + n > data.nbytes:
         raise _BadZip("a header lies outside of it")
-    return blob[at : at + n].tobytes()
+    return bytes(data[at : at + n])
 
 
 def _widened(extra: bytes, packed: int, plain: int, local: int) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import io
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megatron_demix.errors import CorruptInput
@@ -44,6 +45,7 @@ class Inert:
         return self.state.get(field) if isinstance(self.state, dict) else None
 
 
+@lru_cache(maxsize=256)
 def inert(name: str) -> type[Inert]:
     """A class whose instances carry the name of what they stand for."""
     return type(name.rsplit(".", 1)[-1], (Inert,), {"name": name})

@@ -45,17 +45,22 @@ def verify_merge(folder: Path, components: Components, expected: Expectation, ho
         if {info.key for info, _ in chunks} != set(components.tensors):
             raise VerificationFailed(f"{label}: the merged checkpoint does not hold the components' tensors.")
         chosen = chunks if how == "full" else random.Random(0).sample(chunks, min(_CHUNKS_SAMPLED, len(chunks)))
-        left = _CHECKSUMS_SAMPLED_BYTES
+        whole, left = set(), _CHECKSUMS_SAMPLED_BYTES
         for info, index in chosen:
             location = info.chunks[index].location
-            whole = how == "full" or location.length <= left
-            if whole:
+            if how == "full" or location.length <= left:
+                whole.add(location)
                 left -= location.length
+            if how == "sample" and location in whole:
+                merged.prefetch(location, info.key)  # all of them at once, while elements are compared
+        for info, index in chosen:
+            location = info.chunks[index].location
+            if how == "full":
                 merged.prefetch(location, info.key)
             payload = merged.payload(info, info.chunks[index])
-            if whole:
-                _verify_checksum(payload, info, index, label)
             _verify_elements(payload, info, index, expected, label)
+            if location in whole:
+                _verify_checksum(payload, info, index, label)
         if how == "full":
             _read_with_torch(merged, chunks, label)
     except CorruptInput as e:
