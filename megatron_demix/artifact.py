@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,17 @@ def hash_file(path: Path) -> str:
 
 def temporary_beside(path: Path) -> Path:
     """A fresh hidden name in the folder of `path`; it says whose it is, so that remove_leftovers knows if its writer lives."""
-    return path.with_name(f".{path.name}{_TEMPORARY}{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}{_TEMPORARY}{_here()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@cache
+def _here() -> str:
+    """Names the processes whose numbers mean something to this one: containers and machines may share a host name."""
+    try:
+        machine, namespace = Path("/etc/machine-id").read_bytes(), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        machine, namespace = b"", 0
+    return f"{platform.node()}-{hashlib.sha256(b'%b %d' % (machine, namespace)).hexdigest()[:6]}"
 
 
 def is_temporary(path: Path) -> bool:
@@ -219,12 +230,12 @@ def sync_path(path: Path) -> None:
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete the temporary folders and files that killed processes of this machine left directly in `folder`.
 
-    Those of other machines, which may share the disk, are left: whether their writers live cannot be seen from here.
+    Those of other machines and containers, which may share the disk, are left: whether their writers live cannot be seen.
     """
     removed = []
     for path in Path(folder).glob(f".*{_TEMPORARY}*"):
-        host, _, pid = path.name.rsplit(_TEMPORARY, 1)[1].rpartition("-")[0].rpartition("-")
-        if host == platform.node() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        where, _, pid = path.name.rsplit(_TEMPORARY, 1)[1].rpartition("-")[0].rpartition("-")
+        if where == _here() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(path)
     return removed

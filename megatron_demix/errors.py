@@ -95,7 +95,8 @@ class EndedEarly(Incomplete):
 
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Turn the operating system's "disk full" family into StorageError naming `what` was being written."""
+    """Turn what the operating system says of a full disk, and of places where nothing can be written, into StorageError naming
+    `what` was being written."""
     try:
         yield
     except OSError as e:
@@ -104,4 +105,6 @@ def storage_errors(what: str) -> Iterator[None]:
                 f"{what}: {e.strerror or e} ({e.filename or 'no path'}). Free space or choose another disk, then run again; "
                 "nothing that was finished is lost."
             ) from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+            raise StorageError(f"{what}: {e.strerror or e} ({e.filename or 'no path'}). Choose another place.") from e
         raise

@@ -26,9 +26,9 @@ from megatron_demix.artifact import (
     write_json,
 )
 from megatron_demix.checkpoint.common_state import write_common_state
-from megatron_demix.checkpoint.layout import COMMON, TRACKER
+from megatron_demix.checkpoint.layout import BACKEND, COMMON, METADATA, TRACKER, find_checkpoint
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
-from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 from megatron_demix.native import crc32
 
 
@@ -51,7 +51,19 @@ def is_published(target: Path, folder: str, provenance: Mapping[str, Any], descr
             raise CorruptInput(
                 f"{path}: missing or not {facts} bytes long, as {described} says. Delete {target} and make it again."
             )
+    if not (target / TRACKER).is_file() or find_checkpoint(target).path.name != folder:
+        raise CorruptInput(f"{target / TRACKER}: does not name {folder}, which is there. Delete {target} and make it again.")
     return True
+
+
+def resolved(target: Path) -> Path:
+    """An output's path without links. Raises ConfigError where a folder cannot be renamed to: the one that this process is in,
+    and where another file system begins."""
+    found = Path(os.path.realpath(target))
+    if found == Path.cwd() or found.is_mount():
+        what = "the current folder" if found == Path.cwd() else "a mount point"
+        raise ConfigError(f"output {str(target)!r} is {what}, and outputs are whole folders. Choose a new folder in it.")
+    return found
 
 
 # Beside a finished file while others are not: the CRCs of its tensor items.
@@ -170,7 +182,10 @@ class Output:
             write_common_state(self.folder / COMMON, common)
             for name, data in (carried or {}).items():
                 (self.folder / name).write_bytes(data)
-            checksums = {"files": sizes, "tensors_crc32": _combined(placements, crcs)}
+            small = {
+                path.name: path.stat().st_size for path in self.folder.iterdir() if path.name in (METADATA, BACKEND, COMMON)
+            }
+            checksums = {"files": sizes | small, "tensors_crc32": _combined(placements, crcs)}
             write_json(self.folder / self._described_in, dict(provenance) | {"checksums": checksums})
             (self.temporary / TRACKER).write_text(tracker)
             for path in (*self.folder.iterdir(), self.folder, *self.temporary.iterdir(), self.temporary):

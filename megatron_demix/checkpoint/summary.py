@@ -30,14 +30,19 @@ _SHOWN_ARGUMENTS = (
 def summarize(path: Path) -> dict[str, Any]:
     """JSON-able facts: location, iteration, kind, totals, the model's tensors and objects, what else is there, saved arguments.
 
-    Raises as Checkpoint does. Every payload of the model is located (truncated files are found), none is read.
+    Raises as Checkpoint does. Everything that .metadata lists is located (truncated files are found), nothing of it is read.
     """
     checkpoint = Checkpoint(path)
     model = checkpoint.model_tensors
     for info in model.values():
         for chunk in info.chunks:
             checkpoint.payload(info, chunk)
+    for key, location in checkpoint.metadata.objects.items():
+        checkpoint.blob(location, key)
     others = [info for key, info in checkpoint.metadata.tensors.items() if not is_model_key(key)]
+    for info in others:
+        for chunk in info.chunks:
+            checkpoint.blob(chunk.location, info.key)
     arguments = model_arguments(read_common_state(checkpoint))
     return {
         "path": str(checkpoint.location.path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None) -> int:
     """Merge as the arguments say; returns the exit code."""
-    arguments = _parser(description).parse_args(argv)
-    return exit_code(lambda: _run(arguments))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half done stays
+    return exit_code(lambda: _run(_parser(description).parse_args(argv)))
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
@@ -118,8 +119,6 @@ def _run(arguments: argparse.Namespace) -> int:
         mixtures, arguments.normalize = _corrected(list(components), mixtures, arguments), "affine"
     if arguments.threads is not None and arguments.threads < 1:
         raise ConfigError(f"--threads is {arguments.threads}, expected at least 1.")
-    if arguments.dry_run:
-        return _dry_run(components, mixtures, arguments)
     written = merge_checkpoints(
         components,
         mixtures,
@@ -134,7 +133,10 @@ def _run(arguments: argparse.Namespace) -> int:
         worker=_worker(arguments),
         into_output=single,
         method=_method(arguments),
+        dry_run=arguments.dry_run,
     )
+    if arguments.dry_run:
+        return _show_plan(components, mixtures, written, arguments)
     for path in written:
         print(path)
     if len(written) < len(mixtures):
@@ -181,6 +183,7 @@ def _what(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dic
             if name in components:
                 raise ConfigError(f"--components: {name!r} is given twice.")
             components[name] = Path(path)
+        _check_distinct(components)
         return components, read_weights(arguments.weights), False
     components, weights = {}, {}
     for text in arguments.inputs:
@@ -194,7 +197,15 @@ def _what(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dic
         if path in components:
             raise ConfigError(f"{path!r} is given twice. Add up its weights.")
         components[path], weights[path] = Path(path), value
+    _check_distinct(components)
     return components, {arguments.output.name or "merged": weights}, True
+
+
+def _check_distinct(components: dict[str, Path]) -> None:
+    seen: dict[Path, str] = {}
+    for name, path in components.items():
+        if (other := seen.setdefault(path.resolve(), name)) != name:
+            raise ConfigError(f"components {other!r} and {name!r} are one folder, {path.resolve()}. Add up its weights.")
 
 
 def _corrected(
@@ -218,14 +229,14 @@ def _corrected(
     }
 
 
-def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]], arguments: argparse.Namespace) -> int:
+def _show_plan(
+    components: dict[str, Path], mixtures: dict[str, dict[str, float]], todo: Sequence[Path], arguments: argparse.Namespace
+) -> int:
     from megatron_demix.merge.components import Components
-    from megatron_demix.merge.weights import weight_matrix
 
     method = _method(arguments)
     parts = Components(method.sources(components))
     bound = method.bind(parts)
-    weight_matrix(mixtures, list(components), arguments.normalize)
     size = sum(c.location.length for info in parts.tensors.values() for c in info.chunks)
     print(f"{len(parts.names)} components, {len(parts.tensors)} tensors, {format_bytes(size)} each")
     for name, checkpoint in zip(parts.names, parts.checkpoints, strict=True):
@@ -240,5 +251,6 @@ def _dry_run(components: dict[str, Path], mixtures: dict[str, dict[str, float]],
         print(f"  rule: {', '.join(f'{k} {v}' for k, v in rule.items())}")
     if fused := described.get("fused"):
         print(f"  fused projections: {', '.join(f'{k} {v}' for k, v in fused.items())}")
-    print(f"{len(mixtures)} mixtures, {format_bytes(size * len(mixtures))} to write under {arguments.output}")
+    done = f" ({len(mixtures) - len(todo)} are there already)" if len(todo) < len(mixtures) else ""
+    print(f"{len(mixtures)} mixtures{done}, {format_bytes(size * len(todo))} to write under {arguments.output}")
     return 0

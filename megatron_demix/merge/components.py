@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
+from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.payload import Payload
@@ -15,6 +18,14 @@ from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 
 MERGEABLE = ("float32", "bfloat16", "float16")
+
+_FUNCTION = (
+    *("num_attention_heads", "num_query_groups", "kv_channels", "attention_output_gate", "qk_layernorm"),
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
+    *("use_rope_scaling", "rope_scaling_factor", "swiglu", "quick_geglu", "squared_relu"),
+    *("normalization", "norm_epsilon", "apply_layernorm_1p", "moe_router_topk", "moe_router_pre_softmax"),
+)
+"""Megatron's arguments that say what a model computes from its weights, which do not show in the weights' shapes."""
 
 
 class Components:
@@ -38,9 +49,15 @@ class Components:
         self._tensors = [with_keys(checkpoint.model_tensors, first) for checkpoint in self.checkpoints]
         for k in range(len(self.names)):
             self._check_against_first(k)
+            self._check_function(k)
         for key, info in first.items():
             self._check_type(info)
             (self.tensors if info.dtype in MERGEABLE else self.copied)[key] = info
+
+    @cached_property
+    def common_states(self) -> list[dict[str, Any]]:
+        """[K] as read_common_state reads them."""
+        return [read_common_state(checkpoint) for checkpoint in self.checkpoints]
 
     def infos(self, key: str) -> list[TensorInfo]:
         """[K] the tensor in each component."""
@@ -108,6 +125,19 @@ class Components:
                     f"{self.checkpoints[k].location.path}: the {len(info.chunks)} chunks of {key!r} have {covered} elements, "
                     f"its shape {info.shape} {info.elements}. The checkpoint was not saved by all ranks, or saves some "
                     "elements twice."
+                )
+
+    def _check_function(self, k: int) -> None:
+        first, other = model_arguments(self.common_states[0]), model_arguments(self.common_states[k])
+        for name in _FUNCTION:
+            a, b = first.get(name), other.get(name)
+            if name == "num_query_groups" and not (first.get("group_query_attention") and other.get("group_query_attention")):
+                continue  # then it is the argument's default, and means nothing
+            if a is not None and b is not None and a != b:
+                raise IncompatibleInputs(
+                    f"components {self.names[0]!r} and {self.names[k]!r}: {name} is {a!r} in the one and {b!r} in the other: "
+                    "equal weights would be different functions. Components must be trained from one base with one "
+                    "architecture."
                 )
 
     def _check_type(self, info: TensorInfo) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 
 from megatron_demix import __version__
 from megatron_demix.artifact import fingerprint, remove_leftovers
-from megatron_demix.checkpoint.common_state import merged_common_state, read_common_state
+from megatron_demix.checkpoint.common_state import merged_common_state
 from megatron_demix.checkpoint.layout import iteration_folder
-from megatron_demix.checkpoint.output import Output, is_published
+from megatron_demix.checkpoint.output import Output, is_published, resolved
 from megatron_demix.checkpoint.run_config import RUN_CONFIG, merged_run_config
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
-from megatron_demix.errors import ConfigError, CorruptInput, StorageError, VerificationFailed, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError, VerificationFailed, storage_errors
 from megatron_demix.merge.chunks import cut_anew
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.methods import BoundMethod, Linear, Method
@@ -55,6 +55,7 @@ def merge_checkpoints(
     worker: tuple[int, int] | None = None,
     into_output: bool = False,
     method: Method | None = None,
+    dry_run: bool = False,
 ) -> list[Path]:
     """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return those now published.
 
@@ -68,7 +69,8 @@ def merge_checkpoints(
     and one layer or expert; None: as the first component is cut. worker (i, n): one of n processes that write together, on any
     machines with one file system: every n-th file from the i-th on, with all mixtures; who finds all files written verifies and
     publishes. Killed, the same or any other worker can be run again. into_output: write the only mixture to output itself.
-    max_memory: bytes of buffers. Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums
+    max_memory: bytes of buffers. dry_run: check all that needs no elements, write nothing, and return what would be published.
+    Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums
     are compared as they are read), OutputExists, VerificationFailed, StorageError; what is published is whole and verified.
     """
     for name, value, allowed in (("layout", layout, get_args(Layout)), ("verify", verify, get_args(Verify))):
@@ -85,18 +87,20 @@ def merge_checkpoints(
     weights_MK = weight_matrix(mixtures, list(components), normalize)
     method.check_names(list(mixtures))
     output = Path(output)
-    targets = [output if into_output else output / name for name in mixtures]
+    targets = [resolved(output if into_output else output / name) for name in mixtures]
     job = _Job(parts, layout, method.bind(parts), max_chunk)
     provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
     todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m], PROVENANCE)]
+    job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
+    threads = threads or default_threads()
+    per_pass = _outputs_per_pass(job, threads, max_memory)
+    _check_place(targets[0].parent, job, len(todo))
+    if dry_run:
+        return [targets[m] for m in todo]
     with storage_errors(f"writing {output}"):
         for parent in {target.parent for target in targets}:
             parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(parent)
-    job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
-    _check_space(output if output.exists() else output.parent, job, len(todo))
-    threads = threads or default_threads()
-    per_pass = _outputs_per_pass(job, threads, max_memory)
     if todo:
         plan = job.plan
         parts.start_read_ahead()
@@ -125,7 +129,7 @@ class _Job:
         self.method = method
         first = parts.checkpoints[0]
         iteration = first.location.iteration
-        self.common_state = read_common_state(first)
+        self.common_state = parts.common_states[0]
         if layout == "iter" and iteration is None:
             iteration = self.common_state.get("iteration")
             if not isinstance(iteration, int) or iteration < 0:
@@ -187,6 +191,7 @@ class _Job:
                 part: {"model": self._digest(k), "iteration": self.parts.checkpoints[k].location.iteration}
                 for k, part in enumerate(self.parts.names)
             },
+            "order": self.parts.names,  # sums, random streams and what is copied depend on it
             "copied_from_first": sorted({p.item.key for p in self.placements if isinstance(p.item, CopiedItem)}),
             "left_out": self.left_out,
             **({"carried": carried} if carried else {}),
@@ -283,7 +288,12 @@ def _merge_group(
                     out.discard_all()
                     raise
                 job.parts.check_still_there()
-                out.publish()
+                try:
+                    out.publish()
+                except OutputExists:
+                    if not is_published(out.target, job.folder, provenances[m], PROVENANCE):
+                        raise
+                    out.discard_all()  # another process made the very same
     except BaseException:
         for out in outputs:
             out.discard()
@@ -323,7 +333,12 @@ def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
     return max(1, min(max_memory // smallest, (soft - in_use - 32) // files))
 
 
-def _check_space(folder: Path, job: _Job, num_outputs: int) -> None:
+def _check_place(folder: Path, job: _Job, num_outputs: int) -> None:
+    """That outputs can be made in a folder, which need not exist. Raises StorageError."""
+    while not folder.exists():
+        folder = folder.parent
+    if num_outputs and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise StorageError(f"{folder}: nothing can be written there. Choose another place for the output.")
     needed = num_outputs * job.bytes_each
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
-from megatron_demix.errors import ConfigError
+from megatron_demix.checkpoint.common_state import model_arguments
+from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.parts import FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
@@ -179,6 +179,12 @@ def with_base(coefficients_MK: np.ndarray) -> np.ndarray:
 
 
 def fused_layout(components: Components, known: FusedLayout) -> FusedLayout:
-    """How the components' projections are fused: what is known, else what the first component's saved arguments say."""
-    arguments = model_arguments(read_common_state(components.checkpoints[0]))
+    """How the components' projections are fused: what their saved arguments say, else what is known. Raises ConfigError where
+    these two contradict each other, IncompatibleInputs where there is an output gate."""
+    arguments = model_arguments(components.common_states[0])
+    if arguments.get("attention_output_gate"):
+        raise IncompatibleInputs(
+            "the components' attention has an output gate, which fuses a fourth projection into linear_qkv: this method, which "
+            "tells q, k and v apart, cannot merge them. Use --method linear."
+        )
     return FusedLayout.of_arguments(arguments).with_known(known)

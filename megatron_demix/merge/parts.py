@@ -37,6 +37,11 @@ class FusedLayout:
     kv_channels: int | None = None
     swiglu: bool | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("num_query_groups", "kv_channels"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, expected at least 1.")
+
     @classmethod
     def of_arguments(cls, arguments: Mapping[str, Any]) -> FusedLayout:
         """From the arguments Megatron saved with a checkpoint; what they do not say stays unknown."""
@@ -54,9 +59,12 @@ class FusedLayout:
         return {k: getattr(self, k) for k in self.__dataclass_fields__ if getattr(self, k) is not None}
 
     def with_known(self, known: FusedLayout) -> FusedLayout:
-        """This, with what `known` says taking its place."""
-        pairs = [(k, getattr(known, k)) for k in self.__dataclass_fields__]
-        return FusedLayout(**{k: getattr(self, k) if value is None else value for k, value in pairs})
+        """This, with what only `known` says. Raises ConfigError where they contradict each other."""
+        ours, theirs = self.describe(), known.describe()
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name]:
+                raise ConfigError(f"{name} is {theirs[name]} as given, but the components were saved with {ours[name]}.")
+        return FusedLayout(**ours | theirs)
 
 
 UNKNOWN = FusedLayout()
@@ -228,8 +236,7 @@ def _fused_rows(key: str, num_rows: int, layout: FusedLayout) -> list[Rows]:
     if rest or heads_and_two < 3:
         raise IncompatibleInputs(
             f"{key!r} has {num_rows} rows, which are not {groups} query groups of some query heads, a key and a value of "
-            f"{channels} channels each. Correct --num-query-groups or --kv-channels (attention with an output gate, "
-            "which fuses a fourth projection, cannot be merged by this method)."
+            f"{channels} channels each. Correct --num-query-groups or --kv-channels."
         )
     period, queries = heads_and_two * channels, (heads_and_two - 2) * channels
     return [

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import platform
 import subprocess
 import sys
 
@@ -202,7 +201,7 @@ def test_json_that_cannot_be_read_back_is_not_written(tmp_path):
 def test_leftovers_of_dead_processes_here_are_removed_and_no_others(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait(timeout=60)
-    host = platform.node()
+    host = artifact.temporary_beside(tmp_path / "out").name.removeprefix(".out.tmp-").rsplit("-", 2)[0]
     names = {
         "dead folder": f".out.tmp-{host}-{dead.pid}-0a1b2c3d",
         "living": f".out.tmp-{host}-{os.getpid()}-0a1b2c3d",

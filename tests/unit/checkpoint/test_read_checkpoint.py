@@ -22,6 +22,7 @@ from megatron_demix.checkpoint.metadata import read_metadata
 from megatron_demix.checkpoint.payload import read_payload
 from megatron_demix.checkpoint.pickles import Global, inert, instance, plain_tuple, read_pickle, write_pickle
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
+from megatron_demix.checkpoint.summary import summarize
 from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import CorruptInput
 
@@ -104,6 +105,18 @@ def test_truncated_distcp_is_named(tmp_path):
     file.unlink()
     with pytest.raises(CorruptInput, match=r"cannot be read .* but .metadata refers to it"):
         Checkpoint(tmp_path).payload(info, info.chunks[0])
+
+
+def test_a_summary_finds_files_that_are_too_short_for_what_is_not_the_model(tmp_path):
+    write_checkpoint(
+        tmp_path, {"optimizer.state.exp_avg.decoder.w": torch.ones(100)}, objects={"rng_state/shard_0_1": b"x" * 50}
+    )
+    file = tmp_path / "__0_0.distcp"
+    summarize(tmp_path)
+    for size, key in ((file.stat().st_size - 10, "optimizer"), (20, "rng_state")):
+        os.truncate(file, size)
+        with pytest.raises(CorruptInput, match=key):
+            summarize(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [1, 21, 22, 60, 300, 700])

@@ -1,5 +1,6 @@
 """Merging checkpoints on disk: what is written, what is refused, and that nothing wrong is ever published."""
 
+import argparse
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 import yaml
 from dist_checkpoints import bits, parallel_cuts, read_checkpoint, small_model, write_checkpoint
 
+from megatron_demix.checkpoint.layout import TRACKER
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import (
     ConfigError,
@@ -128,7 +130,7 @@ def test_bytes_do_not_depend_on_how_sources_are_read(tmp_path, max_memory):
 def test_a_component_cut_short_while_it_is_merged(tmp_path, monkeypatch):
     parts = {name: large(tmp_path / name, seed) for seed, name in enumerate("ab")}
     (file,) = parts["b"].glob("*.distcp")
-    monkeypatch.setattr(engine, "_check_space", lambda *_: os.truncate(file, 1 << 19))
+    monkeypatch.setattr(engine, "_check_place", lambda *_: os.truncate(file, 1 << 19))
     with pytest.raises(CorruptInput, match=rf"{file}: became unreadable while it was read"):
         merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
     assert not list((tmp_path / "out").iterdir())
@@ -366,3 +368,70 @@ def test_a_wrong_sum_is_noticed(parts, tmp_path, monkeypatch):
     run = native.MergePlan.run
     monkeypatch.setattr(native.MergePlan, "run", lambda self, weights, **kw: run(self, np.roll(weights, 1, axis=2), **kw))
     refuse(VerificationFailed, "expected .* within .* Not published", parts, tmp_path, {"m": WEIGHTS}, verify="full")
+
+
+def test_another_order_is_another_merge(parts, tmp_path):
+    """Sums, random streams and what is copied from the first depend on it."""
+    merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    backwards = dict(reversed(parts.items()))
+    with pytest.raises(OutputExists, match="other inputs or settings"):
+        merge_checkpoints(backwards, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("file", ["release/.metadata", "release/common.pt", "release/metadata.json", TRACKER])
+def test_a_published_output_that_was_damaged_is_not_done(parts, tmp_path, file):
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    (path / file).write_bytes(b"")
+    with pytest.raises(CorruptInput, match=f"{os.path.basename(file)}: .*Delete|{os.path.basename(file)}: holds ''"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    (path / file).unlink()
+    with pytest.raises(CorruptInput, match=os.path.basename(file)):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+
+def test_who_makes_the_same_at_the_same_time_is_done_too(parts, tmp_path, monkeypatch):
+    def other(*_):
+        monkeypatch.undo()
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+    monkeypatch.setattr(engine, "verify_merge", other)
+    written = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    assert written == [tmp_path / "out" / "m"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["m"]
+
+
+def test_outputs_that_are_links_are_followed_and_those_that_cannot_be_renamed_to_are_refused(parts, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "link", progress=False, into_output=True)
+    assert path == tmp_path / "elsewhere"
+    assert (tmp_path / "link" / TRACKER).read_text() == "release"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match=r"output '\.' is the current folder"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, ".", progress=False, into_output=True)
+
+
+def test_a_dry_run_looks_at_the_place_and_writes_nothing(parts, tmp_path):
+    def dry(mixtures, output):
+        return merge_checkpoints(parts, mixtures, output, progress=False, dry_run=True)
+
+    assert dry({"m": WEIGHTS}, tmp_path / "new" / "er") == [tmp_path / "new" / "er" / "m"]
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="nothing can be written there"):
+        dry({"m": WEIGHTS}, tmp_path / "file" / "x")
+    merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    assert dry({"m": WEIGHTS, "n": {"a": 1.0}}, tmp_path / "out") == [tmp_path / "out" / "n"]
+
+
+@pytest.mark.parametrize("change", [{"rotary_base": 500_000}, {"num_attention_heads": 8}, {"swiglu": False}])
+def test_equal_shapes_that_mean_different_functions_are_refused(tmp_path, change):
+    arguments = {"rotary_base": 10_000, "num_attention_heads": 4, "num_query_groups": 1, "swiglu": True}
+    parts = {}
+    for name, own in {"a": {}, "b": {"num_query_groups": 4}, "c": change}.items():
+        common = {"args": argparse.Namespace(**arguments | own), "iteration": 1}
+        parts[name] = write_checkpoint(tmp_path / name, small_model(0), {}, common=common)
+    merge_checkpoints({k: parts[k] for k in "ab"}, {"m": {"a": 1.0}}, tmp_path / "out", progress=False)
+    ((name, value),) = change.items()
+    with pytest.raises(IncompatibleInputs, match=f"'a' and 'c': {name} is {arguments[name]!r} in the one and {value!r}"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out2", progress=False)

@@ -90,10 +90,16 @@ def test_methods_on_the_command_line(tmp_path, capsys):
     }
     assert list(described["weights"].values()) == [0.5, 0.25, 0.25]
     (tmp_path / "rules.yaml").write_text("- {layers: 1, scale: 1.5}")
+    assert main([*command, "--dry-run"]) == 6  # what is there was made in another way
+    command[command.index("--output") + 1] = str(tmp_path / "other")
     assert main([*command, "--base", str(base), "--rules", str(tmp_path / "rules.yaml"), "--dry-run"]) == 0
     assert "rule: tensors *, layers 1-1, scale 1.5" in capsys.readouterr().out
     assert main([*command, "--method", "karcher", "--density", "0.4"]) == 2
     assert "method karcher has no density" in capsys.readouterr().err
+    assert main([*command, "--max-chunk", "many"]) == 2
+    assert "'many' is not understood" in capsys.readouterr().err
+    assert main([*weighted, f"{parts['a'].parent}/./{parts['a'].name}/:0.5", "--output", str(tmp_path / "o")]) == 2
+    assert "are one folder" in capsys.readouterr().err
 
 
 def test_mixed_components_on_the_command_line(tmp_path, capsys):

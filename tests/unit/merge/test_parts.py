@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from merge_models import write_components
+from merge_models import saved_arguments, write_components
 
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
@@ -91,6 +91,24 @@ def test_what_is_unknown_or_does_not_fit_is_refused():
     with pytest.raises(IncompatibleInputs, match=r"has 7 rows, which are no gate and up halves"):
         partition(**{fc1: (2, 7, 8)})
     assert len(names(None, **{qkv: (2, 25, 8), fc1: (2, 7, 8)})) == 4
+
+
+def test_what_is_given_may_add_to_what_was_saved_and_not_contradict_it():
+    saved = FusedLayout(num_query_groups=2, swiglu=True)
+    assert saved.with_known(FusedLayout(kv_channels=3)) == KNOWN
+    with pytest.raises(ConfigError, match="num_query_groups is 1 as given, but the components were saved with 2"):
+        saved.with_known(FusedLayout(num_query_groups=1))
+    with pytest.raises(ConfigError, match="kv_channels is 0, expected at least 1"):
+        FusedLayout(kv_channels=0)
+
+
+def test_attention_with_an_output_gate_cannot_be_told_apart(tmp_path):
+    arguments = saved_arguments()
+    arguments["args"].attention_output_gate = True
+    parts, _ = write_components(tmp_path, common=arguments)
+    with pytest.raises(IncompatibleInputs, match="output gate"):
+        merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", method=make_method("karcher"), progress=False)
+    merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", progress=False)
 
 
 def test_a_merge_that_needs_the_layout_says_so_and_takes_it(tmp_path):
