@@ -182,9 +182,7 @@ class Output:
             write_common_state(self.folder / COMMON, common)
             for name, data in (carried or {}).items():
                 (self.folder / name).write_bytes(data)
-            small = {
-                path.name: path.stat().st_size for path in self.folder.iterdir() if path.name in (METADATA, BACKEND, COMMON)
-            }
+            small = {name: (self.folder / name).stat().st_size for name in (METADATA, BACKEND, COMMON)}
             checksums = {"files": sizes | small, "tensors_crc32": _combined(placements, crcs)}
             write_json(self.folder / self._described_in, dict(provenance) | {"checksums": checksums})
             (self.temporary / TRACKER).write_text(tracker)
