@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.errors import ConfigError
+from megatron_demix.merge.weights import is_weight
 from megatron_demix.mixture import TOLERANCE
 
 _KEYS = ("tensors", "layers", "mixtures", "scale", "weights")
@@ -62,12 +63,20 @@ def parse_rules(given: Any, what: str) -> tuple[Rule, ...]:
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
-    """Rules of a YAML file. Raises ConfigError."""
+    """Rules of a YAML file. Raises ConfigError, for a key that is given twice too, of which YAML would take the last."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if repeated := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} is given twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        return parse_rules(yaml.safe_load(Path(path).read_text(encoding="utf-8")), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        # Nothing but a SafeLoader's values.
+        return parse_rules(yaml.load(Path(path).read_text(encoding="utf-8"), Loader), str(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise ConfigError(f"{path}: cannot be read ({e}).") from e
 
 
@@ -82,18 +91,14 @@ def _parse(given: Any, what: str) -> Rule:
         raise ConfigError(f"{what}: mixtures is {mixtures!r}, expected a pattern such as 'm1_*'.")
     if (scale is None) == (weights is None):
         raise ConfigError(f"{what}: give either scale or weights.")
-    if scale is not None and not _is_number(scale):
-        raise ConfigError(f"{what}: scale is {scale!r}, expected a finite number.")
-    if weights is not None and not (isinstance(weights, Mapping) and weights and all(map(_is_number, weights.values()))):
+    if scale is not None and not is_weight(scale):
+        raise ConfigError(f"{what}: scale is {scale!r:.80}, expected a finite number (in float32).")
+    if weights is not None and not (isinstance(weights, Mapping) and weights and all(map(is_weight, weights.values()))):
         raise ConfigError(f"{what}: weights are {weights!r}, expected a number for each component that counts.")
     if weights is not None and abs(math.fsum(weights.values()) - 1) > TOLERANCE:
         raise ConfigError(f"{what}: weights sum to {math.fsum(weights.values()):.6g}, expected 1.")
     pairs = None if weights is None else tuple((str(name), float(w)) for name, w in weights.items())
     return Rule(tensors, _layers(given.get("layers"), what), None if scale is None else float(scale), pairs, mixtures)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _layers(given: Any, what: str) -> tuple[int, int] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,6 +17,14 @@ from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import TOLERANCE
 
 Normalize = Literal["error", "warn", "apply", "affine", "off"]
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Of a weight or scale: elements are summed in float32."""
+
+
+def is_weight(value: Any) -> bool:
+    """Whether it is a number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def weight_matrix(
@@ -35,8 +45,11 @@ def weight_matrix(
         for component, weight in given.items():
             if component not in components:
                 raise MixtureError(f"mixture {name}: {component!r} is not a component; they are {', '.join(components)}.")
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise MixtureError(f"mixture {name}: weight of {component!r} is {weight!r}, expected a finite number.")
+            if not is_weight(weight):
+                raise MixtureError(
+                    f"mixture {name}: weight of {component!r} is {weight!r:.80}, expected a finite number (in float32, so at "
+                    f"most {LARGEST:.3g})."
+                )
             weights[m, components.index(component)] = weight
         weights[m] = _normalized(weights[m], name, dict(zip(components, weights[m].tolist(), strict=True)), normalize)
     return weights
@@ -63,33 +76,88 @@ def _normalized(row: np.ndarray, name: str, shown: Mapping[str, float], normaliz
     return row / total
 
 
+class _Twice(Exception):
+    """A key or a column that is there twice; its name."""
+
+
 def read_weights(path: Path) -> dict[str, dict[str, float]]:
     """Mixtures of a weights.jsonl, one {"name": ..., "weights": {component: weight}} a line; or of a CSV file (.csv) as
     search_mixture.py writes it, an id and then a column a component. Raises ConfigError."""
-    mixtures: dict[str, dict[str, float]] = {}
+    path = Path(path)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e}).") from e
-    columns = lines.pop(0).split(",")[1:] if Path(path).suffix == ".csv" and lines else None
-    for number, line in enumerate(lines, 1 if columns is None else 2):
-        if not line.strip():
-            continue
-        try:
-            if columns is None:
-                row = json.loads(line)
-                name, weights = row["name"], dict(row["weights"])
-            else:
-                name, *values = line.split(",")
-                weights = dict(zip(columns, map(float, values), strict=True))
-        except (ValueError, KeyError, TypeError) as e:
-            form = '{"name": ..., "weights": {component: weight}}' if columns is None else f"a name and {len(columns)} numbers"
-            raise ConfigError(f"{path}, line {number}: expected {form}, found {line[:80]!r} ({e!r}).") from e
-        if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\0" in name:
-            raise ConfigError(f"{path}, line {number}: {name!r} cannot name an output folder.")
+    mixtures: dict[str, dict[str, float]] = {}
+    for where, name, weights in _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text):
+        if not _names_a_folder(name):
+            raise ConfigError(f"{where}: {name!r} cannot name an output folder.")
         if name in mixtures:
-            raise ConfigError(f"{path}, line {number}: mixture {name!r} appears twice.")
+            raise ConfigError(f"{where}: mixture {name!r} appears twice.")
         mixtures[name] = weights
     if not mixtures:
         raise ConfigError(f"{path}: holds no mixtures.")
     return mixtures
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any, dict[str, float]]]:
+    """(place, name, weights) of each line."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line, object_pairs_hook=_unique)
+            name, weights = row["name"], row["weights"]
+            if not isinstance(weights, dict):
+                raise TypeError(f"weights are a {type(weights).__name__}")
+        except _Twice as e:
+            raise ConfigError(f"{where}: {e.args[0]!r} is given twice. Keep one of them.") from e
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            form = '{"name": ..., "weights": {component: weight}}'
+            raise ConfigError(f"{where}: expected {form}, found {line[:80]!r} ({e!r}).") from e
+        yield where, name, weights
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(place, name, weights) of each row below the first."""
+    rows = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
+    columns: list[str] | None = None
+    try:
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if not "".join(row).strip() and len(row) < 2:
+                continue
+            name, *values = row
+            if columns is None:
+                columns = values
+                if repeated := {column for column in columns if columns.count(column) > 1}:
+                    raise ConfigError(f"{where}: column {min(repeated)!r} is given twice. Keep one of them.")
+                continue
+            try:
+                weights = dict(zip(columns, map(float, values), strict=True))
+            except ValueError as e:
+                found = ",".join(row)[:80]
+                raise ConfigError(f"{where}: expected a name and {len(columns)} numbers, found {found!r} ({e!r}).") from e
+            yield where, name, weights
+    except csv.Error as e:
+        raise ConfigError(f"{path}, line {rows.line_num}: not CSV ({e}).") from e
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Twice(key)
+        found[key] = value
+    return found
+
+
+def _names_a_folder(name: Any) -> bool:
+    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and no file system can hold
+        return False
+    return True

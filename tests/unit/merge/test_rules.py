@@ -113,6 +113,8 @@ def test_rules_survive_being_described():
         ({"tensors": "*"}, r"rule 1: give either scale or weights"),
         ({"scale": 1, "weights": {"a": 1}}, r"rule 1: give either scale or weights"),
         ({"scale": "big"}, r"rule 1: scale is 'big'"),
+        ({"scale": 1e39}, r"rule 1: scale is 1e\+39, expected a finite number"),
+        ({"weights": {"a": 10**400}}, r"rule 1: weights are "),
         ({"scale": 1, "mixtures": 3}, r"rule 1: mixtures is 3, expected a pattern"),
         ({"weights": {}}, r"rule 1: weights are \{\}"),
         ({"weights": {"a": 0.5}}, r"rule 1: weights sum to 0.5, expected 1"),
@@ -122,6 +124,21 @@ def test_rules_survive_being_described():
 def test_rules_that_are_refused(rule, match):
     with pytest.raises(ConfigError, match=match):
         parse_rules([rule], "rules.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("- {scale: 1, scale: 2}", r"'scale' is given twice"),
+        ("- {weights: {a: 0.5, b: 0.5, a: 0.5}}", r"'a' is given twice"),
+        ("- {scale: " + "9" * 5000 + "}", r"cannot be read"),
+        ("[" * 5000, r"cannot be read"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, text, match):
+    (tmp_path / "rules.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        read_rules(tmp_path / "rules.yaml")
 
 
 def test_rules_that_do_not_fit_the_components(tmp_path):
