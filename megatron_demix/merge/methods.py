@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.checkpoint.common_state import model_arguments
-from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.parts import FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
 from megatron_demix.merge.rules import Rule
+from megatron_demix.merge.weights import LARGEST, is_weight
 from megatron_demix.native import DeltaRules
 
 BASE = "base"
@@ -32,10 +33,19 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a native plan runs: weights for each part (one set where there is no partition), and rules for deltas, if any."""
+    """What a native plan runs: weights for each part (one set where there is no partition), and rules for deltas, if any.
+
+    Raises MixtureError where float32 does not hold a weight."""
 
     weights_SMK: np.ndarray
     deltas: DeltaRules | None = None
+
+    def __post_init__(self) -> None:
+        if (beyond := ~(np.abs(self.weights_SMK) <= LARGEST)).any():
+            raise MixtureError(
+                f"weights and scale make a coefficient {self.weights_SMK[beyond].flat[0]:.3g}, expected at most {LARGEST:.3g}: "
+                "elements are summed in float32. Give smaller ones."
+            )
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,7 @@ class Linear(Method):
     """For certain tensors, layers or mixtures; the last one that matches counts, for weights and for the scale each."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ConfigError(f"scale is {self.scale}, expected a finite number.")
+        check_scale(self.scale)
         if self.base is None and any(rule.scale is not None for rule in self.rules):
             raise ConfigError("a rule with a scale needs a base: give the checkpoint that the components were trained from.")
         if self.base is None and self.scale != 1:
@@ -169,6 +178,12 @@ class _RuledLinear(BoundMethod):
                     scale = rule.scale
             rows.append(self.method.coefficients(weights_K[np.newaxis], scale))
         return np.concatenate(rows)
+
+
+def check_scale(scale: float) -> None:
+    """Raises ConfigError."""
+    if not is_weight(scale):
+        raise ConfigError(f"scale is {scale}, expected a finite number (in float32, so at most {LARGEST:.3g}).")
 
 
 def with_base(coefficients_MK: np.ndarray) -> np.ndarray:

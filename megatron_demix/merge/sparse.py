@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.merge.components import Components
-from megatron_demix.merge.methods import BASE, BoundMethod, Method, Recipe, fused_layout
+from megatron_demix.merge.methods import BASE, BoundMethod, Method, Recipe, check_scale, fused_layout
 from megatron_demix.merge.parts import UNKNOWN, FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
 from megatron_demix.native import DeltaRules
@@ -82,8 +82,7 @@ class Sparse(Method):
             raise ConfigError(f"{self.name} needs a base: give the checkpoint that the components were trained from.")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density is {self.density}, expected a share in (0, 1].")
-        if not math.isfinite(self.scale):
-            raise ConfigError(f"scale is {self.scale}, expected a finite number.")
+        check_scale(self.scale)
         options = RULES[self.name].options
         if "gamma" in options and not 0 <= self.gamma < 1:
             raise ConfigError(f"gamma is {self.gamma}, expected a share in [0, 1).")

@@ -86,8 +86,8 @@ def _verify_elements(payload: Payload, info: TensorInfo, index: int, expected: E
     if not same.all():
         i = int(np.flatnonzero(~same)[0])
         raise VerificationFailed(
-            f"{label}: {info.key!r}, element {tuple((inside[i] + chunk.offset).tolist())} is {found[i]!r}, expected "
-            f"{outcomes[0].values[i]!r} within {outcomes[0].bounds[i]:.3g}. Not published."
+            f"{label}: {info.key!r}, element {tuple((inside[i] + chunk.offset).tolist())} is {float(found[i])!r}, "
+            f"expected {float(outcomes[0].values[i])!r} within {outcomes[0].bounds[i]:.3g}. Not published."
         )
 
 

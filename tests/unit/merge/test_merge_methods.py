@@ -10,12 +10,13 @@ from dist_checkpoints import bits, read_checkpoint, small_model, write_checkpoin
 from merge_models import write_components
 
 from megatron_demix.checkpoint.live import LiveTensor
-from megatron_demix.errors import ConfigError, OutputExists
+from megatron_demix.errors import ConfigError, MixtureError, OutputExists
 from megatron_demix.merge.command import main
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.methods import Linear
+from megatron_demix.merge.methods import Linear, Recipe
 from megatron_demix.merge.named import make_method
 from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.merge.sparse import Sparse
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
 
@@ -65,6 +66,12 @@ def test_methods_that_make_no_sense():
         Linear(scale=1.5)
     with pytest.raises(ConfigError, match=r"scale is nan, expected a finite number"):
         Linear(Path("x"), float("nan"))
+    with pytest.raises(ConfigError, match=r"scale is 1e\+39, expected a finite number \(in float32, so at most 3.4e\+38\)"):
+        Linear(Path("x"), 1e39)
+    with pytest.raises(ConfigError, match=r"scale is -1e\+39, expected a finite number"):
+        Sparse(Path("x"), scale=-1e39, name="ties", density=0.5)
+    with pytest.raises(MixtureError, match=r"weights and scale make a coefficient 1e\+40, expected at most 3.4e\+38"):
+        Recipe(Linear(Path("x"), 1e20).coefficients(np.array([[1e20, 0]]))[np.newaxis])
     with pytest.raises(ConfigError, match=r"a component is called 'base'"):
         Linear(Path("x")).sources({"base": Path("y")})
 
