@@ -7,6 +7,7 @@ a model that silently computes something else is worse than none.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,24 +143,24 @@ def from_huggingface(config: Mapping[str, Any], where: str) -> ModelArguments:
     _refuse_unsupported(config, family, where)
     rotary_base, rope_factor = _rope(config, where)
     hidden_size, num_heads = _number(config, "hidden_size", where), _number(config, "num_attention_heads", where)
-    num_experts = config.get("num_experts", config.get("num_local_experts")) if family.moe else None
+    experts = "num_experts" if "num_experts" in config else "num_local_experts"
     return ModelArguments(
         num_layers=_number(config, "num_hidden_layers", where),
         hidden_size=hidden_size,
         ffn_hidden_size=_number(config, "intermediate_size", where),
         num_attention_heads=num_heads,
-        num_query_groups=config.get("num_key_value_heads") or num_heads,
-        kv_channels=config.get("head_dim") or hidden_size // num_heads,
+        num_query_groups=_number(config, "num_key_value_heads", where, num_heads),
+        kv_channels=_number(config, "head_dim", where, hidden_size // num_heads),
         vocab_size=_number(config, "vocab_size", where),
         max_position_embeddings=_number(config, "max_position_embeddings", where),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=_real(config, "rms_norm_eps", where, 1e-6),
         rotary_base=rotary_base,
         use_rope_scaling=rope_factor is not None,
         rope_scaling_factor=rope_factor or 8.0,
         qk_layernorm=family.qk_layernorm,
         add_qkv_bias=family.add_qkv_bias,
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-        num_experts=num_experts,
+        num_experts=_number(config, experts, where) if family.moe else None,
         moe_router_topk=_number(config, "num_experts_per_tok", where) if family.moe else 2,
         moe_ffn_hidden_size=_number(config, "moe_intermediate_size", where) if family.moe else None,
         # Megatron either takes the softmax over the chosen experts, which is what normalising their share of a softmax over
@@ -251,27 +252,57 @@ def from_megatron(arguments: Mapping[str, Any], vocab_size: int, where: str) -> 
     )
 
 
-def _number(config: Mapping[str, Any], name: str, where: str) -> int:
+def _number(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    """default: what null and an absent key mean; None: they are refused."""
     value = config.get(name)
+    if value is None and default is not None:
+        return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{where}: config.json has {name} {value!r}, expected a number of 1 or more.")
     return value
 
 
+def _real(config: Mapping[str, Any], name: str, where: str, default: float | None = None) -> float:
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{where}: config.json has {name} {value!r}, expected a positive number.")
+    return float(value)
+
+
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
     """(base, factor of Llama 3's scaling or None), from the old keys or the new `rope_parameters`."""
-    scaling = dict(config.get("rope_parameters") or {})
-    base = float(scaling.pop("rope_theta", None) or config.get("rope_theta", 10000.0))
-    scaling = scaling or dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    if kind == "default":
+    said = [_rope_section(config, name, where) for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    if said and said[0] != said[-1]:
+        raise ConfigError(
+            f"{where}: config.json has rope_parameters {config['rope_parameters']} and rope_scaling {config['rope_scaling']}, "
+            "expected one of them, or both to mean the same. Delete the one that the model was not trained with."
+        )
+    base, scaling = said[0] if said else (_real(config, "rope_theta", where, 10000.0), None)
+    if scaling is None:
         return base, None
-    if kind != "llama3" or any(not math.isclose(scaling.get(k, v), v) for k, v in _LLAMA3_ROPE.items()):
+    if scaling["rope_type"] != "llama3" or any(
+        not math.isclose(_real(scaling, k, where, v), v) for k, v in _LLAMA3_ROPE.items()
+    ):
         raise IncompatibleInputs(
-            f"{where}: config.json scales RoPE as { ({'rope_type': kind} | scaling) }; Megatron's --use-rope-scaling has only "
+            f"{where}: config.json scales RoPE as {scaling}; Megatron's --use-rope-scaling has only "
             f"llama3 with {_LLAMA3_ROPE} and any factor. Extend the context after pre-training, from a base without scaling."
         )
-    return base, float(scaling["factor"])
+    return base, _real(scaling, "factor", where)
+
+
+def _rope_section(config: Mapping[str, Any], name: str, where: str) -> tuple[float, dict[str, Any] | None]:
+    """(base, scaling with its rope_type or None for none) that one of the two sections means."""
+    section = config[name]
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: config.json has {name} {section!r}, expected a JSON object or null.")
+    scaling = dict(section)
+    base = _real(scaling if scaling.get("rope_theta") is not None else config, "rope_theta", where, 10000.0)
+    scaling.pop("rope_theta", None)
+    old = scaling.pop("type", "default")
+    kind = scaling.pop("rope_type", old)
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise IncompatibleInputs(f"{where}: config.json has {name} {section}; layers that differ in RoPE are not supported.")
+    return base, None if kind == "default" else {"rope_type": kind} | dict(sorted(scaling.items()))
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -> None:
