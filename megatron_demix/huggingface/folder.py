@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,9 +58,10 @@ class HuggingFaceFolder:
     def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype, shape) of a tensor. Raises IncompatibleInputs if it is missing, or of a type that is not converted."""
         if name not in self._file_of:
+            some = f"{len(self._file_of)} tensors, such as {', '.join(sorted(self._file_of)[:3])}"
             raise IncompatibleInputs(
-                f"{self.path}: its weights have no {name!r}, which its config.json promises. They have {len(self._file_of)} "
-                f"tensors, such as {', '.join(sorted(self._file_of)[:3])}."
+                f"{self.path}: its weights have no {name!r}, which its config.json promises. They have "
+                f"{some if self._file_of else 'no tensors at all'}."
             )
         entry = self._opened[self._file_of[name]].get_slice(name)
         if entry.get_dtype() not in _DTYPES:
@@ -85,7 +87,13 @@ class HuggingFaceFolder:
                 named = sorted(set(read_json(index)["weight_map"].values()))
             except (KeyError, TypeError, AttributeError) as e:
                 raise CorruptInput(f"{index}: not an index of safetensors files ({e!r}).") from e
-            files = [self.path / name for name in named if isinstance(name, str) and "/" not in name]
+            if outside := [name for name in named if not isinstance(name, str) or "/" in name]:
+                raise CorruptInput(
+                    f"{index}: names {outside[0]!r}, expected names of files beside it: no others are read. Put the files there."
+                )
+            if not named:
+                raise CorruptInput(f"{index}: names no files. Finish the download.")
+            files = [self.path / name for name in named]
             if missing := [f.name for f in files if not f.is_file()]:
                 raise CorruptInput(
                     f"{self.path}: {len(missing)} of the {len(files)} files that {_INDEX} names are missing, the first is "
@@ -129,9 +137,10 @@ def write_weights(
 ) -> None:
     """Write safetensors files of at most about `shard_bytes`, one in memory at a time, and their index where there are several.
 
-    sizes: bytes of every tensor, in the order of `tensors`, which yields (name, dtype, array).
+    sizes: bytes of every tensor, in the order of `tensors`, which yields (name, dtype, array). Raises OSError.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards = _shards(sizes, shard_bytes)
@@ -143,7 +152,13 @@ def write_weights(
             assert name == expected
             tensor = torch.from_numpy(np.ascontiguousarray(array))
             held[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
-        save_file(held, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(held, folder / file, metadata={"format": "pt"})
+        except SafetensorError as e:
+            # What the operating system said is in the text only: "I/O error: No space left on device (os error 28)".
+            if not (code := re.search(r"\(os error (\d+)\)", str(e))):
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder / file)) from e
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
