@@ -13,8 +13,12 @@ from megatron_demix.units import parse_bytes
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None) -> int:
     """Convert as the arguments say; returns the exit code."""
-    arguments = _parser(description).parse_args(argv)
-    return exit_code(lambda: _import(arguments) if arguments.command == "import" else _export(arguments))
+
+    def run() -> int:
+        arguments = _parser(description).parse_args(argv)  # in here: sizes in it that are not understood are ConfigErrors
+        return _import(arguments) if arguments.command == "import" else _export(arguments)
+
+    return exit_code(run)
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def export_checkpoint(
     checkpoint: a run's root, an iter_* or release folder; a merged one too. Optimizer and random state stay behind.
     reference: a Hugging Face folder whose configuration and tokenizer are taken; default: the huggingface/ folder that an
     import left beside the checkpoint, if it is there. Without one, config.json follows the arguments saved in the checkpoint,
-    and vocab_size (default: all rows, padding included) says how many rows of the embedding are kept.
+    and vocab_size (default: all rows, padding included, and a warning) says how many rows of the embedding are kept.
 
     At most `shard_bytes` are in memory. Raises ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError;
     nothing is then at `output`.
@@ -62,6 +63,8 @@ def export_checkpoint(
     saved = model_arguments(read_common_state(opened))
     model = _model(opened, saved, reference, vocab_size)
     source = _Source(opened, model, where)
+    if reference is None and vocab_size is None:
+        print(f"warning: {where}: {_without_reference(saved, model.vocab_size)}", file=sys.stderr)
     config = read_config(reference) if reference else to_huggingface(model, source.dtype)
     if reference:
         config |= {key: source.dtype for key in ("dtype", "torch_dtype") if key in config}
@@ -94,8 +97,11 @@ def _model(checkpoint: Checkpoint, saved: dict[str, Any], reference: Path | None
     embedding = checkpoint.model_tensors.get(_EMBEDDING)
     if embedding is None:
         raise IncompatibleInputs(f"{where}: has no {_EMBEDDING!r}; only GPT models are exported.")
+    rows = embedding.shape[0]
+    if vocab_size is not None and not 1 <= vocab_size <= rows:
+        raise ConfigError(f"--vocab-size is {vocab_size}, expected 1 to {rows}: the rows of the embedding of {where}.")
     if reference is None:
-        return from_megatron(saved, vocab_size or embedding.shape[0], where)
+        return from_megatron(saved, vocab_size or rows, where)
     if vocab_size is not None:
         raise ConfigError("--vocab-size and --reference both say how large the vocabulary is. Give one of them.")
     model = from_huggingface(read_config(reference), str(reference))
@@ -114,6 +120,18 @@ def _model(checkpoint: Checkpoint, saved: dict[str, Any], reference: Path | None
                     f"{getattr(model, name)}. Give a reference of the same architecture, or none."
                 )
     return model
+
+
+def _without_reference(saved: dict[str, Any], rows: int) -> str:
+    known = saved.get("vocab_size")
+    if isinstance(known, int) and 0 < known <= rows:
+        padding = f"{rows - known} of them padding (trained with vocab_size {known})"
+    else:
+        padding = "with what they were padded by, which its saved arguments do not say"
+    return (
+        f"no import left a Hugging Face configuration beside it. All {rows} rows of the vocabulary are written, {padding}, and "
+        "neither tokenizer nor generation_config.json. Give --reference HF_DIR for the model's own, or --vocab-size N."
+    )
 
 
 class _Source:

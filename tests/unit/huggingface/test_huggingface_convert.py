@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, OutputExists
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, OutputExists, StorageError
+from megatron_demix.huggingface import exporting
 from megatron_demix.huggingface.command import main
 from megatron_demix.huggingface.exporting import export_checkpoint
 from megatron_demix.huggingface.importing import Layout, import_folder
@@ -207,6 +208,17 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"model_type": "mamba"}, IncompatibleInputs, "model_type is 'mamba'; supported are llama, qwen2"),
         ({"attention_bias": True}, IncompatibleInputs, "attention_bias True; only False"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, IncompatibleInputs, "scales RoPE as .*yarn"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            ConfigError,
+            "rope_parameters .*default.* and rope_scaling .*yarn.*, expected one of them",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, IncompatibleInputs, "layers that differ in RoPE"),
+        ({"rope_scaling": "linear"}, ConfigError, "rope_scaling 'linear', expected a JSON object"),
+        ({"rope_parameters": LLAMA3 | {"rope_type": "llama3", "factor": "8"}}, ConfigError, "factor '8', expected a positive"),
+        ({"rms_norm_eps": "x"}, ConfigError, "rms_norm_eps 'x', expected a positive number"),
+        ({"num_key_value_heads": "2"}, ConfigError, "num_key_value_heads '2', expected a number of 1"),
+        ({"head_dim": 2.5}, ConfigError, "head_dim 2.5, expected a number of 1"),
         ({"hidden_size": None}, ConfigError, "hidden_size None, expected a number"),
         ({"num_hidden_layers": 3}, IncompatibleInputs, "no 'model.layers.2.input_layernorm.weight'"),
         ({"num_hidden_layers": 1}, IncompatibleInputs, "9 tensors that a llama model has not"),
@@ -230,6 +242,11 @@ def test_weights_that_are_not_all_there(copy, tmp_path):
         import_folder(copy, tmp_path / "base", progress=False)
     for file in copy.glob("*.safetensors*"):
         file.unlink()
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "../model.safetensors"}}))
+    with pytest.raises(CorruptInput, match=r"names '../model.safetensors', expected names of files beside it"):
+        import_folder(copy, tmp_path / "base", progress=False)
+    index.unlink()
     (copy / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"Weights in pickle files .* are not read"):
         import_folder(copy, tmp_path / "base", progress=False)
@@ -263,6 +280,48 @@ def test_exports_that_would_be_another_model(llama, copy, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "copy"]
 
 
+def test_both_ways_to_say_rope_may_mean_the_same(copy, tmp_path):
+    scaling = {"factor": 32, "rope_type": "llama3"} | LLAMA3
+    edit_config(copy, rope_theta=5e5, rope_scaling=scaling, rope_parameters=scaling | {"rope_theta": 5e5, "factor": 32.0})
+    model = import_folder(copy, tmp_path / "base", progress=False)
+    assert (model.rotary_base, model.use_rope_scaling, model.rope_scaling_factor) == (5e5, True, 32.0)
+
+
+def test_a_vocabulary_that_no_reference_tells(llama, tmp_path, capsys, monkeypatch):
+    import_folder(llama, tmp_path / "base", progress=False)
+    shutil.rmtree(tmp_path / "base" / "huggingface")
+    for size in (0, -5, 257):
+        with pytest.raises(ConfigError, match=f"--vocab-size is {size}, expected 1 to 256"):
+            export_checkpoint(tmp_path / "base", tmp_path / "x", vocab_size=size, progress=False)
+    export_checkpoint(tmp_path / "base", tmp_path / "cut", vocab_size=VOCAB, progress=False)
+    assert capsys.readouterr().err == ""
+    assert export_checkpoint(tmp_path / "base", tmp_path / "all", progress=False).vocab_size == 256
+    said = capsys.readouterr().err
+    assert "warning: " in said
+    assert "All 256 rows of the vocabulary are written, with what they were padded by, which its saved arguments" in said
+
+    known = exporting.model_arguments
+    monkeypatch.setattr(exporting, "model_arguments", lambda state: known(state) | {"vocab_size": VOCAB})
+    export_checkpoint(tmp_path / "base", tmp_path / "again", progress=False)
+    assert (
+        "256 rows of the vocabulary are written, 106 of them padding (trained with vocab_size 150)" in capsys.readouterr().err
+    )
+
+
+def test_an_export_to_a_full_disk(llama, tmp_path):
+    import resource
+
+    import_folder(llama, tmp_path / "base", progress=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"writing .*: File too large \(.*model.safetensors\)"):
+            export_checkpoint(tmp_path / "base", tmp_path / "out", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
 def test_done_is_skipped_and_nothing_is_overwritten(llama, tmp_path):
     import_folder(llama, tmp_path / "base", progress=False)
     import_folder(llama, tmp_path / "base", progress=False)
@@ -285,3 +344,5 @@ def test_the_command(llama, tmp_path, capsys):
     assert same_tensors(tensors_of(tmp_path / "back"), tensors_of(llama))
     assert main(["export", str(tmp_path / "nowhere"), "--output", str(tmp_path / "x")]) == 2
     assert "error: checkpoint" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--max-shard-size", "foo"]) == 2
+    assert "error: bytes: 'foo' is not understood" in capsys.readouterr().err
