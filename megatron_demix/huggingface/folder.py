@@ -88,9 +88,7 @@ class HuggingFaceFolder:
             except (KeyError, TypeError, AttributeError) as e:
                 raise CorruptInput(f"{index}: not an index of safetensors files ({e!r}).") from e
             if outside := [name for name in named if not isinstance(name, str) or "/" in name]:
-                raise CorruptInput(
-                    f"{index}: names {outside[0]!r}, expected names of files beside it: no others are read. Put the files there."
-                )
+                raise CorruptInput(f"{index}: names {outside[0]!r}, expected names of files beside it. Put the files there.")
             if not named:
                 raise CorruptInput(f"{index}: names no files. Finish the download.")
             files = [self.path / name for name in named]
