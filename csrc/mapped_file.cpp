@@ -86,11 +86,13 @@ Watch* watch(const MappedFile* file) {
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) {
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    // Not blocking: a pipe that nobody writes to would be waited for.
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (descriptor < 0) fail(errno, path);
     struct stat status;
     void* data = nullptr;
     int error = ::fstat(descriptor, &status) ? errno : 0;
+    if (!error && !S_ISREG(status.st_mode)) error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
     if (!error && status.st_size) {
         data = ::mmap(nullptr, std::size_t(status.st_size), PROT_READ, MAP_SHARED, descriptor, 0);
         if (data == MAP_FAILED) error = errno;

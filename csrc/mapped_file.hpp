@@ -11,7 +11,7 @@ namespace demix {
 // passes on what is not about a mapped file.
 class MappedFile {
 public:
-    // Throws std::system_error. An empty file has no bytes and no data.
+    // Throws std::system_error, for all but regular files too. An empty file has no bytes and no data.
     explicit MappedFile(const std::string& path);
     ~MappedFile();
     MappedFile(const MappedFile&) = delete;

@@ -50,6 +50,18 @@ def test_every_chunk_is_found_with_its_bytes(tmp_path):
             assert payload.record.tobytes() == bits(tensors[key][box])
 
 
+@pytest.mark.parametrize(("make", "reason"), [(os.mkfifo, "Invalid argument"), (os.mkdir, "Is a directory")])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make, reason):
+    write_checkpoint(tmp_path, small_model(1))
+    checkpoint = Checkpoint(tmp_path)
+    info = next(iter(checkpoint.model_tensors.values()))
+    path = checkpoint.location.path / info.chunks[0].location.file
+    path.unlink()
+    make(path)
+    with pytest.raises(CorruptInput, match=rf"distcp: cannot be read \({reason}\), but .metadata refers to it"):
+        checkpoint.payload(info, info.chunks[0])
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16, torch.float8_e4m3fn]
 )
