@@ -6,10 +6,10 @@
 #include <cstring>
 #include <fcntl.h>
 #include <mutex>
-#include <thread>
 #include <unistd.h>
 
 #include "content_hash.hpp"
+#include "parallel.hpp"
 #include "unaligned.hpp"
 
 namespace demix {
@@ -82,10 +82,9 @@ Gathered gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::
         write(buffer.data(), used);
         content += sum;
     };
-    std::vector<std::thread> others;
-    for (std::int64_t p = 1; p < pieces; ++p) others.emplace_back(work, p);
-    work(0);
-    for (auto& t : others) t.join();
+    parallel(pieces, static_cast<int>(pieces), 1, [&](std::int64_t from, std::int64_t to) {
+        for (; from < to; ++from) work(from);
+    });
     return {error, content};
 }
 

@@ -2,16 +2,12 @@
 
 #include <cerrno>
 #include <stdexcept>
-#include <thread>
 
 #include "crc32.hpp"
 #include "kernels.hpp"
 #include "merge_tile.hpp"
+#include "parallel.hpp"
 #include "read_ahead.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace demix {
 
@@ -37,9 +33,7 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
     cancelled_.store(false);
 
     const auto work = [&] {
-#if defined(__x86_64__)
-        _mm_setcsr(0x1f80);  // nearest even, denormals kept: a caller that flushes them must not change the result
-#endif
+        const IeeeArithmetic exact;
         try {
             TileWorker worker(x);
             std::size_t target = 0;
@@ -54,17 +48,17 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
             x.stop.store(true);
         }
     };
-    std::vector<std::thread> threads;
+    Threads threads, reader;
     // A thread that writes to a file waits for the disk most of that time: a second one sums meanwhile.
     const int num_threads = std::max(1, settings.threads) * (to_files ? buffers_per_thread : 1);
-    for (int i = 0; i < num_threads; ++i) threads.emplace_back(work);
+    for (int i = 0; i < num_threads && threads.start(work); ++i) {}
     // What goes to files is made once, and may be read from the disk for it; models in memory are made again and again.
     std::atomic<bool> finished{false};
-    std::thread reader;
-    if (to_files) reader = std::thread([&] { read_ahead(x, finished); });
-    for (std::thread& thread : threads) thread.join();
+    if (to_files) reader.start([&] { read_ahead(x, finished); });
+    if (threads.none()) work();
+    threads.join();
     finished.store(true);
-    if (reader.joinable()) reader.join();
+    reader.join();
 
     Outcome outcome;
     outcome.error = x.error.load();

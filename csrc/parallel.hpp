@@ -2,20 +2,89 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace demix {
 
-// Runs work(begin, end) over [0, count) in at most `threads` pieces. Pieces below `least` are not worth a thread.
+// Threads that end before this does. A limit on processes or memory may let fewer start than are asked for.
+class Threads {
+public:
+    Threads() = default;
+    Threads(const Threads&) = delete;
+    Threads& operator=(const Threads&) = delete;
+    ~Threads() { join(); }
+
+    // False where none more can start.
+    template <class Work>
+    bool start(Work&& work) {
+        try {
+            running_.emplace_back(std::forward<Work>(work));
+            return true;
+        } catch (const std::system_error&) {
+            return false;
+        } catch (const std::bad_alloc&) {
+            return false;
+        }
+    }
+    bool none() const { return running_.empty(); }
+    void join() {
+        for (std::thread& thread : running_) thread.join();
+        running_.clear();
+    }
+
+private:
+    std::vector<std::thread> running_;
+};
+
+// While it lives: nearest even, denormals kept. A caller that flushes them must not change a result, nor find them kept afterwards.
+class IeeeArithmetic {
+#if defined(__x86_64__)
+public:
+    IeeeArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    IeeeArithmetic(const IeeeArithmetic&) = delete;
+    IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+    ~IeeeArithmetic() { _mm_setcsr(before_); }
+
+private:
+    unsigned before_;
+#else
+public:
+    IeeeArithmetic() {}
+#endif
+};
+
+// Runs work(begin, end) over [0, count) in at most `threads` pieces. Pieces below `least` are not worth a thread; those that get none
+// are done by the caller. Throws what `work` throws.
 template <class Work>
 void parallel(std::int64_t count, int threads, std::int64_t least, const Work& work) {
     const auto pieces = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, count / least));
-    std::vector<std::thread> others;
-    for (std::int64_t p = 1; p < pieces; ++p)
-        others.emplace_back([&, p] { work(count * p / pieces, count * (p + 1) / pieces); });
-    work(0, count / pieces);
-    for (auto& t : others) t.join();
+    std::exception_ptr failure;
+    std::mutex failing;
+    const auto piece = [&](std::int64_t p) {
+        try {
+            work(count * p / pieces, count * (p + 1) / pieces);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(failing);
+            failure = std::current_exception();
+        }
+    };
+    Threads others;
+    std::int64_t started = 1;
+    while (started < pieces && others.start([&piece, started] { piece(started); })) ++started;
+    piece(0);
+    for (; started < pieces; ++started) piece(started);
+    others.join();
+    if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace demix

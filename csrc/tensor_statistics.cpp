@@ -8,15 +8,11 @@
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
-#include <thread>
 
 #include "buffer.hpp"
 #include "delta_kernels.hpp"
+#include "parallel.hpp"
 #include "row_reader.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace demix {
 namespace {
@@ -33,9 +29,7 @@ void in_parallel(std::vector<std::int64_t> sizes, int threads, const MergePlan& 
     std::exception_ptr failure;
     std::mutex failing;
     const auto loop = [&] {
-#if defined(__x86_64__)
-        _mm_setcsr(0x1f80);  // as the merge itself: nearest even, denormals kept
-#endif
+        const IeeeArithmetic exact;  // as the merge itself
         try {
             const auto work = make_work();
             for (std::size_t i; (i = next.fetch_add(1)) < order.size() && !plan.cancelled();) work(order[i]);
@@ -45,9 +39,10 @@ void in_parallel(std::vector<std::int64_t> sizes, int threads, const MergePlan& 
             next.store(order.size());
         }
     };
-    std::vector<std::thread> workers;
-    for (int i = 0; i < std::max(1, threads); ++i) workers.emplace_back(loop);
-    for (std::thread& worker : workers) worker.join();
+    Threads workers;
+    for (int i = 0; i < std::max(1, threads) && workers.start(loop); ++i) {}
+    if (workers.none()) loop();
+    workers.join();
     if (failure) std::rethrow_exception(failure);
 }
 

@@ -1,6 +1,8 @@
 """What the native layer refuses before it touches memory, and its checksum."""
 
 import os
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -73,6 +75,36 @@ def test_a_write_that_fails_names_its_cause(tmp_path):
     plan.add_region(0, [0], [16], [0], [0], [[1]])
     with open(os.devnull, "rb") as read_only, pytest.raises(OSError, match=r"Bad file descriptor"):
         plan.run(np.ones((1, 1, 1)), descriptors_TM=np.array([[read_only.fileno()]]), offsets_T=[0])
+
+
+# Where a stack of 8 MiB fits for a few of the threads, or for none.
+@pytest.mark.parametrize("mib", [5, 30])
+def test_fewer_threads_than_asked_for(tmp_path, mib):
+    code = f"""
+import resource, sys
+import numpy as np
+from megatron_demix.native import MergePlan
+n = 1 << 16
+plan = MergePlan(2)
+for k in range(2):
+    plan.add_record(np.full(n, k + 1, np.float32).view(np.uint8), 0)
+plan.add_target([n], "float32", "float32")
+plan.add_region(0, [0], [n], [0, 1], [0, 0], [[1], [1]])
+weights, out = np.array([[[0.25, 0.75]]]), np.zeros(n, np.float32)
+resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + ({mib} << 20), resource.RLIM_INFINITY))
+plan.run(weights, addresses_TM=np.array([[out.ctypes.data]]), threads=64, tile_bytes=4096)
+assert (out == 1.75).all()
+with open(sys.argv[1], "wb") as file:
+    plan.run(weights, descriptors_TM=np.array([[file.fileno()]]), offsets_T=[0], threads=64, tile_bytes=4096)
+assert plan._plan.done_bytes() == out.nbytes
+core = sys.modules["megatron_demix.native.core"].core
+assert core.gram(plan._plan, False, 64, "scalar") == [n, 2 * n, 2 * n, 4 * n]
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (np.fromfile(tmp_path / "out", np.float32) == 1.75).all()
 
 
 def test_progress_and_interruption(tmp_path):
