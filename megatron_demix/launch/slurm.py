@@ -9,7 +9,6 @@ whatever becomes of them, submits again what is missing.
 from __future__ import annotations
 
 import argparse
-import getpass
 import os
 import subprocess
 import sys
@@ -192,7 +191,7 @@ class Slurm:
                     jobs[g.name] = self._sbatch(g, missing, [jobs[n] for n in g.needs if n in jobs])
             everything = ":".join(jobs.values())
             after = [f"--dependency=afterany:{everything}"] if jobs else []
-            jobs[CONCLUDE] = _slurm("sbatch", "--parsable", *after, str(scripts.path(CONCLUDE))).split(";")[0].strip()
+            jobs[CONCLUDE] = self._sbatch_file(*after, str(scripts.path(CONCLUDE)))
         except BaseException:
             if jobs:
                 _slurm("scancel", *jobs.values(), check=False)
@@ -200,18 +199,26 @@ class Slurm:
         return jobs
 
     def _sbatch(self, g: Group, missing: Sequence[int], after: Sequence[str]) -> str:
-        options = ["--parsable"]
+        options = []
         if after:
             options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
         if len(missing) < len(g.stages):
             limit = self._scripts.spec.array_limit
             options.append(f"--array={','.join(map(str, missing))}" + (f"%{limit}" if limit else ""))
-        return _slurm("sbatch", *options, str(self._scripts.path(g.name))).split(";")[0].strip()
+        return self._sbatch_file(*options, str(self._scripts.path(g.name)))
+
+    def _sbatch_file(self, *arguments: str) -> str:
+        """The job's id."""
+        spec = self._scripts.spec
+        asked = [given for given in (spec, spec.light, *spec.kinds.values()) if given is not None]
+        said = {name for name in _DEFAULTS if any(getattr(given, name.lower(), None) is not None for given in asked)}
+        answer = _slurm("sbatch", "--parsable", *arguments, defaults=[n for n in _DEFAULTS if n not in said])
+        return answer.split(";")[0].strip()
 
     def _jobs(self) -> list[tuple[str, str, int | None, str, str]]:
         """(job id, group, index in its array, state, reason) of every job of this run that has not ended, but this one."""
         listed = _slurm(
-            "squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F\t%K\t%j\t%T\t%r\t%Z"
+            "squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F\t%K\t%j\t%T\t%r\t%Z"
         )  # fmt: skip
         jobs = []
         for line in listed.splitlines():
@@ -246,11 +253,24 @@ def _without(stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:
     return [s for s in stages if s.name not in hopeless]
 
 
-def _slurm(*command: str, check: bool = True) -> str:
+_DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "TIME", "RESERVATION", "CONSTRAINT")
+"""Of sbatch's variables those that a person may have set for all jobs. They count where a study says nothing."""
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+
+
+def _environment(defaults: Sequence[str]) -> dict[str, str]:
+    """Without what SLURM says of the job that this process is in, which would become the new job's, and without the variables
+    that change what is listed or override what a script says."""
+    variables = {f"SBATCH_{'TIMELIMIT' if name == 'TIME' else name}" for name in defaults} | set(_OF_THE_CLUSTER)
+    ours = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SCONTROL_")
+    return {name: value for name, value in os.environ.items() if name in variables or not name.startswith(ours)}
+
+
+def _slurm(*command: str, check: bool = True, defaults: Sequence[str] = ()) -> str:
     """Output of one of SLURM's commands. Raises ConfigError where it is not installed or refuses, NoAnswer where the
     controller does not answer."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S, env=_environment(defaults))
     except FileNotFoundError as e:
         raise ConfigError(
             f"launch.backend is slurm, but there is no {command[0]} on this machine. Submit from a login node, or use "

@@ -117,7 +117,7 @@ class Scripts:
                     if resources.gpus_per_node and stage.ranks
                     else []
                 ),
-                *resources.sbatch,
+                *map(_quoted, resources.sbatch),
             ],
             stages=[shlex.quote(s.name) for s in group.stages],
             setup=self.spec.setup.strip(),
@@ -136,19 +136,24 @@ class Scripts:
     def of_conclusion(self) -> str:
         """The last job runs outside the container: it calls sbatch."""
         resources = self.spec.model_copy(update=_given(self.spec.light)) if self.spec.light else self.spec
-        options = [*self._common(CONCLUDE, resources, array=1), "--nodes=1", "--ntasks=1", *resources.sbatch]
-        command = [sys.executable, "-m", "megatron_demix.launch.slurm", self.study, "--run", self.run, "--root", self.root]
+        options = [*self._common(CONCLUDE, resources, array=1), "--nodes=1", "--ntasks=1", *map(_quoted, resources.sbatch)]
+        python = sys.executable if self.spec.container else self.spec.python or sys.executable
+        command = [python, "-m", "megatron_demix.launch.slurm", self.study, "--run", self.run, "--root", self.root]
         lines = [
             "#!/bin/bash",
             f"# Study {self.study_name}: the report, once everything is done; or what is missing, once more.",
             *(f"#SBATCH {option}" for option in options),
+            "conclude() {",
+            "    exec " + " ".join(shlex.quote(str(word)) for word in command),
+            "}",
+            "trap conclude EXIT  # whatever becomes of what stands below",
             *([self.spec.setup.strip()] if self.spec.setup else []),
-            "exec " + " ".join(shlex.quote(str(word)) for word in command),
         ]
         return "\n".join(lines) + "\n"
 
     def _common(self, name: str, resources: SlurmResources, *, array: int) -> list[str]:
-        log = self.logs / f"{name}-{'%A_%a' if array > 1 else '%j'}.log"
+        # In the path, but not in the file's name, a % is no pattern of SLURM's.
+        log = f"{self.logs}/".replace("%", "%%") + f"{name}-{'%A_%a' if array > 1 else '%j'}.log"
         options = {
             "job-name": self.job_name(name),
             "chdir": self.run,
@@ -188,6 +193,12 @@ def check_kinds(spec: SlurmSpec, stages: Sequence[Stage]) -> None:
         for kind in given:
             if kind not in possible:
                 raise ConfigError(f"launch.slurm.{key}: {kind!r} is not one of {', '.join(possible) or 'this study (none)'}.")
+
+
+def _quoted(option: str) -> str:
+    """One of sbatch's options, as a line of a script takes it."""
+    name, equals, value = option.partition("=")
+    return f"{name}={shlex.quote(value)}" if equals else option
 
 
 def _given(overrides: SlurmResources) -> dict:

@@ -219,6 +219,8 @@ def make(stage: Stage, *, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> N
         return
     started = time.monotonic()
     with stage_lock(stage) as held:
+        if stage.done():  # by whoever held the lock
+            return
         if stage.folder.parent.is_dir():
             remove_leftovers(stage.folder.parent)
         if stage.ranks and stage.begin():

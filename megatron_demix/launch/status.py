@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_demix.errors import Incomplete
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity, Backend
 from megatron_demix.pipeline.dag import Dag
@@ -90,7 +91,11 @@ def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> No
 
     with Live(refresh_per_second=4, console=on_terminal()) as live:
         while True:
-            found = rows(dag, backend)
+            try:
+                found = rows(dag, backend)
+            except Incomplete:  # the scheduler has no time; what was seen last stays
+                time.sleep(_REFRESH_S)
+                continue
             live.update(Group(*_shown(found, dag.run)))
             if not any(r["state"] in ("running", "queued") for r in found):
                 return

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from megatron_demix.study.section import Seconds, Section
+
+_DECIDED = (
+    *("--job-name", "-J", "--chdir", "-D", "--array", "-a", "--output", "-o", "--open-mode", "--dependency", "-d"),
+    *(
+        "--nodes",
+        "-N",
+        "--ntasks",
+        "-n",
+        "--ntasks-per-node",
+        "--signal",
+        "--requeue",
+        "--no-requeue",
+        "--parsable",
+        "--wait",
+        "-W",
+    ),
+)
+"""sbatch's options by which jobs are found again, ordered, and told to save."""
 
 
 class SlurmResources(Section):
@@ -23,6 +41,14 @@ class SlurmResources(Section):
     gpus_per_node: int | None = Field(None, ge=1)
     sbatch: list[str] = []
     """Any other options, as in "--exclusive"."""
+
+    @field_validator("sbatch")
+    @classmethod
+    def _not_what_is_decided(cls, options: list[str]) -> list[str]:
+        for option in options:
+            if option.split("=")[0].split()[0:1] and (name := option.split("=")[0].split()[0]) in _DECIDED:
+                raise ValueError(f"{name} is decided by demix")
+        return options
 
 
 class SlurmSpec(SlurmResources):
@@ -46,6 +72,17 @@ class SlurmSpec(SlurmResources):
     mounts: list[str] = []
     python: str | None = None
     """Interpreter of the stages. Default: the one `demix submit` runs on, with a container python3."""
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> SlurmSpec:
+        overrides = {"light": self.light, **{f"kinds.{kind}": given for kind, given in self.kinds.items()}}
+        for where, given in {"": self, **overrides}.items():
+            if given is not None and given.time is not None and given.time <= self.grace:
+                key = f"{where}.time" if where else "time"
+                raise ValueError(
+                    f"{key} is {given.time} s, and jobs are told to save {self.grace} s (grace) before their limit"
+                )
+        return self
 
 
 class LaunchSpec(Section):

@@ -136,6 +136,12 @@ def put(*path_and_value):
         (put("parallel", {"data": 3}), "train.global_batch_size 8 is not a multiple of micro_batch_size x parallel.data = 3"),
         (put("parallel", {"pipeline": 3}), "model.num_layers 2 is not a multiple of parallel.pipeline 3"),
         (put("parallel", {"tensor": 3}), "model.num_attention_heads 4 is not a multiple of parallel.tensor 3"),
+        (put("launch", {"slurm": {"sbatch": ["--mail-type=FAIL", "--job-name=x"]}}), "--job-name is decided by demix"),
+        (
+            put("launch", {"slurm": {"time": "4min"}}),
+            r"launch\.slurm: .*time is 240 s, and jobs are told to save 300 s \(grace\)",
+        ),
+        (put("launch", {"slurm": {"kinds": {"final": {"time": 60}}}}), r"kinds\.final\.time is 60 s"),
         (put("model", "hidden_size", 65), "hidden_size 65 is not a multiple of num_attention_heads 4"),
         (put("model", "num_query_groups", 3), "num_attention_heads 4 is not a multiple of num_query_groups 3"),
     ],

@@ -1,5 +1,6 @@
 """What is done with SLURM's answers, which are given here; with a real SLURM in end_to_end/test_slurm.py."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ def answers(monkeypatch):
     """Commands that were given, and what squeue lists."""
     found = SimpleNamespace(commands=[], listed=[])
 
-    def answer(*command, check=True):
+    def answer(*command, check=True, defaults=()):
         found.commands.append(command)
         return "".join(line + "\n" for line in found.listed) if command[0] == "squeue" else f"{len(found.commands)}\n"
 
@@ -85,7 +86,7 @@ def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, 
     write_json(dag.run / "slurm" / "progress.json", "another")
     answer, away = slurm._slurm, iter([False, True])
 
-    def break_off(*command, check=True):
+    def break_off(*command, check=True, **_):
         if command[0] == "sbatch" and next(away, False):
             answers.listed = [line(dag, 12, 0, "data", "PENDING", "None")]
             raise slurm.NoAnswer("sbatch: Unable to contact slurm controller (connect failure)")
@@ -108,3 +109,14 @@ def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, 
 def test_many_jobs_are_named_by_the_first_and_the_last():
     assert slurm._ids(["9", "10", "9"]) == "9, 10"
     assert slurm._ids(map(str, range(8, 14))) == "8 to 13 (6 jobs)"
+
+
+def test_new_jobs_know_nothing_of_the_job_that_submits_them(monkeypatch):
+    """Nor do variables change what is listed, or what a study says."""
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_ARRAY_TASK_ID", "SBATCH_EXPORT", "SBATCH_TIMELIMIT", "SQUEUE_PARTITION"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_QOS"):
+        monkeypatch.setenv(name, "ours")
+    kept = {k: v for k, v in slurm._environment(["ACCOUNT"]).items() if k.startswith(("SLURM", "SBATCH", "SQUEUE"))}
+    assert kept == {"SLURM_CONF": "ours", "SBATCH_ACCOUNT": "ours"}
+    assert slurm._environment([])["PATH"] == os.environ["PATH"]

@@ -121,7 +121,7 @@ def test_containers_and_set_up(stages):
     assert f"\n{setup}\n" in text
     last = Scripts(SlurmSpec(container="image", setup=setup), "s", RUN, Path("/studies")).of_conclusion()
     assert "container" not in last
-    assert f"{setup}\nexec /" in last
+    assert last.endswith(f"{setup}\n")
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
@@ -149,14 +149,15 @@ def job(stages, tmp_path):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "slurm").mkdir()
 
-    def run(ranks, srun_code, said="", *, signal="", srun_s=0.0, refused=0):
+    def run(ranks, srun_code, said="", *, signal="", srun_s=0.0, refused=0, restart=0):
         chosen = next(g for g in group(stages) if g.stages[0].ranks == ranks)
         text = Scripts(SlurmSpec(ranks_per_node=8, setup="set -euo pipefail"), "s", tmp_path, tmp_path).of_group(chosen)
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SAID": said}
         environment |= {"SIGNAL": signal, "SRUN_CODE": str(srun_code), "SRUN_S": str(srun_s), "REFUSED": str(refused)}
+        environment["SLURM_RESTART_COUNT"] = str(restart)
         (tmp_path / "commands").write_text("")
         ended = subprocess.run(["bash"], input=text, text=True, capture_output=True, cwd=tmp_path, env=environment, timeout=30)
-        assert not list((tmp_path / "slurm").iterdir())
+        assert not list((tmp_path / "slurm").glob("*.outcome"))
         requeued = (tmp_path / "commands").read_text().count("requeue 7")
         back = "is not finished (code" in ended.stdout
         return ended.returncode, requeued if back else 0
@@ -174,6 +175,25 @@ def test_what_node_0_says_decides_what_becomes_of_a_job(job):
     assert job(16, 143, "75") == (75, 1)
     assert job(16, 143, "9") == (9, 0)
     assert job(16, 143, "0") == (0, 0)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_a_task_that_is_killed_at_every_start_is_not_started_for_ever(job):
+    assert [job(0, 137, restart=n) for n in range(10)] == [(137, 1)] * 10
+    assert job(0, 75, "75", restart=10) == (75, 1)  # it began: from here on it is counted anew
+    assert [job(0, 137, restart=n) for n in range(11, 22)] == [(137, 1)] * 10 + [(137, 0)]
+    assert job(0, 137) == (137, 1)  # another job
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.parametrize("setup", ["true", "set -e; false", "exit 3", "set -u; echo $NOTHING"])
+def test_the_last_job_concludes_whatever_becomes_of_the_set_up(tmp_path, setup):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$2" "$VALUE"; exit 7\n')
+    python.chmod(0o755)
+    spec = SlurmSpec(python=str(python), setup=f"export VALUE=set\n{setup}")
+    ended = subprocess.run(["bash"], input=Scripts(spec, "s", RUN, RUN).of_conclusion(), text=True, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (7, "megatron_demix.launch.slurm set\n")
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
