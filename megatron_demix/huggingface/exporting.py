@@ -16,6 +16,7 @@ from megatron_demix.artifact import remove_leftovers, temporary_beside
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.elements import ARRAY_DTYPES, ElementReader
 from megatron_demix.checkpoint.metadata import TensorInfo
+from megatron_demix.checkpoint.output import resolved
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, IncompatibleInputs, OutputExists, storage_errors
 from megatron_demix.huggingface.config import (
@@ -53,7 +54,7 @@ def export_checkpoint(
     At most `shard_bytes` are in memory. Raises ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError;
     nothing is then at `output`.
     """
-    output = Path(output)
+    output = resolved(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputExists(f"{output} exists. Nothing is overwritten: move it away or choose another output.")
     opened = Checkpoint(Path(checkpoint))

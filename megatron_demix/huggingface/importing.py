@@ -14,7 +14,7 @@ from megatron_demix import __version__
 from megatron_demix.artifact import hash_file
 from megatron_demix.checkpoint.archive import write_archive
 from megatron_demix.checkpoint.common_state import new_common_state
-from megatron_demix.checkpoint.output import Output, is_published
+from megatron_demix.checkpoint.output import Output, is_published, resolved
 from megatron_demix.checkpoint.pickles import write_pickle
 from megatron_demix.checkpoint.writer import CopiedItem, TensorItem, place
 from megatron_demix.errors import ConfigError, IncompatibleInputs, storage_errors
@@ -58,7 +58,7 @@ def import_folder(
 
     Raises ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError; nothing is then at `output`.
     """
-    source, output, layout = Path(source), Path(output), layout or Layout()
+    source, output, layout = Path(source), resolved(output), layout or Layout()
     model = from_huggingface(read_config(source), str(source))
     _check_layout(model, layout)
     folder = HuggingFaceFolder(source)

@@ -40,7 +40,7 @@ class Backend(Protocol):
         ...
 
     def activity(self) -> Mapping[str, Activity]:
-        """By the name of each stage that is under way."""
+        """By the name of each stage that is under way, and of work that a scheduler does between stages."""
         ...
 
 

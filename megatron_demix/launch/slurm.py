@@ -106,6 +106,8 @@ class Slurm:
             return {}
         found: dict[str, Activity] = {}
         for job, of_group, index, state, reason in self._jobs():
+            if of_group == CONCLUDE:
+                found[CONCLUDE] = Activity("running" if state in ("RUNNING", "COMPLETING") else "queued", job)
             if stages := members.get(of_group):
                 name = stages[index or 0]
                 job = job if index is None else f"{job}_{index}"

@@ -41,7 +41,14 @@ def rows(dag: Dag, backend: Backend) -> list[dict[str, Any]]:
     active = backend.activity()
     launch = dag.study.launch
     parts = launch.slurm.parts if launch.backend == "slurm" else {}
-    return [_row(stage, active.get(stage.name), parts.get(stage.kind, 1)) for stage in dag.all]
+    found = [_row(stage, active.get(stage.name), parts.get(stage.kind, 1)) for stage in dag.all]
+    # The scheduler's own work is of interest where nothing else is under way.
+    others = [name for name in active if name not in {stage.name for stage in dag.all}]
+    if len(others) == len(active):
+        found += [
+            {"stage": name, "state": active[name].state, "key": "", "log": "", "job": active[name].job} for name in others
+        ]
+    return found
 
 
 def _row(stage: Stage, activity: Activity | None, num_parts: int) -> dict[str, Any]:

@@ -95,3 +95,13 @@ def test_what_to_do_is_said_where_nothing_is_under_way(run, capsys):
     assert f"nothing is under way: `demix resume` goes on with what is missing; logs of what was tried: {dag.run}/logs" in (
         " ".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
     )
+
+
+def test_the_schedulers_own_job_is_shown_where_nothing_else_is_under_way(run, capsys):
+    dag, _ = run
+    show_status(dag, SimpleNamespace(activity=lambda: {"conclude": Activity("running", "9")}), as_json=False, watch=False)
+    text = capsys.readouterr().out
+    assert re.search(r"conclude +running +9", text)
+    assert "nothing is under way" not in text
+    both = {"conclude": Activity("queued", "9"), "components/a": Activity("running", "8")}
+    assert [r["stage"] for r in rows(dag, SimpleNamespace(activity=lambda: both))] == [s.name for s in dag.all]
