@@ -42,9 +42,11 @@ class Pool(dict[str, Source]):
         """From pool.yaml: {domains: {code: {prefixes: [...], max_epochs: 4}}}, paths relative to the file. ConfigError."""
         import yaml
 
+        from megatron_demix.yaml_file import load_yaml
+
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = load_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise ConfigError(f"pool {path}: cannot be read: {e}") from e
         domains = data.get("domains") if isinstance(data, dict) else None

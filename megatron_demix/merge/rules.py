@@ -66,16 +66,10 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     """Rules of a YAML file. Raises ConfigError, for a key that is given twice too, of which YAML would take the last."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if repeated := [key for key in keys if keys.count(key) > 1]:
-                raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} is given twice", node.start_mark)
-            return super().construct_mapping(node, deep)
+    from megatron_demix.yaml_file import load_yaml
 
     try:
-        # Nothing but a SafeLoader's values.
-        return parse_rules(yaml.load(Path(path).read_text(encoding="utf-8"), Loader), str(path))
+        return parse_rules(load_yaml(Path(path).read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise ConfigError(f"{path}: cannot be read ({e}).") from e
 

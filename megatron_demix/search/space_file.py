@@ -22,7 +22,7 @@ from megatron_demix.study.section import Share, Tokens
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class _Domain(_Section):
@@ -53,9 +53,11 @@ def load_space(path: Path) -> SearchSpace:
     """The space of a domains file. Raises ConfigError (unreadable, unknown key) and MixtureError (nothing feasible)."""
     import yaml
 
+    from megatron_demix.yaml_file import load_yaml
+
     path = Path(path)
     try:
-        file = _SpaceFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        file = _SpaceFile.model_validate(load_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ConfigError(f"{path}: cannot be read: {e}") from e
     except ValidationError as e:

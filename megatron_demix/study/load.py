@@ -22,9 +22,11 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
     """Read and check a study file. overrides: "a.b=value" as YAML, lists by index. Raises ConfigError, MixtureError."""
     import yaml
 
+    from megatron_demix.yaml_file import load_yaml
+
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ConfigError(f"study {path}: cannot be read: {e}") from e
     if not isinstance(data, dict):
@@ -54,6 +56,8 @@ def _checked(section: type[_Checked], data: Any, what: str) -> _Checked:
 def _override(data: dict, text: str) -> None:
     import yaml
 
+    from megatron_demix.yaml_file import load_yaml
+
     dotted, equals, value = text.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"--set {text!r}: expected key.subkey=value.")
@@ -62,7 +66,7 @@ def _override(data: dict, text: str) -> None:
     try:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+        node[int(last) if isinstance(node, list) else last] = load_yaml(value)
     except (ValueError, IndexError, TypeError, AttributeError) as e:
         raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e
     except yaml.YAMLError as e:

@@ -33,7 +33,8 @@ MixtureSpec = Literal["natural", "uniform"] | dict[str, float]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # JSON and the keys of artifacts know neither infinity nor NaN.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def nearest(name: str, known: list[str]) -> str:

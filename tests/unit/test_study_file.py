@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_demix.errors import ConfigError, DemixError, MixtureError
 from megatron_demix.study.load import load_study
 from megatron_demix.study.study import Study
+from megatron_demix.yaml_file import load_yaml
 
 GOOD = {
     "name": "tiny",
@@ -143,6 +144,12 @@ def put(*path_and_value):
         ),
         (put("launch", {"slurm": {"kinds": {"final": {"time": 60}}}}), r"kinds\.final\.time is 60 s"),
         (put("model", "hidden_size", 65), "hidden_size 65 is not a multiple of num_attention_heads 4"),
+        (put("domains", 0, "max_epochs", float("inf")), r"domains\.0\.max_epochs: Input should be a finite number, found inf"),
+        (
+            put("search", "objective", "code", float("nan")),
+            r"search\.objective\.code: Input should be a finite number, found nan",
+        ),
+        (put("prepare", {"split": [float("nan"), 0.5, 0.5]}), r"prepare\.split\.0: Input should be a finite number, found nan"),
         (put("model", "num_query_groups", 3), "num_attention_heads 4 is not a multiple of num_query_groups 3"),
     ],
 )
@@ -171,6 +178,7 @@ def test_all_mistakes_are_named_at_once(load):
         (b"", "expected a mapping .*; found NoneType"),
         (b"- a\n", "found list"),
         (b"a: [", "cannot be read"),
+        (b"a: 1\nb: {c: 1, d: 2,\n  c: 3}\n", r"(?s)the key 'c' is given twice, first in line 2; keep one of them.*line 3"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
@@ -178,6 +186,11 @@ def test_files_that_are_no_study(tmp_path, content, message):
     (tmp_path / "study.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_study(tmp_path / "study.yaml")
+
+
+def test_what_a_merge_key_brings_may_be_replaced():
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\n"
+    assert load_yaml(text) == yaml.safe_load(text)
 
 
 def test_a_study_that_is_not_there(tmp_path):

@@ -9,6 +9,7 @@ from blends import build
 from indexed_data import make_indexed
 
 from megatron_demix.data.blend import Source, feasible_max_shares
+from megatron_demix.data.pool import Pool
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.indexed.reader import IndexedReader
 from megatron_demix.mixture import Mixture
@@ -31,6 +32,12 @@ def test_bad_pools(pool, tmp_path):
         with pytest.raises(error, match=message):
             build(bad, tmp_path / "out", mixture=Mixture.uniform(bad or ["a"]))
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_domain_given_twice_in_a_pools_file(tmp_path):
+    (tmp_path / "pool.yaml").write_text("domains:\n  a: {prefixes: [x]}\n  a: {prefixes: [y]}\n")
+    with pytest.raises(ConfigError, match=r"(?s)the key 'a' is given twice, first in line 2.*line 3"):
+        Pool.read(tmp_path / "pool.yaml")
 
 
 def test_damaged_sources_are_refused(pool, tmp_path):

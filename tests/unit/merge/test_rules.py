@@ -144,6 +144,9 @@ def test_files_that_are_refused(tmp_path, text, match):
 def test_rules_that_do_not_fit_the_components(tmp_path):
     with pytest.raises(ConfigError, match=r"expected a list of rules"):
         parse_rules({"scale": 1}, "rules.yaml")
+    (tmp_path / "twice.yaml").write_text("- {scale: 1, scale: 2}\n")
+    with pytest.raises(ConfigError, match=r"twice.yaml: cannot be read.*'scale' is given twice"):
+        read_rules(tmp_path / "twice.yaml")
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read"):
         read_rules(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigError, match=r"a rule with a scale needs a base"):

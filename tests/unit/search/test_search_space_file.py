@@ -48,6 +48,8 @@ def test_without_an_anchor_weights_are_shares(tmp_path: Path) -> None:
     ("text", "error", "message"),
     [
         ("domains: [", ConfigError, "cannot be read"),
+        ("target_tokens: 1M\ntarget_tokens: 2M\n", ConfigError, r"(?s)'target_tokens' is given twice, first in line 1.*line 2"),
+        ("max_kl: .inf\n", ConfigError, r"max_kl: Input should be a finite number"),
         ("domains: {a: {tokens: 1M}}\ntarget_tokens: 1M\n", ConfigError, "domains: Dictionary should have at least 2 items"),
         (
             "domains: {a: {tokens: 1M, epochs: 2}, b: {tokens: 1}}\ntarget_tokens: 1M\n",

@@ -1,0 +1,31 @@
+"""YAML as people write it: a key that stands twice in one mapping is refused, where PyYAML takes the last one silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Here and not in construct_mapping: by then merge keys (<<) may have put into a mapping what its own keys replace.
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            earlier = first.setdefault((key.tag, key.value), key)
+            if earlier is not key:
+                raise yaml.composer.ComposerError(
+                    None,
+                    None,
+                    f"the key {key.value!r} is given twice, first in line {earlier.start_mark.line + 1}; keep one of them",
+                    key.start_mark,
+                )
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data of a YAML document. Raises yaml.YAMLError, for a key given twice as well, with its line."""
+    return yaml.load(text, _Loader)
