@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_demix import __version__
-from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.errors import ConfigError, DemixError, StorageError
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 if TYPE_CHECKING:
@@ -133,6 +134,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DemixError as e:
         print(f"demix: {e}", file=sys.stderr)
         return e.exit_code
+    except OSError as e:
+        return _refused_by_the_system(e)
+
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def _refused_by_the_system(error: OSError) -> int:
+    """Say which file it was about, and return the exit code."""
+    said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error) or type(error).__name__
+    if error.errno in _STORAGE:
+        print(f"demix: {said}. Free space or choose another disk, then run again.", file=sys.stderr)
+        return StorageError.exit_code
+    print(f"demix: {said}. Correct the path or its permissions, then run again.", file=sys.stderr)
+    return ConfigError.exit_code
 
 
 def _study_command(options: argparse.Namespace) -> int:

@@ -53,6 +53,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     for path in (options.output, options.plot):
         if path and not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}. Make it, or choose another place.")
+        if path and path.is_dir():
+            raise ConfigError(f"{path} is a folder, expected the name of a file that is to be written.")
     higher = set(options.higher_is_better)
     paths = (options.proxies, options.references, options.reseeded)
     proxies, references, reseeded = (_read(path, higher) if path else None for path in paths)
@@ -75,15 +77,18 @@ def _read(path: Path, higher: set[str]) -> Table:
     import numpy as np
 
     from megatron_demix.evaluate.scores import ScoreTable
+    from megatron_demix.pipeline.scoring import component_row
     from megatron_demix.search.tables import Table
 
     if path.suffix != ".json":
         return Table.read(path)
     table = ScoreTable.read(path)
     names = tuple(score.name for score in table.scores)
+    # Beside its proxies, a run scores its components: these are no mixtures that anyone trained as references.
+    rows = {name: row for name, row in table.rows.items() if not name.startswith(component_row(""))}
     higher |= {score.name for score in table.scores if score.direction == "higher"}
-    values = [[row.get(name, np.nan) for name in names] for row in table.rows.values()]
-    return Table(path, "model", tuple(table.rows), names, np.array(values, np.float64).reshape(len(values), len(names)))
+    values = [[row.get(name, np.nan) for name in names] for row in rows.values()]
+    return Table(path, "model", tuple(rows), names, np.array(values, np.float64).reshape(len(values), len(names)))
 
 
 def _aligned(name: str, tables: tuple[Table | None, ...]) -> tuple[Any, ...]:

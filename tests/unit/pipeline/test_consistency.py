@@ -1,5 +1,6 @@
 """`demix consistency`: tables in, a table for people, JSON and a picture out; missing scores block."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def test_a_runs_scores_know_their_direction(tables, capsys):
     scores.rows = {
         name: dict(zip(table.columns, row, strict=True)) for name, row in zip(IDS, table.values_MC.tolist(), strict=True)
     }
+    scores.rows["component-code"] = {"code": 1.0}
     scores.write(tables / "scores.json")
     assert consistency(tables, "--json", proxies="scores.json") == 0
     from_json = json.loads(capsys.readouterr().out)
@@ -92,6 +94,7 @@ def test_what_blocks_says_why_and_writes_nothing(tables, capsys):
     [
         (["--plot", "ranks.gif"], 2, "expected a name that ends in .svg, .pdf, .png"),
         (["--output", "nowhere/r.json"], 2, "there is no folder nowhere"),
+        (["--output", "."], 2, ". is a folder, expected the name of a file"),
         (["--objective", "code"], 2, "Write SCORE=WEIGHT"),
         (["--objective", "law=1"], 4, "score 'law' was not measured"),
         (["--higher-is-better", "speed"], 3, "no score 'speed'"),
@@ -102,6 +105,20 @@ def test_what_blocks_says_why_and_writes_nothing(tables, capsys):
 def test_bad_flags(tables, capsys, flags, code, message):
     assert consistency(tables, *flags) == code
     assert message in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_said_with_the_file(tables, capsys, monkeypatch):
+    (tables / "file").write_text("")
+    assert main(["plan", str(tables / "file" / "study.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    for number, code in ((errno.EACCES, 2), (errno.ENOSPC, 74)):
+
+        def refuse(path, report, number=number):
+            raise OSError(number, "refused", str(path))
+
+        monkeypatch.setattr("megatron_demix.artifact.write_json", refuse)
+        assert consistency(tables, "--output", tables / "r.json") == code
+        assert f"demix: {tables}/r.json: refused. " in capsys.readouterr().err
 
 
 def test_too_few_mixtures(tables, capsys):
