@@ -75,16 +75,16 @@ def collect(dag: Dag) -> ReportData:
 def _tasks(dag: Dag) -> dict[str, Task]:
     if not dag.study.evaluate.tasks:
         return {}
-    from megatron_demix.evaluate.tasks.suite import final_split, search_split
+    from megatron_demix.evaluate.tasks.suite import share_items
     from megatron_demix.report.data import Task
 
     stages = unique(r.scores for r in dag.rounds)
     notes = [row for stage in stages if (file := stage.folder / NOTES).is_file() for row in read_json(file).values()]
     tasks = {}
-    for task in dag.study.evaluate.tasks:
+    for task, final in zip(dag.tasks.search.specs, dag.tasks.final.specs, strict=True):
         generated = [row[task.name] for row in notes if "endless" in row[task.name]]
         totals = (sum(row[key] for row in generated) for key in ("items", "endless", "stopped"))
-        tasks[task.name] = Task(final_split(task) != search_split(task), *totals)
+        tasks[task.name] = Task(not share_items(task, final), *totals)
     return tasks
 
 

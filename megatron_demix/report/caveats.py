@@ -39,7 +39,7 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
             for score, value in last.constant.items()
             if data.objective.get(score)
         ]
-    if same := [name for name, task in data.tasks.items() if not task.unseen]:
+    if same := data.seen_tasks:
         found.append(
             f"The final runs are compared on the very items of {', '.join(same)} that the mixture was chosen by, so the found "
             "mixture looks better there than it is (evaluate.tasks, final_split)."

@@ -128,7 +128,7 @@ class Maturity:
 
 @dataclass(frozen=True)
 class FinalRun:
-    """One final run, scored on the split the search never saw. mixture: FOUND, "uniform" or "natural"."""
+    """One final run, scored on the test split. mixture: FOUND, "uniform" or "natural"."""
 
     mixture: str
     seed: int
@@ -247,6 +247,20 @@ class ReportData:
     def final_unit(self) -> str:
         """Of the weighted mean that final runs are compared by."""
         return "weighted mean" if self.higher_is_better & {s for s, w in self.objective.items() if w} else "bits per byte"
+
+    @property
+    def mixes_units(self) -> bool:
+        """Whether the weighted mean adds scores of which more is better to losses: a part of such a sum means nothing."""
+        return len({name in self.higher_is_better for name, weight in self.objective.items() if weight}) > 1
+
+    @property
+    def seen_tasks(self) -> list[str]:
+        """Tasks whose final scores are on items that the search saw, too."""
+        return [name for name, task in self.tasks.items() if not task.unseen]
+
+    def direction(self, score: str) -> str:
+        """An arrow to where it is better."""
+        return "↑" if score in self.higher_is_better else "↓"
 
     def unit_of(self, score: str) -> str:
         return "higher is better" if score in self.higher_is_better else "bits per byte"

@@ -83,7 +83,7 @@ def judge(data: ReportData) -> Verdict:
     return Verdict(
         outcome,
         headline,
-        _sentence(found, baselines, comparisons, seed_sd, freedom, data.final_unit),
+        _sentence(found, baselines, comparisons, seed_sd, freedom, data),
         groups,
         comparisons,
         seed_sd,
@@ -137,16 +137,18 @@ def _sentence(
     comparisons: Sequence[Comparison],
     seed_sd: float | None,
     freedom: int,
-    unit: str,
+    data: ReportData,
 ) -> str:
     best = min(baselines, key=lambda g: g.objective)
     against = " and ".join(f"{b.objective:.4f} ({b.mixture})" for b in baselines)
     closest = next(c for c in comparisons if c.baseline == best.mixture)
-    percent = 100 * abs(closest.difference / best.objective) if best.objective else math.inf
+    part = ""
+    if best.objective and not data.mixes_units:
+        part = f" ({100 * abs(closest.difference / best.objective):.2f} %)"
     side = "better" if closest.difference < 0 else "worse"
     text = (
-        f"Objective on the test split: {found.objective:.4f} {unit} with the found mixture, against {against}. "
-        f"That is {abs(closest.difference):.4f} ({percent:.2f} %) {side} than {best.mixture}, the best baseline; "
+        f"Objective on the test split: {found.objective:.4f} {data.final_unit} with the found mixture, against {against}. "
+        f"That is {abs(closest.difference):.4f}{part} {side} than {best.mixture}, the best baseline; "
     )
     if closest.interval is None or seed_sd is None:
         return text + "with one seed each nothing says how much of it is chance. Set final.seeds to 2 or more."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,20 @@ def task_files(spec: TaskSpec, split: str) -> tuple[list[Path], list[Path]]:
         return find_files(spec.path, wanted, spec.name, by_subject=form.by_subject)
 
     return found(split), found(form.examples) if spec.num_shots and form.examples else []
+
+
+def share_items(searched: TaskSpec, final: TaskSpec) -> bool:
+    """Whether one task, scored on two splits (spec.split), is scored on the same items: the splits may come from one file, or
+    from files of the same bytes. Of files that are gone, the splits' names are believed."""
+    if searched.split == final.split:
+        return True
+    if FORMATS[searched.format].split_of is not None:
+        return False  # one file, whose records say their split
+    try:
+        (files, _), (others, _) = (task_files(spec, spec.split or "") for spec in (searched, final))
+        return any(a.samefile(b) or filecmp.cmp(a, b, shallow=False) for a in files for b in others)
+    except (ConfigError, OSError):
+        return False
 
 
 @dataclass(frozen=True)

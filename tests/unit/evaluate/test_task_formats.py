@@ -7,7 +7,7 @@ from task_files import ARC, ARC_ARCHIVE, GSM8K, HELLASWAG, MBPP, PIQA, write_all
 
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.tasks.formats import FORMATS
-from megatron_demix.evaluate.tasks.suite import final_split, read_task, search_split
+from megatron_demix.evaluate.tasks.suite import final_split, read_task, search_split, share_items
 from megatron_demix.study.search import TASK_SCORES, TaskSpec
 
 
@@ -60,6 +60,22 @@ def test_splits(folders):
     assert (search_split(gsm8k), final_split(gsm8k)) == ("test", "test")
     assert len(read(folders["arc"], "arc", split="test").items) == 2
     assert [len(read(folders["mbpp"], "mbpp", split=s).items) for s in ("validation", "test")] == [1, 1]
+
+
+def test_splits_that_are_the_same_items(folders, tmp_path):
+    def shared(path, form="arc"):
+        spec = TaskSpec(name="t", format=form, path=path)
+        return share_items(*(spec.model_copy(update={"split": split_of(spec)}) for split_of in (search_split, final_split)))
+
+    assert not shared(folders["arc"])
+    assert not shared(folders["mbpp"], "mbpp"), "one file, whose records say their split"
+    assert shared(folders["gsm8k"], "gsm8k"), "one split"
+    (tmp_path / "one").mkdir()
+    assert shared(write_lines(tmp_path / "one" / "arc.jsonl", ARC)), "one file for both"
+    for split in ("validation", "test"):
+        write_lines(tmp_path / "copies" / f"{split}.jsonl", ARC)
+    assert shared(tmp_path / "copies"), "the same bytes"
+    assert not shared(tmp_path / "gone"), "the splits' names are all there is"
 
 
 def test_forms_agree(tmp_path):

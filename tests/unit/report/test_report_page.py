@@ -9,7 +9,7 @@ import pytest
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.report.build import build_report, render
-from megatron_demix.report.data import FinalRun, Fit, Proxy, ReportData, Round
+from megatron_demix.report.data import FinalRun, Fit, Proxy, ReportData, Round, Task
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -167,6 +167,17 @@ def test_the_objective_is_a_weighted_mean_with_higher_scores_negated():
     assert data.objective_of({"a": 1.0, "b": 3.0, "c": math.nan}) == pytest.approx(0.0)
     assert math.isnan(data.objective_of({"a": 1.0}))
     assert data.unit == "weighted mean"
+
+
+def test_each_column_says_what_is_better_and_what_the_search_saw(whole):
+    page = render(whole)
+    assert "<th>objective ↓</th><th>code ↓</th><th>math ↓</th>" in page
+    assert "which the search never saw. ↓: lower is better, losses being in bits per byte. ±" in page
+    tasks = {"quiz": Task(unseen=True), "sums": Task(unseen=False)}
+    page = render(dataclasses.replace(whole, higher_is_better=frozenset({"math"}), tasks=tasks))
+    assert "<th>objective ↓</th><th>code ↓</th><th>math ↑</th>" in page
+    assert "never saw, but for sums: scored on the very items of the search. ↓:" in page
+    assert "bits per byte; ↑: higher is better. ±" in page
 
 
 def test_how_sure_the_mixture_is_what_it_trades_and_what_binds(whole):

@@ -38,6 +38,16 @@ def test_a_win_beyond_the_noise():
     assert "seed standard deviation of 0.0028 (2 seeds a mixture, 2 degrees of freedom)" in v.sentence
 
 
+def test_a_mean_that_mixes_units_has_no_percentage():
+    runs = [FinalRun(name, 0, {"code": 1.2, "acc": acc}) for name, acc in (("found", 0.5), ("uniform", 0.4))]
+
+    def sentence(**objective):
+        return judge(ReportData("s", {}, objective, higher_is_better=frozenset({"acc"}), final=runs)).sentence
+
+    assert "That is 0.0500 better than uniform" in sentence(code=1, acc=1)
+    assert "That is 0.1000 (25.00 %) better than uniform" in sentence(acc=1, code=0)
+
+
 def test_a_small_difference_is_no_win():
     v = verdict_on(found=[1.200, 1.210], uniform=[1.206, 1.216])
     assert (v.outcome, v.headline) == ("within noise", "No clear winner: within the seed noise")
