@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
+from megatron_demix.data.clean import REVISION
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
@@ -44,7 +45,7 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
     spec = spec.under(root)
     json_keys = {d.name: d.json_key for d in study.domains}
     settings = spec.model_dump(mode="json", exclude={"perplexity": {"model", "sentencepiece"}, "quality": {"model"}})
-    settings |= {"on_bad_document": study.prepare.on_bad_document}
+    settings |= {"revision": REVISION, "on_bad_document": study.prepare.on_bad_document}
     settings |= {"inputs": {name: [json_keys[name], digests.of(files)] for name, files in texts.items()}}
     for place, path in spec.models():
         if not path.is_file():
@@ -144,18 +145,24 @@ def domain(
         from megatron_demix.data.prepare import prepare_domain
         from megatron_demix.data.tokenizer import load_tokenizer
 
-        prepare_domain(
-            text_of(spec, inputs, cleaned),
-            load_tokenizer(tokenizer.folder),
-            folder,
-            json_key=spec.json_key,
-            split=study.prepare.split,
-            seed=study.seed,
-            workers=study.prepare.workers,
-            on_bad_document=study.prepare.on_bad_document,
-            part=part,
-            progress=False,
-        )
+        texts = text_of(spec, inputs, cleaned)
+        try:
+            prepare_domain(
+                texts,
+                load_tokenizer(tokenizer.folder),
+                folder,
+                json_key=spec.json_key,
+                split=study.prepare.split,
+                seed=study.seed,
+                workers=study.prepare.workers,
+                on_bad_document=study.prepare.on_bad_document,
+                part=part,
+                progress=False,
+            )
+        except ConfigError as e:
+            if cleaned is None:
+                raise
+            raise ConfigError(f"domain {spec.name!r}, {_left_by_cleaning(spec.name, cleaned)}: {e}") from e
 
     def describe(folder: Path) -> None:
         write_json(folder / STATS, _stats_of_prefixes(spec, inputs))
@@ -163,6 +170,13 @@ def domain(
     if spec.prefixes is not None:
         return Stage(f"data/{spec.name}", run, settings, needs, describe)
     return Stage(f"data/{spec.name}", run, settings, needs, prepare, make_part=prepare)
+
+
+def _left_by_cleaning(name: str, cleaned: Stage) -> str:
+    account = cleaned.folder / "clean.json"
+    entry = read_json(account)["domains"][name]
+    kept = sum(counts["documents"] for counts in entry["kept"].values())
+    return f"of which cleaning (prepare.clean) kept {kept} of {entry['documents']} documents, see {account}"
 
 
 def _stats_of_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, Any]:

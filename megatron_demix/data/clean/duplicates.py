@@ -12,6 +12,7 @@ from megatron_demix.data.clean.trove import (
     HashConfig,
     MinhashConfig,
     PipelineStep,
+    TextNormConfig,
 )
 from megatron_demix.study.data import NearDuplicatesSpec
 
@@ -38,7 +39,9 @@ class _Priority:
 
 
 def near_config(spec: NearDuplicatesSpec) -> MinhashConfig:
-    return MinhashConfig(spec.ngram, spec.bands, spec.hashes, seed=1, hash_config=HASH)
+    # datatrove's default makes every number a 0: all sums and products of a domain of arithmetic would be one document.
+    norm = TextNormConfig(norm_numbers=False)
+    return MinhashConfig(spec.ngram, spec.bands, spec.hashes, seed=1, norm_config=norm, hash_config=HASH)
 
 
 class KeepFirst(PipelineStep):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import fingerprint, read_json, write_json
-from megatron_demix.data.clean import trove
+from megatron_demix.data.clean import REVISION, trove
 from megatron_demix.data.clean.account import MANIFEST
 from megatron_demix.data.clean.cuts import Grades
 from megatron_demix.data.clean.documents import Source
@@ -82,7 +83,22 @@ def clean_domains(
                 _Local(step.steps, step.tasks, min(step.tasks, workers), work / "logs" / step.name).run()
                 advance(1, info=step.name)
         _tidy(work, note, identity)
-    return read_json(output / MANIFEST)
+    report = read_json(output / MANIFEST)
+    _warn_of_losses(report, output)
+    return report
+
+
+def _warn_of_losses(report: Mapping[str, Any], output: Path) -> None:
+    """Say of which domains more than half of the documents are gone, and why: it may be a filter that does not suit them."""
+    for domain, entry in report["domains"].items():
+        counts = {reason: counts["documents"] for reason, counts in entry["removed"].items()}
+        if 2 * sum(counts.values()) > entry["documents"]:
+            reasons = ", ".join(f"{n} as {reason}" for reason, n in sorted(counts.items(), key=lambda c: -c[1]))
+            warnings.warn(
+                f"cleaning removed {sum(counts.values())} of {entry['documents']} documents of domain {domain!r}: {reasons}. "
+                f"{output / 'removed'} has them; if they belong to the domain, leave that step out for it.",
+                stacklevel=3,
+            )
 
 
 def _check(inputs: Mapping[str, Sequence[Path]], spec: CleanSpec, grades: Grades) -> None:
@@ -125,7 +141,7 @@ def _identity(sources: list[Source], tasks: dict[str, list[Path]], spec: CleanSp
     models = [path for _, path in spec.models()]
     files = [s.file for s in sources] + [f for found in tasks.values() for f in found] + models
     facts = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    return [facts, [[s.domain, s.json_key] for s in sources], spec.model_dump(mode="json"), *rest]
+    return [REVISION, facts, [[s.domain, s.json_key] for s in sources], spec.model_dump(mode="json"), *rest]
 
 
 def _begin(work: Path, identity: str) -> None:

@@ -33,7 +33,7 @@ try:
     from datatrove.utils.hashing import HashConfig, create_hash_func
     from datatrove.utils.logging import logger
     from datatrove.utils.perplexity import KenlmModel
-    from datatrove.utils.text import ngrams, simplify_text
+    from datatrove.utils.text import TextNormConfig, ngrams, simplify_text
     from datatrove.utils.word_tokenizers import WordTokenizer
 except ImportError as e:
     raise ConfigError(f"datatrove cannot be imported ({e}): pip install 'megatron-demix[data]'.") from e
@@ -63,6 +63,7 @@ __all__ = [
     "NGramsDecontFilter",
     "PipelineStep",
     "SlurmPipelineExecutor",
+    "TextNormConfig",
     "WordTokenizer",
     "create_hash_func",
     "logger",

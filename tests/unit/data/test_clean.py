@@ -102,6 +102,20 @@ def test_what_was_planted_is_removed_with_its_reason(planted):
     assert report["tasks"] == {"gardens": {"items": 2, "too_short": 1, "ngrams": 6}}
 
 
+def test_numbers_tell_documents_apart(tmp_path):
+    rng = random.Random(0)
+    sums = ["\n".join("{} + {} = {}".format(*(rng.randrange(1000) for _ in range(3))) for _ in range(20)) for _ in range(40)]
+    report = clean({"sums": write(tmp_path / "a.jsonl", sums)}, tmp_path / "out", {})
+    assert report["domains"]["sums"]["removed"] == {}
+
+
+def test_a_domain_that_loses_most_of_its_documents_is_named(tmp_path):
+    inputs = {"dull": write(tmp_path / "a.jsonl", ["again"] * 5 + ["new"]), "fine": write(tmp_path / "b.jsonl", PROSE[:5])}
+    with pytest.warns(UserWarning, match=r"removed 4 of 6 documents of domain 'dull': 4 as exact_duplicate\. ") as caught:
+        clean(inputs, tmp_path / "out", {"near_duplicates": None})
+    assert len(caught) == 1
+
+
 def test_the_domain_named_first_keeps_its_own(planted):
     """Of near duplicates, too: TOPICS[25] is removed from `other`, though `manual` has only an altered copy of it."""
     _, output, _, _, (_, nearer, _) = planted

@@ -105,6 +105,19 @@ def test_a_study_cleans_before_it_prepares(study_path):
     assert len(list((cleaned / "removed" / "exact_duplicate" / "english").iterdir())) == 1
 
 
+def test_a_domain_with_too_few_documents_says_what_cleaning_kept(study_path):
+    pytest.importorskip("datatrove")
+    (study_path.parent / "code.jsonl").write_text('{"text": "the same"}\n' * 50)
+    overrides = ["prepare.clean={near_duplicates: null}", "prepare.workers=1"]
+    dag = build_dag(load_study(study_path, overrides), study_path, study_path.parent / "run")
+    cleaning, tokenizer, code = (dag.stage(name) for name in ("clean/text", "tokenizer/byte", "data/code"))
+    with pytest.warns(UserWarning, match="49 of 50"):
+        cleaning.finish()
+    tokenizer.finish()
+    with pytest.raises(ConfigError, match=r"'code', of which cleaning \(prepare\.clean\) kept 1 of 50 documents.*fell into"):
+        code.finish()
+
+
 NAMED = [
     "tokenizer={type: bpe, train_vocab_size: 300, domains: [english]}",
     "base.mixture={english: 1}",
