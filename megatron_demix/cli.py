@@ -187,6 +187,7 @@ def _stages(dag: Dag, options: argparse.Namespace) -> list[Stage]:
 def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
     from megatron_demix.launch.display import Display
     from megatron_demix.launch.local import run_stages
+    from megatron_demix.pipeline.task_inputs import check_tasks
 
     launch = dag.study.launch
     if launch.backend != "local":
@@ -196,6 +197,7 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         )
     nothing_to_do = all(s.done() for s in stages)
     if not nothing_to_do:
+        check_tasks(dag.tasks)
         for line in () if options.quiet else _used_of_earlier(dag, stages):
             print(line, file=sys.stderr)
         display = Display(quiet=options.quiet)
@@ -211,11 +213,18 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
     elif options.command == "evaluate" and options.checkpoint:
         _show_scores(stages[-1], options)
     elif options.json:
-        print(json.dumps({s.name: str(s.folder) for s in stages}, indent=1))
+        print(json.dumps({s.name: str(_result(s)) for s in stages}, indent=1))
     elif not options.quiet:
         for stage in stages:
             if stage.kind in _PARTS[options.command][0]:
-                print(f"{stage.name}: {_shown(stage.folder)}", file=sys.stderr)
+                print(f"{stage.name}: {_shown(_result(stage))}", file=sys.stderr)
+
+
+def _result(stage: Stage) -> Path:
+    """What others take of a stage: its folder, or the checkpoint in it."""
+    from megatron_demix.pipeline.final_stages import PROXIES, found_proxy
+
+    return found_proxy(stage) if stage.name == PROXIES else stage.folder
 
 
 def _show_scores(stage: Stage, options: argparse.Namespace) -> None:
@@ -236,6 +245,7 @@ def _show_scores(stage: Stage, options: argparse.Namespace) -> None:
 def _backend(dag: Dag, options: argparse.Namespace) -> None:
     from megatron_demix.launch.backend import backend_of
     from megatron_demix.launch.status import show_status
+    from megatron_demix.pipeline.task_inputs import check_tasks
 
     if options.command == "resume" and dag.study.launch.backend == "local":
         _run(dag, dag.all, options)
@@ -248,6 +258,8 @@ def _backend(dag: Dag, options: argparse.Namespace) -> None:
     if options.command == "submit" and options.dry_run:
         print(backend.scripts(), end="")
         return
+    if options.command != "cancel":
+        check_tasks(dag.tasks)
     facts = backend.cancel() if options.command == "cancel" else backend.submit()
     print(json.dumps(facts, indent=1) if options.json else facts["said"])
 

@@ -15,7 +15,7 @@ from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
-from megatron_demix.pipeline.merging import second_order
+from megatron_demix.pipeline.merging import rules_of, second_order
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study.data import DomainSpec
@@ -110,6 +110,7 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     components = {n: as_merged(train_stages.component(study, n, run, tokenizer, data, base)) for n in names}
     mixtures = study.component.mixed_weights(study.domain_names)
     mixed = {n: as_merged(train_stages.mixed(study, n, run, tokenizer, data, base, w)) for n, w in mixtures.items()}
+    rules_of(study.merge)  # raises where they are none
     second_order(study)  # raises where a mixed component corrects nothing
     foundation = Foundation(study, run, tokenizer, data, base, components, mixed, tasks)
     earlier = [

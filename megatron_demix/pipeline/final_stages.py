@@ -18,6 +18,7 @@ from megatron_demix.study.study import Study
 
 FOUND = "found"
 BLEND = "blend"
+PROXIES = "merge/proxies"
 
 
 def _mixtures(study: Study) -> list[str]:
@@ -101,7 +102,12 @@ def proxies(foundation: Foundation, choice: Stage) -> Stage:
             progress=False,
         )
 
-    return Stage("merge/proxies", foundation.run, merge_settings(study), (choice, base, *components.values()), make)
+    return Stage(PROXIES, foundation.run, merge_settings(study), (choice, base, *components.values()), make)
+
+
+def found_proxy(merging: Stage) -> Path:
+    """The checkpoint that the stage PROXIES makes."""
+    return merging.folder / "proxies" / FOUND
 
 
 def scores(foundation: Foundation, finals: Mapping[str, Stage], proxies: Stage | None) -> Stage:
@@ -114,7 +120,7 @@ def scores(foundation: Foundation, finals: Mapping[str, Stage], proxies: Stage |
         return {
             "checkpoints": {
                 "base": train_stages.checkpoint_of(base),
-                **({"proxy": proxies.folder / "proxies" / FOUND} if proxies else {}),
+                **({"proxy": found_proxy(proxies)} if proxies else {}),
                 **{name: stage.folder for name, stage in finals.items()},
             }
         }

@@ -12,6 +12,7 @@ from megatron_demix.study.study import Study
 
 if TYPE_CHECKING:
     from megatron_demix.merge.methods import Method
+    from megatron_demix.merge.rules import Rule
 
 
 def merge_settings(study: Study) -> dict[str, Any]:
@@ -23,15 +24,21 @@ def merge_settings(study: Study) -> dict[str, Any]:
 def method_of(spec: MergeSpec, base: Path | None, seed: int) -> Method:
     """base: the checkpoint that the components were trained from, where spec.needs_base. seed: of random drops."""
     from megatron_demix.merge.named import make_method
-    from megatron_demix.merge.rules import parse_rules
 
     options = dict(spec.options)
     if spec.rules:
-        given = [rule.model_dump(exclude_none=True) for rule in spec.rules]
-        options["rules"] = parse_rules(given, "merge.rules of the study")
+        options["rules"] = rules_of(spec)
     if _is_random(spec):
         options["seed"] = seed
     return make_method(spec.method, base if spec.needs_base else None, **options)
+
+
+def rules_of(spec: MergeSpec) -> tuple[Rule, ...]:
+    """Raises ConfigError for rules that are none."""
+    from megatron_demix.merge.rules import parse_rules
+
+    given = [rule.model_dump(exclude_none=True) for rule in spec.rules or ()]
+    return parse_rules(given, "merge.rules of the study")
 
 
 def second_order(study: Study) -> SecondOrder:

@@ -35,6 +35,14 @@ class TaskInputs:
     final: ScoredTasks = ScoredTasks()
 
 
+def check_tasks(inputs: TaskInputs) -> None:
+    """Read the items that will be scored, days from now. Raises ConfigError and CorruptInput, as scoring would."""
+    from megatron_demix.evaluate.tasks.suite import read_task
+
+    for spec in [*inputs.search.specs, *inputs.final.specs]:
+        read_task(spec, spec.split or "")
+
+
 def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
     """root: what relative paths start from. Raises ConfigError where files are absent, unless the digests allow that."""
     if not study.evaluate.tasks:

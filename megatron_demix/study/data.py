@@ -50,6 +50,8 @@ class DomainSpec(Section):
     def _one_source(self) -> DomainSpec:
         if bool(self.inputs) == bool(self.prefixes):
             raise ValueError(f"domain {self.name!r} needs either `inputs` (text) or `prefixes` (.bin/.idx)")
+        if self.min_share > self.max_share:
+            raise ValueError(f"domain {self.name!r}: min_share {self.min_share:g} is above max_share {self.max_share:g}")
         return self
 
 

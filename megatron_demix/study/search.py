@@ -28,6 +28,12 @@ class GroupSpec(Section):
     lowest: float = Field(0.0, ge=0, le=1)
     highest: float = Field(1.0, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> GroupSpec:
+        if self.lowest > self.highest:
+            raise ValueError(f"lowest {self.lowest:g} is above highest {self.highest:g}")
+        return self
+
 
 class EarlierSpec(Section):
     """A study of other domains whose proxies count in this one, wherever a score of theirs is still what it would be here."""

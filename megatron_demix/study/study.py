@@ -5,12 +5,13 @@ Model, parallelism and optimiser keys carry Megatron's own argument names, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_demix.mixture import Mixture
+from megatron_demix.mixture import TOLERANCE, Mixture
 from megatron_demix.study.data import DomainSpec, PrepareSpec, TokenizerSpec
 from megatron_demix.study.launch import LaunchSpec
 from megatron_demix.study.merging import MergeSpec
@@ -77,6 +78,7 @@ class Study(Section):
                     f"evaluate.tasks: max_new_tokens of {task.name!r} is {task.max_new_tokens}, but the model reads {longest} "
                     "tokens with the question"
                 )
+        merged = [*names, *self._mixed_names()]
         for what, used in (
             ("evaluate.losses", losses),
             ("search.objective", self.search.objective),
@@ -84,16 +86,18 @@ class Study(Section):
             ("base.mixture", self.base.mixture),
             ("component.anchor.mixture", self.component.anchor.mixture),
             *((f"component.mixed.{label}", weights) for label, weights in _by_name(self.component.mixed)),
+            *((f"merge.rules.{n}.weights", rule.weights or {}) for n, rule in enumerate(self.merge.rules or ())),
             *((f"search.groups.{label}", group.domains) for label, group in self.search.groups.items()),
             *((f"search.earlier: split of {old}", parts) for e in self.search.earlier for old, parts in e.split.items()),
         ):
-            allowed = scores if what == "search.objective" else names
+            allowed = scores if what == "search.objective" else merged if what.startswith("merge.rules") else names
             for name in () if isinstance(used, str) else used:
                 if name not in allowed:
                     raise ValueError(f"{what}: {name!r} is not one of {', '.join(allowed)}{nearest(name, allowed)}")
         for what, spec in (("base.mixture", self.base.mixture), ("component.anchor.mixture", self.component.anchor.mixture)):
             if not isinstance(spec, str):
                 Mixture(spec, label=f"study {self.name!r}: {what}")
+        self._check_bounds()
         self._check_mixed_components()
         self._check_extrapolation()
         batch = self.train.micro_batch_size * self.parallel.data
@@ -112,6 +116,42 @@ class Study(Section):
                 f"is not a multiple of parallel.tensor {self.parallel.tensor}"
             )
         return self
+
+    def _mixed_names(self) -> list[str]:
+        """Components that are trained on mixtures."""
+        mixed = self.component.mixed
+        return list(mixed if isinstance(mixed, dict) else self.component.mixed_weights(self.domain_names))
+
+    def _check_bounds(self) -> None:
+        """Shares that contradict one another whatever the data; what the data allow is known once they are prepared."""
+        lows = {d.name: d.min_share for d in self.domains}
+        highs = {d.name: d.max_share for d in self.domains}
+        group_of: dict[str, str] = {}
+        low, high = lows.copy(), highs.copy()
+        for label, group in self.search.groups.items():
+            members = dict.fromkeys(group.domains)
+            for name in members:
+                if group_of.setdefault(name, label) != label:
+                    raise ValueError(
+                        f"search.groups: {name!r} is in {group_of[name]!r} and in {label!r}; expected in one group"
+                    )
+                del low[name], high[name]
+            least, most = (math.fsum(bounds[name] for name in members) for bounds in (lows, highs))
+            if least > group.highest + TOLERANCE:
+                raise ValueError(
+                    f"search.groups.{label}: the min_share of its domains sum to {least:g}, above highest {group.highest:g}"
+                )
+            if most < group.lowest - TOLERANCE:
+                raise ValueError(
+                    f"search.groups.{label}: the max_share of its domains sum to {most:g}, below lowest {group.lowest:g}"
+                )
+            low[f"group {label}"], high[f"group {label}"] = max(least, group.lowest), min(most, group.highest)
+        if (least := math.fsum(low.values())) > 1 + TOLERANCE:
+            listed = ", ".join(f"{name} {share:g}" for name, share in low.items() if share)
+            raise ValueError(f"domains: the least shares (min_share, groups' lowest) sum to {least:g}, above 1: {listed}")
+        if (most := math.fsum(high.values())) < 1 - TOLERANCE:
+            listed = ", ".join(f"{name} {share:g}" for name, share in high.items())
+            raise ValueError(f"domains: the largest shares (max_share, groups' highest) sum to {most:g}, below 1: {listed}")
 
     def _check_mixed_components(self) -> None:
         if self.component.mixed is None:

@@ -158,6 +158,37 @@ def test_each_mistake_is_named(load, change, message):
         load(change)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["domains.0.min_share=0.6", "domains.0.max_share=0.5"], "domain 'code': min_share 0.6 is above max_share 0.5"),
+        (["domains.0.min_share=0.6", "domains.1.min_share=0.5"], "least shares .* sum to 1.1, above 1: code 0.6, math 0.5"),
+        (["domains.0.max_share=0.4", "domains.1.max_share=0.5"], "largest shares .* sum to 0.9, below 1: code 0.4, math 0.5"),
+        (["search.groups={g: {domains: [code], lowest: 0.6, highest: 0.5}}"], "lowest 0.6 is above highest 0.5"),
+        (["domains.0.min_share=0.6", "search.groups={g: {domains: [code], highest: 0.5}}"], "sum to 0.6, above highest 0.5"),
+        (["domains.0.max_share=0.6", "search.groups={g: {domains: [code], lowest: 0.7}}"], "sum to 0.6, below lowest 0.7"),
+        (
+            ["search.groups={g: {domains: [code]}, h: {domains: [math, code]}}"],
+            r"search\.groups: 'code' is in 'g' and in 'h'; expected in one group",
+        ),
+        (["search.groups={g: {domains: [code, math], highest: 0.9}}"], "sum to 0.9, below 1: group g 0.9"),
+        (
+            ["merge.rules=[{weights: {cod: 1.0}}]"],
+            r"merge\.rules\.0\.weights: 'cod' is not one of code, math; did you mean 'code'\?",
+        ),
+    ],
+)
+def test_bounds_and_rules_that_no_data_could_meet(load, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(overrides=overrides)
+
+
+def test_bounds_and_rules_that_can_be_met(load):
+    fixed = ["domains.0.min_share=0.6", "domains.0.max_share=0.6", "search.groups={g: {domains: [math], lowest: 0.4}}"]
+    assert load(overrides=fixed).domains[0].min_share == 0.6
+    load(overrides=["component.mixed=pairs", "merge.rules=[{tensors: 'embedding.*', weights: {code+math: 1}}]"])
+
+
 def test_a_mixture_that_does_not_sum_to_one(load):
     with pytest.raises(MixtureError, match=r"study 'tiny': component\.anchor\.mixture: weights sum to 0\.75, expected 1"):
         load(put("component", "anchor", "mixture", {"math": 0.75}))

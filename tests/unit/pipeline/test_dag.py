@@ -6,6 +6,7 @@ import pytest
 from indexed_data import make_indexed
 from small_texts import write_texts
 
+from megatron_demix.cli import _result
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import inputs
@@ -116,6 +117,18 @@ def test_a_domain_with_too_few_documents_says_what_cleaning_kept(study_path):
     tokenizer.finish()
     with pytest.raises(ConfigError, match=r"'code', of which cleaning \(prepare\.clean\) kept 1 of 50 documents.*fell into"):
         code.finish()
+
+
+def test_rules_are_read_before_anything_runs(study_path):
+    with pytest.raises(ConfigError, match=r"merge\.rules of the study, rule 1: weights sum to 0\.5, expected 1"):
+        keys(study_path, "merge.rules=[{weights: {code: 0.5}}]")
+
+
+def test_a_merges_result_is_the_checkpoint(study_path):
+    dag = build_dag(load_study(study_path), study_path, study_path.parent / "run")
+    merging = dag.stage("merge/proxies")
+    assert _result(merging) == merging.folder / "proxies" / "found"
+    assert _result(dag.base) == dag.base.folder
 
 
 NAMED = [

@@ -9,10 +9,12 @@ from small_texts import write_texts
 from task_files import ARC, GSM8K, write_lines
 
 from megatron_demix.artifact import publish, read_json, write_json
-from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
+from megatron_demix.cli import main
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.reporting import write_report
+from megatron_demix.pipeline.task_inputs import check_tasks
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -209,6 +211,24 @@ def test_the_objective_names_scores_of_tasks(with_tasks):
         load_study(with_tasks, [TASKS.replace("sums.jsonl", "sums.jsonl, max_new_tokens: 16")])
     with pytest.raises(ConfigError, match="scores: format gsm8k has no 'acc', only exact_match, bits_per_byte"):
         load_study(with_tasks, [TASKS.replace("sums.jsonl", "sums.jsonl, scores: [acc]")])
+
+
+def test_task_files_are_read_before_anything_runs(with_tasks, capsys):
+    def check(*lines: object) -> None:
+        write_lines(with_tasks.parent / "quiz.jsonl", lines)
+        check_tasks(build_dag(load_study(with_tasks, [TASKS]), with_tasks, with_tasks.parent / "run").tasks)
+
+    check(*ARC)
+    with pytest.raises(
+        CorruptInput, match=r"quiz\.jsonl line 1: not in the format arc: 'answerKey' is 'Z', expected one of A, B"
+    ):
+        check({**ARC[0], "answerKey": "Z"})
+    with pytest.raises(CorruptInput, match="task 'quiz': no item of split 'validation'"):
+        check()
+    (with_tasks.parent / "quiz.jsonl").write_text("{")
+    assert main(["prepare", str(with_tasks), "--set", TASKS, "--runs", str(with_tasks.parent / "runs")]) == 7
+    assert "quiz.jsonl line 1: not JSON" in capsys.readouterr().err
+    assert not list(with_tasks.parent.glob("runs/*/tokenizer"))
 
 
 def test_task_files_are_part_of_the_keys(with_tasks):
