@@ -115,6 +115,18 @@ class Study(Section):
                 f"model.num_attention_heads {self.model.num_attention_heads} "
                 f"is not a multiple of parallel.tensor {self.parallel.tensor}"
             )
+        positions = self.model.max_position_embeddings
+        if self.model.position_embedding_type == "learned_absolute" and positions and positions < self.train.seq_length:
+            raise ValueError(
+                f"model.max_position_embeddings {positions} is less than train.seq_length {self.train.seq_length}, and "
+                "learned_absolute has no position beyond it"
+            )
+        if self.parallel.expert > 1 and (self.model.num_experts or 1) % self.parallel.expert:
+            found = "the model has none" if self.model.num_experts is None else f"found {self.model.num_experts}"
+            raise ValueError(
+                f"parallel.expert {self.parallel.expert} shares experts out, so model.num_experts "
+                f"has to be a multiple of it; {found}"
+            )
         return self
 
     def _mixed_names(self) -> list[str]:

@@ -46,7 +46,7 @@ class ModelSpec(Section):
     num_experts: int | None = Field(None, ge=2)
     moe_router_topk: int = Field(2, ge=1)
     moe_router_pre_softmax: bool = False
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: int | None = Field(None, ge=1)
     moe_aux_loss_coeff: float = 1e-2
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """auto: Transformer Engine where it works, the local layer spec elsewhere."""
@@ -61,6 +61,14 @@ class ModelSpec(Section):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
             )
+        head = self.kv_channels or self.hidden_size // self.num_attention_heads
+        if self.position_embedding_type == "rope" and head % 2:
+            raise ValueError(
+                f"kv_channels {head} (default: hidden_size / num_attention_heads) is odd, but rope turns pairs of channels; "
+                "make it even, or choose another position_embedding_type"
+            )
+        if self.num_experts is not None and self.moe_router_topk > self.num_experts:
+            raise ValueError(f"moe_router_topk {self.moe_router_topk} is more than num_experts {self.num_experts}")
         return self
 
 
@@ -88,11 +96,11 @@ class TrainSpec(Section):
     min_lr: float = Field(0.0, ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
     lr_warmup_fraction: float = Field(0.01, ge=0, lt=1)
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, ge=0)
+    clip_grad: float = Field(1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     use_distributed_optimizer: bool = False
     recompute_granularity: Literal["full"] | None = None

@@ -150,6 +150,18 @@ def put(*path_and_value):
             r"search\.objective\.code: Input should be a finite number, found nan",
         ),
         (put("prepare", {"split": [float("nan"), 0.5, 0.5]}), r"prepare\.split\.0: Input should be a finite number, found nan"),
+        (put("model", "kv_channels", 9), r"kv_channels 9 .* is odd, but rope turns pairs of channels"),
+        (
+            put("model", {**GOOD["model"], "num_experts": 2, "moe_router_topk": 3}),
+            "moe_router_topk 3 is more than num_experts 2",
+        ),
+        (
+            put("model", {**GOOD["model"], "position_embedding_type": "learned_absolute", "max_position_embeddings": 64}),
+            r"max_position_embeddings 64 is less than train\.seq_length 128, and learned_absolute",
+        ),
+        (put("parallel", {"expert": 2}), r"parallel\.expert 2 .*; the model has none"),
+        (put("train", "adam_beta2", 1.0), r"train\.adam_beta2: Input should be less than 1, found 1\.0"),
+        (put("train", "clip_grad", -1), r"train\.clip_grad: Input should be greater than or equal to 0, found -1"),
         (put("model", "num_query_groups", 3), "num_attention_heads 4 is not a multiple of num_query_groups 3"),
     ],
 )
