@@ -7,6 +7,7 @@ may run in another thread.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import os
@@ -145,12 +146,12 @@ def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int
     with open(file, "rb") as raw:
         if name == file.name and name.endswith(_JSON_LINES):
             for data, first, lines, position in _lines_of(raw, block_bytes, begin, end):
-                yield "json", data, first, lines, position
+                yield "json", data if begin > 0 or first > 1 else data.removeprefix(codecs.BOM_UTF8), first, lines, position
         elif begin > 0:
             return
         elif name.endswith(_JSON_LINES):
             for data, first, lines in _lines(_decompressed(raw, file), block_bytes):
-                yield "json", data, first, lines, raw.tell()
+                yield "json", data if first > 1 else data.removeprefix(codecs.BOM_UTF8), first, lines, raw.tell()
         else:
             yield "text", _decompressed(raw, file).read(), 1, 0, raw.tell()
 
@@ -245,7 +246,10 @@ def _batches(
             schema = table.schema_arrow
             if column is not None and column not in schema.names:
                 names = ", ".join(schema.names)
-                raise CorruptInput(f"{file}: no column {column!r}; it has {names}. Name the right one as the JSON key.")
+                raise CorruptInput(
+                    f"{file}: no column {column!r}; it has {names}. Name the right one "
+                    "(domains[].json_key in a study, --json-keys)."
+                )
             if column is not None and not (pa.types.is_string(t := schema.field(column).type) or pa.types.is_large_string(t)):
                 raise CorruptInput(f"{file}: column {column!r} holds {t}, expected strings.")
             rows, row, size = table.metadata.num_rows, 0, file.stat().st_size
@@ -282,9 +286,10 @@ def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments
             text = text_of(item, block.kind, json_key)
         except ValueError as e:
             if on_bad_document == "error":
+                key = "Name its key (domains[].json_key in a study, --json-keys), c" if isinstance(e, _NoSuchKey) else "C"
                 raise CorruptInput(
-                    f"{block.file}:{line + _lines_before(block)}: {e}. Correct the file, or have such documents rejected and "
-                    "listed (--on-bad-document reject; in a study, prepare.on_bad_document)."
+                    f"{block.file}:{line + _lines_before(block)}: {e}. {key}orrect the file, or have such documents "
+                    "rejected and listed (--on-bad-document reject; in a study, prepare.on_bad_document)."
                 ) from e
             rejected.append((f"{block.file.name}:{line}", str(e)))
             continue
@@ -317,6 +322,10 @@ def _items(block: Block) -> Iterator[tuple[int, Any]]:
         yield block.first, block.data
 
 
+class _NoSuchKey(ValueError):
+    """A record without the key that its text was looked for under."""
+
+
 def text_of(item: Any, kind: str, json_key: str) -> bytes:
     """The text of one document as UTF-8, b"" for a missing value of a column. Raises ValueError with what is wrong."""
     if kind == "row":
@@ -338,7 +347,7 @@ def text_of(item: Any, kind: str, json_key: str) -> bytes:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object with the text under {json_key!r}, found {type(value).__name__}")
     if json_key not in value:
-        raise ValueError(f"no key {json_key!r} (it has {', '.join(map(repr, list(value)[:8]))})")
+        raise _NoSuchKey(f"no key {json_key!r} (it has {', '.join(map(repr, list(value)[:8]))})")
     if not isinstance(value[json_key], str):
         raise ValueError(f"{json_key!r} is {type(value[json_key]).__name__}, expected a string")
     try:

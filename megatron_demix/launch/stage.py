@@ -121,9 +121,8 @@ def lock(file: IO, holder: str, wait_s: float) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise Incomplete(
-                    f"waiting for {holder}: it is still running. Let it finish or stop it, then run again."
-                ) from None
+                waited = f" after {wait_s:g} s" if wait_s >= 1 else ""
+                raise Incomplete(f"{holder}: still running{waited}. Let it finish or stop it, then run again.") from None
             time.sleep(0.2)
 
 

@@ -145,7 +145,7 @@ def _parsed(file: Path) -> Iterator[tuple[str, Any]]:
         return
     try:
         raw = file.read_bytes()
-        text = (gzip.decompress(raw) if file.name.endswith(".gz") else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if file.name.endswith(".gz") else raw).decode("utf-8-sig")
     except (OSError, EOFError, ValueError) as e:
         raise CorruptInput(f"{file}: cannot be read as text ({e}).") from e
     if ".jsonl" in file.name:

@@ -1,5 +1,6 @@
 """Every input format gives the same documents; every bad one is named with its line."""
 
+import codecs
 import gzip
 import itertools
 import json
@@ -42,6 +43,23 @@ def test_formats_agree(tmp_path):
         batches = list(read_documents([file]))
         assert next(r for b in batches for r in b.rejected)[1] == "empty"
         assert sum(b.file_bytes for b in read_blocks([file])) == file.stat().st_size
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(codecs.BOM_UTF8 + lines))
+    assert documents([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]) == ["one", "two"] * 2
+    parts = [read_blocks([tmp_path / "a.jsonl"], part=(i, 2), block_bytes=1) for i in range(2)]
+    assert b"".join(block.data for part in parts for block in part) == lines
+
+
+def test_a_wrong_key_says_where_it_is_set(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"body": "a"}\n')
+    with pytest.raises(
+        CorruptInput, match=r"no key 'text' \(it has 'body'\)\. Name its key \(domains\[\]\.json_key in a study, --json-keys\)"
+    ):
+        documents([tmp_path / "x.jsonl"])
 
 
 def test_plain_text_is_one_document(tmp_path):

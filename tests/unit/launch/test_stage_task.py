@@ -128,7 +128,7 @@ def test_a_stage_that_others_make_is_waited_for_and_named(tmp_path):
     assert not task.is_locked(path)
     with task.stage_lock(stage):
         assert task.is_locked(path)
-        with open(path) as file, pytest.raises(Incomplete, match=r"waiting for the others: it is still running. Let it finish"):
+        with open(path) as file, pytest.raises(Incomplete, match=r"the others: still running.*\. Let it finish"):
             task.lock(file, "the others", wait_s=0)
     assert not task.is_locked(path)
 
