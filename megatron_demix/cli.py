@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_demix import __version__
-from megatron_demix.errors import ConfigError, DemixError, StorageError
+from megatron_demix.command import exit_code
+from megatron_demix.errors import ConfigError
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 if TYPE_CHECKING:
@@ -125,30 +126,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `demix`. Returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        if options.command == "doctor":
-            return _doctor(options)
-        if options.command == "consistency":
-            return _consistency(options)
-        return _study_command(options)
-    except DemixError as e:
-        print(f"demix: {e}", file=sys.stderr)
-        return e.exit_code
-    except OSError as e:
-        return _refused_by_the_system(e)
+    if options.command == "submit":
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.default_int_handler)  # a lost connection: what was submitted so far is taken back
+    return exit_code(lambda: _command(options), speaker="demix", interrupted="stopped.")
 
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def _refused_by_the_system(error: OSError) -> int:
-    """Say which file it was about, and return the exit code."""
-    said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error) or type(error).__name__
-    if error.errno in _STORAGE:
-        print(f"demix: {said}. Free space or choose another disk, then run again.", file=sys.stderr)
-        return StorageError.exit_code
-    print(f"demix: {said}. Correct the path or its permissions, then run again.", file=sys.stderr)
-    return ConfigError.exit_code
+def _command(options: argparse.Namespace) -> int:
+    if options.command == "doctor":
+        return _doctor(options)
+    if options.command == "consistency":
+        return _consistency(options)
+    return _study_command(options)
 
 
 def _study_command(options: argparse.Namespace) -> int:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
-from megatron_demix.errors import ConfigError, DemixError
+from megatron_demix.errors import ConfigError, DemixError, StorageError
 
 INTERRUPTED = 130
 """As a shell counts a process that SIGINT ended."""
 BROKEN_PIPE = 141
 """The same for SIGPIPE: nobody reads what is printed."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def exit_code(run: Callable[[], int]) -> int:
+def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: str = "stopped; nothing was published.") -> int:
     """What `run` returns; or, with a line on standard error, the code of the error that it raises."""
     try:
         return run()
     except DemixError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"{speaker}: {e}", file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it flushes
         return BROKEN_PIPE
     except OSError as e:
-        print(f"error: {e.filename or 'a file'}: {e.strerror or e}.", file=sys.stderr)
-        return ConfigError.exit_code
+        said = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e) or type(e).__name__
+        advice = "Free space or choose another disk" if e.errno in _FULL else "Correct the path or its permissions"
+        print(f"{speaker}: {said}. {advice}, then run again.", file=sys.stderr)
+        return StorageError.exit_code if e.errno in _FULL else ConfigError.exit_code
     except KeyboardInterrupt:
-        print("stopped; nothing was published.", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return INTERRUPTED
