@@ -28,8 +28,10 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
         return BROKEN_PIPE
     except OSError as e:
         said = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e) or type(e).__name__
-        advice = "Free space or choose another disk" if e.errno in _FULL else "Correct the path or its permissions"
-        print(f"{speaker}: {said}. {advice}, then run again.", file=sys.stderr)
+        advice = " Correct the path or its permissions, then run again." if e.filename else ""
+        if e.errno in _FULL:
+            advice = " Free space or choose another disk, then run again."
+        print(f"{speaker}: {said}.{advice}", file=sys.stderr)
         return StorageError.exit_code if e.errno in _FULL else ConfigError.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

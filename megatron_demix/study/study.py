@@ -127,6 +127,11 @@ class Study(Section):
                 f"parallel.expert {self.parallel.expert} shares experts out, so model.num_experts "
                 f"has to be a multiple of it; {found}"
             )
+        if (replicas := self.parallel.data * self.parallel.context) % self.parallel.expert:
+            raise ValueError(
+                f"parallel.data x parallel.context is {replicas}, expected a multiple of parallel.expert "
+                f"{self.parallel.expert}: experts are shared out among these ranks"
+            )
         return self
 
     def _mixed_names(self) -> list[str]:

@@ -160,6 +160,10 @@ def put(*path_and_value):
             r"max_position_embeddings 64 is less than train\.seq_length 128, and learned_absolute",
         ),
         (put("parallel", {"expert": 2}), r"parallel\.expert 2 .*; the model has none"),
+        (
+            lambda data: data.update(model={**GOOD["model"], "num_experts": 4}, parallel={"expert": 2}),
+            r"parallel\.data x parallel\.context is 1, expected a multiple of parallel\.expert 2",
+        ),
         (put("train", "adam_beta2", 1.0), r"train\.adam_beta2: Input should be less than 1, found 1\.0"),
         (put("train", "clip_grad", -1), r"train\.clip_grad: Input should be greater than or equal to 0, found -1"),
         (put("model", "num_query_groups", 3), "num_attention_heads 4 is not a multiple of num_query_groups 3"),
