@@ -111,6 +111,7 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     mixtures = study.component.mixed_weights(study.domain_names)
     mixed = {n: as_merged(train_stages.mixed(study, n, run, tokenizer, data, base, w)) for n, w in mixtures.items()}
     rules_of(study.merge)  # raises where they are none
+    search_stages.check_bounds(study)
     second_order(study)  # raises where a mixed component corrects nothing
     foundation = Foundation(study, run, tokenizer, data, base, components, mixed, tasks)
     earlier = [

@@ -92,11 +92,25 @@ def _covers(foundation: Foundation, earlier: Sequence[Earlier]) -> bool:
 
 def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
     """The megatron_demix.search.space.SearchSpace of a study whose data stages are done."""
-    from megatron_demix.search.space import Group, SearchSpace, epoch_caps
+    from megatron_demix.search.space import epoch_caps
 
     tokens = data_stages.tokens(data, "train")
     budget = train_stages.num_tokens(study, "final")
+    caps = epoch_caps(tokens, {d.name: d.max_epochs for d in study.domains}, budget)
+    return _space(study, tokens, _anchor(study), max_kl=study.search.max_kl, epoch_caps=caps)
+
+
+def check_bounds(study: Study) -> None:
+    """Raises MixtureError where the anchor leaves no mixture within the bounds, as far as this is known without the data."""
     anchor = _anchor(study)
+    if anchor.mixture != "natural":
+        _space(study, dict.fromkeys(study.domain_names, 1), anchor)
+
+
+def _space(study: Study, tokens: Mapping[str, int], anchor: AnchorSpec, **limits: Any) -> Any:
+    """tokens: of each domain's training data. limits: what depends on these."""
+    from megatron_demix.search.space import Group, SearchSpace
+
     return SearchSpace(
         natural=Mixture.proportional(tokens, label="natural mixture"),
         anchor=study.mixture(anchor.mixture, tokens, "component.anchor.mixture"),
@@ -104,8 +118,7 @@ def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
         max_shares={d.name: d.max_share for d in study.domains if d.max_share < 1},
         min_shares={d.name: d.min_share for d in study.domains if d.min_share > 0},
         groups={label: Group(tuple(g.domains), g.lowest, g.highest) for label, g in study.search.groups.items()},
-        max_kl=study.search.max_kl,
-        epoch_caps=epoch_caps(tokens, {d.name: d.max_epochs for d in study.domains}, budget),
+        **limits,
     )
 
 

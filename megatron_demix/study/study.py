@@ -146,14 +146,12 @@ class Study(Section):
         group_of: dict[str, str] = {}
         low, high = lows.copy(), highs.copy()
         for label, group in self.search.groups.items():
-            members = dict.fromkeys(group.domains)
-            for name in members:
-                if group_of.setdefault(name, label) != label:
-                    raise ValueError(
-                        f"search.groups: {name!r} is in {group_of[name]!r} and in {label!r}; expected in one group"
-                    )
+            for name in group.domains:
+                if name in group_of:
+                    raise ValueError(f"search.groups: {name!r} is in {group_of[name]!r} and in {label!r}; expected once")
+                group_of[name] = label
                 del low[name], high[name]
-            least, most = (math.fsum(bounds[name] for name in members) for bounds in (lows, highs))
+            least, most = (math.fsum(bounds[name] for name in group.domains) for bounds in (lows, highs))
             if least > group.highest + TOLERANCE:
                 raise ValueError(
                     f"search.groups.{label}: the min_share of its domains sum to {least:g}, above highest {group.highest:g}"

@@ -185,7 +185,7 @@ def test_each_mistake_is_named(load, change, message):
         (["domains.0.max_share=0.6", "search.groups={g: {domains: [code], lowest: 0.7}}"], "sum to 0.6, below lowest 0.7"),
         (
             ["search.groups={g: {domains: [code]}, h: {domains: [math, code]}}"],
-            r"search\.groups: 'code' is in 'g' and in 'h'; expected in one group",
+            r"search\.groups: 'code' is in 'g' and in 'h'; expected once",
         ),
         (["search.groups={g: {domains: [code, math], highest: 0.9}}"], "sum to 0.9, below 1: group g 0.9"),
         (

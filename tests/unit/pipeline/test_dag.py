@@ -124,6 +124,13 @@ def test_rules_are_read_before_anything_runs(study_path):
         keys(study_path, "merge.rules=[{weights: {code: 0.5}}]")
 
 
+def test_what_the_anchor_leaves_no_room_for_is_refused_before_anything_runs(study_path):
+    with pytest.raises(MixtureError, match=r"'code': .* 0\.1, but the anchor alone gives it 0\.25"):
+        keys(study_path, "domains.0.max_share=0.1")
+    keys(study_path, "domains.0.max_share=0.1", "component.anchor={mixture: natural}")
+    keys(study_path, "domains.0.max_share=0.1", "search.proxies=trained")
+
+
 def test_a_merges_result_is_the_checkpoint(study_path):
     dag = build_dag(load_study(study_path), study_path, study_path.parent / "run")
     merging = dag.stage("merge/proxies")

@@ -146,8 +146,8 @@ def test_rounds_that_would_win_nothing_stay_empty(study_path):
 
 
 def test_a_space_without_mixtures_names_the_setting(study_path):
-    with pytest.raises(MixtureError, match=r"'math': min_share asks for 0\.9, but max_epochs x its tokens .* allow a share of"):
-        searched(study_path, "domains.2.min_share=0.9", "domains.2.max_epochs=0.1")
+    with pytest.raises(MixtureError, match=r"'math': min_share asks for 0\.8, but max_epochs x its tokens .* allow a share of"):
+        searched(study_path, "domains.2.min_share=0.8", "domains.2.max_epochs=0.1")
 
 
 @pytest.mark.parametrize(
