@@ -94,13 +94,14 @@ def merge_checkpoints(
     job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
     threads = threads or default_threads()
     per_pass = _outputs_per_pass(job, threads, max_memory)
-    _check_place(targets[0].parent, job, len(todo))
+    if not dry_run:
+        with storage_errors(f"writing {output}"):
+            for parent in {target.parent for target in targets}:
+                parent.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(parent)
+    _check_place(targets[0].parent, job, len(todo))  # with what the leftovers took
     if dry_run:
         return [targets[m] for m in todo]
-    with storage_errors(f"writing {output}"):
-        for parent in {target.parent for target in targets}:
-            parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(parent)
     if todo:
         plan = job.plan
         parts.start_read_ahead()
