@@ -42,9 +42,9 @@ def rows(dag: Dag, backend: Backend) -> list[dict[str, Any]]:
     launch = dag.study.launch
     parts = launch.slurm.parts if launch.backend == "slurm" else {}
     found = [_row(stage, active.get(stage.name), parts.get(stage.kind, 1)) for stage in dag.all]
-    # The scheduler's own work is of interest where nothing else is under way.
+    # The scheduler's own work is of interest where nothing else is under way, and something is missing.
     others = [name for name in active if name not in {stage.name for stage in dag.all}]
-    if len(others) == len(active):
+    if len(others) == len(active) and any(row["state"] != "done" for row in found):
         found += [
             {"stage": name, "state": active[name].state, "key": "", "log": "", "job": active[name].job} for name in others
         ]

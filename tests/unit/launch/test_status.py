@@ -103,5 +103,8 @@ def test_the_schedulers_own_job_is_shown_where_nothing_else_is_under_way(run, ca
     text = capsys.readouterr().out
     assert re.search(r"conclude +running +9", text)
     assert "nothing is under way" not in text
+    dag.all, stages = dag.all[:1], dag.all
+    assert [r["state"] for r in rows(dag, SimpleNamespace(activity=lambda: {"conclude": Activity("running", "9")}))] == ["done"]
+    dag.all = stages
     both = {"conclude": Activity("queued", "9"), "components/a": Activity("running", "8")}
     assert [r["stage"] for r in rows(dag, SimpleNamespace(activity=lambda: both))] == [s.name for s in dag.all]
