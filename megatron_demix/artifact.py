@@ -187,7 +187,10 @@ def only_maker(target: Path) -> Iterator[None]:
         with open(lock, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held it before may have removed the file that this is a lock on.
-            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+            try:
+                if os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                    continue
+            except FileNotFoundError:
                 continue
             try:
                 yield

@@ -7,6 +7,7 @@ A killed run goes on from what is there; several machines may write shards of on
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections import deque
@@ -33,6 +34,7 @@ DOMAINS_SUFFIX = ".domains.npy"
 # A shard is the smallest number of whole steps that reaches its size.
 SHARD_BYTES = 256 << 20
 SHARD_STEP_DOCUMENTS = 1 << 14
+_COPIED_BYTES = 8 << 20
 
 
 def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
@@ -175,11 +177,22 @@ def _copy_bin(index: Index, base: int, out: int, advance: Any) -> None:
         copied = 0
         while copied < index.bin_bytes:
             some = min(64 << 20, index.bin_bytes - copied)
-            count = os.copy_file_range(source.fileno(), out, some, copied, base + copied)
+            count = _copy_range(source.fileno(), out, some, copied, base + copied)
             if count == 0:
                 raise CorruptInput(f"{bin_path(index.prefix)} became shorter while it was read.")
             copied += count
             advance(count)
+
+
+def _copy_range(source: int, out: int, some: int, at: int, to: int) -> int:
+    """Bytes copied, at least 1 unless the source has ended."""
+    try:
+        return os.copy_file_range(source, out, some, at, to)
+    except OSError as e:
+        # Between file systems, and on some of them, the kernel does not copy by itself.
+        if e.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return os.pwrite(out, os.pread(source, min(some, _COPIED_BYTES), at), to)
 
 
 def write_shards(plan: BlendPlan, work: Path, name: str, worker: tuple[int, int], *, threads: int, progress: bool) -> None:

@@ -30,6 +30,8 @@ _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 BadDocuments = Literal["error", "reject"]
 
+_COMPRESSED_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Block:
@@ -185,26 +187,49 @@ def _decompressed(raw: IO[bytes], file: Path) -> Any:
         return gzip.GzipFile(fileobj=raw)
     if file.suffix == ".zst":
         try:
-            import zstandard
+            import zstandard  # noqa: F401
         except ImportError as e:
             raise ConfigError(f"{file}: zstandard is not installed: pip install 'megatron-demix[data]'.") from e
-        return _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return _Zstd(raw)
     return raw
 
 
 class _Zstd:
-    """zstandard's reader, with its error as an OSError like those of the other formats."""
+    """Zstandard frames one after another. Damage and, which zstandard's own reader passes over, a file that ends within a frame
+    are OSErrors, like those of the other formats."""
 
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def read(self, size: int = -1) -> bytes:
+    def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
 
+        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._compressed, self._ready = b"", bytearray()
+
+    def read(self, size: int = -1) -> bytes:
+        while size < 0 or len(self._ready) < size:
+            if not self._more():
+                break
+        taken = bytes(self._ready[:size] if size >= 0 else self._ready)
+        del self._ready[: len(taken)]
+        return taken
+
+    def _more(self) -> bool:
+        import zstandard
+
+        self._compressed = self._compressed or self._raw.read(_COMPRESSED_BYTES)
+        if not self._compressed:
+            if self._frame is not None:
+                raise OSError("the file ends within a Zstandard frame: it was cut short")
+            return False
+        self._frame = self._frame or self._decompressor.decompressobj()
         try:
-            return self._reader.read(size)
+            self._ready += self._frame.decompress(self._compressed)
         except zstandard.ZstdError as e:
             raise OSError(f"not a Zstandard file, or a damaged one ({e})") from e
+        self._compressed = b""
+        if self._frame.eof:
+            self._compressed, self._frame = self._frame.unused_data, None
+        return True
 
 
 def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:

@@ -100,7 +100,8 @@ class Recipe:
         return np.searchsorted(edges, uniform, side="right").astype(np.uint8)
 
     def _by_sentence(self, text: TextBatch, splitter: SentenceSplitter) -> Tokens:
-        split = [[s for s in splitter(document) if s] for document in text.strings()]
+        # A document of blanks is one empty sentence: it has an end, too.
+        split = [[s for s in splitter(document) if s] or [""] for document in text.strings()]
         ids, offsets = self.tokenizer.encode_batch(TextBatch.of(s for sentences in split for s in sentences))
         last = np.cumsum([len(sentences) for sentences in split], dtype=np.int64)
         tokens, _ = native.pack_tokens(ids, np.concatenate([[0], offsets[last]]), self.dtype, self._eod)

@@ -97,14 +97,17 @@ def evaluate(
     of parts.
     """
     import torch
-    from megatron.core import parallel_state
 
-    from megatron_demix.train.checkpointing import load_weights
     from megatron_demix.train.compat import cpu_compat
-    from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
 
     torch.set_num_threads(job.threads_per_rank)
     with cpu_compat():
+        # Here and not above: what the core decorates is decided when it is imported.
+        from megatron.core import parallel_state
+
+        from megatron_demix.train.checkpointing import load_weights
+        from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+
         initialize_parallel(job.parallel, seed=0, timeout_s=job.train.timeout)
         try:
             known = _finished_rows(job.work)

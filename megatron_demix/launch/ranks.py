@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from megatron_demix.errors import Incomplete
 from megatron_demix.process import die_with_parent
@@ -28,7 +29,8 @@ def main() -> int:
         asked.append(signum)
         ranks = psutil.Process().children()
         for rank in ranks:
-            rank.send_signal(signal.SIGTERM)
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                rank.send_signal(signal.SIGTERM)
         if not ranks:
             os._exit(Incomplete.exit_code)
 

@@ -128,7 +128,7 @@ class MergePlan:
             check_sources,
             deltas.native if deltas else None,
         )
-        outcome = self._watched(arguments, progress) if progress else self._plan.run(*arguments)
+        outcome = self._watched(arguments, progress or (lambda done: None))
         if outcome["error"]:
             raise OSError(outcome["error"], os.strerror(outcome["error"]), f"target {outcome['failed_target']}")
         return outcome
@@ -170,7 +170,10 @@ class MergePlan:
                 outcome["exception"] = e
 
         worker = threading.Thread(target=work)
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError:  # a limit lets no thread start: then nothing can interrupt it
+            return self._plan.run(*arguments)
         try:
             alive = True
             while alive:

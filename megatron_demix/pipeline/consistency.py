@@ -105,6 +105,7 @@ def show(report: Mapping[str, Any]) -> None:
     import sys
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     grid = Grid(box=None, pad_edge=False)
@@ -114,7 +115,7 @@ def show(report: Mapping[str, Any]) -> None:
     for style, label, rows in _rows(report):
         for name, metrics in rows.items():
             cells = (_cell(metrics[metric], metric) for metric in _COLUMNS)
-            grid.add_row(f"{label}{name}", *cells, style=style)
+            grid.add_row(f"{label}{escape(name)}", *cells, style=style)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(f"{report['num_mixtures']} mixtures")
     console.print(grid)

@@ -154,7 +154,8 @@ def scoring(
         job = EvaluateJob(
             model=study.model,
             train=study.train,
-            parallel=study.parallel.model_copy(update={"data": study.evaluate.replicas}),
+            # Each replica has a mixture of its own: experts are not spread over them, nor texts over ranks.
+            parallel=study.parallel.model_copy(update={"data": study.evaluate.replicas, "context": 1, "expert": 1}),
             vocab_size=vocabulary.vocab_size,
             token_bytes=vocabulary.token_bytes.tolist(),
             domains={n: data_stages.prefixes(data[n], split) for n in domains},

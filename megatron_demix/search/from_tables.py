@@ -39,7 +39,8 @@ def fit_tables(
     if space is not None:
         mixtures.select(mixtures.ids, space.domains, other=Path("the domains file"))
         shares_MD = space.shares(shares_MD[:, [mixtures.columns.index(name) for name in space.domains]])
-    if extra := [name for name in scores.ids if name not in set(mixtures.ids)]:
+    known = set(mixtures.ids)
+    if extra := [name for name in scores.ids if name not in known]:
         raise IncompatibleInputs(f"{scores.path}: id {extra[0]!r} has no mixture in {mixtures.path} ({len(extra)} such).")
     scores_MT = scores.select(mixtures.ids, scores.columns, other=mixtures.path)
     surrogates = {}

@@ -72,7 +72,8 @@ class Table:
         """values of exactly these rows and columns, in this order, as `other` has them. Raises IncompatibleInputs naming what
         is absent here, or there."""
         for what, wanted, present in (("column", columns, self.columns), ("id", ids, self.ids)):
-            lacking, extra = ([x for x in a if x not in set(b)] for a, b in ((wanted, present), (present, wanted)))
+            here, there = set(present), set(wanted)
+            lacking, extra = [x for x in wanted if x not in here], [x for x in present if x not in there]
             if what == "column" and extra:
                 raise IncompatibleInputs(
                     f"{self.path}: column {extra[0]!r} is not in {other} ({len(extra)} such). Name both sides alike."

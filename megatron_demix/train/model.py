@@ -156,7 +156,7 @@ def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpe
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=gpu,
+        bias_activation_fusion=gpu and (model.swiglu or model.add_bias_linear),  # the core has no plain GELU without a bias
         bias_dropout_fusion=gpu,
         apply_rope_fusion=te,
         batch_p2p_comm=True,

@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 def final_number(text: str) -> Decimal | None:
     """The number behind the first ####, where GSM8K puts the answer; without it the last number there is."""
     _, mark, answer = text.partition("####")
-    numbers = _NUMBER.findall(answer.splitlines()[0] if mark and answer.strip() else text)
+    numbers = _NUMBER.findall(answer.strip().splitlines()[0] if mark and answer.strip() else "" if mark else text)
     if not numbers:
         return None
     try:
@@ -33,8 +33,10 @@ def boxed(text: str) -> str | None:
     if start < 0:
         return None
     rest = text[start:].split("box" if text.startswith("\\fbox", start) else "boxed", 1)[1]
+    rest = rest.lstrip()
     if not rest.startswith("{"):
-        return rest.strip().split("$")[0].split()[0] if rest.strip() else None
+        words = rest.split("$")[0].split()
+        return words[0] if words else None
     depth = 0
     for i, character in enumerate(rest):
         depth += (character == "{") - (character == "}")

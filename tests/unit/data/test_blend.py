@@ -1,5 +1,8 @@
 """Blends, small enough to count by hand, and read by stock megatron.core."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from blends import MIXTURE, build
@@ -10,6 +13,16 @@ from megatron_demix.data.verify import verify_blend
 from megatron_demix.errors import ConfigError, CorruptInput, MixtureError, OutputExists
 from megatron_demix.indexed.reader import IndexedReader
 from megatron_demix.mixture import Mixture
+
+
+def test_a_view_of_data_on_another_file_system(pool, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    build(pool, tmp_path / "near")
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    build(pool, tmp_path / "far")
+    assert (tmp_path / "far.bin").read_bytes() == (tmp_path / "near.bin").read_bytes()
 
 
 def test_view_and_materialised_are_the_same_documents(pool, tmp_path):

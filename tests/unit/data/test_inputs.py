@@ -179,12 +179,16 @@ def test_damaged_files(tmp_path):
     import pyarrow.parquet as pq
 
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-9])
+    import zstandard
+
     (tmp_path / "b.jsonl.zst").write_bytes(b"not zstandard")
+    (tmp_path / "e.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n' * 100)[:-3])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 but not really")
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "d.parquet")
     for name, message in (
         ("a.jsonl.gz", r"a\.jsonl\.gz cannot be read"),
         ("b.jsonl.zst", r"b\.jsonl\.zst cannot be read: not a Zstandard file"),
+        ("e.jsonl.zst", r"e\.jsonl\.zst cannot be read: the file ends within a Zstandard frame"),
         ("c.parquet", r"c\.parquet: not a Parquet file, or a damaged one"),
         ("d.parquet", r"d\.parquet: no column 'text'; it has body, n"),
         ("absent.jsonl", r"absent\.jsonl cannot be read"),

@@ -42,6 +42,9 @@ def test_final_number(text, number):
         (r"$\boxed 5$", "5"),
         (r"\boxed{1", None),
         (r"\boxed", None),
+        (r"so it is $\boxed$.", None),
+        (r"\boxed {5}", "5"),
+        (r"\boxed $5$", None),
         ("no", None),
     ],
 )

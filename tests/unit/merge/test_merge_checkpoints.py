@@ -435,3 +435,16 @@ def test_equal_shapes_that_mean_different_functions_are_refused(tmp_path, change
     ((name, value),) = change.items()
     with pytest.raises(IncompatibleInputs, match=f"'a' and 'c': {name} is {arguments[name]!r} in the one and {value!r}"):
         merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out2", progress=False)
+
+
+def test_strided_sources_whose_runs_end_with_a_single_element(tmp_path):
+    """Of a block of elements, that is: 16384 of them are in work at a time."""
+    whole = {
+        name: {"w": small_model(seed)["embedding.word_embeddings.weight"].flatten().repeat(500)[: 3 * 16385].view(3, -1)}
+        for seed, name in enumerate("ab")
+    }
+    parts = {name: write_checkpoint(tmp_path / name, tensors, transposed=["w"]) for name, tensors in whole.items()}
+    (path,) = merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False, verify="full")
+    found = read_checkpoint(path / "release")["w"].float()
+    expected = (whole["a"]["w"].float() + whole["b"]["w"].float()) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
