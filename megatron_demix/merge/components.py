@@ -23,7 +23,8 @@ _FUNCTION = (
     *("num_attention_heads", "num_query_groups", "kv_channels", "attention_output_gate", "qk_layernorm"),
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
     *("use_rope_scaling", "rope_scaling_factor", "swiglu", "quick_geglu", "squared_relu"),
-    *("normalization", "norm_epsilon", "apply_layernorm_1p", "moe_router_topk", "moe_router_pre_softmax"),
+    *("normalization", "norm_epsilon", "apply_layernorm_1p", "window_size"),
+    *("moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
 )
 """Megatron's arguments that say what a model computes from its weights, which do not show in the weights' shapes."""
 

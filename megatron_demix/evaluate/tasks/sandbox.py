@@ -1,5 +1,5 @@
-"""Programs that a model wrote, in processes of their own: bounded in time, memory, files and processes, and cut off from the
-network and from this machine's files where the kernel allows that."""
+"""Programs that a model wrote, in processes of their own: bounded in time, memory, files and processes, and, where the kernel
+allows that, without network and unable to write this machine's files. They can read what the user can."""
 
 from __future__ import annotations
 
