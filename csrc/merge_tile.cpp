@@ -104,7 +104,7 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
             const int k = set.read[j];
             const std::int64_t stride = r.strides[std::size_t(k) * t.dims + t.dims - 1];
             views_[k] = stride == 1 || n == 1 ? sources_[k] + std::size_t(i) * in
-                                                  : gather(k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
+                                              : gather(k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
             if (check && (stride == 1 || n == 1)) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
             if (check && stride != 1 && n > 1) check_scattered(r, k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
         }

@@ -127,6 +127,18 @@ def test_sentences(tmp_path):
     assert "".join(punkt(keep_newlines=True)(text)) == text
 
 
+def test_a_document_of_blanks_has_an_end_of_its_own(tmp_path):
+    pytest.importorskip("nltk")
+    from megatron_demix.data.sentences import punkt
+
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("  ", "One. Two.", " ")))
+    preprocess([tmp_path / "x.jsonl"], BYTE, tmp_path / "s", sentences=punkt(), progress=False)
+    reader = IndexedReader(tmp_path / "s")
+    assert reader.index.documents.tolist() == [0, 1, 3, 4]
+    assert [reader.sequence(s).tolist()[-1:] for s in (0, 2, 3)] == [[256]] * 3
+    assert [len(reader.sequence(s)) for s in range(4)] == [1, 4, 5, 1]
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -27,6 +27,8 @@ isolated = pytest.mark.skipif(not sandbox.is_isolated(), reason="the kernel lets
         ("It costs $3.50.", "3.5"),
         ("none", None),
         ("####", None),
+        ("3 + 4 = 7\n####", None),
+        ("7\n####\n 8", "8"),
         ("", None),
     ],
 )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,22 @@ def test_a_stage_that_others_make_is_waited_for_and_named(tmp_path):
         with open(path) as file, pytest.raises(Incomplete, match=r"the others: still running.*\. Let it finish"):
             task.lock(file, "the others", wait_s=0)
     assert not task.is_locked(path)
+
+
+def test_a_stage_that_others_made_meanwhile_is_done(tmp_path, stop, monkeypatch):
+    made = []
+    stage = Stage("data/a", tmp_path, {}, (), lambda folder: made.append((folder / "out").write_text("x")))
+    held = task.stage_lock
+
+    @contextmanager
+    def waited_for(stage):
+        with held(stage) as file:
+            stage.finish()
+            yield file
+
+    monkeypatch.setattr(task, "stage_lock", waited_for)
+    assert run(stage, stop) == 0
+    assert len(made) == 1
 
 
 def test_exit_codes_of_ranks_become_errors(tmp_path):

@@ -121,6 +121,21 @@ def test_one_stage_scores_the_components_for_all_rounds(path, proxy_score):
     assert job.keep_tokens == (job.models if proxy_score == "ensemble" else [])
 
 
+@pytest.mark.parametrize("layout", ["{context: 2}", "{data: 2, expert: 2}", "{pipeline: 2, context: 2}"])
+def test_scoring_starts_as_many_ranks_as_its_job_is_for(path, layout):
+    """Replicas have mixtures of their own, so neither texts nor experts are spread over them."""
+    overrides = [f"parallel={layout}", "evaluate.replicas=2", "model.num_layers=2", "train.global_batch_size=8"]
+    dag = dag_of(path, *overrides, *(["model.num_experts=2"] if "expert" in layout else []))
+    stage = dag.rounds[0].scores
+    for need in (dag.tokenizer, *dag.data.values(), *stage.needs):
+        if need.ranks == 0 and not need.done():
+            need.finish()
+    assert stage.begin()
+    job = EvaluateJob.model_validate(read_json(stage.job))
+    assert (job.parallel.context, job.parallel.expert, job.parallel.data) == (1, 1, 2)
+    assert job.parallel.world_size == stage.ranks
+
+
 def test_only_what_depends_on_it_has_another_key(path):
     keys = {kind: {s.name: s.key for s in dag_of(path, f"search.proxy_score={kind}").all} for kind in ("stack", "ensemble")}
     changed = {name for name, key in keys["ensemble"].items() if keys["stack"].get(name) != key}
