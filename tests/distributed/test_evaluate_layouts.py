@@ -100,6 +100,24 @@ def test_memory_and_disk_are_the_same_model(reference):
     assert len({tuple(reference[name].values()) for name in MIXTURES}) == 3
 
 
+FRESH = """
+import sys
+from megatron_demix.evaluate.job import EvaluateJob, evaluate
+evaluate(EvaluateJob.model_validate_json(open(sys.argv[1]).read()), None)
+from megatron.core.jit import jit_fuser
+assert jit_fuser(len) is len
+"""
+
+
+def test_a_process_that_only_scores_imports_the_core_without_its_compiler(parts, tmp_path):
+    """Which fails on a CPU, in the routers of mixtures of experts."""
+    _, job = parts
+    nothing = {"mixtures": {}, "checkpoints": {}, "tasks": [], "keep_tokens": [], "work": tmp_path}
+    (tmp_path / "job.json").write_text(job.model_copy(update=nothing).model_dump_json())
+    done = subprocess.run([sys.executable, "-c", FRESH, tmp_path / "job.json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_ensemble_of_one_is_that_model(parts, reference):
     _, job = parts
     found = Ensemble(job.work / "tokens", job.keep_tokens).scores(np.eye(2))
