@@ -23,7 +23,7 @@ _COLUMNS = {
 _LEGEND = (
     "Each value with its 90 % interval over mixtures (bootstrap). top 25 %: Spearman among the best references. pairs: ordered "
     "alike. recovery: proxies' scores / references'. regret: what picking the proxies' best costs, in the score's unit. "
-    "ceiling: the references against themselves, trained with another seed."
+    "ceiling: the references against themselves, trained with another seed; noiseless proxies would come above it."
 )
 
 

@@ -29,7 +29,8 @@ def rank_consistency(
     where given}. A report maps each metric of METRICS to {"value", "low", "high"}: the value and its bootstrap 90 % interval
     over mixtures (all None where it is undefined: top-25 % needs 12 mixtures). The macro report averages each metric over
     the scores, bootstrapped jointly. reseeded: the references trained again with another seed; adds "ceiling", the same reports
-    of references against them: no proxy can be expected above it.
+    of references against them. Both sides of that have seeds of their own, so a proxy without noise would agree better: by
+    classical test theory its correlation is the square root of the ceiling's.
     Raises IncompatibleInputs on fewer than 4 mixtures, on other names or lengths, on missing (NaN) scores and on constant ones.
     """
     proxies, references = _checked(proxies, references, "proxies")
