@@ -69,6 +69,7 @@ class Recipe:
             "split": list(self.split),
             "seed": self.seed,
             "sentences": self.sentences is not None,
+            **({"keep_newlines": True} if getattr(self.sentences, "keep_newlines", False) else {}),
         }
 
     def __call__(self, block: Block) -> Tokenized:

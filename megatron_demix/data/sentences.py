@@ -41,4 +41,5 @@ def punkt(*, keep_newlines: bool = False) -> SentenceSplitter:
                 sentences += [paragraph[a:b] for a, b in spans]
         return sentences
 
+    split.keep_newlines = keep_newlines  # type: ignore[attr-defined]  # Recipe.describe: it decides the bytes
     return split

@@ -16,7 +16,7 @@ from megatron_demix.data.inputs import read_documents
 from megatron_demix.data.prepare import prepare_domain, preprocess
 from megatron_demix.data.recipe import Recipe
 from megatron_demix.data.tokenizer import load_tokenizer
-from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists
 from megatron_demix.indexed.reader import IndexedReader
 from megatron_demix.study.data import TokenizerSpec
 
@@ -125,6 +125,16 @@ def test_sentences(tmp_path):
     assert [int(reader.sequence(s)[-1] == 256) for s in range(6)] == [0, 0, 0, 1, 0, 1]
     assert json.loads((tmp_path / "s.meta.json").read_text())["sentences"]
     assert "".join(punkt(keep_newlines=True)(text)) == text
+
+
+def test_newlines_that_are_kept_make_another_output(tmp_path):
+    pytest.importorskip("nltk")
+    from megatron_demix.data.sentences import punkt
+
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "One.\n Two."}) + "\n")
+    preprocess([tmp_path / "x.jsonl"], BYTE, tmp_path / "s", sentences=punkt(), progress=False)
+    with pytest.raises(OutputExists):
+        preprocess([tmp_path / "x.jsonl"], BYTE, tmp_path / "s", sentences=punkt(keep_newlines=True), progress=False)
 
 
 def test_a_document_of_blanks_has_an_end_of_its_own(tmp_path):
