@@ -7,7 +7,6 @@ depends on the time, the machine or the path, so that two runs of one study can 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
+from megatron_demix.locks import take_lock
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
@@ -182,20 +182,20 @@ def publish(target: Path, key: str, kind: str, settings: Mapping[str, Any], *, w
 @contextmanager
 def only_maker(target: Path) -> Iterator[None]:
     """One process at a time, of all that share the disk, puts together what is published at `target`; the others wait."""
-    lock = target.parent / f".{target.name}.lock"
+    path = target.parent / f".{target.name}.lock"
     while True:
-        with open(lock, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with open(path, "w") as file:
+            take_lock(file, f"another process that makes {target}")
             # Whoever held it before may have removed the file that this is a lock on.
             try:
-                if os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                     continue
             except FileNotFoundError:
                 continue
             try:
                 yield
             finally:
-                lock.unlink()
+                path.unlink()
             return
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from megatron_demix.artifact import remove_leftovers
 from megatron_demix.errors import Incomplete
 from megatron_demix.launch.attempts import Attempts, forget
 from megatron_demix.launch.display import Display
-from megatron_demix.launch.stage import failure, lock, stage_lock, start_ranks
+from megatron_demix.launch.stage import failure, stage_lock, start_ranks
+from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.progress import MetricsLog
 
@@ -100,7 +100,7 @@ def _remembered(stage: Stage) -> Iterator[None]:
 
 
 def _spawn(stage: Stage, threads_per_rank: int) -> subprocess.Popen | None:
-    """The stage's ranks, None if it needs none. They inherit its lock, so that it is free only when all of them have ended."""
+    """The stage's ranks, None if it needs none. Its lock is free only when all of them have ended."""
     with _remembered(stage), stage_lock(stage) as held:
         if not stage.begin():
             return None
@@ -136,7 +136,7 @@ def _interruptible() -> Iterator[None]:
 def only_one(run: Path) -> Iterator[None]:
     """Held by the one command that works on a run, or submits it. Raises Incomplete if another has it."""
     with open(run / ".lock", "a+") as file:
-        lock(file, f"another demix process that works on {run}", wait_s=0.5)  # holder() may have it for a moment
+        take_lock(file, f"another demix process that works on {run}", wait_s=0.5)  # holder() may have it for a moment
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -147,11 +147,7 @@ def holder(run: Path) -> int | None:
     """The id of the process that works on a run now, on this machine; None if there is none."""
     try:
         with open(run / ".lock", "r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read()
-                return int(text) if text.isdigit() else None
+            text = file.read() if is_locked(file) else ""
     except FileNotFoundError:
-        pass
-    return None
+        return None
+    return int(text) if text.isdigit() else None

@@ -8,7 +8,6 @@ starts its part of the ranks. Exit codes: 0 the artifact is there; 75 start it a
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
 import subprocess
@@ -39,6 +38,7 @@ from megatron_demix.errors import (
     VerificationFailed,
 )
 from megatron_demix.launch.attempts import MOST_ATTEMPTS, Attempts
+from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.process import die_with_parent, leave_usr1_to_parent
 from megatron_demix.progress import MetricsLog
@@ -63,6 +63,7 @@ _SAID = {
     "Its log says which rank; run again without that machine",
 }
 _NEEDS_WAIT_S = 60
+_RANKS_SAVE_S = 60
 _POLL_S = 5
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _LINGER_S = 10
@@ -80,7 +81,13 @@ class Nodes:
 
 
 def start_ranks(stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: Nodes = Nodes()) -> subprocess.Popen:
-    """Start this node's part of the ranks of a stage that has begun. They inherit `lock`: it is free when they have ended."""
+    """Start this node's part of the ranks of a stage that has begun.
+
+    lock: the stage's, which becomes shared with the ranks: each takes it for itself, so that it is free when all of them have
+    ended, even where torchrun was killed and they still save.
+    """
+    if lock:
+        take_lock(lock, f"another process that makes stage {stage.name}", wait_s=0, shared=True)
     worker = ["-m", "megatron_demix.pipeline.worker", str(stage.job)]
     if stage.ranks == 1:
         command = [sys.executable, *worker]  # torchrun would cost seconds, and has nothing to do for one rank
@@ -108,34 +115,19 @@ def start_ranks(stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: 
 @contextmanager
 def stage_lock(stage: Stage) -> Iterator[IO]:
     """Held by whoever makes a stage, and by the ranks it started. Raises Incomplete if others have it for too long."""
-    stage.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(stage.log.with_suffix(".lock"), "w") as file:
-        lock(file, f"ranks of stage {stage.name} that an earlier run started", wait_s=60)
+    stage.lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(stage.lock, "a") as file:
+        take_lock(file, f"ranks of stage {stage.name} that an earlier run started", wait_s=_RANKS_SAVE_S)
         yield file
 
 
-def lock(file: IO, holder: str, wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                waited = f" after {wait_s:g} s" if wait_s >= 1 else ""
-                raise Incomplete(f"{holder}: still running{waited}. Let it finish or stop it, then run again.") from None
-            time.sleep(0.2)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether some process of this machine holds the lock in this file."""
+def is_made(stage: Stage) -> bool:
+    """Whether some process has a stage's lock now."""
     try:
-        with open(path, "r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with open(stage.lock, "r+") as file:
+            return is_locked(file)
     except FileNotFoundError:
-        pass
-    return False
+        return False
 
 
 def failure(stage: Stage, code: int) -> DemixError:

@@ -69,6 +69,11 @@ class Stage:
         return self.run / "logs" / f"{self.name.replace('/', '.')}-{self.key}.log"
 
     @property
+    def lock(self) -> Path:
+        """A file that whoever makes this stage has a lock on, and each of its ranks."""
+        return self.log.with_suffix(".lock")
+
+    @property
     def heartbeat(self) -> Path:
         return self.log.with_suffix(".heartbeat")
 

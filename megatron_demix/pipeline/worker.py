@@ -12,14 +12,21 @@ from pathlib import Path
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import DemixError
+from megatron_demix.locks import take_lock
 from megatron_demix.process import die_with_parent
+
+_LOCK_WAIT_S = 30
 
 
 def main() -> int:
     die_with_parent()
     warnings.filterwarnings("ignore")  # megatron.core warns about every package it can do without
-    job = read_json(Path(sys.argv[1]))
+    path = Path(sys.argv[1])
+    held = open(path.with_suffix(".lock"), "a")  # noqa: SIM115  # as long as this process works
     try:
+        # If torchrun is killed, ranks that still save keep the next run waiting.
+        take_lock(held, f"another process that works on {path}", wait_s=_LOCK_WAIT_S, shared=True)
+        job = read_json(path)
         if job["kind"] == "train":
             from megatron_demix.train.job import TrainJob
             from megatron_demix.train.trainer import train
@@ -28,7 +35,7 @@ def main() -> int:
         elif job["kind"] == "megatron_lm":
             from megatron_demix.train.megatron_lm.run import StockJob, run_rank
 
-            return run_rank(StockJob.model_validate(job))
+            return run_rank(StockJob.model_validate(job), held)
         else:
             from megatron_demix.data.tokenizer import load_tokenizer
             from megatron_demix.evaluate.job import EvaluateJob, evaluate

@@ -3,7 +3,6 @@ seed and the batch size, never on the layout."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError, storage_errors
+from megatron_demix.locks import take_lock
 from megatron_demix.train.derived import blend_surplus
 from megatron_demix.train.job import TrainJob
 
@@ -95,10 +95,7 @@ def _building_alone(cache: Path) -> Iterator[None]:
     with storage_errors(f"making {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as e:  # Lustre mounted without flock, say
-            logger.warning("%s cannot be locked (%s): let no other run build its indices there now.", cache, e.strerror)
+        take_lock(file, f"another run that builds indices in {cache}")
         yield
 
 

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import held, kill, processes
 
 from megatron_demix.artifact import hash_file
+from megatron_demix.errors import Incomplete
+from megatron_demix.launch.stage import is_made, stage_lock, start_ranks
+from megatron_demix.pipeline.stage import Stage
 from megatron_demix.train.trainer import train
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_component.py"
@@ -102,3 +106,34 @@ def test_a_rank_that_loses_or_waits_for_the_other_says_so(tmp_path, make_train_j
         for process in ranks:
             process.kill()
             process.communicate(timeout=TIME_LIMIT_S)
+
+
+def test_ranks_that_outlive_torchrun_keep_their_stage(tmp_path, make_train_job, monkeypatch):
+    """A large save takes minutes, in which another run must not begin the same stage."""
+    stage = Stage("components/tiny", tmp_path, {}, (), lambda folder: None, ranks=2)
+    job = make_train_job(tmp_path, parallel={"data": 2}, train_iters=100_000, heartbeat=stage.heartbeat)
+    with stage_lock(stage) as lock:
+        stage.job.write_text(job.model_dump_json())
+        torchrun = start_ranks(stage, threads_per_rank=1, lock=lock)
+    ranks = []
+    try:
+        wait_for_iteration(stage.heartbeat, 2)
+        ranks = processes("pipeline.worker", str(stage.job))
+        assert len(ranks) == 2
+        with held(ranks):  # as if they saved
+            torchrun.kill()
+            torchrun.wait()
+            assert is_made(stage)
+            monkeypatch.setattr("megatron_demix.launch.stage._RANKS_SAVE_S", 1)
+            with (
+                pytest.raises(Incomplete, match=r"ranks of .*components/tiny .*: still running after 1 s"),
+                stage_lock(stage),
+            ):
+                pass
+        monkeypatch.undo()
+        with stage_lock(stage):
+            assert "stopped by SIGTERM after iteration" in stage.log.read_text()
+    finally:
+        for pid in (torchrun.pid, *ranks):
+            kill(pid)
+        torchrun.wait()

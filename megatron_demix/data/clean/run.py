@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -24,7 +23,8 @@ from megatron_demix.data.clean.documents import Source
 from megatron_demix.data.clean.plan import Pass, plan
 from megatron_demix.data.clean.scores import Perplexity, Quality
 from megatron_demix.data.inputs import BadDocuments, resolve_inputs
-from megatron_demix.errors import ConfigError, Incomplete, OutputExists, storage_errors
+from megatron_demix.errors import ConfigError, OutputExists, storage_errors
+from megatron_demix.locks import take_lock
 from megatron_demix.process import die_with_parent
 from megatron_demix.progress import progress_bar
 from megatron_demix.study.data import CleanSpec
@@ -172,10 +172,7 @@ def _only_one(work: Path) -> Iterator[None]:
     """One process at a time in a work folder. Its workers die with it, so that nobody writes there when the lock is free."""
     work.mkdir(parents=True, exist_ok=True)
     with open(work / _LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise Incomplete(f"{work}: another process is cleaning there. Wait for it, or stop it first.") from e
+        take_lock(file, f"another process that cleans in {work}", wait_s=0)
         yield
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -49,10 +49,11 @@ class StockJob(BaseModel):
         return self.train.global_batch_size * self.train.seq_length
 
 
-def run_rank(job: StockJob) -> int:
-    """The exit code of this rank's script. Raises Diverged, after the script has been killed."""
+def run_rank(job: StockJob, lock: IO) -> int:
+    """The exit code of this rank's script, which inherits `lock`. Raises Diverged, after the script has been killed."""
     environment = os.environ | job.environment | alone()
     if int(environment["RANK"]) < int(environment["WORLD_SIZE"]) - 1:
+        os.set_inheritable(lock.fileno(), True)
         os.execvpe(job.command[0], job.command, environment)
     # Buffered, a line would come long after its iteration.
     script = subprocess.Popen(
@@ -62,6 +63,7 @@ def run_rank(job: StockJob) -> int:
         text=True,
         errors="replace",
         preexec_fn=die_with_parent,
+        pass_fds=[lock.fileno()],
     )
     for signum in _STOP_SIGNALS:
         signal.signal(signum, lambda *_: script.send_signal(signal.SIGTERM))

@@ -295,7 +295,7 @@ def test_models_that_are_none(models, tmp_path):
 
 def test_nothing_is_overwritten_and_one_works_at_a_time(tmp_path):
     inputs = {"x": write(tmp_path / "x.jsonl", ["a"])}
-    with run._only_one(tmp_path / ".out.work"), pytest.raises(Incomplete, match="another process is cleaning there"):
+    with run._only_one(tmp_path / ".out.work"), pytest.raises(Incomplete, match="another process that cleans in"):
         clean(inputs, tmp_path / "out", NOTHING)
     report = clean(inputs, tmp_path / "out", NOTHING)
     assert not (tmp_path / ".out.work").exists()

@@ -209,7 +209,7 @@ def test_a_cache_that_cannot_be_locked_is_used_with_a_warning(tmp_path, make_tra
     refused = mock.patch("fcntl.flock", side_effect=OSError(38, "Function not implemented"))
     with refused:
         train(make_train_job(tmp_path, train_iters=1))
-    assert "index cannot be locked (Function not implemented): let no other run build its indices there now" in caplog.text
+    assert "index cannot be locked (Function not implemented): start nothing else that works there now" in caplog.text
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, make_train_job):
