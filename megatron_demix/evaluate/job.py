@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from megatron_demix.artifact import write_json
+from megatron_demix.artifact import read_json, write_json
 from megatron_demix.evaluate.ensemble import FOLDER, DomainText, Texts, keep, remove_unfinished
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.evaluate.tasks.suite import Scored, Suite, TextCodec, read_task
@@ -23,6 +23,7 @@ from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 
 if TYPE_CHECKING:
     from megatron_demix.checkpoint.live import LiveTensor
+    from megatron_demix.evaluate.patience import Patience
 
 SCORES, NOTES = "scores.json", "tasks.json"
 
@@ -94,7 +95,7 @@ def evaluate(
 
     Each data-parallel replica takes every n-th mixture, and every n-th checkpoint. A finished row is appended to
     work/rows-<part>-<replica>.jsonl at once: a killed run goes on where it stopped, on any number of replicas and in any number
-    of parts.
+    of parts. Replicas may take any time for a model (evaluate.patience).
     """
     import torch
 
@@ -105,11 +106,13 @@ def evaluate(
         # Here and not above: what the core decorates is decided when it is imported.
         from megatron.core import parallel_state
 
+        from megatron_demix.evaluate.patience import Patience
         from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
 
         initialize_parallel(job.parallel, seed=0, timeout_s=job.train.timeout)
         try:
+            patience = Patience()
             known = _finished_rows(job.work)
             replica = parallel_state.get_data_parallel_rank()
             replicas = parallel_state.get_data_parallel_world_size()
@@ -122,7 +125,7 @@ def evaluate(
                 model = build_model(job.model, job.train, parallel, job.vocab_size, cached=suite is not None)
                 writes = parallel_state.get_model_parallel_group().rank() == 0
                 windows = list(_windows(job))
-                score = _scorer(job, model, windows, suite, judges=writes)
+                score = _scorer(job, model, windows, suite, patience, judges=writes)
                 merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
                 heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
                 rows = job.work / f"rows-{'-of-'.join(map(str, job.part)) if job.part else 'all'}-{replica}.jsonl"
@@ -134,6 +137,7 @@ def evaluate(
                         assert merger is not None
                         merger.merge(job.mixtures[name], normalize=job.normalize)
                     else:
+                        patience.wait_for_all()
                         load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
                     if not ours:
                         continue
@@ -146,7 +150,7 @@ def evaluate(
                             # The leading newline ends a line that a kill cut short.
                             row = {"model": name, "scores": scored.scores, "notes": scored.notes}
                             file.write("\n" + json.dumps(row) + "\n")
-            torch.distributed.barrier()
+            patience.wait_for_all()
             if torch.distributed.get_rank() == 0 and job.part is None:
                 _collect(job, suite)
             torch.distributed.barrier()
@@ -201,7 +205,7 @@ def _say(model: str, scored: Scored) -> None:
 
 
 def _scorer(
-    job: EvaluateJob, model: Any, windows: Sequence[Windows], suite: Suite | None, *, judges: bool
+    job: EvaluateJob, model: Any, windows: Sequence[Windows], suite: Suite | None, patience: Patience, *, judges: bool
 ) -> Callable[[], Scored]:
     """What scores the model as it is at the time. Its tokens are those of domains, then those of tasks."""
     from megatron_demix.evaluate.live import LiveModel
@@ -214,7 +218,8 @@ def _scorer(
         losses = {w.name: bits_per_byte(nats[w.name], w) for w in windows}
         if suite is None or live is None:
             return Scored(losses, token_nats=[*nats.values()])
-        scored = suite.score(live, batch_tokens=job.micro_batch_size * job.train.seq_length, judges=judges)
+        batch_tokens = job.micro_batch_size * job.train.seq_length
+        scored = suite.score(live, batch_tokens=batch_tokens, judges=judges, wait=patience.wait_for_replica)
         return Scored(losses | scored.scores, scored.notes, [*nats.values(), *scored.token_nats])
 
     return score
@@ -239,8 +244,13 @@ def _windows(job: EvaluateJob) -> Iterator[Windows]:
 
 
 def _finished_rows(work: Path) -> dict[str, dict[str, Any]]:
-    """By model, the rows that have been written: "scores" and "notes"."""
-    rows = {}
+    """By model, the rows that have been written: "scores" and "notes". A run that was killed after it had put them all together
+    has them in the table, and perhaps there alone."""
+    rows: dict[str, dict[str, Any]] = {}
+    if (work / SCORES).exists():
+        notes = read_json(work / NOTES) if (work / NOTES).exists() else {}
+        for model, scores in ScoreTable.read(work / SCORES).rows.items():
+            rows[model] = {"scores": scores, "notes": notes.get(model, {})}
     for path in sorted(work.glob("rows-*.jsonl")):
         for line in path.read_text().splitlines():
             try:

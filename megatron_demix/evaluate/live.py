@@ -116,13 +116,6 @@ class LiveModel:
             torch.distributed.broadcast(values, group=self._pipeline, group_src=self._last)
         return values
 
-    def wait_for_all(self) -> None:
-        """Until every rank of the model-parallel group is here. A collective that waits too long ends the run, so whoever works
-        alone for long lets the others come by now and then."""
-        group = parallel_state.get_model_parallel_group()
-        if group.size() > 1:
-            torch.distributed.barrier(group=group)
-
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """float32 [N, this rank's part of the vocabulary]."""
         stage = self.stage

@@ -209,6 +209,41 @@ def test_every_layout_scores_alike(parts, reference, layout):
         assert tokens == pytest.approx(expected, rel=2e-4, abs=2e-5)
 
 
+def test_ranks_wait_for_one_that_scores_for_longer_than_a_collective_may_take(parts, tmp_path):
+    """A program's test sleeps: the other rank of its model waits for it, and the other replica, before a load and at the end."""
+    _, job = parts
+    slow = WRITES[0] | {"test": "'''\nimport time\ndef check(text):\n    time.sleep(30)"}
+    path = write_lines(tmp_path / "slow.jsonl", [slow])
+    spread = job.model_copy(
+        update={
+            "work": tmp_path / "scores",
+            "parallel": job.parallel.model_copy(update={"tensor": 2, "data": 2}),
+            "train": job.train.model_copy(update={"timeout": 20}),
+            "tasks": [TaskSpec(name="slow", format="humaneval", path=path, split="test", max_new_tokens=8, timeout=90)],
+            "mixtures": {"even": MIXTURES["even"]},
+            "checkpoints": {"disk_even": job.checkpoints["disk_even"]},
+            "keep_tokens": [],
+        }
+    )
+    spread.work.mkdir()
+    write_json(tmp_path / "job.json", spread.model_dump(mode="json"))
+    torchrun(tmp_path / "job.json", ranks=4)
+    rows = ScoreTable.read(spread.work / "scores.json").rows
+    assert {row["slow/pass@1"] for row in rows.values()} == {1.0}
+
+
+def test_a_run_that_was_killed_before_it_was_published_scores_nothing_again(parts, reference, monkeypatch):
+    _, job = parts
+    monkeypatch.setattr("megatron_demix.train.model.build_model", None)
+    written = {name: (job.work / name).read_bytes() for name in ("scores.json", "tasks.json")}
+    for model in ("even", "only_a"):  # some rows were removed before the kill
+        row = {"model": model, "scores": reference[model], "notes": json.loads(written["tasks.json"])[model]}
+        (job.work / f"rows-all-{model}.jsonl").write_text(f"\n{json.dumps(row)}\n")
+    evaluate(job, ProxyMerger, load_tokenizer)
+    assert {name: (job.work / name).read_bytes() for name in written} == written
+    assert not list(job.work.glob("rows-*"))
+
+
 def test_ranks_end_with_the_error_s_code(parts):
     folder, job = parts
     broken = job.model_copy(update={"work": folder, "vocab_size": 100, "token_bytes": [1] * 100})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.ensemble import TaskText
 from megatron_demix.evaluate.scores import Score
-from megatron_demix.evaluate.tasks.answers import Judge, Judgement
+from megatron_demix.evaluate.tasks.answers import Judge
 from megatron_demix.evaluate.tasks.choices import Choices
 from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
 from megatron_demix.evaluate.tasks.records import find_files, read_records
@@ -147,9 +147,11 @@ class Suite:
                 found[task.spec.name] = TaskText(np.array(task.answer_tokens), task.choices, decided)
         return found
 
-    def score(self, model: LiveModel, *, batch_tokens: int, judges: bool = True) -> Scored:
+    def score(
+        self, model: LiveModel, *, batch_tokens: int, judges: bool = True, wait: Callable[[], None] = lambda: None
+    ) -> Scored:
         """Called by every rank of a model-parallel group. judges: whether this rank judges the generated answers; the others,
-        which have them too, get no scores of these."""
+        which have them too, get no scores of these. wait: for all these ranks, of which one judges."""
         result = Scored()
         for task in self._tasks:
             wanted = set(task.spec.score_names.values())
@@ -161,6 +163,7 @@ class Suite:
                 measured |= task.choices.scores(np.array([m.nats for m in found]))
             if wanted & _GENERATED:
                 right = task.share_right(model, batch_tokens, notes, judges=judges)
+                wait()
                 measured |= dict.fromkeys(_GENERATED, right)
             result.scores |= {name: measured[score] for name, score in task.spec.score_names.items()}
             result.notes[task.spec.name] = notes
@@ -168,8 +171,6 @@ class Suite:
 
 
 _GENERATED = {"exact_match", "pass@1"}
-_JUDGED_AT_ONCE = 32
-"""Answers, while the other ranks wait."""
 
 
 class _EncodedTask:
@@ -212,14 +213,9 @@ class _EncodedTask:
             max_new_tokens=self._max_new_tokens,
             batch_tokens=batch_tokens,
         )
-        judged: list[Judgement] = []
-        for begin in range(0, len(answers), _JUDGED_AT_ONCE):
-            part = slice(begin, begin + _JUDGED_AT_ONCE)
-            if judges:
-                judged += self._judge.judge([a.text for a in answers[part]], [item.reference for item in self.items[part]])
-            model.wait_for_all()
         if not judges:
             return math.nan
+        judged = self._judge.judge([answer.text for answer in answers], [item.reference for item in self.items])
         notes["cut"] += num_cut
         notes["endless"] = sum(not answer.ended for answer in answers)
         notes["stopped"] = sum(judgement.stopped for judgement in judged)

@@ -1,0 +1,36 @@
+"""Ranks that wait for others that work. What a model takes to be scored differs from model to model, and may be longer than any
+collective should take (train.timeout): such waits are no sign of a lost rank."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+
+_TIMEOUT = timedelta(days=365)
+
+
+class Patience:
+    """Made by all ranks together, once megatron.core's groups are there. gloo beside NCCL, too: a rank that ends without having
+    come ends the wait with an error, and one that works does not, however long it takes."""
+
+    def __init__(self) -> None:
+        self._all = self._replica = None
+        if torch.distributed.get_world_size() == 1:
+            return
+        mine = torch.distributed.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        replicas: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(replicas, mine)
+        groups = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in replicas})]
+        self._all = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._replica, _ = torch.distributed.new_subgroups_by_enumeration(groups, backend="gloo", timeout=_TIMEOUT)
+
+    def wait_for_all(self) -> None:
+        if self._all is not None:
+            torch.distributed.barrier(group=self._all)
+
+    def wait_for_replica(self) -> None:
+        """For the ranks that have the same model, each a part."""
+        if self._replica is not None:
+            torch.distributed.barrier(group=self._replica)
