@@ -187,7 +187,7 @@ def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> 
     if suite.runs_code and torch.distributed.get_rank() == 0 and not is_isolated():
         print(
             "warning: the kernel lets this user make no namespaces, so programs that models write are limited in time, memory, "
-            "file size and processes, but could reach the network and your files",
+            "file size and processes, and open no sockets, but could change your files",
             flush=True,
         )
     return suite

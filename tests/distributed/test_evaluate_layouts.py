@@ -210,7 +210,7 @@ def test_every_layout_scores_alike(parts, reference, layout):
 
 
 def test_ranks_wait_for_one_that_scores_for_longer_than_a_collective_may_take(parts, tmp_path):
-    """A program's test sleeps: the other rank of its model waits for it, and the other replica, before a load and at the end."""
+    """A program's test sleeps: the other rank of its model waits, and the other replica, before a load and at the end."""
     _, job = parts
     slow = WRITES[0] | {"test": "'''\nimport time\ndef check(text):\n    time.sleep(30)"}
     path = write_lines(tmp_path / "slow.jsonl", [slow])

@@ -1,13 +1,15 @@
 """Runs a Python program that nobody has read, from standard input: `python -I confine.py '{"memory_bytes": ..., ...}'`.
 
 A script with the standard library alone; megatron_demix.evaluate.tasks.sandbox starts it. First this process gives up what the
-program must not have. Where the kernel lets an ordinary user make namespaces: the network, all files but an empty folder in
-memory, and every process outside. Everywhere: memory, processor time, open files, large files, core dumps, outliving whoever
-started it, and many processes (except for root, whose the kernel does not count). Then the program runs in a child that is the
-first process of its namespace, so that all it has started ends with it.
+program must not have. Where the kernel lets an ordinary user make namespaces: the network, every process outside, and writing
+any file but those in an empty folder in memory (it can read what the user can). Everywhere: memory, processor time, open files,
+large files, core dumps, outliving whoever started it, and many processes (except for root, whose the kernel does not count); on
+x86-64 and 64-bit ARM sockets, among them those that files lead to, such as a container daemon's. Then the program runs in a
+child that is the first process of its namespace, so that all it has started ends with it.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -18,7 +20,11 @@ _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_REC, _MS_PRIVATE = 2, 4, 16384, 1 << 18
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_SECCOMP_MODE_FILTER, _SECCOMP_RET_ALLOW, _SECCOMP_RET_ERRNO = 2, 0x7FFF0000, 0x00050000
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of the kernel's packet filters
+_SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}  # what the kernel calls the processor; socket(2)
+_IO_URING_SETUP, _X32 = 425, 0x40000000  # another way to sockets; other numbers for the same calls
 _INSIDE_ID = 1000  # anyone but root, so that a program that is started gains no capabilities
 
 FINISHED = 87
@@ -76,6 +82,34 @@ def drop_capabilities(libc: ctypes.CDLL) -> None:
         os._exit(125)
 
 
+class _Instruction(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint16), ("then", ctypes.c_uint8), ("otherwise", ctypes.c_uint8), ("value", ctypes.c_uint32)]
+
+
+class _Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction))]
+
+
+def refuse_sockets(libc: ctypes.CDLL) -> None:
+    """socket(2) fails from now on. Connected pairs of sockets, which asyncio and multiprocessing need, do not."""
+    if os.uname().machine not in _SOCKET:
+        return
+    processor, socket = _SOCKET[os.uname().machine]
+    program = (
+        (_LOAD, 0, 0, 4),  # the processor that the call is made for
+        (_IF_EQUAL, 0, 5, processor),
+        (_LOAD, 0, 0, 0),  # the call's number
+        (_IF_AT_LEAST, 3, 0, _X32),
+        (_IF_EQUAL, 2, 0, _IO_URING_SETUP),
+        (_IF_EQUAL, 1, 0, socket),
+        (_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
+        (_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EACCES),
+    )
+    instructions = (_Instruction * len(program))(*(_Instruction(*line) for line in program))
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Filter(len(program), instructions)), 0, 0) != 0:
+        os._exit(125)
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     libc = ctypes.CDLL(None, use_errno=True)
@@ -92,6 +126,7 @@ def main() -> None:
     os.chdir(folder)
     limit(settings)
     drop_capabilities(libc)
+    refuse_sockets(libc)
     if settings["probe"]:
         print(ISOLATED if isolated else "limits")
     sys.argv = ["program.py"]

@@ -1,5 +1,5 @@
 """Programs that a model wrote, in processes of their own: bounded in time, memory, files and processes, and, where the kernel
-allows that, without network and unable to write this machine's files. They can read what the user can."""
+allows that, unable to write this machine's files. They open no sockets, and can read what the user can."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def run_python(
 ) -> Outcome:
     """Run `program` as a script, in an empty folder that is deleted afterwards. Whatever it does, this returns.
 
-    isolate: without network and this machine's files, where the kernel allows it; else with the limits alone. probe: only say
-    which.
+    isolate: in namespaces, where nothing of this machine can be written, if the kernel allows it; else with the limits alone.
+    probe: only say which.
     """
     settings: dict[str, Any] = {
         "memory_bytes": memory_bytes,
@@ -94,7 +94,7 @@ def run_all(programs: Sequence[str], *, timeout_s: float, workers: int) -> list[
 
 @functools.cache
 def is_isolated() -> bool:
-    """Whether programs have neither network nor this machine's files. Elsewhere only the limits hold, and a caller says so."""
+    """Whether programs cannot write this machine's files. Elsewhere only the limits hold, and a caller says so."""
     return run_python("", timeout_s=30, probe=True).output.strip() == confine.ISOLATED
 
 

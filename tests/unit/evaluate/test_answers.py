@@ -1,6 +1,7 @@
 """What counts as the right answer; and programs that a model wrote: whatever they do, they end, and leave nothing behind."""
 
 import os
+import socket
 import time
 from decimal import Decimal
 
@@ -176,6 +177,19 @@ def test_nothing_outside_can_be_reached(program):
     assert not outcome.passed
     assert os.path.exists(__file__)
     assert not os.path.exists("/tmp/demix-escaped")
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_no_socket_can_be_reached(isolate, tmp_path):
+    """Files lead to some, which namespaces of networks do not cover."""
+    with socket.socket(socket.AF_UNIX) as unix, socket.create_server(("127.0.0.1", 0)) as local:
+        unix.bind(str(tmp_path / "daemon"))
+        unix.listen()
+        for family, address in (("AF_UNIX", str(tmp_path / "daemon")), ("AF_INET", local.getsockname())):
+            program = f"import socket; socket.socket(socket.{family}).connect({address!r})"
+            outcome = run_python(program, timeout_s=20, isolate=isolate)
+            assert (outcome.passed, outcome.problem) == (False, "PermissionError: [Errno 13] Permission denied")
+    assert run_python("import asyncio; asyncio.run(asyncio.sleep(0))", timeout_s=20, isolate=isolate).passed
 
 
 @isolated
