@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -35,6 +35,15 @@ def epoch_caps(tokens: Mapping[str, float], max_epochs: Mapping[str, float], tar
         if count <= 0:
             raise MixtureError(f"domain {name!r} has {count} tokens, expected > 0. Drop it, or prepare its data.")
     return {name: min(1.0, max_epochs.get(name, np.inf) * count / target_tokens) for name, count in tokens.items()}
+
+
+def _root(grows: Callable[[float], float]) -> float:
+    """Where a function that grows passes 0, or the end of [-40, 40] where it does not: logarithms of scales."""
+    low, high = -40.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if grows(middle) < 0 else (low, middle)
+    return high
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class SearchSpace:
 
     @cached_property
     def centre_D(self) -> np.ndarray:
-        """Merge weights of the feasible mixture whose shares are closest to the natural ones (in KL, unless groups bind)."""
+        """Merge weights of the feasible mixture whose shares are closest to the natural ones, in KL."""
         return self._fill(self._weights_of_shares(self._nearest_shares())[None])[0]
 
     def _weights_of_shares(self, shares_D: np.ndarray) -> np.ndarray:
@@ -134,7 +143,31 @@ class SearchSpace:
     def _nearest_shares(self) -> np.ndarray:
         lows_D, highs_D = floor_to_grid(self.bounds_D2[:, 0]), ceil_to_grid(self.bounds_D2[:, 1])
         natural_D = np.array([self.natural[name] for name in self.domains])
-        return waterfill(natural_D[None], lows_D, highs_D, np.array([GRID]))[0] / GRID
+        shares_D = waterfill(natural_D[None], lows_D, highs_D, np.array([GRID]))[0] / GRID
+        sums_G = np.array([shares_D[columns].sum() for columns, _, _ in self._blocks])
+        lows_G, highs_G = (np.array(bounds) for bounds in zip(*(block[1:] for block in self._blocks), strict=True))
+        if (sums_G >= lows_G - TOLERANCE).all() and (sums_G <= highs_G + TOLERANCE).all():
+            return shares_D
+        return self._nearest_shares_in_groups(lows_G, highs_G)
+
+    def _nearest_shares_in_groups(self, lows_G: np.ndarray, highs_G: np.ndarray) -> np.ndarray:
+        """One scale of the natural shares serves all domains but those at a bound and those of a group at its bound, which have
+        a scale of their own. Sums grow with the scales, so bisection finds each."""
+        natural_D = np.maximum([self.natural[name] for name in self.domains], 1e-12)
+
+        def filled(columns: np.ndarray, log_scale: float) -> np.ndarray:
+            return np.clip(np.exp(log_scale) * natural_D[columns], *self.bounds_D2[columns].T)
+
+        def scaled_to(columns: np.ndarray, total: float) -> np.ndarray:
+            return filled(columns, _root(lambda x: float(filled(columns, x).sum() - total)))
+
+        def totals_G(log_scale: float) -> np.ndarray:
+            return np.clip([filled(columns, log_scale).sum() for columns, _, _ in self._blocks], lows_G, highs_G)
+
+        shares_D = np.empty(len(self.domains))
+        for (columns, _, _), total in zip(self._blocks, totals_G(_root(lambda x: totals_G(x).sum() - 1)), strict=True):
+            shares_D[columns] = scaled_to(columns, total)
+        return shares_D
 
     def shares(self, weights_MD: np.ndarray) -> np.ndarray:
         """Actual data shares of merge weights: shares_MD = b * anchor + (1 - b) * weights_MD."""

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
@@ -77,6 +78,28 @@ def test_centre_is_the_natural_mixture_where_that_is_feasible() -> None:
     np.testing.assert_allclose(SearchSpace(NATURAL, NATURAL, 0.5).centre_D, list(NATURAL.values()), atol=1e-11)
     capped = SearchSpace(NATURAL, UNIFORM, 0.0, {"general": 0.4})
     np.testing.assert_allclose(capped.centre_D, [0.4, 0.4, 0.2], atol=1e-11)
+
+
+def test_a_leash_is_measured_from_the_closest_mixture_where_groups_bind() -> None:
+    natural = Mixture({"a": 0.5, "b": 0.3, "c": 0.15, "d": 0.05})
+    groups = {"g": Group(("a", "c"), 0.0, 0.4), "h": Group(("b",), 0.0, 0.45)}
+    free = SearchSpace(natural, Mixture.uniform(natural), 0.0, {"d": 0.2}, {}, groups)
+
+    def kl(shares_D: np.ndarray) -> float:
+        return float((shares_D * np.log(shares_D / np.array([0.5, 0.3, 0.15, 0.05]))).sum())
+
+    bounds = [(1e-9, 1), (1e-9, 0.45), (1e-9, 1), (1e-9, 0.2)]
+    limits = [
+        {"type": "eq", "fun": lambda shares_D: shares_D.sum() - 1},
+        {"type": "ineq", "fun": lambda shares_D: 0.4 - shares_D[0] - shares_D[2]},
+    ]
+    closest = minimize(kl, np.array([0.2, 0.4, 0.2, 0.2]), bounds=bounds, constraints=limits, options={"ftol": 1e-14})
+    np.testing.assert_allclose(free.centre_D, closest.x, atol=1e-5)
+    leash = {"groups": groups, "max_kl": kl(free.centre_D) + 1e-6}
+    space = SearchSpace(natural, Mixture.uniform(natural), 0.0, {"d": 0.2}, {}, **leash)
+    assert space.feasible(space.nearest(np.eye(4))).all()
+    with pytest.raises(MixtureError, match="no feasible mixture lies within"):
+        SearchSpace(natural, Mixture.uniform(natural), 0.0, {"d": 0.2}, {}, groups, kl(free.centre_D) - 1e-6)
 
 
 @pytest.mark.parametrize(
