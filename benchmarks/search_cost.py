@@ -21,7 +21,7 @@ import numpy as np
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.optimise import choose_mixture, propose
-from megatron_demix.search.sample import sample_mixtures
+from megatron_demix.search.sample import sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import fit_surrogate
 
@@ -100,7 +100,7 @@ def measure(num: int, candidates: int) -> dict[str, float]:
     space = SearchSpace(natural, Mixture.uniform(DOMAINS), 0.5, dict.fromkeys(DOMAINS[1:], 0.4))
     rng = np.random.default_rng(0)
     took: dict[str, float] = {}
-    timed(took, "sample_candidates", lambda: sample_mixtures(space, candidates, 1, landmarks=False))
+    timed(took, "sample_candidates", lambda: sample_candidates(space, candidates, 1))
     shares_MD = space.shares(timed(took, "sample_proxies", lambda: sample_mixtures(space, num, 0)))
     scores_M = 2 + 0.3 * (0.02 + shares_MD @ rng.uniform(0, 1, 7)) ** -0.4 + 0.003 * rng.standard_normal(num)
     fitted = {}

@@ -80,12 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from megatron_demix.search.sample import sample_mixtures
+    from megatron_demix.search.sample import distinct, sample_mixtures
     from megatron_demix.search.space_file import load_space
     from megatron_demix.search.tables import Table
 
     space = load_space(args.domains)
     weights_MD = sample_mixtures(space, args.num, args.seed, design=args.design)
+    if (num := len(distinct(weights_MD))) < args.num:
+        _notice(f"{num} of {args.num} mixtures {'are' if num > 1 else 'is'} distinct: the bounds leave no others.")
     ids = tuple(f"mix_{m}" for m in range(args.num))
     Table(args.output, "id", ids, space.domains, weights_MD).write(args.output)
     if args.shares:

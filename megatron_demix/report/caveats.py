@@ -18,6 +18,11 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     for number, r in enumerate(data.rounds, start=1):
         if not r.mixtures:
             found.append(f"Round {number} was left empty: after what came before it, too little was left to win (search.stop).")
+        if (num := len({tuple(round(weight, 6) for weight in p.weights.values()) for p in r.mixtures})) < len(r.mixtures):
+            found.append(
+                f"Round {number}: {num} of {len(r.mixtures)} mixtures {'are' if num > 1 else 'is'} distinct: the bounds leave "
+                "no others."
+            )
         if r.scores and (lacking := len(r.mixtures) - len(data.measured(number - 1))):
             found.append(
                 f"Round {number}: {lacking} of {len(r.mixtures)} proxies have no finite objective, and are not in the plots. "

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.objective import Aim, Objective
-from megatron_demix.search.sample import farthest, sample_around, sample_mixtures
+from megatron_demix.search.sample import corners, distinct, farthest, sample_around, sample_candidates
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 
@@ -61,7 +61,7 @@ def propose(
 ) -> np.ndarray:
     """Merge weights_MD of the next round: `num` rows spread over the candidates that may well be the best.
 
-    Those are predicted `within` standard deviations of the best one (at least 8 x num of them). The first row is the best
+    Those are predicted `within` standard deviations of the best one (at least 8 x num distinct ones). The first row is the best
     candidate; each further one is the farthest from those before it, so that the round explores the whole promising region
     instead of one point, and that region shrinks as the surrogates grow sure.
     """
@@ -69,8 +69,10 @@ def propose(
     weights_MD, values_M = best_candidates(space, goal, candidates, seed)
     order = np.argsort(values_M, kind="stable")
     _, std_1 = goal.predict(space.shares(weights_MD[order[:1]]))
-    keep = max(int((values_M <= values_M[order[0]] + within * std_1[0]).sum()), 8 * num)
-    return farthest(weights_MD[order[:keep]], num)
+    good_MD = distinct(weights_MD[order[: int((values_M <= values_M[order[0]] + within * std_1[0]).sum())]])
+    if len(good_MD) < 8 * num:
+        good_MD = distinct(weights_MD[order])[: 8 * num]
+    return farthest(good_MD, num)
 
 
 def choose_mixture(
@@ -107,7 +109,7 @@ def best_candidates(space: SearchSpace, goal: Objective, num: int, seed: int) ->
 
     In many dimensions no candidate drawn over the whole space comes near the optimum; those around the best ones do.
     """
-    wide_MD = sample_mixtures(space, num - num // 2, seed, landmarks=False)
+    wide_MD = sample_candidates(space, num - num // 2, seed)
     wide_M = goal.means(space.shares(wide_MD))
     elite_MD = wide_MD[np.argsort(wide_M, kind="stable")[:_ELITE]]
     near_MD = sample_around(space, elite_MD, num // 2, seed + 1)
@@ -131,7 +133,8 @@ def pareto_front(
         )
         raise MixtureError(f"Pareto front: {seen}; the scores are {', '.join(surrogates)}.")
     signs_T = np.array([-1.0 if name in higher_is_better else 1.0 for name in scores])
-    drawn = [sample_mixtures(space, candidates, seed)]
+    corners_MD = corners(space)
+    drawn = [np.concatenate([corners_MD, sample_candidates(space, candidates - len(corners_MD), seed)])]
     for name in scores:
         goal = Objective(space, surrogates, {name: 1.0}, higher_is_better=set(higher_is_better) & {name})
         best = np.argsort(goal.means(space.shares(drawn[0])), kind="stable")[:_ELITE]

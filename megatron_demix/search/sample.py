@@ -1,19 +1,25 @@
-"""Mixtures to try: random ones around the natural shares, and designs that spread over the feasible space.
-
-Every design is drawn without regard to the bounds, then moved onto the feasible space (SearchSpace.nearest): caps cannot leak.
-"""
+"""Mixtures to try: random ones around the natural shares, and designs that spread over the feasible space."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
 
 from megatron_demix.errors import MixtureError
 from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.walk import walk_inside
+from megatron_demix.search.waterfill import GRID
 
 Design = Literal["dirichlet", "sobol", "lattice", "optimal"]
+SAME = 1e-6
+"""Mixtures whose weights all differ by less are one: their proxies would score the same."""
 _POOL = 4096
+_TRIES = 16
+"""Draws for each row that is asked for, besides _POOL of them, before rows are taken from elsewhere."""
+_FINEST = 65536
+"""Points of the finest lattice that is tried where bounds leave too few of a coarser one."""
 
 
 def sample_mixtures(
@@ -23,15 +29,16 @@ def sample_mixtures(
     *,
     design: Design = "dirichlet",
     landmarks: bool = True,
-    temperature: float = 0.7,
-    strength: tuple[float, float] = (0.5, 5.0),
-    min_weight: float = 2e-4,
 ) -> np.ndarray:
-    """`num` feasible merge weights_MD (float64): each row sums to exactly 1 and depends only on the arguments.
+    """`num` feasible merge weights_MD (float64): each row sums to exactly 1 and depends only on the arguments. Rows are
+    distinct (by SAME), unless the bounds leave but one mixture: then they repeat it.
 
-    dirichlet: the paper's (section 3.3): around natural**temperature, concentration log-uniform in `strength`; weights under
-    min_weight become 0. sobol: low-discrepancy, uniform over the simplex. lattice: the regular grid of the simplex, thinned
-    to the rows farthest apart. optimal: rows of a random pool chosen greedily for the least mean variance of a quadratic model
+    dirichlet: the paper's (section 3.3): around natural**0.7, concentration log-uniform in 0.5 to 5; weights under 0.0002
+    become 0, and what lies outside the bounds is moved onto them, where optima often lie; where rows repeat, others that lie
+    inside stand in. sobol: low-discrepancy, uniform over the simplex; what lies outside the bounds is left out. lattice: the
+    regular grid of the simplex above the smallest weights, as fine as the bounds need, thinned to the rows farthest apart.
+    Where hardly any of these lie inside, the rest is uniform over the feasible space; for sobol and lattice the farthest apart.
+    optimal: rows of a random pool, on the bounds and inside, chosen greedily for the least mean variance of a quadratic model
     (I-optimal). landmarks: where num allows (twice as many), the first rows are the centroid, the natural mixture and each
     domain's corner, as far as the bounds let them, so that a surrogate never extrapolates to the edges.
     Raises MixtureError on num < 1 or an unknown design.
@@ -41,18 +48,39 @@ def sample_mixtures(
     if design not in get_args(Design):
         raise MixtureError(f"design {design!r} is unknown; expected one of {', '.join(get_args(Design))}.")
     rng = np.random.default_rng(seed)
-    first_MD = _landmarks(space) if landmarks and num >= 2 * (len(space.domains) + 2) else np.empty((0, len(space.domains)))
-    rest = num - len(first_MD)
+    corners_MD = corners(space) if landmarks and num >= 2 * (len(space.domains) + 2) else np.empty((0, len(space.domains)))
+    first_MD, drawn = distinct(corners_MD), num - len(corners_MD)
     if design == "dirichlet":
-        rest_MD = space.nearest(_dirichlet(space, rest, rng, temperature, strength, min_weight))
+        first_MD = distinct(np.concatenate([first_MD, space.nearest(_dirichlet(space, drawn, rng))]))
+        rows_MD = _accepted(space, _dirichlets(space, rng), first_MD, num)
     elif design == "sobol":
-        rest_MD = space.nearest(_sobol(len(space.domains), rest, rng))
+        rows_MD = _accepted(space, _sobol(len(space.domains), drawn, rng), first_MD, num)
     elif design == "lattice":
-        rest_MD = farthest(space.nearest(_lattice(len(space.domains), rest, rng)), rest, chosen_MD=first_MD)
+        rows_MD = _lattice_inside(space, drawn, rng, first_MD, num)
     else:
-        pool_MD = space.nearest(_dirichlet(space, max(_POOL, rest), rng, temperature, strength, min_weight))
-        rest_MD = _i_optimal(pool_MD, first_MD, rest)
-    return np.concatenate([first_MD, rest_MD])
+        raw_MD = _dirichlet(space, max(_POOL, drawn), rng)
+        pool_MD = space.nearest(raw_MD)
+        if not _inside(raw_MD, pool_MD).all():
+            pool_MD = distinct(np.concatenate([pool_MD, walk_inside(space, len(pool_MD), rng)]))
+        rows_MD = np.concatenate([first_MD, _i_optimal(pool_MD, first_MD, num - len(first_MD))])
+    if lacking := num - len(rows_MD):
+        pool_MD = distinct(walk_inside(space, max(_POOL, 2 * lacking), rng), rows_MD)
+        lacking = min(lacking, len(pool_MD))
+        more_MD = pool_MD[:lacking] if design == "dirichlet" else farthest(pool_MD, lacking, chosen_MD=rows_MD)
+        rows_MD = np.concatenate([rows_MD, more_MD])
+    return rows_MD[np.arange(num) % len(rows_MD)]
+
+
+def sample_candidates(space: SearchSpace, num: int, seed: int) -> np.ndarray:
+    """`num` feasible merge weights for a search: dirichlet draws, moved onto the bounds where they lie outside. Many repeat."""
+    return space.nearest(_dirichlet(space, num, np.random.default_rng(seed)))
+
+
+def distinct(rows_MD: np.ndarray, beside_MD: np.ndarray | None = None) -> np.ndarray:
+    """The rows that differ from all before them, and from all of beside_MD."""
+    before_MD = rows_MD[:0] if beside_MD is None else beside_MD
+    _, first = np.unique(np.round(np.concatenate([before_MD, rows_MD]) / SAME), axis=0, return_index=True)
+    return rows_MD[np.sort(first[first >= len(before_MD)]) - len(before_MD)]
 
 
 def sample_around(
@@ -66,31 +94,74 @@ def sample_around(
     return space.nearest(rng.standard_gamma(strength_N[:, None] * (centres_ND + 1e-4)))
 
 
-def _landmarks(space: SearchSpace) -> np.ndarray:
+def corners(space: SearchSpace) -> np.ndarray:
+    """Merge weights of the centroid, the natural mixture and each domain's corner, as far as the bounds let them."""
     num_domains = len(space.domains)
     natural = np.array(list(space.natural.values()))
-    return space.nearest(np.concatenate([np.full((1, num_domains), 1.0), natural[None], np.eye(num_domains)]))
+    # What bounds keep from a corner goes to the others as the data have them.
+    corners_MD = np.eye(num_domains) + 1e-15 * natural
+    return space.nearest(np.concatenate([np.full((1, num_domains), 1.0), natural[None], corners_MD]))
 
 
-def _dirichlet(
-    space: SearchSpace, num: int, rng: np.random.Generator, temperature: float, strength: tuple[float, float], min_weight: float
-) -> np.ndarray:
-    around_D = np.array(list(space.natural.values())) ** temperature
+def _accepted(space: SearchSpace, draws: Iterator[np.ndarray], first_MD: np.ndarray, num: int) -> np.ndarray:
+    """first_MD and then draws that are feasible as they are, and new, up to `num` in all, or fewer where that takes long."""
+    rows_MD, tried = first_MD, 0
+    while len(rows_MD) < num and tried <= _TRIES * num + _POOL:
+        drawn_MD = next(draws)
+        moved_MD = space.nearest(drawn_MD)
+        rows_MD = np.concatenate([rows_MD, distinct(moved_MD[_inside(drawn_MD, moved_MD)], rows_MD)])
+        tried += len(drawn_MD)
+    return rows_MD[:num]
+
+
+def _dirichlets(space: SearchSpace, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    while True:
+        yield _dirichlet(space, _POOL, rng)
+
+
+def _inside(drawn_MD: np.ndarray, moved_MD: np.ndarray) -> np.ndarray:
+    """bool_M: the rows that SearchSpace.nearest left where they are."""
+    drawn_MD = drawn_MD / np.maximum(drawn_MD.sum(axis=1, keepdims=True), 1e-300)
+    return np.abs(moved_MD - drawn_MD).max(axis=1) <= 1e-9
+
+
+def _dirichlet(space: SearchSpace, num: int, rng: np.random.Generator) -> np.ndarray:
+    around_D = np.array(list(space.natural.values())) ** 0.7
     around_D /= around_D.sum()
-    strength_M = np.exp(rng.uniform(np.log(strength[0]), np.log(strength[1]), size=num))
+    strength_M = np.exp(rng.uniform(np.log(0.5), np.log(5.0), size=num))
     drawn_MD = rng.standard_gamma(np.maximum(strength_M[:, None] * around_D, 1e-6))
     drawn_MD /= np.maximum(drawn_MD.sum(axis=1, keepdims=True), 1e-300)
-    drawn_MD[drawn_MD < min_weight] = 0.0
+    drawn_MD[drawn_MD < 2e-4] = 0.0
     return drawn_MD
 
 
-def _sobol(num_domains: int, num: int, rng: np.random.Generator) -> np.ndarray:
-    """Scrambled Sobol points of the cube, as normalised exponentials: uniform on the simplex."""
+def _sobol(num_domains: int, num: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Scrambled Sobol points of the cube as normalised exponentials, uniform on the simplex. At least `num`, then as many again
+    and again: the sequence is balanced whenever it has doubled."""
     from scipy.stats import qmc
 
-    power = int(np.ceil(np.log2(max(num, 2))))
-    cube_MD = qmc.Sobol(num_domains, rng=rng).random_base2(power)[:num]
-    return -np.log(np.clip(1 - cube_MD, 1e-12, 1.0))
+    points = qmc.Sobol(num_domains, rng=rng)
+    cube_MD = points.random_base2(int(np.ceil(np.log2(max(num, 2)))))
+    while True:
+        yield -np.log(np.clip(1 - cube_MD, 1e-12, 1.0))
+        cube_MD = points.random(points.num_generated)
+
+
+def _lattice_inside(space: SearchSpace, num: int, rng: np.random.Generator, first_MD: np.ndarray, total: int) -> np.ndarray:
+    """first_MD and lattice points that are feasible, and new, up to `total` in all; a finer lattice where one has too few."""
+    lows_D, highs_D = (counts / GRID for counts in space.grid_bounds[:2])
+    free = np.flatnonzero(highs_D > lows_D)
+    if len(free) < 2:
+        return first_MD
+    while True:
+        parts_MF = _lattice(len(free), num, rng)
+        points_MD = np.tile(lows_D, (len(parts_MF), 1))
+        points_MD[:, free] += (1 - lows_D.sum()) * parts_MF
+        moved_MD = space.nearest(points_MD)
+        new_MD = distinct(moved_MD[_inside(points_MD, moved_MD)], first_MD)
+        if len(new_MD) >= total - len(first_MD) or len(parts_MF) > _FINEST:
+            return np.concatenate([first_MD, farthest(new_MD, min(total - len(first_MD), len(new_MD)), chosen_MD=first_MD)])
+        num = 2 * len(parts_MF)
 
 
 def _lattice(num_domains: int, num: int, rng: np.random.Generator) -> np.ndarray:
@@ -133,14 +204,23 @@ def _i_optimal(pool_MD: np.ndarray, chosen_MD: np.ndarray, num: int) -> np.ndarr
     first_MF = _scheffe(chosen_MD)
     # A weak prior keeps the first rows, when there are fewer of them than features, well defined.
     inverse_FF = np.linalg.inv(first_MF.T @ first_MF + 1e-3 * moment_FF + 1e-9 * np.eye(len(moment_FF)))
-    picked = []
-    for _ in range(num):
+    taken_M, kind_M = _kinds(pool_MD, chosen_MD)
+    picked: list[int] = []
+    for _ in range(min(num, len(np.unique(kind_M[~taken_M])))):
         pulled_MF = features_MF @ inverse_FF
         gain_M = ((pulled_MF @ moment_FF) * pulled_MF).sum(axis=1) / (1 + (pulled_MF * features_MF).sum(axis=1))
-        picked.append(int(gain_M.argmax()))
+        picked.append(int(np.where(taken_M, -np.inf, gain_M).argmax()))
+        taken_M |= kind_M == kind_M[picked[-1]]
         pull_F = pulled_MF[picked[-1]]
         inverse_FF -= np.outer(pull_F, pull_F) / (1 + features_MF[picked[-1]] @ pull_F)
     return pool_MD[picked]
+
+
+def _kinds(pool_MD: np.ndarray, chosen_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool_M: whether a row of the pool is one of chosen_MD; and a number_M that equal rows of the pool share."""
+    _, kinds = np.unique(np.round(np.concatenate([chosen_MD, pool_MD]) / SAME), axis=0, return_inverse=True)
+    chosen, kind_M = kinds[: len(chosen_MD)], kinds[len(chosen_MD) :]
+    return np.isin(kind_M, chosen), kind_M
 
 
 def _scheffe(weights_MD: np.ndarray) -> np.ndarray:

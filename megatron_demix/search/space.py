@@ -101,7 +101,7 @@ class SearchSpace:
         return np.stack([np.array(low), np.array(high)], axis=1)
 
     @cached_property
-    def _blocks(self) -> list[tuple[np.ndarray, float, float]]:
+    def blocks(self) -> list[tuple[np.ndarray, float, float]]:
         """The groups, and every other domain as a group of one: (columns, lowest, highest actual share)."""
         blocks = [
             (np.array([self.domains.index(name) for name in group.domains]), group.lowest, group.highest)
@@ -111,7 +111,7 @@ class SearchSpace:
         return blocks + [(np.array([d]), 0.0, 1.0) for d in range(len(self.domains)) if d not in grouped]
 
     @cached_property
-    def _grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def grid_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Bounds on merge weights as grid counts: lows_D, highs_D of domains, lows_G, highs_G of blocks.
 
         Rounded inwards, so that no cap is passed; outwards where the bounds leave no more than a point to choose from.
@@ -126,7 +126,7 @@ class SearchSpace:
         lows_D, highs_D = (self._weights_of_shares(self.bounds_D2[:, i]) for i in (0, 1))
         lows_D, highs_D = round_low(lows_D), round_high(highs_D)
         lows, highs = [], []
-        for columns, lowest, highest in self._blocks:
+        for columns, lowest, highest in self.blocks:
             low, high = (np.clip((x - self.floor_D[columns].sum()) / (1 - self.anchor_share), 0, 1) for x in (lowest, highest))
             lows.append(max(int(round_low(low)), int(lows_D[columns].sum())))
             highs.append(min(int(round_high(high)), int(highs_D[columns].sum())))
@@ -144,8 +144,8 @@ class SearchSpace:
         lows_D, highs_D = floor_to_grid(self.bounds_D2[:, 0]), ceil_to_grid(self.bounds_D2[:, 1])
         natural_D = np.array([self.natural[name] for name in self.domains])
         shares_D = waterfill(natural_D[None], lows_D, highs_D, np.array([GRID]))[0] / GRID
-        sums_G = np.array([shares_D[columns].sum() for columns, _, _ in self._blocks])
-        lows_G, highs_G = (np.array(bounds) for bounds in zip(*(block[1:] for block in self._blocks), strict=True))
+        sums_G = np.array([shares_D[columns].sum() for columns, _, _ in self.blocks])
+        lows_G, highs_G = (np.array(bounds) for bounds in zip(*(block[1:] for block in self.blocks), strict=True))
         if (sums_G >= lows_G - TOLERANCE).all() and (sums_G <= highs_G + TOLERANCE).all():
             return shares_D
         return self._nearest_shares_in_groups(lows_G, highs_G)
@@ -162,10 +162,10 @@ class SearchSpace:
             return filled(columns, _root(lambda x: float(filled(columns, x).sum() - total)))
 
         def totals_G(log_scale: float) -> np.ndarray:
-            return np.clip([filled(columns, log_scale).sum() for columns, _, _ in self._blocks], lows_G, highs_G)
+            return np.clip([filled(columns, log_scale).sum() for columns, _, _ in self.blocks], lows_G, highs_G)
 
         shares_D = np.empty(len(self.domains))
-        for (columns, _, _), total in zip(self._blocks, totals_G(_root(lambda x: totals_G(x).sum() - 1)), strict=True):
+        for (columns, _, _), total in zip(self.blocks, totals_G(_root(lambda x: totals_G(x).sum() - 1)), strict=True):
             shares_D[columns] = scaled_to(columns, total)
         return shares_D
 
@@ -208,11 +208,11 @@ class SearchSpace:
         return weights_MD
 
     def _fill(self, amounts_MD: np.ndarray) -> np.ndarray:
-        lows_D, highs_D, lows_G, highs_G = self._grid
-        sums_MG = np.stack([amounts_MD[:, columns].sum(axis=1) for columns, _, _ in self._blocks], axis=1)
+        lows_D, highs_D, lows_G, highs_G = self.grid_bounds
+        sums_MG = np.stack([amounts_MD[:, columns].sum(axis=1) for columns, _, _ in self.blocks], axis=1)
         counts_MG = waterfill(sums_MG, lows_G, highs_G, np.full(len(amounts_MD), GRID))
         counts_MD = np.empty(amounts_MD.shape, np.int64)
-        for g, (columns, _, _) in enumerate(self._blocks):
+        for g, (columns, _, _) in enumerate(self.blocks):
             if len(columns) == 1:
                 counts_MD[:, columns[0]] = counts_MG[:, g]
             else:
@@ -284,8 +284,8 @@ class SearchSpace:
         return "the components reach", "Lower the anchor's share"
 
     def _check_sums(self) -> None:
-        _, _, lows_G, highs_G = self._grid
-        for (columns, lowest, highest), label in zip(self._blocks, self.groups, strict=False):
+        _, _, lows_G, highs_G = self.grid_bounds
+        for (columns, lowest, highest), label in zip(self.blocks, self.groups, strict=False):
             low, high = self.bounds_D2[columns].sum(axis=0)
             if low > highest + TOLERANCE:
                 raise MixtureError(

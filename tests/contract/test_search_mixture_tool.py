@@ -177,6 +177,15 @@ def test_choose_finds_the_optimum_of_sampled_mixtures_and_proposes_the_next_roun
     assert not (tmp_path / "other.json").exists()
 
 
+def test_a_space_of_one_mixture_is_said_to_have_no_other(tmp_path: Path) -> None:
+    (tmp_path / "domains.yaml").write_text(
+        "domains: {code: {tokens: 30B, max_share: 0.5}, math: {tokens: 10B, max_share: 0.5}}\ntarget_tokens: 1B\n"
+    )
+    done = call("sample", "--domains", tmp_path / "domains.yaml", "--num", 5, "--output", tmp_path / "m.csv")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 5 mixtures is distinct: the bounds leave no others" in done.stderr
+
+
 def test_help_names_the_commands_and_the_surrogates_are_the_packages() -> None:
     done = call("fit", "--help")
     assert done.returncode == 0

@@ -5,8 +5,9 @@ import pytest
 
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.sample import farthest, sample_mixtures
-from megatron_demix.search.space import SearchSpace
+from megatron_demix.search.sample import distinct, farthest, sample_candidates, sample_mixtures
+from megatron_demix.search.space import Group, SearchSpace
+from megatron_demix.search.walk import walk_inside
 
 NATURAL = Mixture({"general": 0.6, "code": 0.25, "math": 0.1, "law": 0.05})
 SPACE = SearchSpace(NATURAL, Mixture.uniform(NATURAL), 0.5, {"math": 0.25, "law": 0.3})
@@ -45,9 +46,9 @@ def test_small_weights_are_zero_and_the_mean_follows_the_natural_shares() -> Non
     np.testing.assert_allclose(weights_MD.mean(axis=0), tempered / tempered.sum(), atol=0.01)
 
 
-def test_200_000_mixtures_take_seconds() -> None:
+def test_200_000_candidates_take_seconds() -> None:
     started = time.process_time()
-    weights_MD = sample_mixtures(SPACE, 200_000, 0)
+    weights_MD = sample_candidates(SPACE, 200_000, 0)
     # 2 s on an idle machine; the bound leaves room for a slower, busy one.
     assert time.process_time() - started < 20
     assert SPACE.feasible(weights_MD).all()
@@ -79,3 +80,84 @@ def test_bad_arguments() -> None:
         sample_mixtures(SPACE, 0, 0)
     with pytest.raises(MixtureError, match="design 'grid' is unknown; expected one of dirichlet, sobol, lattice, optimal"):
         sample_mixtures(SPACE, 4, 0, design="grid")  # type: ignore[arg-type]
+
+
+def bounded_spaces() -> dict[str, SearchSpace]:
+    def space(num: int, share: float, **bounds) -> SearchSpace:
+        natural = Mixture.proportional({f"d{i}": 1 / (i + 1) for i in range(num)})
+        return SearchSpace(natural, Mixture.uniform(natural), share, **bounds)
+
+    def box(num: int, low: float, high: float) -> dict:
+        names = [f"d{i}" for i in range(num)]
+        return {"min_shares": dict.fromkeys(names, low), "max_shares": dict.fromkeys(names, high)}
+
+    groups = {"g": Group(("d0", "d1"), 0.3, 0.35), "h": Group(("d2", "d3"), 0.2, 0.3)}
+    return {
+        "two domains": space(2, 0.0, min_shares={"d0": 0.4}, max_shares={"d0": 0.5}),
+        "two caps": space(3, 0.0, max_shares={"d0": 0.4, "d1": 0.4}),
+        "an anchor": space(4, 0.3, **box(4, 0.2, 0.3)),
+        "a fixed share": space(4, 0.0, min_shares={"d0": 0.5}, max_shares={"d0": 0.5, "d1": 0.3}),
+        "groups and a leash": space(6, 0.2, groups=groups, max_kl=0.5),
+        "a short leash": space(5, 0.0, max_kl=0.02),
+        "17 domains": space(17, 0.0, **box(17, 0.03, 0.08)),
+    }
+
+
+@pytest.mark.parametrize("design", ["dirichlet", "sobol", "lattice", "optimal"])
+@pytest.mark.parametrize("bounds", bounded_spaces())
+def test_no_mixture_is_scored_twice_however_tight_the_bounds(design, bounds) -> None:
+    space = bounded_spaces()[bounds]
+    weights_MD = sample_mixtures(space, 40, 3, design=design)
+    assert space.feasible(weights_MD).all()
+    assert (weights_MD.sum(axis=1) == 1).all()
+    gaps = np.abs(weights_MD[:, None] - weights_MD).max(axis=2)[np.triu_indices(40, k=1)]
+    assert gaps.min() > 5e-7
+    assert np.array_equal(weights_MD, sample_mixtures(space, 40, 3, design=design))
+
+
+@pytest.mark.parametrize("design", ["dirichlet", "sobol", "lattice", "optimal"])
+def test_a_space_without_bounds_repeats_nothing_either(design) -> None:
+    for num_domains in (2, 3, 5):
+        natural = Mixture.uniform([f"d{i}" for i in range(num_domains)])
+        weights_MD = sample_mixtures(SearchSpace(natural, natural, 0.5), 64, 3, design=design)
+        assert len(distinct(weights_MD)) == 64
+
+
+def test_sobol_draws_inside_the_bounds_and_not_on_them() -> None:
+    """Uniform over a box: each share is spread over its whole range, and most mixtures touch no bound."""
+    space = bounded_spaces()["17 domains"]
+    shares_MD = space.shares(sample_mixtures(space, 400, 0, design="sobol", landmarks=False))
+    touches_MD = (shares_MD < 0.03 + 1e-6) | (shares_MD > 0.08 - 1e-6)
+    assert touches_MD.mean() < 0.02
+    assert (np.quantile(shares_MD, 0.9, axis=0) - np.quantile(shares_MD, 0.1, axis=0) > 0.02).all()
+
+
+def test_a_walk_is_uniform_over_the_feasible_space() -> None:
+    # A triangle cut by two caps and a group: the parts of its area against exact ones, from the simplex by rejection.
+    space = SearchSpace(
+        Mixture.uniform("abc"), Mixture.uniform("abc"), 0.0, {"a": 0.5, "c": 0.6}, {}, {"g": Group(("a", "b"), 0.5, 0.8)}
+    )
+    walked_MD = walk_inside(space, 20_000, np.random.default_rng(0))
+    assert space.feasible(walked_MD).all()
+    drawn_MD = np.random.default_rng(1).dirichlet(np.ones(3), size=200_000)
+    drawn_MD = drawn_MD[space.feasible(drawn_MD)]
+    for d in range(3):
+        np.testing.assert_allclose(
+            np.quantile(walked_MD[:, d], np.linspace(0.05, 0.95, 10)),
+            np.quantile(drawn_MD[:, d], np.linspace(0.05, 0.95, 10)),
+            atol=0.01,
+        )
+    leash = SearchSpace(Mixture.uniform("abc"), Mixture.uniform("abc"), 0.0, max_kl=0.1)
+    drawn_MD = np.random.default_rng(1).dirichlet(np.ones(3), size=200_000)
+    drawn_MD = drawn_MD[leash.feasible(drawn_MD)]
+    walked_MD = walk_inside(leash, 20_000, np.random.default_rng(0))
+    np.testing.assert_allclose(leash.kl(walked_MD).mean(), leash.kl(drawn_MD).mean(), rtol=0.03)
+
+
+def test_a_space_of_one_mixture_repeats_it() -> None:
+    thirds = dict.fromkeys("abc", 1 / 3)
+    space = SearchSpace(Mixture.uniform("abc"), Mixture.uniform("abc"), 0.0, thirds)
+    for design in ("dirichlet", "sobol", "lattice", "optimal"):
+        weights_MD = sample_mixtures(space, 12, 0, design=design)
+        np.testing.assert_allclose(weights_MD, 1 / 3, atol=1e-11)
+        assert len(distinct(weights_MD)) == 1
