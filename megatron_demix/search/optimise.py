@@ -13,7 +13,7 @@ import numpy as np
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.objective import Aim, Objective
-from megatron_demix.search.sample import corners, distinct, farthest, sample_around, sample_candidates
+from megatron_demix.search.sample import corners, distinct, farthest, sample_around, sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 
@@ -72,7 +72,10 @@ def propose(
     good_MD = distinct(weights_MD[order[: int((values_M <= values_M[order[0]] + within * std_1[0]).sum())]])
     if len(good_MD) < 8 * num:
         good_MD = distinct(weights_MD[order])[: 8 * num]
-    return farthest(good_MD, num)
+    rows_MD = farthest(good_MD, min(num, len(good_MD)))
+    if len(rows_MD) < num:
+        rows_MD = np.concatenate([rows_MD, distinct(sample_mixtures(space, 2 * num, seed), rows_MD)])
+    return rows_MD[np.arange(num) % len(rows_MD)]
 
 
 def choose_mixture(

@@ -292,6 +292,12 @@ class SearchSpace:
                     f"group {label!r} may have at most {highest:.4g}, but its domains' minimums and the anchor already give "
                     f"{low:.4g}: {low - highest:.4g} too much. Raise the group's bound, or lower its domains'."
                 )
+            reached = self.floor_D[columns].sum() + 1 - self.anchor_share
+            if reached < lowest - TOLERANCE:
+                raise MixtureError(
+                    f"group {label!r} must have at least {lowest:.4g}, but the components reach {reached:.4g} (anchor share "
+                    f"{self.anchor_share:g}): {lowest - reached:.4g} short. Lower the group's bound, or the anchor's share."
+                )
             if high < lowest - TOLERANCE:
                 raise MixtureError(
                     f"group {label!r} must have at least {lowest:.4g}, but its domains' maximums sum to {high:.4g}: "

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.sample import sample_mixtures
+from megatron_demix.search.sample import distinct, sample_mixtures
 from megatron_demix.search.space import Group, SearchSpace
 from megatron_demix.search.waterfill import waterfill
 
@@ -42,6 +42,19 @@ def test_samples_are_feasible_and_sum_to_exactly_1(space: SearchSpace | None, se
     assert (weights_MD[:, ::-1].cumsum(axis=1)[:, -1] == 1).all()
     assert (space.shares(weights_MD) <= space.bounds_D2[:, 1] + 2e-12).all()
     np.testing.assert_allclose(space.nearest(weights_MD), weights_MD, atol=1e-9)
+    # Mixtures repeat only in a space that is hardly more than one point.
+    assert len(distinct(weights_MD)) == 40 or np.ptp(weights_MD, axis=0).max() < 1e-3
+
+
+@settings(max_examples=100, deadline=None)
+@given(spaces(), st.integers(0, 2**32 - 1), st.sampled_from(["sobol", "lattice", "optimal"]))
+def test_other_designs_are_feasible_and_distinct(space: SearchSpace | None, seed: int, design: str) -> None:
+    if space is None:
+        return
+    weights_MD = sample_mixtures(space, 20, seed, design=design)  # type: ignore[arg-type]
+    assert space.feasible(weights_MD).all()
+    assert (weights_MD.sum(axis=1) == 1).all()
+    assert len(distinct(weights_MD)) == 20 or np.ptp(weights_MD, axis=0).max() < 1e-3
 
 
 @settings(max_examples=200, deadline=None)

@@ -142,6 +142,10 @@ def test_a_leash_is_measured_from_the_closest_mixture_where_groups_bind() -> Non
             {"groups": {"g": Group(("code",), 0.5, 1.0)}, "max_shares": {"code": 0.4}},
             r"group 'g' must have at least 0\.5, but its domains' maximums sum to 0\.4: 0\.1 short",
         ),
+        (
+            {"groups": {"g": Group(("code", "math"), 0.9, 1.0)}},
+            r"group 'g' must have at least 0\.9, but the components reach 0\.8333 \(anchor share 0\.5\): 0\.06667 short",
+        ),
         ({"groups": {"g": Group(("code",), 0.5, 0.4)}}, "group 'g' has bounds 0.5 to 0.4"),
         ({"groups": {"g": Group(("logic",))}}, "group 'g': unknown domain 'logic'"),
         ({"groups": {"g": Group(("code",)), "h": Group(("code", "math"))}}, "'code' is in the groups 'g' and 'h'"),
