@@ -36,3 +36,9 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
+
+
+def check_at_least(flag: str, value: int, least: int) -> None:
+    """Raises ConfigError on a number below the least that a flag takes."""
+    if value < least:
+        raise ConfigError(f"{flag} is {value}, expected at least {least}.")

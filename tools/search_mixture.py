@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_demix.command import exit_code
+from megatron_demix.command import check_at_least, exit_code
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 SURROGATES = (
@@ -84,6 +84,8 @@ def _sample(args: argparse.Namespace) -> None:
     from megatron_demix.search.space_file import load_space
     from megatron_demix.search.tables import Table
 
+    check_at_least("--num", args.num, 1)
+    check_at_least("--seed", args.seed, 0)
     space = load_space(args.domains)
     weights_MD = sample_mixtures(space, args.num, args.seed, design=args.design)
     if (num := len(distinct(weights_MD))) < args.num:
@@ -98,6 +100,7 @@ def _fit(args: argparse.Namespace) -> None:
     from megatron_demix.search.from_tables import predict_scores
     from megatron_demix.search.tables import Table
 
+    check_at_least("--seed", args.seed, 0)
     mixtures, scores, wanted = (Table.read(path) for path in (args.mixtures, args.scores, args.predict))
     predict_scores(mixtures, scores, wanted, kind=args.surrogate, seed=args.seed, notice=_notice).write(args.output)
 
@@ -109,6 +112,10 @@ def _choose(args: argparse.Namespace) -> None:
     from megatron_demix.search.space_file import load_space
     from megatron_demix.search.tables import Table
 
+    for flag, least in (("candidates", 100), ("top", 1), ("bootstraps", 0), ("propose", 0), ("seed", 0)):
+        check_at_least(f"--{flag}", getattr(args, flag), least)
+    if args.bootstraps == 1:
+        raise ConfigError("--bootstraps is 1: one search says nothing of how sure it is. Set it to 0, or to 2 or more.")
     if bool(args.propose) != bool(args.next):
         raise ConfigError("--propose N and --next CSV go together: how many mixtures to propose, and where to write them.")
     space = load_space(args.domains)

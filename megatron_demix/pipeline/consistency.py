@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_demix.command import check_at_least
 from megatron_demix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     from megatron_demix.report.ranks import FORMATS, draw_ranks
     from megatron_demix.search.from_tables import compare_tables, parse_objective
 
-    if options.bootstraps < 1:
-        raise ConfigError(f"--bootstraps is {options.bootstraps}, expected at least 1.")
+    check_at_least("--bootstraps", options.bootstraps, 1)
+    check_at_least("--seed", options.seed, 0)
     if options.plot and options.plot.suffix not in FORMATS:
         raise ConfigError(f"--plot {options.plot}: unknown kind of picture, expected a name that ends in {', '.join(FORMATS)}.")
     for path in (options.output, options.plot):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ def parse_objective(texts: Sequence[str]) -> dict[str, float] | None:
             weights[name] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not name:
+        if not equals or not name or not math.isfinite(weights[name]):
             raise ConfigError(f"objective {text!r} is not understood. Write SCORE=WEIGHT, for example code=0.6.")
+    if len(weights) < len(texts):
+        raise ConfigError(f"objective {' '.join(texts)}: a score has two weights. Give each one.")
     return weights or None

@@ -90,6 +90,8 @@ class SearchSpec(Section):
             raise ValueError(
                 f"aim 'worst' compares scores as equals, but their weights are {self.objective}; make them equal, or 0"
             )
+        if self.bootstraps == 1:
+            raise ValueError("bootstraps: one search says nothing of how sure it is; set it to 0, or to 2 or more")
         if self.stop is not None and self.bootstraps < MIN_BOOTSTRAPS:
             raise ValueError(f"stop needs bootstraps of {MIN_BOOTSTRAPS} or more to judge by, found {self.bootstraps}")
         if self.proxies == "trained" and "proxy_score" in self.model_fields_set:

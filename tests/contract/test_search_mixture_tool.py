@@ -194,3 +194,37 @@ def test_help_names_the_commands_and_the_surrogates_are_the_packages() -> None:
     done = call("--help")
     for command in ("sample", "fit", "choose", "consistency"):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "message"),
+    [
+        ("sample", "--num", 0, "--num is 0, expected at least 1"),
+        ("sample", "--seed", -1, "--seed is -1, expected at least 0"),
+        ("fit", "--seed", -1, "--seed is -1, expected at least 0"),
+        ("choose", "--seed", -1, "--seed is -1, expected at least 0"),
+        ("choose", "--top", 0, "--top is 0, expected at least 1"),
+        ("choose", "--candidates", 1, "--candidates is 1, expected at least 100"),
+        ("choose", "--bootstraps", -1, "--bootstraps is -1, expected at least 0"),
+        ("choose", "--bootstraps", 1, "--bootstraps is 1: one search says nothing of how sure it is"),
+        ("choose", "--propose", -2, "--propose is -2, expected at least 0"),
+        ("choose", "--objective", "x=inf", "objective 'x=inf' is not understood"),
+        ("consistency", "--seed", -1, "--seed is -1, expected at least 0"),
+        ("consistency", "--bootstraps", 0, "--bootstraps is 0, expected at least 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(study: Path, command: str, flag: str, value: object, message: str) -> None:
+    given = {
+        "sample": ("--domains", study / "d.yaml", "--num", 4, "--output", study / "out"),
+        "fit": ("--mixtures", study / "mixtures.csv", "--scores", study / "scores.csv", "--predict", study / "wanted.csv",
+                "--output", study / "out"),
+        "choose": ("--domains", study / "d.yaml", "--mixtures", study / "mixtures.csv", "--scores", study / "scores.csv",
+                   "--objective", "x=1", "--output", study / "out"),
+        "consistency": ("--proxies", study / "scores.csv", "--references", study / "scores.csv", "--output", study / "out"),
+    }  # fmt: skip
+    (study / "d.yaml").write_text("domains: {code: {tokens: 3B}, math: {tokens: 1B}, law: {tokens: 1B}}\ntarget_tokens: 1B\n")
+    done = call(command, *given[command], flag, value)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (study / "out").exists()

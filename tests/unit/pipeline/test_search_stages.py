@@ -157,6 +157,7 @@ def test_a_space_without_mixtures_names_the_setting(study_path):
         ("search.rounds=[7, 20]", "rounds: the first has 7 proxies, but a surrogate needs 8"),
         ("search.aim=worst", "aim 'worst' compares scores as equals"),
         ("search={rounds: [8], objective: {code: 1}, stop: 0.1, bootstraps: 2}", "stop needs bootstraps of 10 or more"),
+        ("search.bootstraps=1", "bootstraps: one search says nothing of how sure it is; set it to 0, or to 2 or more"),
         ("search.design=grid", "'dirichlet', 'sobol', 'lattice' or 'optimal'"),
         ("search.max_kl=0", "greater than 0"),
         ("domains.0.max_share=1.5", "less than or equal to 1"),
