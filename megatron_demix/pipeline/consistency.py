@@ -24,7 +24,8 @@ _COLUMNS = {
 _LEGEND = (
     "Each value with its 90 % interval over mixtures (bootstrap). top 25 %: Spearman among the best references. pairs: ordered "
     "alike. recovery: proxies' scores / references'. regret: what picking the proxies' best costs, in the score's unit. "
-    "ceiling: the references against themselves, trained with another seed; noiseless proxies would come above it."
+    "ceiling: the references against themselves, trained with another seed. noiseless: what proxies without noise of their own "
+    "would reach, about the square root of the ceiling."
 )
 
 
@@ -129,11 +130,21 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str | None, str, dict[str, An
         if part:
             summary = {"mean of all": part["macro"]} | ({"objective": part["objective"]} if "objective" in part else {})
             found += [("bold" if style is None else style, label, summary), (style, label, part["scores"])]
+    if best := report.get("noiseless"):
+        summary = {"mean of all": best["macro"]} | ({"objective": best["objective"]} if "objective" in best else {})
+        rhos = summary | best["scores"]
+        rows = {
+            name: {metric: {"value": rho if metric == "spearman" else None} for metric in _COLUMNS}
+            for name, rho in rhos.items()
+        }
+        found.append(("dim", "noiseless ", rows))
     return found
 
 
 def _cell(value: Mapping[str, float | None], metric: str) -> str:
+    """A value with its interval, if it has one."""
     if value["value"] is None:
         return "–"
     digits = "{:.4g}" if metric == "regret" else "{:.3f}"
-    return " ".join((digits.format(value["value"]), "[{}, {}]".format(*(digits.format(value[end]) for end in ("low", "high")))))
+    interval = " [{}, {}]".format(*(digits.format(value[end]) for end in ("low", "high"))) if "low" in value else ""
+    return digits.format(value["value"]) + interval

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # matplotlib knows no CSS variables: these stand-ins are drawn, and replaced in the SVG.
 INK, MUTED, RULE, ACCENT, WARM = "#010101", "#010102", "#010103", "#010104", "#010105"
@@ -57,6 +58,8 @@ def render(figure: Figure, label: str, tips: Mapping[str, Sequence[str]] | None 
         for text in (axes.xaxis.label, axes.yaxis.label):
             text.set(color=MUTED, fontsize=SMALL)
         axes.title.set(color=INK, fontsize=9)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names of domains and scores may have dollars
     stream = io.StringIO()
     # The salt decides the ids of clip paths and markers: figures on one page must not share them, and runs must not differ.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):

@@ -10,15 +10,16 @@ import numpy as np
 
 FORMATS = (".svg", ".pdf", ".png")
 _INK, _MUTED, _RULE, _PROXY, _CEILING = "#1b1d21", "#646a73", "#e3e4e7", "#0b7285", "#c2410c"
-_COLUMNS, _PANEL = 4, 2.35
+_COLUMNS, _PANEL, _LONGEST = 4, 2.35, 18
 
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]
 """Score -> values of proxies_M, references_M and, if there are any, re-seeded references_M of the same mixtures."""
 
 
 def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Collection[str], output: Path) -> None:
-    """One row of Spearman intervals with the ceiling, then a panel a score: rank among proxies against rank among references,
-    1 the best. report: of search.consistency.rank_consistency. Raises StorageError where it cannot be written."""
+    """One row of Spearman intervals with the ceiling, and what noiseless proxies would reach; then a panel a score: rank among
+    proxies against rank among references, 1 the best. report: of search.consistency.rank_consistency. Raises StorageError where
+    it cannot be written."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -26,7 +27,7 @@ def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Co
 
     num_rows = -(-len(columns) // _COLUMNS)
     rows = [name for name in ("macro", "objective") if name in report] + list(columns)
-    heights = [0.9 + 0.24 * len(rows), *[_PANEL] * num_rows]
+    heights = [1.1 + 0.24 * len(rows), *[_PANEL] * num_rows]
     across = min(_COLUMNS, max(len(columns), 2))
     figure = Figure(figsize=(_PANEL * across + 0.6, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(1 + num_rows, across, height_ratios=heights)
@@ -34,7 +35,7 @@ def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Co
     for index, (name, tables) in enumerate(columns.items()):
         axes = figure.add_subplot(grid[1 + index // _COLUMNS, index % _COLUMNS])
         _panel(axes, tables, -1.0 if name in higher_is_better else 1.0)
-        axes.set_title(_title(name, report), fontsize=9, color=_INK)
+        axes.set_title(_title(name, report), fontsize=9, color=_INK, parse_math=False)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ranks"}):
         # The same numbers give the same bytes.
         nothing = {"Date": None} if output.suffix == ".svg" else {"CreationDate": None} if output.suffix == ".pdf" else {}
@@ -58,25 +59,32 @@ def _style(axes: Any) -> None:
 
 
 def _intervals(axes: Any, rows: list[str], report: Mapping[str, Any]) -> None:
-    """Spearman of every score with its interval; the ceiling as a bar behind it."""
+    """Spearman of every score with its interval; the ceiling as a bar behind it, and its root."""
     lowest = 1.0
     for y, name in enumerate(rows):
         if top := _spearman(report.get("ceiling"), name):
-            label = "ceiling: references, another seed" if y == 0 else None
+            label = "another seed (ceiling)" if y == 0 else None
             axes.fill_betweenx([y - 0.32, y + 0.32], top.low, top.high, color=_CEILING, alpha=0.15, linewidth=0)
             axes.plot([top.value] * 2, [y - 0.32, y + 0.32], color=_CEILING, linewidth=1.6, label=label)
             lowest = min(lowest, top.low)
+        if (root := _noiseless(report, name)) is not None:
+            label = "noiseless proxies" if y == 0 else None
+            axes.plot([root] * 2, [y - 0.32, y + 0.32], color=_CEILING, linewidth=1.2, linestyle=(0, (2, 1.5)), label=label)
         if own := _spearman(report, name):
             axes.plot([own.low, own.high], [y, y], color=_PROXY, linewidth=2, solid_capstyle="round")
             axes.plot(own.value, y, "o", color=_PROXY, markersize=5, label="proxies" if y == 0 else None)
             lowest = min(lowest, own.low)
-    axes.set_yticks(range(len(rows)), ["mean of all" if name == "macro" else name for name in rows])
+    axes.set_yticks(range(len(rows)), ["mean of all" if name == "macro" else _short(name) for name in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(max(-1.0, lowest - 0.05), 1.01)
     axes.grid(axis="x", color=_RULE, linewidth=0.6)
     title = f"Spearman correlation with {report['num_mixtures']} references, 90 % intervals"
-    axes.set_title(title, fontsize=9, color=_INK, loc="left")
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0)
+    # Above the legend: beside it there is no room where scores are few.
+    axes.set_title(title, fontsize=9, color=_INK, loc="left", pad=20)
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=_INK, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderpad=0.2,
+        borderaxespad=0.2, columnspacing=1.2, handlelength=1.4,
+    )  # fmt: skip
     _style(axes)
 
 
@@ -94,9 +102,21 @@ def _spearman(report: Mapping[str, Any] | None, name: str) -> _Interval | None:
     return None if found["value"] is None else _Interval(**found)
 
 
+def _noiseless(report: Mapping[str, Any], name: str) -> float | None:
+    """Spearman's rho of proxies without noise; None where nothing says it."""
+    if "noiseless" not in report:
+        return None
+    return report["noiseless"][name] if name in ("macro", "objective") else report["noiseless"]["scores"][name]
+
+
 def _title(name: str, report: Mapping[str, Any]) -> str:
     own, top = _spearman(report, name), _spearman(report.get("ceiling"), name)
-    return name + (f" · ρ {own.value:.2f}" if own else "") + (f" of {top.value:.2f}" if top else "")
+    return _short(name) + (f" · ρ {own.value:.2f}" if own else "") + (f" of {top.value:.2f}" if top else "")
+
+
+def _short(name: str) -> str:
+    """With its middle left out where it is longer than a panel is wide."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2 - 1]}…{name[-_LONGEST // 2 :]}"
 
 
 def _panel(axes: Any, tables: tuple[np.ndarray, np.ndarray, np.ndarray | None], sign: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -29,8 +30,9 @@ def rank_consistency(
     where given}. A report maps each metric of METRICS to {"value", "low", "high"}: the value and its bootstrap 90 % interval
     over mixtures (all None where it is undefined: top-25 % needs 12 mixtures). The macro report averages each metric over
     the scores, bootstrapped jointly. reseeded: the references trained again with another seed; adds "ceiling", the same reports
-    of references against them. Both sides of that have seeds of their own, so a proxy without noise would agree better: by
-    classical test theory its correlation is the square root of the ceiling's.
+    of references against them. Both sides of that have seeds of their own, so a proxy without noise would agree better. By
+    classical test theory its correlation is the square root of the ceiling's: "noiseless" has that of Spearman's rho, as
+    {"scores": {name: rho}, "macro": rho, "objective": rho}; None where the ceiling's is undefined or below 0.
     Raises IncompatibleInputs on fewer than 4 mixtures, on other names or lengths, on missing (NaN) scores and on constant ones.
     """
     proxies, references = _checked(proxies, references, "proxies")
@@ -40,6 +42,20 @@ def rank_consistency(
     if reseeded is not None:
         again, references = _checked(reseeded, references, "re-seeded references")
         report["ceiling"] = _reports(again, references, objective, higher_is_better, counts_BM)
+        report["noiseless"] = _noiseless(report["ceiling"])
+    return report
+
+
+def _noiseless(ceiling: Mapping[str, Any]) -> dict[str, Any]:
+    def root(metrics: Mapping[str, Any]) -> float | None:
+        value = metrics["spearman"]["value"]
+        return math.sqrt(value) if value is not None and value >= 0 else None
+
+    scores = {name: root(metrics) for name, metrics in ceiling["scores"].items()}
+    known = [value for value in scores.values() if value is not None]
+    report: dict[str, Any] = {"scores": scores, "macro": math.fsum(known) / len(known) if len(known) == len(scores) else None}
+    if "objective" in ceiling:
+        report["objective"] = root(ceiling["objective"])
     return report
 
 

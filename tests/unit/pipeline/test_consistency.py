@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,27 @@ def test_the_table_the_json_and_the_picture_say_the_same(tables, capsys):
     assert "rank among references" in picture
     assert consistency(tables, *flags, "--plot", tables / "again.svg") == 0
     assert (tables / "again.svg").read_text() == picture
+
+
+def test_names_are_shown_as_they_are_and_nothing_overlaps(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    name, truth_M = "a$x_2$b[bold]", rng.normal(3, 0.1, size=(16, 1))
+    for file in ("references", "again", "proxies"):
+        values_MC = truth_M + rng.normal(0, 0.03, (16, 1))
+        Table(tmp_path, "id", IDS, (name,), values_MC).write(tmp_path / f"{file}.csv")
+    again = ("--reseeded", tmp_path / "again.csv")
+    assert consistency(tmp_path, *again, "--plot", tmp_path / "r.svg", "--output", tmp_path / "r.json") == 0
+    shown, picture = capsys.readouterr().out, (tmp_path / "r.svg").read_text()
+    assert f"noiseless {name}" in shown
+    assert f"{name} · ρ" in picture
+    report = json.loads((tmp_path / "r.json").read_text())
+    ceiling, noiseless = report["ceiling"]["macro"]["spearman"]["value"], report["noiseless"]["macro"]
+    assert noiseless == pytest.approx(ceiling**0.5)
+    assert f"{noiseless:.3f}" in shown
+    # With one score the legend has a line of its own, below the title's.
+    texts = {text: float(y) for y, text in re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>([^<]+)</text>', picture)}
+    title = next(y for text, y in texts.items() if text.startswith("Spearman correlation"))
+    assert texts["another seed (ceiling)"] > title + 8
 
 
 def test_json_on_standard_output_and_no_ceiling(tables, capsys):

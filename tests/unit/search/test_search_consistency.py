@@ -83,6 +83,17 @@ def test_objective_and_ceiling_are_reported_beside_the_scores() -> None:
     assert report["ceiling"]["macro"]["spearman"]["value"] == pytest.approx(1)
 
 
+def test_a_proxy_without_noise_reaches_the_root_of_the_ceiling() -> None:
+    rng = np.random.default_rng(0)
+    truth_M = rng.normal(size=4000)
+    first_M, second_M = (truth_M + 0.7 * rng.normal(size=4000) for _ in range(2))
+    report = rank_consistency({"a": truth_M}, {"a": first_M}, reseeded={"a": second_M}, num_bootstraps=1)
+    assert report["scores"]["a"]["spearman"]["value"] == pytest.approx(report["noiseless"]["scores"]["a"], abs=0.02)
+    assert report["ceiling"]["macro"]["spearman"]["value"] < report["noiseless"]["macro"] - 0.1
+    opposed = rank_consistency({"a": truth_M}, {"a": truth_M}, reseeded={"a": -truth_M}, num_bootstraps=1)
+    assert opposed["noiseless"] == {"scores": {"a": None}, "macro": None}
+
+
 @pytest.mark.parametrize(
     ("proxies", "references", "message"),
     [
