@@ -176,6 +176,7 @@ def _stages(dag: Dag, options: argparse.Namespace) -> list[Stage]:
 def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
     from megatron_demix.launch.display import Display
     from megatron_demix.launch.local import run_stages
+    from megatron_demix.launch.slurm import refuse_beside_jobs
     from megatron_demix.pipeline.task_inputs import check_tasks
 
     launch = dag.study.launch
@@ -190,7 +191,14 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         for line in () if options.quiet else _used_of_earlier(dag, stages):
             print(line, file=sys.stderr)
         display = Display(quiet=options.quiet)
-        run_stages(stages, dag.run, jobs=launch.jobs, threads_per_rank=launch.threads_per_rank, display=display)
+        run_stages(
+            stages,
+            dag.run,
+            jobs=launch.jobs,
+            threads_per_rank=launch.threads_per_rank,
+            display=display,
+            locked=lambda: refuse_beside_jobs(dag.run, dag.study.name),
+        )
     elif not options.quiet:
         print(f"everything is already done ({len(stages)} stages)", file=sys.stderr)
     if options.command in ("run", "resume"):

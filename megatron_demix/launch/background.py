@@ -14,6 +14,7 @@ from typing import Any
 from megatron_demix.errors import Incomplete, StageFailed
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.local import holder
+from megatron_demix.launch.slurm import refuse_beside_jobs
 from megatron_demix.launch.stage import is_made
 from megatron_demix.pipeline.dag import Dag
 from megatron_demix.units import format_duration
@@ -28,6 +29,7 @@ class Background:
         self._dag, self._arguments = dag, list(arguments)
 
     def submit(self) -> dict[str, Any]:
+        refuse_beside_jobs(self._dag.run, self._dag.study.name)  # the process would, but nobody looks at it
         pid, log = submit(self._dag.run, self._arguments), log_of(self._dag.run)
         return {"said": f"process {pid} works on it; log: {log}", "pid": pid, "log": str(log)}
 

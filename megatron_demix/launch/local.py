@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +30,25 @@ class _Child:
     started: float
 
 
-def run_stages(stages: Sequence[Stage], run: Path, *, jobs: int, threads_per_rank: int, display: Display) -> None:
+def run_stages(
+    stages: Sequence[Stage],
+    run: Path,
+    *,
+    jobs: int,
+    threads_per_rank: int,
+    display: Display,
+    locked: Callable[[], None] = lambda: None,
+) -> None:
     """Make every stage that is not done, needs first, at most `jobs` at a time.
+
+    locked: called first, when the run's lock is held; what it raises ends this.
 
     Raises the error of the first stage that fails, after the children still running have saved and stopped. Raises Incomplete
     on SIGTERM or Ctrl-C, and where another process already works on this run.
     """
     run.mkdir(parents=True, exist_ok=True)
     with only_one(run), _interruptible():
+        locked()
         metrics = MetricsLog(run / "metrics.jsonl")
         pending = [s for s in stages if not s.done()]
         for folder in {s.folder.parent for s in pending}:

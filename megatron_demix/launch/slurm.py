@@ -22,7 +22,7 @@ from megatron_demix.errors import ConfigError, DemixError, Incomplete, StageFail
 from megatron_demix.launch.attempts import Attempts, forget
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.local import only_one
-from megatron_demix.launch.slurm_scripts import CONCLUDE, Group, Scripts, check_kinds, group
+from megatron_demix.launch.slurm_scripts import CONCLUDE, FOLDER, Group, Scripts, check_kinds, group
 from megatron_demix.pipeline.dag import Dag
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.units import format_duration
@@ -54,10 +54,7 @@ class Slurm:
                 said = f"released {_ids(held)}, which SLURM had put back into the queue and held, as a node could not start it"
                 return {"said": said, "jobs": held}
             if live:
-                raise Incomplete(
-                    f"{self._dag.run} is already being worked on by the SLURM jobs {_ids(j for j, *_ in live)}: see "
-                    "`demix status`, or `demix cancel` them first."
-                )
+                raise _is_worked_on(self._dag.run, live)
             for g in self._groups():
                 for stage in g.stages:
                     forget(stage)
@@ -217,23 +214,53 @@ class Slurm:
         answer = _slurm("sbatch", "--parsable", *arguments, defaults=[n for n in _DEFAULTS if n not in said])
         return answer.split(";")[0].strip()
 
-    def _jobs(self) -> list[tuple[str, str, int | None, str, str]]:
-        """(job id, group, index in its array, state, reason) of every job of this run that has not ended, but this one."""
-        listed = _slurm(
-            "squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F\t%K\t%j\t%T\t%r\t%Z"
-        )  # fmt: skip
-        jobs = []
-        for line in listed.splitlines():
-            job, index, name, state, reason, folder = line.split("\t")
-            prefix, _, of_group = name.partition(self._scripts.job_name(""))
-            if folder != str(self._dag.run) or prefix or not of_group or job == os.environ.get("SLURM_JOB_ID"):
-                continue
-            jobs.append((job, of_group, int(index) if index.isdigit() else None, state, reason))
-        return jobs
+    def _jobs(self) -> list[_Job]:
+        return _jobs_of(self._dag.run, self._dag.study.name)
 
     def _progress(self) -> str:
         """Changes whenever a stage is done, or has been tried."""
         return fingerprint([[s.name, s.done(), vars(Attempts.read(s))] for g in self._groups() for s in g.stages])
+
+
+_Job = tuple[str, str, int | None, str, str]
+
+
+def _jobs_of(run: Path, study_name: str) -> list[_Job]:
+    """(job id, group, index in its array, state, reason) of every job of a run that has not ended, but this one."""
+    listed = _slurm("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F\t%K\t%j\t%T\t%r\t%Z")
+    jobs: list[_Job] = []
+    for line in listed.splitlines():
+        job, index, name, state, reason, folder = line.split("\t")
+        prefix, _, of_group = name.partition(f"{study_name}.")
+        if folder != str(run) or prefix or not of_group or job == os.environ.get("SLURM_JOB_ID"):
+            continue
+        jobs.append((job, of_group, int(index) if index.isdigit() else None, state, reason))
+    return jobs
+
+
+def refuse_beside_jobs(run: Path, study_name: str) -> None:
+    """For work on a run by other means, by the one who holds its lock: raises Incomplete while SLURM jobs of it are queued or
+    running. Where SLURM cannot be asked on this machine at all there is a warning instead."""
+    if not (run / FOLDER).is_dir():
+        return
+    try:
+        live = _jobs_of(run, study_name)
+    except ConfigError as e:
+        print(
+            f"warning: {run} was submitted to SLURM, which cannot be asked here whether jobs of it are left ({e}). If there "
+            "are, stop this and cancel them first.",
+            file=sys.stderr,
+        )
+        return
+    if live:
+        raise _is_worked_on(run, live)
+
+
+def _is_worked_on(run: Path, live: Sequence[_Job]) -> Incomplete:
+    return Incomplete(
+        f"{run} is already being worked on by the SLURM jobs {_ids(job for job, *_ in live)}: see `demix status`, or "
+        "`demix cancel` them first."
+    )
 
 
 def _is_held(reason: str) -> bool:

@@ -16,6 +16,9 @@ from megatron_demix.study.launch import SlurmResources, SlurmSpec
 CONCLUDE = "conclude"
 """The job that runs when all others have ended: it writes the report, or submits again what is missing."""
 
+FOLDER = "slurm"
+"""Of a run that was submitted."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -65,7 +68,7 @@ class Scripts:
 
     @property
     def folder(self) -> Path:
-        return self.run / "slurm"
+        return self.run / FOLDER
 
     @property
     def study(self) -> Path:

@@ -220,6 +220,10 @@ def test_cancel_saves_and_resume_goes_on(cluster, study, tmp_path):
     more = ["--set", "component.tokens=2M", "--set", "base.tokens=256", "--runs", str(tmp_path)]
     _, errors = demix(cluster, "submit", study, *more).communicate(timeout=LIMIT_S)
     wait_for("a component", lambda: iterations(run, "components.code") > 20)
+    beside = demix(cluster, "run", study, *more, "--set", "launch.backend=local")
+    _, errors = beside.communicate(timeout=LIMIT_S)
+    assert beside.returncode == 75, errors
+    assert "already being worked on by the SLURM jobs" in errors
     out, errors = demix(cluster, "cancel", study, *more).communicate(timeout=LIMIT_S)
     assert "have saved and stopped; `demix resume` goes on" in out, errors
     assert cluster.jobs() == []

@@ -10,6 +10,7 @@ from megatron_demix.errors import Incomplete, StageFailed
 from megatron_demix.launch import slurm
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
+from megatron_demix.launch.background import Background
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.launch import SlurmSpec
 
@@ -58,6 +59,26 @@ def test_jobs_under_way_are_named_and_others_left_alone(dag, answers):
         Incomplete, match=r"already being worked on by the SLURM jobs 7, 8: see `demix status`, or `demix cancel`"
     ):
         backend.submit()
+
+
+def test_work_by_other_means_is_refused_while_jobs_are_left(dag, answers, tmp_path):
+    answers.listed = [line(dag, 7, 0, "data", "PENDING", "None")]
+    slurm.refuse_beside_jobs(dag.run, "s")
+    assert not answers.commands  # it was never submitted
+    (dag.run / "slurm").mkdir()
+    with pytest.raises(Incomplete, match=r"already being worked on by the SLURM jobs 7: see `demix status`, or `demix cancel`"):
+        slurm.refuse_beside_jobs(dag.run, "s")
+    with pytest.raises(Incomplete, match="the SLURM jobs 7"):
+        Background(dag, []).submit()
+    answers.listed = []
+    slurm.refuse_beside_jobs(dag.run, "s")
+
+
+def test_where_slurm_cannot_be_asked_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / "slurm").mkdir()
+    monkeypatch.setenv("PATH", "")
+    slurm.refuse_beside_jobs(tmp_path, "s")
+    assert "was submitted to SLURM, which cannot be asked here whether jobs of it are left" in capsys.readouterr().err
 
 
 def test_what_slurm_holds_is_released(dag, answers):
