@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_demix.artifact import fingerprint, is_done, publish
 
 State = Literal["done", "partial", "to do"]
+_MADE = ".made-part-"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,8 @@ class Stage:
             if not self.ranks:
                 self.make(folder)
             self.judge(folder)
+            for marker in folder.glob(f"{_MADE}*"):
+                marker.unlink()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +153,13 @@ class Part(Stage):
     def finish(self) -> None:
         if not self.ranks:
             self._make()
-        self._made.parent.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
         self._made.touch()
 
     @property
     def _made(self) -> Path:
-        return self.log.with_suffix(".made")
+        # Among what it says is made, and so gone with that: when the whole is published, or the work thrown away.
+        return self.work / f"{_MADE}{self.index[0]}-of-{self.index[1]}"
 
     def _make(self) -> None:
         assert self.make_part is not None

@@ -1,5 +1,7 @@
 """Stages: keys follow settings and needs; an artifact is there whole or not at all."""
 
+import shutil
+
 import pytest
 
 from megatron_demix.artifact import Manifest, read_json, write_json
@@ -80,7 +82,24 @@ def test_parts_are_made_in_the_work_folder_and_put_together(tmp_path):
     a.finish()
     assert (a.folder / "out.txt").read_text() == "(0, 2)(1, 2)"
     assert (a.state(), first.done(), a.work.exists()) == ("done", True, False)
+    assert sorted(p.name for p in a.folder.iterdir()) == ["manifest.json", "out.txt"]
     assert Stage("data/a", tmp_path, {}, (), make).key == a.key
+
+
+@pytest.mark.parametrize("lost", ["artifact", "work"])
+def test_parts_of_what_was_deleted_are_made_again(tmp_path, lost):
+    def make(folder, part=None):
+        (folder / f"part-{part}").write_text("x")
+
+    a = Stage("data/a", tmp_path, {}, (), make, make_part=make)
+    for number in range(2):
+        a.part((number, 2)).finish()
+    if lost == "artifact":
+        a.finish()
+    shutil.rmtree(a.folder if lost == "artifact" else a.work)
+    assert [a.part((number, 2)).done() for number in range(2)] == [False, False]
+    a.part((0, 2)).finish()
+    assert [a.part((number, 2)).done() for number in range(2)] == [True, False]
 
 
 def test_a_part_with_ranks_has_a_job_of_its_own_and_publishes_nothing(tmp_path):
