@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,25 +18,26 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 if TYPE_CHECKING:
+    from megatron_demix.launch.started import Started
     from megatron_demix.pipeline.dag import Dag
     from megatron_demix.pipeline.stage import Stage
 
-# Each command that runs a part of the study: the kinds of stages it asks for (with all they need) and its help.
+# Each command that makes a part of the study, and its help.
 _PARTS = {
-    "prepare": ({"tokenizer", "data"}, "tokenize the domains into Megatron .bin/.idx, split into train, valid and test"),
-    "train": ({"base", "components", "averages"}, "train the base and one component per domain"),
-    "evaluate": ({"maturity", "rounds"}, "merge and score proxies, round by round, and fit the surrogates"),
-    "search": ({"maturity", "rounds"}, "the same as evaluate, ending with the chosen mixture on standard output"),
-    "merge": ({"merge"}, "write the chosen mixture's proxy as a checkpoint"),
-    "blend": ({"blend"}, "build the final run's indexed data at the chosen and the baseline mixtures"),
-    "final": ({"final"}, "train and score the final runs"),
+    "prepare": "tokenize the domains into Megatron .bin/.idx, split into train, valid and test",
+    "train": "train the base and one component per domain",
+    "evaluate": "merge and score proxies, round by round, and fit the surrogates",
+    "search": "the same as evaluate, ending with the chosen mixture on standard output",
+    "merge": "write the chosen mixture's proxy as a checkpoint",
+    "blend": "build the final run's indexed data at the chosen and the baseline mixtures",
+    "final": "train and score the final runs",
 }
 _EPILOG = """\
 examples:
   demix plan examples/quickstart/study.yaml          what would run, and what is already done
   demix run examples/quickstart/study.yaml           all of it; run it again to go on after an interruption
   demix run study.yaml --set final.tokens=20M        the same study with one setting changed; what is still valid is re-used
-  demix search study.yaml                            stop at the mixture
+  demix search study.yaml                            stop at the mixture; so does submit --until search
   demix consistency --proxies P.csv --references R.csv      do proxies rank mixtures as training does?
 
 exit codes: 0 done; 2 usage or configuration; 3 incompatible inputs; 4 infeasible mixture; 5 verification failed;
@@ -91,13 +94,15 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    add("run", "the whole study, from text to the report", [study, running])
-    add("resume", "the same as run: what is done is skipped, what was interrupted goes on", [study, running])
+    until = argparse.ArgumentParser(add_help=False)
+    until.add_argument("--until", choices=_PARTS, help="end with what this command makes: search ends with the mixture")
+    add("run", "the whole study, from text to the report", [study, until, running])
+    add("resume", "the same as run: what is done is skipped, what was interrupted goes on", [study, until, running])
     dry = argparse.ArgumentParser(add_help=False)
     dry.add_argument("--dry-run", action="store_true", help="print what would be submitted (every sbatch script), and stop")
-    add("submit", "the same as run, in the background or as SLURM jobs, as launch.backend says", [study, dry])
+    add("submit", "the same as run, in the background or as SLURM jobs, as launch.backend says", [study, until, dry])
     add("cancel", "stop what works on this study, after it has saved", [study])
-    add("plan", "the stages, their state and where their artifacts lie", [study])
+    add("plan", "the stages, their state and where their artifacts lie", [study, until])
     watch = argparse.ArgumentParser(add_help=False)
     watch.add_argument("--watch", action="store_true", help="keep the table on the terminal until nothing is under way")
     add("status", "the stages, what runs, how far it is, when it will be done, and its log", [study, watch])
@@ -110,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         help="score this checkpoint of yours instead, on all that the study scores; may be repeated",
     )
     judged.add_argument("--final", action="store_true", help="with --checkpoint: on the splits that final runs are compared on")
-    for name, (_, help) in _PARTS.items():
+    for name, help in _PARTS.items():
         asked = [study, running, judged] if name == "evaluate" else [study, running]
         add(name, help, asked, _EVALUATING if name == "evaluate" else None)
     add("report", "the HTML report of whatever is done so far", [study])
@@ -141,49 +146,77 @@ def _command(options: argparse.Namespace) -> int:
 
 
 def _study_command(options: argparse.Namespace) -> int:
+    from megatron_demix.launch.started import Started
     from megatron_demix.pipeline.dag import build_dag
     from megatron_demix.study.load import load_study
 
     if options.backend:
         options.set.append(f"trainer.backend={options.backend}")
     study = load_study(options.study, options.set)
-    run: Path = options.runs / study.name
+    run = (options.runs / study.name).resolve()
+    last = Started.read(run)
+    if options.command in ("status", "cancel") and last and last.launch:
+        study = study.model_copy(update={"launch": last.launch})
+    started = Started.of(study, options.command if options.command in _PARTS else getattr(options, "until", None))
     looking = options.command == "submit" and options.dry_run
-    dag = build_dag(study, options.study, run.resolve(), absent_inputs=looking)
+    dag = build_dag(study, options.study, run, absent_inputs=looking)
+    if last and options.command in ("status", "plan", "resume"):
+        _say_what_was_started(options, started, last)
     if options.command == "report":
         _report(dag, options)
     elif options.command in ("submit", "cancel", "status") or (options.command == "resume" and not options.dry_run):
-        _backend(dag, options)
+        _backend(dag, options, started)
     else:
-        stages = _stages(dag, options)
+        stages = _stages(dag, options, started)
         if options.command == "plan" or options.dry_run:
             _plan(dag, stages, options)
         else:
-            _run(dag, stages, options)
+            _run(dag, stages, options, started)
     return 0
 
 
-def _stages(dag: Dag, options: argparse.Namespace) -> list[Stage]:
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """Those by which another command finds the same study."""
+    return [str(options.study), "--runs", str(options.runs), *(word for text in options.set for word in ("--set", text))]
+
+
+def _say_what_was_started(options: argparse.Namespace, now: Started, last: Started) -> None:
+    """On standard error, where it was with other settings than these: then its stages are others."""
+    if options.command == "status":
+        now = replace(now, until=last.until)
+    if more := last.otherwise(now):
+        same = shlex.join(["demix", options.command, *_arguments(options)])
+        print(f"note: this study was last started with other settings than it has here. For what was started:\n  {same} {more}",
+              file=sys.stderr)  # fmt: skip
+
+
+def _stages(dag: Dag, options: argparse.Namespace, started: Started) -> list[Stage]:
     """What a command makes, with all that it needs."""
     if options.command == "evaluate" and options.checkpoint:
         from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
         from megatron_demix.pipeline.stage import with_needs
 
         return with_needs([given_scores(dag, named_checkpoints(options.checkpoint), final=options.final)])
-    return dag.of_kinds(_PARTS[options.command][0]) if options.command in _PARTS else dag.all
+    return dag.until(started.until)
 
 
-def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
+def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace, started: Started) -> None:
     from megatron_demix.launch.display import Display
     from megatron_demix.launch.local import run_stages
     from megatron_demix.launch.slurm import refuse_beside_jobs
+    from megatron_demix.pipeline.dag import PARTS
     from megatron_demix.pipeline.task_inputs import check_tasks
+
+    def begin() -> None:
+        refuse_beside_jobs(dag.run, dag.study.name)
+        if not getattr(options, "checkpoint", None):
+            started.write(dag.run)
 
     launch = dag.study.launch
     if launch.backend != "local":
         raise ConfigError(
-            f"launch.backend is {launch.backend}: `demix submit` starts this study there. To run it in this process, add "
-            "--set launch.backend=local."
+            f"launch.backend is {launch.backend}: `demix submit` starts this study there, with --until a part of it. To run it "
+            "in this process, add --set launch.backend=local."
         )
     nothing_to_do = all(s.done() for s in stages)
     if not nothing_to_do:
@@ -197,7 +230,7 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
             jobs=launch.jobs,
             threads_per_rank=launch.threads_per_rank,
             display=display,
-            locked=lambda: refuse_beside_jobs(dag.run, dag.study.name),
+            locked=begin,
         )
     elif not options.quiet:
         print(f"everything is already done ({len(stages)} stages)", file=sys.stderr)
@@ -213,7 +246,7 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         print(json.dumps({s.name: str(_result(s)) for s in stages}, indent=1))
     elif not options.quiet:
         for stage in stages:
-            if stage.kind in _PARTS[options.command][0]:
+            if stage.kind in PARTS[options.command]:
                 print(f"{stage.name}: {_shown(_result(stage))}", file=sys.stderr)
 
 
@@ -239,16 +272,16 @@ def _show_scores(stage: Stage, options: argparse.Namespace) -> None:
     on_terminal().print(shown)
 
 
-def _backend(dag: Dag, options: argparse.Namespace) -> None:
+def _backend(dag: Dag, options: argparse.Namespace, started: Started) -> None:
     from megatron_demix.launch.backend import backend_of
     from megatron_demix.launch.status import show_status
     from megatron_demix.pipeline.task_inputs import check_tasks
 
     if options.command == "resume" and dag.study.launch.backend == "local":
-        _run(dag, dag.all, options)
+        _run(dag, dag.until(started.until), options, started)
         return
-    settings = [argument for text in options.set for argument in ("--set", text)]
-    backend = backend_of(dag, options.study, [str(options.study), "--runs", str(options.runs), *settings])
+    until = ["--until", started.until] if started.until else []
+    backend = backend_of(dag, options.study, [*_arguments(options), *until], started)
     if options.command == "status":
         show_status(dag, backend, as_json=options.json, watch=options.watch)
         return

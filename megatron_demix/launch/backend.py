@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megatron_demix.launch.started import Started
 from megatron_demix.pipeline.dag import Dag
 
 
@@ -44,12 +45,12 @@ class Backend(Protocol):
         ...
 
 
-def backend_of(dag: Dag, study_path: Path, arguments: list[str]) -> Backend:
-    """The backend the study names. arguments: those that `demix run` needs to find the same study again."""
+def backend_of(dag: Dag, study_path: Path, arguments: list[str], started: Started) -> Backend:
+    """The backend the study names. arguments: those that `demix run` needs to do the same; started: what that is."""
     if dag.study.launch.backend == "slurm":
         from megatron_demix.launch.slurm import Slurm
 
-        return Slurm(dag, study_path.resolve().parent)
+        return Slurm(dag, study_path.resolve().parent, started)
     from megatron_demix.launch.background import Background
 
     return Background(dag, arguments)

@@ -23,7 +23,8 @@ from megatron_demix.launch.attempts import Attempts, forget
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.local import only_one
 from megatron_demix.launch.slurm_scripts import CONCLUDE, FOLDER, Group, Scripts, check_kinds, group
-from megatron_demix.pipeline.dag import Dag
+from megatron_demix.launch.started import Started
+from megatron_demix.pipeline.dag import PARTS, Dag
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.units import format_duration
 
@@ -38,11 +39,13 @@ class NoAnswer(Incomplete):
 
 
 class Slurm:
-    """The backend for one run. root: the folder that the study's relative inputs start from."""
+    """The backend for one run. root: the folder that the study's relative inputs start from. started: what submit() starts."""
 
-    def __init__(self, dag: Dag, root: Path) -> None:
-        self._dag = dag
-        self._scripts = Scripts(dag.study.launch.slurm, dag.study.name, dag.run, root)
+    def __init__(self, dag: Dag, root: Path, started: Started | None = None) -> None:
+        self._dag, self._started = dag, started
+        until = started.until if started else None
+        self._stages = dag.until(until) if until else dag.all
+        self._scripts = Scripts(dag.study.launch.slurm, dag.study.name, dag.run, root, until)
         check_kinds(dag.study.launch.slurm, dag.all)
 
     def submit(self) -> dict[str, Any]:
@@ -59,9 +62,11 @@ class Slurm:
                 for stage in g.stages:
                     forget(stage)
             self._scripts.cancelled.unlink(missing_ok=True)
-            missing = [s for s in self._dag.all if not s.done()]
+            if self._started:
+                self._started.write(self._dag.run)
+            missing = [s for s in self._stages if not s.done()]
             jobs = self._submit(missing)
-        what = f"{len(missing)} of {len(self._dag.all)} stages are to do" if missing else "everything is already done"
+        what = f"{len(missing)} of {len(self._stages)} stages are to do" if missing else "everything is already done"
         said = (
             f"{what}: submitted as jobs {_ids(jobs.values())}; the last one writes the report\n"
             f"scripts: {self._scripts.folder}\nlogs: {self._scripts.logs}\n"
@@ -117,7 +122,7 @@ class Slurm:
 
     def conclude(self) -> None:
         """Of the last job: nothing else is under way. Raises StageFailed where submitting again would change nothing."""
-        missing = [s for s in self._dag.all if not s.done()]
+        missing = [s for s in self._stages if not s.done()]
         if not missing:
             from megatron_demix.pipeline.reporting import verdict, write_report
 
@@ -168,7 +173,7 @@ class Slurm:
                     Attempts(failed=reason).write(of)
 
     def _groups(self) -> list[Group]:
-        return group(self._dag.all, self._scripts.spec.parts)
+        return group(self._stages, self._scripts.spec.parts)
 
     def _submit(self, stages: Sequence[Stage]) -> dict[str, str]:
         """Job ids by group. Of an array only the elements that are missing are submitted."""
@@ -320,13 +325,15 @@ def main() -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--until", choices=PARTS)
     options = parser.parse_args()
     from megatron_demix.pipeline.dag import build_dag
     from megatron_demix.study.load import load_study
 
     try:
         study = load_study(options.study)
-        Slurm(build_dag(study, options.root / "study.yaml", options.run), options.root).conclude()
+        dag = build_dag(study, options.root / "study.yaml", options.run)
+        Slurm(dag, options.root, Started.of(study, options.until)).conclude()
     except DemixError as e:
         print(f"demix: {e}", file=sys.stderr, flush=True)
         return e.exit_code

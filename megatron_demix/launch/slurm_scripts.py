@@ -59,12 +59,14 @@ def group(stages: Sequence[Stage], parts: Mapping[str, int] = {}) -> list[Group]
 
 @dataclass(frozen=True)
 class Scripts:
-    """Renders the sbatch files of one run. root: the folder that the study's relative inputs start from."""
+    """Renders the sbatch files of one run. root: the folder that the study's relative inputs start from. until: the part of
+    megatron_demix.pipeline.dag.PARTS that it ends with, None: the last."""
 
     spec: SlurmSpec
     study_name: str
     run: Path
     root: Path
+    until: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -142,6 +144,7 @@ class Scripts:
         options = [*self._common(CONCLUDE, resources, array=1), "--nodes=1", "--ntasks=1", *map(_quoted, resources.sbatch)]
         python = sys.executable if self.spec.container else self.spec.python or sys.executable
         command = [python, "-m", "megatron_demix.launch.slurm", self.study, "--run", self.run, "--root", self.root]
+        command += ["--until", self.until] if self.until else []
         lines = [
             "#!/bin/bash",
             f"# Study {self.study_name}: the report, once everything is done; or what is missing, once more.",

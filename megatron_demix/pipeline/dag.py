@@ -23,6 +23,17 @@ from megatron_demix.study.load import load_study
 from megatron_demix.study.study import Study
 from megatron_demix.train.megatron_lm.checkout import Checkout
 
+PARTS = {
+    "prepare": {"tokenizer", "data"},
+    "train": {"base", "components", "averages"},
+    "evaluate": {"maturity", "rounds"},
+    "search": {"maturity", "rounds"},
+    "merge": {"merge"},
+    "blend": {"blend"},
+    "final": {"final"},
+}
+"""The commands that make a part of a study, in its order, and the kinds of stages that each asks for (with all they need)."""
+
 
 @dataclass(frozen=True)
 class Dag(Foundation):
@@ -58,6 +69,10 @@ class Dag(Foundation):
         close = difflib.get_close_matches(name, [s.name for s in self.all], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"study {self.study.name!r} has no stage {name!r}{hint} `demix plan` lists them.")
+
+    def until(self, part: str | None) -> list[Stage]:
+        """What a study has up to one of PARTS, that included; None: all of it."""
+        return self.of_kinds(PARTS[part]) if part else self.all
 
     def of_kinds(self, kinds: set[str]) -> list[Stage]:
         """The stages of these kinds and all they need. Raises ConfigError where the study has none."""

@@ -1,0 +1,107 @@
+"""What a run was last started with is told to whoever looks at it with other settings, and decides whom they ask."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from small_texts import write_texts
+
+from megatron_demix.cli import main
+from megatron_demix.launch.started import Started
+from megatron_demix.study.load import load_study
+
+STUDY = """
+name: s
+domains:
+  - {name: code, inputs: [code.jsonl]}
+  - {name: english, inputs: [english.jsonl]}
+tokenizer: {type: byte}
+prepare: {workers: 1}
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
+train: {seq_length: 16, global_batch_size: 4}
+base: {tokens: 640}
+component: {tokens: 320}
+search: {rounds: [8, 4], objective: {code: 1}}
+final: {tokens: 1k}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    write_texts(tmp_path, "code", "english")
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path / "study.yaml"
+
+
+def demix(study: Path, command: str, *more: str) -> int:
+    return main([command, str(study), "--runs", str(study.parent / "runs"), *more])
+
+
+def noted(errors: str) -> list[str]:
+    """The command that is named for what was started."""
+    assert "last started with other settings than it has here" in errors
+    return shlex.split(errors.splitlines()[1])[1:]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["final.tokens=20k", "domains.1.max_epochs=2", "search.objective={english: 0.5, code: 0.5}"],
+        ["base={checkpoint: /a/path with spaces}", "final.baselines=[]", "merge={method: ties, density: 0.5}"],
+    ],
+)
+def test_the_arguments_lead_to_what_was_started(study, overrides):
+    now, then = (Started.of(load_study(study, given), None) for given in ([], overrides))
+    assert now.otherwise(now) == ""
+    words = shlex.split(then.otherwise(now))
+    assert words[::2] == ["--set"] * (len(words) // 2)
+    assert Started.of(load_study(study, words[1::2]), None) == then
+
+
+def test_where_and_how_fast_it_runs_is_no_other_setting(study):
+    now, then = (Started.of(load_study(study, [s]), until) for s, until in (("seed=1234", None), ("launch.jobs=3", "search")))
+    assert then.otherwise(now) == "--until search"
+    assert now.otherwise(then) == ""
+
+
+def test_a_run_ends_where_it_is_told_to_and_is_found_again(study, capsys):
+    assert demix(study, "run", "--until", "prepare", "--set", "seed=5", "--quiet") == 0
+    assert demix(study, "status", "--json") == 0
+    shown = capsys.readouterr()
+    assert {row["state"] for row in json.loads(shown.out) if row["stage"].startswith("data/")} == {"to do"}
+    assert main([*noted(shown.err), "--json"]) == 0
+    shown = capsys.readouterr()
+    states = {row["stage"]: row["state"] for row in json.loads(shown.out)}
+    assert {name for name, state in states.items() if state == "done"} == {"tokenizer/byte", "data/code", "data/english"}
+    assert "note" not in shown.err
+    assert demix(study, "resume", "--dry-run", "--json") == 0
+    assert {"--until", "prepare", "seed=5"} < set(noted(capsys.readouterr().err))
+    assert demix(study, "plan", "--json", "--until", "prepare", "--set", "seed=5") == 0
+    assert [row["stage"].split("/")[0] for row in json.loads(capsys.readouterr().out)] == ["tokenizer", "data", "data"]
+
+
+def test_status_and_cancel_ask_where_it_was_started(study, capsys, monkeypatch):
+    """Which the study may no longer say."""
+    slurm = ["launch.backend=slurm", "launch.slurm.parts={data: 2}"]
+    (study.parent / "runs" / "s").mkdir(parents=True)
+    Started.of(load_study(study, slurm), None).write(study.parent / "runs" / "s")
+    monkeypatch.setenv("PATH", "")
+    assert demix(study, "cancel") == 2
+    assert "there is no squeue on this machine" in capsys.readouterr().err
+    assert demix(study, "status") == 0
+    assert "note" not in capsys.readouterr().err
+    (study.parent / "runs" / "s" / "started.json").write_text("{}")
+    assert demix(study, "cancel") == 0
+    assert capsys.readouterr().out == "nothing is running\n"
+
+
+def test_submitting_a_part_submits_no_more(study, capsys):
+    for until, ended in (([], True), (["--until", "search"], False)):
+        assert demix(study, "submit", "--dry-run", "--set", "launch.backend=slurm", *until) == 0
+        scripts = capsys.readouterr().out
+        assert ("final.found-seed0.sbatch" in scripts) == ("blend.found.sbatch" in scripts) == ended
+        assert "rounds.2.fit.sbatch" in scripts
+        assert ("--until search" in scripts) != ended
+    assert demix(study, "submit", "--dry-run", "--until", "search") == 0
+    assert capsys.readouterr().out.endswith("--until search\n")
