@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -178,6 +179,7 @@ class Slurm:
     def _submit(self, stages: Sequence[Stage]) -> dict[str, str]:
         """Job ids by group. Of an array only the elements that are missing are submitted."""
         groups = self._groups()
+        self._check_sizes(groups)
         scripts = self._scripts
         scripts.logs.mkdir(parents=True, exist_ok=True)
         scripts.folder.mkdir(exist_ok=True)
@@ -201,6 +203,23 @@ class Slurm:
                 _slurm("scancel", *jobs.values(), check=False)
             raise
         return jobs
+
+    def _check_sizes(self, groups: Sequence[Group]) -> None:
+        """Raises ConfigError for an array that is larger than the cluster takes, before anything is submitted."""
+        largest = max(groups, key=lambda g: len(g.stages))
+        if len(largest.stages) < 2:
+            return
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _slurm("scontrol", "show", "config"), re.MULTILINE)
+        if found is None or len(largest.stages) <= (limit := int(found[1])):
+            return
+        kind, num_whole = largest.stages[0].kind, len({s.whole.name for s in largest.stages})
+        advice = "Fewer stages of this kind side by side (search.rounds, domains), or a larger MaxArraySize, are needed."
+        if num_whole < len(largest.stages) and num_whole <= limit:
+            advice = f"Set launch.slurm.parts.{kind} to at most {limit // num_whole}."
+        raise ConfigError(
+            f"launch.slurm: {largest.name} is an array of {len(largest.stages)} jobs, but MaxArraySize of this cluster is "
+            f"{limit}. {advice}"
+        )
 
     def _sbatch(self, g: Group, missing: Sequence[int], after: Sequence[str]) -> str:
         options = []
@@ -235,6 +254,8 @@ def _jobs_of(run: Path, study_name: str) -> list[_Job]:
     listed = _slurm("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F\t%K\t%j\t%T\t%r\t%Z")
     jobs: list[_Job] = []
     for line in listed.splitlines():
+        if not line or line.startswith("CLUSTER: "):  # how squeue begins what it lists of each of several clusters
+            continue
         job, index, name, state, reason, folder = line.split("\t")
         prefix, _, of_group = name.partition(f"{study_name}.")
         if folder != str(run) or prefix or not of_group or job == os.environ.get("SLURM_JOB_ID"):

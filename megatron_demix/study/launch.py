@@ -22,6 +22,8 @@ _DECIDED = (
         "--parsable",
         "--wait",
         "-W",
+        "--clusters",
+        "-M",
     ),
 )
 """sbatch's options by which jobs are found again, ordered, and told to save."""

@@ -248,6 +248,15 @@ def test_a_part_of_a_study_is_submitted_and_found_without_its_settings(cluster, 
     assert {name for name, row in found.items() if row["state"] == "done"} == {"tokenizer/byte", "data/code", "data/english"}
 
 
+def test_an_array_that_this_slurm_does_not_take_is_refused(cluster, study, tmp_path):
+    """1001 is SLURM's own default."""
+    submitted = demix(cluster, "submit", study, "--runs", str(tmp_path), "--set", "launch.slurm.parts.data=600")
+    _, errors = submitted.communicate(timeout=LIMIT_S)
+    assert submitted.returncode == 2, errors
+    assert "MaxArraySize of this cluster is 1001. Set launch.slurm.parts.data to at most 500." in errors
+    assert cluster.jobs() == []
+
+
 def test_text_is_cleaned_by_arrays(cluster, tmp_path):
     """By tools/clean_data.py --slurm: the bytes of a cleaning on this machine; a pass that fails takes those after it along."""
     pytest.importorskip("datatrove")

@@ -138,6 +138,7 @@ def put(*path_and_value):
         (put("parallel", {"pipeline": 3}), "model.num_layers 2 is not a multiple of parallel.pipeline 3"),
         (put("parallel", {"tensor": 3}), "model.num_attention_heads 4 is not a multiple of parallel.tensor 3"),
         (put("launch", {"slurm": {"sbatch": ["--mail-type=FAIL", "--job-name=x"]}}), "--job-name is decided by demix"),
+        (put("launch", {"slurm": {"sbatch": ["-M other"]}}), "-M is decided by demix"),
         (
             put("launch", {"slurm": {"time": "4min"}}),
             r"launch\.slurm: .*time is 240 s, and jobs are told to save 300 s \(grace\)",

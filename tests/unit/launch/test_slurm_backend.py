@@ -1,12 +1,13 @@
 """What is done with SLURM's answers, which are given here; with a real SLURM in end_to_end/test_slurm.py."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_demix.artifact import write_json
-from megatron_demix.errors import Incomplete, StageFailed
+from megatron_demix.errors import ConfigError, Incomplete, StageFailed
 from megatron_demix.launch import slurm
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
@@ -48,6 +49,8 @@ def test_jobs_under_way_are_named_and_others_left_alone(dag, answers):
         line(dag, 7, 0, "data", "RUNNING", "None"),
         line(dag, 7, 1, "data", "PENDING", "None"),
         line(dag, 8, "N/A", "base.base", "PENDING", "Dependency"),
+        "",
+        "CLUSTER: other",
         "9\tN/A\ts.base.base\tRUNNING\tNone\t/elsewhere",
     ]
     assert backend.activity() == {
@@ -125,6 +128,27 @@ def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, 
     away = iter([True])
     with pytest.raises(slurm.NoAnswer, match="Unable to contact"):
         backend.conclude()
+
+
+@pytest.mark.parametrize(
+    ("parts", "array", "advice"),
+    [
+        ({"data": 6}, "data.parts is an array of 12 jobs", r"Set launch\.slurm\.parts\.data to at most 5\."),
+        ({}, "data is an array of 2 jobs", "or a larger MaxArraySize"),
+    ],
+)
+def test_an_array_that_the_cluster_does_not_take_is_refused_at_once(dag, answers, monkeypatch, parts, array, advice):
+    dag.study.launch.slurm = SlurmSpec(parts=parts)
+    dag.all[:2] = [replace(stage, make_part=lambda folder, part: None) for stage in dag.all[:2]]
+    limit, answer = 10 if parts else 1, slurm._slurm
+    monkeypatch.setattr(
+        slurm, "_slurm", lambda *c, **k: f"X = 1\nMaxArraySize            = {limit}\n" if "config" in c else answer(*c, **k)
+    )
+    with pytest.raises(ConfigError, match=f"{array}, but MaxArraySize of this cluster is {limit}.*{advice}"):
+        slurm.Slurm(dag, dag.run).submit()
+    assert not any(command[0] == "sbatch" for command in answers.commands)
+    limit = 12
+    slurm.Slurm(dag, dag.run).submit()
 
 
 def test_many_jobs_are_named_by_the_first_and_the_last():
