@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from megatron_demix import __version__
 from megatron_demix.command import exit_code
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 if TYPE_CHECKING:
     from megatron_demix.launch.started import Started
     from megatron_demix.pipeline.dag import Dag
     from megatron_demix.pipeline.stage import Stage
+    from megatron_demix.study.study import Study
 
 # Each command that makes a part of the study, and its help.
 _PARTS = {
@@ -147,7 +148,6 @@ def _command(options: argparse.Namespace) -> int:
 
 def _study_command(options: argparse.Namespace) -> int:
     from megatron_demix.launch.started import Started
-    from megatron_demix.pipeline.dag import build_dag
     from megatron_demix.study.load import load_study
 
     if options.backend:
@@ -158,8 +158,7 @@ def _study_command(options: argparse.Namespace) -> int:
     if options.command in ("status", "cancel") and last and last.launch:
         study = study.model_copy(update={"launch": last.launch})
     started = Started.of(study, options.command if options.command in _PARTS else getattr(options, "until", None))
-    looking = options.command == "submit" and options.dry_run
-    dag = build_dag(study, options.study, run, absent_inputs=looking)
+    dag = _dag(study, run, options)
     if last and options.command in ("status", "plan", "resume"):
         _say_what_was_started(options, started, last)
     if options.command == "report":
@@ -173,6 +172,25 @@ def _study_command(options: argparse.Namespace) -> int:
         else:
             _run(dag, stages, options, started)
     return 0
+
+
+def _dag(study: Study, run: Path, options: argparse.Namespace) -> Dag:
+    """Commands that only look do without the inputs, as far as it is known what they were."""
+    from megatron_demix.pipeline.dag import build_dag
+
+    if options.command == "cancel" or (options.command == "submit" and options.dry_run):
+        return build_dag(study, options.study, run, absent_inputs="allowed")
+    try:
+        return build_dag(study, options.study, run)
+    except (DemixError, OSError) as e:
+        if options.command not in ("status", "plan", "report"):
+            raise
+        try:
+            dag = build_dag(study, options.study, run, absent_inputs="remembered")
+        except (DemixError, OSError):
+            raise e from None
+        print(f"note: inputs are taken to be what they were when they were last read: {e}", file=sys.stderr)
+        return dag
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

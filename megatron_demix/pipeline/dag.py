@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_demix.errors import ConfigError, CorruptInput, DemixError
+from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.pipeline import data_stages, earlier_stages, final_stages, maturity_stages, search_stages, train_stages
 from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.huggingface_base import with_base
-from megatron_demix.pipeline.inputs import InputDigests
+from megatron_demix.pipeline.inputs import Absent, InputDigests
 from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.merging import rules_of, second_order
 from megatron_demix.pipeline.stage import Stage, with_needs
@@ -84,15 +84,15 @@ class Dag(Foundation):
         return with_needs(found)
 
 
-def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool = False) -> Dag:
+def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: Absent = "refused") -> Dag:
     """Wire the stages of `study` together. Reads the inputs once (their digests are part of the keys), runs nothing.
 
-    study_path: relative inputs are resolved from its folder. Raises ConfigError or CorruptInput for inputs that are missing;
-    with absent_inputs they may be: all is as it will be but the keys.
+    study_path: relative inputs are resolved from its folder. Raises ConfigError or CorruptInput for inputs that are missing,
+    as far as absent_inputs says that this is one.
     """
-    digests = InputDigests(run / "cache" / "input_digests.json", absent_ok=absent_inputs)
+    digests = InputDigests(run / "cache" / "input_digests.json", absent=absent_inputs)
     dag = _wired(study, study_path.resolve(), run, digests, ())
-    if dag.study.trainer.backend == "megatron_lm" and not absent_inputs:
+    if dag.study.trainer.backend == "megatron_lm" and absent_inputs == "refused":
         assert dag.study.trainer.checkout is not None
         Checkout.open(dag.study.trainer.checkout).script(dag.study.trainer.script)
     digests.save()
@@ -102,11 +102,11 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: bool 
 def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> Dag:
     """naming: the studies that name this one as an earlier one, directly or through others."""
     root = path.parent
-    study = with_base(study, root, absent_ok=digests.absent_ok)
+    study = with_base(study, root, digests)
     study = study.model_copy(update={"trainer": study.trainer.under(root)})
     before = _earlier_dags(study, path, run, digests, naming)
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
-    inputs = {d.name: _inputs(d, root, digests.absent_ok) for d in study.domains}
+    inputs = {d.name: _inputs(d, root, digests) for d in study.domains}
     if cleaned := data_stages.clean(study, root, run, inputs, digests):
         cleaned = _where_done(cleaned, elsewhere)
     tokenizer = _where_done(data_stages.tokenizer(study, root, run, inputs, digests, cleaned), elsewhere)
@@ -176,10 +176,7 @@ def _where_done(stage: Stage, runs: Sequence[Path]) -> Stage:
     return stage
 
 
-def _inputs(domain: DomainSpec, root: Path, absent_ok: bool) -> list[Path]:
-    try:
-        return data_stages.resolve(domain, root)
-    except (ConfigError, CorruptInput):
-        if not absent_ok:
-            raise
-        return []
+def _inputs(domain: DomainSpec, root: Path, digests: InputDigests) -> list[Path]:
+    question = f"files in {root} of {domain.model_dump_json(include={'inputs', 'prefixes'})}"
+    files = digests.answer(question, lambda: [str(p) for p in data_stages.resolve(domain, root)], absent=[])
+    return [Path(p) for p in files]

@@ -48,7 +48,7 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
     settings |= {"revision": REVISION, "on_bad_document": study.prepare.on_bad_document}
     settings |= {"inputs": {name: [json_keys[name], digests.of(files)] for name, files in texts.items()}}
     for place, path in spec.models():
-        if not path.is_file():
+        if not path.is_file() and digests.absent == "refused":
             raise ConfigError(
                 f"prepare.clean.{place}: {path} does not exist; a relative path starts at the study file's folder."
             )
@@ -56,8 +56,10 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
     if spec.contamination:
         from megatron_demix.data.inputs import resolve_inputs
 
-        tasks = spec.contamination.tasks
-        settings["tasks"] = {task: digests.of(resolve_inputs(files, root)) for task, files in tasks.items()}
+        def digest(files: list[str]) -> str:
+            return digests.answer(f"items in {root} of {files}", lambda: digests.of(resolve_inputs(files, root)))
+
+        settings["tasks"] = {task: digest(files) for task, files in spec.contamination.tasks.items()}
         settings["contamination"].pop("tasks")
 
     def make(folder: Path) -> None:
@@ -95,7 +97,7 @@ def tokenizer(
     spec = study.tokenizer
     if spec.model is not None:
         model = root / spec.model
-        if not model.exists() and not digests.absent_ok:
+        if not model.exists() and digests.absent == "refused":
             raise ConfigError(f"tokenizer.model: {model} does not exist; a relative path starts at the study file's folder.")
         spec = spec.model_copy(update={"model": model})
     settings: dict[str, Any] = spec.model_dump(exclude={"model", "domains"}, mode="json")
@@ -109,7 +111,7 @@ def tokenizer(
         settings["inputs"] = {d.name: digests.of(inputs[d.name]) for d in samples}
         settings["on_bad_document"] = study.prepare.on_bad_document
     elif spec.model:
-        settings["model"] = digests.of(sorted(spec.model.iterdir()) if spec.model.is_dir() else [spec.model])
+        settings["model"] = digests.answer(f"tokenizer {model}", lambda: digests.of(_files_of(model)))
 
     def make(folder: Path) -> None:
         from megatron_demix.data.tokenizer import train_tokenizer
@@ -119,6 +121,10 @@ def tokenizer(
         train_tokenizer(spec, texts, folder, json_key=keys, on_bad_document=study.prepare.on_bad_document)
 
     return Stage(f"tokenizer/{spec.type}", run, settings, needs, make)
+
+
+def _files_of(model: Path) -> list[Path]:
+    return sorted(model.iterdir()) if model.is_dir() else [model]
 
 
 def domain(

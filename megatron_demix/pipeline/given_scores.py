@@ -10,6 +10,7 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import train_stages
+from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.scoring import scoring
 from megatron_demix.pipeline.stage import Stage
 
@@ -37,7 +38,8 @@ def given_scores(dag: Dag, checkpoints: Mapping[str, Path], *, final: bool) -> S
 
     Raises ConfigError or CorruptInput for what is no checkpoint.
     """
-    stages = {name: train_stages.given(f"evaluate/{name}", path, dag.run) for name, path in checkpoints.items()}
+    digests = InputDigests(dag.run / "cache" / "input_digests.json")
+    stages = {name: train_stages.given(f"evaluate/{name}", path, dag.run, digests) for name, path in checkpoints.items()}
 
     def models() -> dict[str, Any]:
         return {"checkpoints": {name: train_stages.checkpoint_of(stage) for name, stage in stages.items()}}

@@ -23,18 +23,18 @@ _FREE = {
 }
 
 
-def with_base(study: Study, root: Path, *, absent_ok: bool = False) -> Study:
+def with_base(study: Study, root: Path, digests: InputDigests) -> Study:
     """The study with the embedding as large as the folder's, so that base, components and export have the same rows.
 
     Raises IncompatibleInputs naming every key of `model` in which study and folder differ, ConfigError where
-    transformer_impl has to be said. absent_ok: the folder may be missing, and the study stays as it is.
+    transformer_impl has to be said. Where the digests allow that the folder is missing, the study stays as it is.
     """
     if study.base.huggingface is None:
         return study
     folder = root / study.base.huggingface
-    if absent_ok and not folder.exists():
+    if digests.absent_ok and not folder.exists():
         return study
-    described = from_huggingface(read_config(folder), str(folder))
+    described = from_huggingface(digests.answer(f"config of {folder}", lambda: read_config(folder)), str(folder))
     wanted, given = _resolved(ModelSpec(**described.study())), _resolved(study.model)
     said = study.model.model_dump()
     # A study without experts, or scaling, has fewer settings that count.
@@ -74,9 +74,14 @@ def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stag
     """The stage whose artifact holds the folder as a checkpoint, cut for the study's parallelism."""
     assert study.base.huggingface is not None
     folder = root / study.base.huggingface
-    files = sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+
+    def digest() -> str:
+        read_config(folder)  # raises where there is none
+        return digests.of(sorted(p for kind in ("config.json", "*.safetensors", "*.safetensors.index.json")
+                                 for p in folder.glob(kind)))  # fmt: skip
+
     settings = {
-        "huggingface": digests.of(files),
+        "huggingface": digests.answer(f"weights in {folder}", digest),
         "padded_vocab_size": study.model.padded_vocab_size,
         "transformer_impl": study.model.transformer_impl if study.model.num_experts is not None else None,
     }

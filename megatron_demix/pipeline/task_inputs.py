@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.errors import ConfigError
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.study.search import TaskSpec
 from megatron_demix.study.study import Study
@@ -54,14 +53,13 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
         for given in study.evaluate.tasks:
             split = split_of(given)
             spec = given.model_copy(update={"path": (root / given.path).resolve(), "split": split})
-            try:
+
+            def digest(spec: TaskSpec = spec, split: str = split) -> str:
                 files, shots = suite.task_files(spec, split)
-            except ConfigError:
-                if not digests.absent_ok:
-                    raise
-                files, shots = [], []
+                return digests.of([*files, *shots])
+
+            found.append(digests.answer(f"task {spec.model_dump_json()}", digest))
             specs.append(spec)
-            found.append(digests.of([*files, *shots]))
         return ScoredTasks(specs, found)
 
     return TaskInputs(scored(suite.search_split), scored(suite.final_split))

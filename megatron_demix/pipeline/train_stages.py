@@ -189,7 +189,7 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     if spec.huggingface is not None:
         return imported(study, root, run, digests)
     if spec.checkpoint is not None:
-        return given("base/base", root / spec.checkpoint, run, absent_ok=digests.absent_ok)
+        return given("base/base", root / spec.checkpoint, run, digests)
 
     used = _domains_of(spec.mixture, data)
 
@@ -220,18 +220,20 @@ def _mixture(study: Study, spec: MixtureSpec, data: Mapping[str, Stage], label: 
     return study.mixture(spec, data_stages.tokens(data, "train") if spec == "natural" else {}, label)
 
 
-def given(name: str, checkpoint: Path, run: Path, *, absent_ok: bool = False) -> Stage:
+def given(name: str, checkpoint: Path, run: Path, digests: InputDigests) -> Stage:
     """A stage that only points at the user's checkpoint; nothing of it is copied."""
     from megatron_demix.checkpoint.layout import find_checkpoint
 
-    if absent_ok and not checkpoint.exists():
-        return Stage(name, run, {"checkpoint": "absent"}, (), lambda folder: None)
-    found = find_checkpoint(checkpoint)
-    # The metadata names every tensor, file and offset; shards are too large to be read for a key.
-    digest = fingerprint([hash_file(found.path / ".metadata"), [p.stat().st_size for p in sorted(found.path.glob("*.distcp"))]])
+    def find() -> list[str]:
+        found = find_checkpoint(checkpoint).path
+        # The metadata names every tensor, file and offset; shards are too large to be read for a key.
+        facts = [hash_file(found / ".metadata"), [p.stat().st_size for p in sorted(found.glob("*.distcp"))]]
+        return [fingerprint(facts), str(found.resolve())]
+
+    digest, path = digests.answer(f"checkpoint {checkpoint}", find, absent=["absent", ""])
 
     def make(folder: Path) -> None:
-        write_json(folder / POINTER, {"checkpoint": str(found.path.resolve())})
+        write_json(folder / POINTER, {"checkpoint": path})
 
     return Stage(name, run, {"checkpoint": digest}, (), make)
 

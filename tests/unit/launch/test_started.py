@@ -96,6 +96,23 @@ def test_status_and_cancel_ask_where_it_was_started(study, capsys, monkeypatch):
     assert capsys.readouterr().out == "nothing is running\n"
 
 
+def test_what_only_looks_does_without_the_text_that_was_read(study, capsys):
+    assert demix(study, "plan", "--json") == 0
+    before = capsys.readouterr().out
+    (study.parent / "code.jsonl").rename(study.parent / "moved.jsonl")
+    for command in ("plan", "status", "report"):
+        assert demix(study, command, "--json") == 0
+        shown = capsys.readouterr()
+        assert "inputs are taken to be what they were when they were last read: " in shown.err
+        assert "code.jsonl matches no file" in shown.err
+        assert command != "plan" or shown.out == before
+    assert demix(study, "cancel") == 0
+    assert demix(study, "run") == 2
+    capsys.readouterr()
+    assert demix(study, "status", "--set", "name=never") == 2
+    assert "code.jsonl matches no file" in capsys.readouterr().err
+
+
 def test_submitting_a_part_submits_no_more(study, capsys):
     for until, ended in (([], True), (["--until", "search"], False)):
         assert demix(study, "submit", "--dry-run", "--set", "launch.backend=slurm", *until) == 0

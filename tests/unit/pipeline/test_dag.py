@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from dist_checkpoints import small_model, write_checkpoint
 from indexed_data import make_indexed
 from small_texts import write_texts
 
 from megatron_demix.cli import _result
-from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.errors import ConfigError, CorruptInput, MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import inputs
 from megatron_demix.pipeline.dag import build_dag
@@ -219,6 +221,40 @@ def test_a_domain_goes_on_where_it_was_stopped(study_path, monkeypatch):
     dag.data["code"].finish()
     assert seen == list(range(len(seen)))
     assert dag.data["code"].state() == "done"
+
+
+@pytest.mark.parametrize("base", ["{tokens: 640}", "{checkpoint: given/base}"])
+def test_keys_of_what_was_read_are_known_when_it_is_gone(study_path, base):
+    folder = study_path.parent
+    given = folder / "given"
+    write_texts(folder, "task")
+    write_checkpoint(given / "base" / "release", small_model(0))
+    (given / "base" / "latest_checkpointed_iteration.txt").write_text("release")
+    for name in ("code.jsonl", "task.jsonl"):
+        (folder / name).rename(given / name)
+    (given / "tokens").mkdir()
+    make_indexed(given / "tokens" / "english", [np.arange(9)] * 9)
+    (given / "tok").mkdir()
+    (given / "tok" / "tokenizer.json").write_text("{}")
+    (given / "kenlm").write_text("")
+    settings = [
+        "domains.0.inputs=[given/*.jsonl]",
+        "domains.1={name: english, prefixes: {train: [given/tokens/english], valid: [given/tokens/english], "
+        "test: [given/tokens/english]}}",
+        "prepare.clean={contamination: {tasks: {t: [given/task.jsonl]}}, perplexity: {model: given/kenlm}}",
+        "tokenizer={type: huggingface, model: given/tok}",
+        f"base={base}",
+    ]
+    study = load_study(study_path, settings)
+    found = build_dag(study, study_path, folder / "run")
+    given.rename(folder / "moved")
+    with pytest.raises((ConfigError, CorruptInput)):
+        build_dag(study, study_path, folder / "run")
+    again = build_dag(study, study_path, folder / "run", absent_inputs="remembered")
+    assert [(s.name, s.key) for s in again.all] == [(s.name, s.key) for s in found.all]
+    with pytest.raises((ConfigError, CorruptInput)):
+        build_dag(study, study_path, folder / "another", absent_inputs="remembered")
+    build_dag(study, study_path, folder / "another", absent_inputs="allowed")
 
 
 def test_missing_text_is_named(study_path):

@@ -244,5 +244,5 @@ def test_task_files_are_part_of_the_keys(with_tasks):
     (with_tasks.parent / "quiz.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"task 'quiz': .*does not exist"):
         keys()
-    planned = build_dag(load_study(with_tasks, [TASKS]), with_tasks, with_tasks.parent / "run", absent_inputs=True)
+    planned = build_dag(load_study(with_tasks, [TASKS]), with_tasks, with_tasks.parent / "run", absent_inputs="allowed")
     assert planned.rounds[0].scores.ranks == 1
