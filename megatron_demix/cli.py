@@ -149,6 +149,7 @@ def _command(options: argparse.Namespace) -> int:
 def _study_command(options: argparse.Namespace) -> int:
     from megatron_demix.launch.started import Started
     from megatron_demix.study.load import load_study
+    from megatron_demix.study.unused import warnings_of
 
     if options.backend:
         options.set.append(f"trainer.backend={options.backend}")
@@ -159,6 +160,9 @@ def _study_command(options: argparse.Namespace) -> int:
         study = study.model_copy(update={"launch": last.launch})
     started = Started.of(study, options.command if options.command in _PARTS else getattr(options, "until", None))
     dag = _dag(study, run, options)
+    if options.command not in ("status", "cancel", "report") and not getattr(options, "quiet", False):
+        for line in warnings_of(study):
+            print(f"warning: {line}", file=sys.stderr)
     if last and options.command in ("status", "plan", "resume"):
         _say_what_was_started(options, started, last)
     if options.command == "report":

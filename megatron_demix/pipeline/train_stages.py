@@ -69,14 +69,9 @@ def _kept_before_the_last(study: Study, phase: PhaseName) -> list[int]:
 
 
 def schedule_iterations(study: Study, phase: PhaseName) -> int:
-    """Optimiser steps that a phase's tokens are, to the nearest whole step, at least one: its learning rate's schedule."""
-    tokens = _proxy_tokens(study) if phase == "proxy" else getattr(study, phase).tokens
-    return max(1, round(tokens / (study.train.global_batch_size * study.train.seq_length)))
-
-
-def _proxy_tokens(study: Study) -> float:
-    """Of one trained proxy. By default all of them together cost what the components would."""
-    return study.search.proxy_tokens or study.component.tokens * len(study.domains) / sum(study.search.rounds)
+    """Optimiser steps that a phase's tokens are, to the nearest whole step: its learning rate's schedule."""
+    tokens = study.proxy_tokens if phase == "proxy" else getattr(study, phase).tokens
+    return round(tokens / (study.train.global_batch_size * study.train.seq_length))
 
 
 def num_tokens(study: Study, phase: PhaseName) -> int:

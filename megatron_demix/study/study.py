@@ -100,6 +100,7 @@ class Study(Section):
         self._check_bounds()
         self._check_mixed_components()
         self._check_extrapolation()
+        self._check_budgets()
         batch = self.train.micro_batch_size * self.parallel.data
         if self.train.global_batch_size % batch:
             raise ValueError(
@@ -186,6 +187,27 @@ class Study(Section):
                 "set search.proxy_score to another than ensemble, or take component.mixed out"
             )
         self.component.mixed_weights(self.domain_names)
+
+    def _check_budgets(self) -> None:
+        """A run has at least one step, and is not made longer than it was meant to be without a word."""
+        batch = self.train.global_batch_size * self.train.seq_length
+        budgets: dict[str, float | None] = {
+            f"{phase}.tokens": getattr(self, phase).tokens for phase in ("base", "component", "final")
+        }
+        if self.search.proxies == "trained":
+            budgets["search.proxy_tokens"] = self.proxy_tokens
+        for what, tokens in budgets.items():
+            if tokens is not None and tokens < batch:
+                default = " (by default, what the components would cost)" if self.search.proxy_tokens is None else ""
+                raise ValueError(
+                    f"{what} is {tokens:.10g}{default if 'proxy' in what else ''}, less than one step: "
+                    f"train.global_batch_size x train.seq_length is {batch} tokens. Give it more, or make the batch smaller"
+                )
+
+    @property
+    def proxy_tokens(self) -> float:
+        """Of one trained proxy. By default all of them together cost what the components would."""
+        return self.search.proxy_tokens or self.component.tokens * len(self.domains) / sum(self.search.rounds)
 
     def _check_extrapolation(self) -> None:
         if self.search.extrapolate is None:

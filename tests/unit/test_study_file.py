@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_demix.errors import ConfigError, DemixError, MixtureError
 from megatron_demix.study.load import load_study
 from megatron_demix.study.study import Study
+from megatron_demix.study.unused import warnings_of
 from megatron_demix.yaml_file import load_yaml
 
 GOOD = {
@@ -198,6 +199,50 @@ def test_each_mistake_is_named(load, change, message):
 def test_bounds_and_rules_that_no_data_could_meet(load, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load(overrides=overrides)
+
+
+def test_a_budget_below_one_step_is_refused(load):
+    for place in ("base.tokens", "component.tokens", "final.tokens"):
+        with pytest.raises(ConfigError, match=rf"{place} is 1000, less than one step: .* is 1024 tokens"):
+            load(overrides=[f"{place}=1000"])
+        load(overrides=[f"{place}=1024"])
+    trained = ["search.proxies=trained", "component.tokens=6k"]
+    with pytest.raises(ConfigError, match=r"search\.proxy_tokens is 1000 \(by default, what the components would cost\), less"):
+        load(overrides=trained)
+    load(overrides=[*trained, "search.proxy_tokens=2k"])
+
+
+@pytest.mark.parametrize(
+    ("override", "warning"),
+    [
+        ("trainer={args: --x, checkout: a}", "trainer.args has no effect: trainer.backend is megatron_core"),
+        ("tokenizer={type: byte, train_bytes: 5M}", "tokenizer.train_bytes has no effect: a tokenizer of type byte is not"),
+        ("domains.0={name: code, prefixes: {train: [a]}, json_key: x}", "domains.0.json_key has no effect"),
+        ("model.moe_ffn_hidden_size=64", "model.moe_ffn_hidden_size has no effect: model.num_experts is not set"),
+        ("model.rope_scaling_factor=4", "model.rope_scaling_factor has no effect: model.use_rope_scaling is false"),
+        ("parallel.sequence_parallel=true", "parallel.sequence_parallel has no effect: parallel.tensor is 1"),
+        ("train.eval_interval=5", "train.eval_interval has no effect: a study evaluates when a model is trained"),
+        ("base={checkpoint: a, lr: 0.1, mixture: uniform}", "base.mixture has no effect: the base is given"),
+        ("final={tokens: 1M, min_lr: 1e-5, lr_decay_style: constant}", "final.min_lr has no effect: the learning rate stays"),
+        ("train={seq_length: 8, global_batch_size: 8, min_lr: 1e-5, lr_decay_style: constant}", "train.min_lr has no effect"),
+        (
+            "component.anchor={share: 0, mixture: natural}",
+            "component.anchor.mixture has no effect: component.anchor.share is 0",
+        ),
+        ("search={proxies: trained, objective: {code: 1}}", "component.anchor has no effect: search.proxies is trained"),
+        ("search={rounds: [8], objective: {code: 1}, stop: 0.1}", "search.stop has no effect: there is one round"),
+        (
+            "evaluate.tasks=[{name: q, format: gsm8k, path: q, scores: [bits_per_byte], max_new_tokens: 9}]",
+            "evaluate.tasks.0.max_new_tokens has no effect: no score of it needs written answers",
+        ),
+        ("launch={backend: slurm, jobs: 2}", "launch.jobs has no effect: launch.backend is slurm"),
+        ("launch={backend: slurm, slurm: {mounts: [/a]}}", "launch.slurm.mounts has no effect"),
+        ("evaluate.tokens_per_domain=100", "evaluate.tokens_per_domain is 100, but one window holds train.seq_length = 128"),
+    ],
+)
+def test_what_has_no_effect_is_said(load, override, warning):
+    assert warnings_of(load()) == []
+    assert [line for line in warnings_of(load(overrides=[override])) if line.startswith(warning)]
 
 
 def test_bounds_and_rules_that_can_be_met(load):

@@ -130,7 +130,7 @@ def test_what_the_anchor_leaves_no_room_for_is_refused_before_anything_runs(stud
     with pytest.raises(MixtureError, match=r"'code': .* 0\.1, but the anchor alone gives it 0\.25"):
         keys(study_path, "domains.0.max_share=0.1")
     keys(study_path, "domains.0.max_share=0.1", "component.anchor={mixture: natural}")
-    keys(study_path, "domains.0.max_share=0.1", "search.proxies=trained")
+    keys(study_path, "domains.0.max_share=0.1", "search.proxies=trained", "search.proxy_tokens=64")
 
 
 def test_a_merges_result_is_the_checkpoint(study_path):

@@ -275,7 +275,7 @@ def test_another_run_folder_lends_what_is_done_there(folder):
         ("component.anchor.mixture=uniform", r"component.anchor: 0.2 of .* there, 0.2 of uniform over code, english here"),
         ("merge.scale=1.5", r"merge: scale: nothing there, 1.5 here"),
         ("tokenizer={type: bpe, train_vocab_size: 300}", r"tokenizer/bpe: .*tokenizer.domains keeps one as it is"),
-        ("search.proxies=trained", r"search.proxies: merged there, trained here"),
+        ("search.proxies=trained;search.proxy_tokens=64", r"search.proxies: merged there, trained here"),
         ("train.seq_length=32", r"train.seq_length|train_iters"),
         ("evaluate.tokens_per_domain=1k", r"code: evaluate.tokens_per_domain was 32768, is 1000"),
     ],
@@ -283,7 +283,7 @@ def test_another_run_folder_lends_what_is_done_there(folder):
 def test_studies_that_would_not_measure_the_same_are_refused_and_the_difference_is_named(folder, override, message):
     path = write(folder, "v2.yaml", STUDY.replace(MATH, ""))
     with pytest.raises(IncompatibleInputs, match=rf"nothing that v1 measured would be the same here.*\n(.*\n)*.*{message}"):
-        dag_of(path, override)
+        dag_of(path, *override.split(";"))
 
 
 def test_an_anchor_in_other_words_is_the_same(folder):

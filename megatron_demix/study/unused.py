@@ -1,0 +1,103 @@
+"""Settings that are given, and change nothing beside the others: whoever gave them thinks that they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from megatron_demix.study.study import Study
+
+_GENERATED = ("exact_match", "pass@1")
+"""Scores of tasks for which a model writes answers."""
+_OVERRIDES = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction")
+
+
+def warnings_of(study: Study) -> list[str]:
+    """One line for each such setting, with why; and for a number that is raised to the least there is."""
+    found = [f"{place} has no effect: {why}" for place, why in _unused(study)]
+    if study.evaluate.losses and study.evaluate.tokens_per_domain < study.train.seq_length:
+        found.append(
+            f"evaluate.tokens_per_domain is {study.evaluate.tokens_per_domain}, but one window holds train.seq_length = "
+            f"{study.train.seq_length}: each domain is scored on one"
+        )
+    return found
+
+
+def _unused(study: Study) -> Iterator[tuple[str, str]]:
+    """(place, why). What is its default counts as not given."""
+    yield from _of_text(study)
+    yield from _of_models(study)
+    yield from _of_training(study)
+    yield from _of_search(study)
+    launch = study.launch
+    if launch.backend == "slurm":
+        yield from _given("launch", launch, ("jobs",), "launch.backend is slurm, which starts all that it has room for")
+        if launch.slurm.container is None:
+            yield from _given("launch.slurm", launch.slurm, ("mounts",), "there is no launch.slurm.container")
+
+
+def _of_text(study: Study) -> Iterator[tuple[str, str]]:
+    if study.tokenizer.type != "bpe":
+        why = f"a tokenizer of type {study.tokenizer.type} is not trained"
+        yield from _given("tokenizer", study.tokenizer, ("train_vocab_size", "train_bytes"), why)
+    for i, domain in enumerate(study.domains):
+        if domain.prefixes is not None:
+            yield from _given(f"domains.{i}", domain, ("json_key",), "the domain is tokenized already (prefixes)")
+    if all(domain.prefixes is not None for domain in study.domains):
+        why = "all domains are tokenized already (prefixes)"
+        yield from _given("prepare", study.prepare, ("clean", "split", "on_bad_document"), why)
+
+
+def _of_models(study: Study) -> Iterator[tuple[str, str]]:
+    model = study.model
+    if model.position_embedding_type != "rope":
+        why = f"model.position_embedding_type is {model.position_embedding_type}"
+        yield from _given("model", model, ("rotary_base", "use_rope_scaling", "rope_scaling_factor"), why)
+    elif not model.use_rope_scaling:
+        yield from _given("model", model, ("rope_scaling_factor",), "model.use_rope_scaling is false")
+    if model.num_experts is None:
+        keys = ("moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size", "moe_aux_loss_coeff")
+        yield from _given("model", model, keys, "model.num_experts is not set")
+    if study.parallel.tensor == 1:
+        yield from _given("parallel", study.parallel, ("sequence_parallel",), "parallel.tensor is 1")
+
+
+def _of_training(study: Study) -> Iterator[tuple[str, str]]:
+    why = "a study evaluates when a model is trained (evaluate), and not before"
+    yield from _given("train", study.train, ("eval_interval", "eval_iters"), why)
+    if study.trainer.backend == "megatron_core":
+        yield from _given("trainer", study.trainer, ("checkout", "script", "args"), "trainer.backend is megatron_core")
+    if study.base.tokens is None:
+        yield from _given("base", study.base, ("mixture", *_OVERRIDES), "the base is given, and not trained")
+    trained = [*(["base"] if study.base.tokens else []), "component", "final"]
+    constant = [name for name in trained if study.phase(name).lr_decay_style == "constant"]  # type: ignore[arg-type]
+    for name in constant:
+        yield from _given(name, getattr(study, name), ("min_lr",), "the learning rate stays constant")
+    if constant == trained:
+        yield from _given("train", study.train, ("min_lr",), "the learning rate stays constant")
+
+
+def _of_search(study: Study) -> Iterator[tuple[str, str]]:
+    search, component = study.search, study.component
+    if search.proxies == "trained":
+        why = "search.proxies is trained, so that there are no components, and nothing is merged"
+        yield from _given("component", component, ("anchor", "average", "maturity_seeds"), why)
+        yield from _given("merge", study.merge, tuple(type(study.merge).model_fields), why)
+    elif not component.anchor.share:
+        yield from _given("component.anchor", component.anchor, ("mixture",), "component.anchor.share is 0")
+    if len(search.rounds) == 1:
+        yield from _given("search", search, ("stop",), "there is one round")
+    if not study.evaluate.losses:
+        yield from _given("evaluate", study.evaluate, ("tokens_per_domain",), "evaluate.losses is empty")
+    for i, task in enumerate(study.evaluate.tasks):
+        if not set(_GENERATED) & set(task.score_names.values()):
+            yield from _given(
+                f"evaluate.tasks.{i}", task, ("max_new_tokens", "timeout"), "no score of it needs written answers"
+            )
+
+
+def _given(place: str, section: BaseModel, keys: tuple[str, ...], why: str) -> Iterator[tuple[str, str]]:
+    for key in keys:
+        if getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True):
+            yield f"{place}.{key}", why
