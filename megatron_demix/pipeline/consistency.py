@@ -31,8 +31,20 @@ _LEGEND = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--proxies", type=Path, required=True, metavar="FILE", help="scores of the proxies: CSV, or a run's scores.json")
-    add("--references", type=Path, required=True, metavar="FILE", help="scores of the references, same ids")
+    add(
+        "--proxies",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="scores of the proxies: CSV, or a run's scores.json or fit.json",
+    )
+    add(
+        "--references",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="scores of the references: of some of the proxies, same ids",
+    )
     add("--reseeded", type=Path, metavar="FILE", help="the references trained again with another seed: the ceiling")
     add("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses (scores.json says so)")
     add("--objective", nargs="*", default=[], metavar="SCORE=WEIGHT", help="also report this weighted mean")
@@ -75,20 +87,31 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(path: Path, higher: set[str]) -> Table:
-    """A CSV, or the scores.json of a stage, whose scores know their direction: those of which more is better join `higher`."""
+    """A CSV, or the scores.json or fit.json (whose scores may be stacked) of a stage, which know what is better: the names of
+    scores of which more is better join `higher`."""
     import numpy as np
 
+    from megatron_demix.artifact import read_json
     from megatron_demix.evaluate.scores import ScoreTable
     from megatron_demix.pipeline.scoring import component_row
     from megatron_demix.search.tables import Table
 
     if path.suffix != ".json":
         return Table.read(path)
-    table = ScoreTable.read(path)
-    names = tuple(score.name for score in table.scores)
-    # Beside its proxies, a run scores its components: these are no mixtures that anyone trained as references.
-    rows = {name: row for name, row in table.rows.items() if not name.startswith(component_row(""))}
-    higher |= {score.name for score in table.scores if score.direction == "higher"}
+    data = read_json(path)
+    rows: dict[str, dict[str, float]] = {}
+    if isinstance(data, dict) and "surrogates" in data:
+        names = tuple(data["surrogates"])
+        for name, facts in data["surrogates"].items():
+            for model, value in zip(facts["models"], facts["measured"], strict=True):
+                rows.setdefault(model, {})[name] = value
+        higher |= set(data.get("higher_is_better", ()))
+    else:
+        table = ScoreTable.read(path)
+        names = tuple(score.name for score in table.scores)
+        # Beside its proxies, a run scores its components: these are no mixtures that anyone trained as references.
+        rows = {name: row for name, row in table.rows.items() if not name.startswith(component_row(""))}
+        higher |= {score.name for score in table.scores if score.direction == "higher"}
     values = [[row.get(name, np.nan) for name in names] for row in rows.values()]
     return Table(path, "model", tuple(rows), names, np.array(values, np.float64).reshape(len(values), len(names)))
 
@@ -119,7 +142,8 @@ def show(report: Mapping[str, Any]) -> None:
             cells = (_cell(metrics[metric], metric) for metric in _COLUMNS)
             grid.add_row(f"{label}{escape(name)}", *cells, style=style)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(f"{report['num_mixtures']} mixtures")
+    num, num_proxies = report["num_mixtures"], report["num_proxies"]
+    console.print(f"{num} mixtures" if num == num_proxies else f"{num} of {num_proxies} proxies, which have a reference")
     console.print(grid)
     console.print(_LEGEND, style="dim")
 

@@ -198,6 +198,7 @@ def _fit(
         facts: dict[str, Any] = {
             "surrogates": {name: fit_facts(surrogate, fitted.names) for name, surrogate in surrogates.items()},
             "objective": {name: value for name, value in measured if math.isfinite(value)},
+            **({"higher_is_better": sorted(higher)} if higher else {}),
             **({"constant": fitted.constant} if fitted.constant else {}),
             **({"earlier": fitted.earlier} if earlier else {}),
             **({"extrapolated": line.facts} if (line := train_stages.horizon_line(study)) else {}),

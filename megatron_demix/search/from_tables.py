@@ -111,13 +111,17 @@ def compare_tables(
     num_bootstraps: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """rank_consistency of CSV tables, joined by id and column name. Raises IncompatibleInputs where either side lacks one."""
+    """rank_consistency of tables, joined by id and column name, with "num_proxies": proxies without a reference are left out.
+
+    Raises IncompatibleInputs where a reference has no proxy, or no re-seeded reference, and where either side lacks a score.
+    """
     if unknown := sorted(set(higher_is_better) - set(references.columns)):
         raise IncompatibleInputs(f"{references.path}: no score {unknown[0]!r}; the scores are {', '.join(references.columns)}.")
     sides = []
     for table in (references, proxies, reseeded):
         if table is not None:
-            if extra := sorted(set(table.ids) - set(references.ids)):
+            extra = sorted(set(table.ids) - set(references.ids))
+            if extra and table is reseeded:
                 raise IncompatibleInputs(
                     f"{table.path}: mixture {extra[0]!r} is not in {references.path} ({len(extra)} such). Missing scores block "
                     "the comparison: evaluate it, or remove it here."
@@ -125,7 +129,7 @@ def compare_tables(
             values_MT = table.select(references.ids, references.columns, other=references.path)
             sides.append({name: values_MT[:, t] for t, name in enumerate(references.columns)})
     again = sides[2] if reseeded is not None else None
-    return rank_consistency(
+    report = rank_consistency(
         sides[1],
         sides[0],
         reseeded=again,
@@ -134,6 +138,7 @@ def compare_tables(
         num_bootstraps=num_bootstraps,
         seed=seed,
     )
+    return {"num_proxies": len(proxies.ids)} | report
 
 
 def parse_objective(texts: Sequence[str]) -> dict[str, float] | None:

@@ -94,11 +94,41 @@ def test_a_runs_scores_know_their_direction(tables, capsys):
     assert "proxies: score 'acc' is missing for 1 of 16 mixtures, the first at row 3" in capsys.readouterr().err
 
 
+def test_proxies_without_a_reference_are_left_out_and_counted(tables, capsys):
+    table = Table.read(tables / "references.csv")
+    assert consistency(tables, "--json") == 0
+    all_of_them = json.loads(capsys.readouterr().out)
+    for name in ("references", "again"):
+        few = Table.read(tables / f"{name}.csv")
+        Table(tables, "id", IDS[:12], few.columns, few.values_MC[:12]).write(tables / f"{name}.csv")
+    assert consistency(tables, "--reseeded", tables / "again.csv", "--plot", tables / "r.svg") == 0
+    assert capsys.readouterr().out.startswith("12 of 16 proxies, which have a reference\n")
+    assert consistency(tables, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_mixtures"], report["num_proxies"]) == (12, 16)
+    assert report["scores"] != all_of_them["scores"]
+    table.write(tables / "again.csv")
+    assert consistency(tables, "--reseeded", tables / "again.csv") == 3
+    assert "again.csv: mixture 'm12' is not in" in capsys.readouterr().err
+
+
+def test_what_a_run_fitted_is_compared(tables, capsys):
+    """Stacked scores are nowhere else."""
+    table = Table.read(tables / "proxies.csv")
+    surrogates = {
+        name: {"kind": "ridge", "models": list(IDS), "measured": table.column(name).tolist()} for name in table.columns
+    }
+    (tables / "fit.json").write_text(json.dumps({"surrogates": surrogates, "higher_is_better": ["acc"]}))
+    assert consistency(tables, "--json", proxies="fit.json") == 0
+    from_fit = json.loads(capsys.readouterr().out)
+    assert consistency(tables, "--json", "--higher-is-better", "acc") == 0
+    assert from_fit == json.loads(capsys.readouterr().out)
+
+
 def test_what_blocks_says_why_and_writes_nothing(tables, capsys):
     table = Table.read(tables / "proxies.csv")
     changes = {
         "id 'm0' of": Table(tables, "id", IDS[1:], table.columns, table.values_MC[1:]),
-        "mixture 'other' is not in": Table(tables, "id", ("other", *IDS[1:]), table.columns, table.values_MC),
         "column 'law' is not in": Table(tables, "id", IDS, ("code", "law"), table.values_MC),
         "score 'code' is 1 for every mixture": Table(
             tables, "id", IDS, table.columns, table.values_MC * [0, 1] + np.array([1, 0])
