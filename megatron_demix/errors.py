@@ -93,6 +93,17 @@ class EndedEarly(Incomplete):
     """A trainer ended by itself, and without an error, before its last iteration."""
 
 
+def limit_reached(e: Exception) -> ConfigError | None:
+    """What Python raises where the system starts no more threads or processes, as an error that says so; None for any other."""
+    if not ("can't start new thread" in str(e) or (isinstance(e, OSError) and e.errno == errno.EAGAIN)):
+        return None
+    return ConfigError(
+        f"the system starts no more threads or processes here ({e}): a limit on them is reached, that of the user (ulimit -u) "
+        "or of the container or job (pids.max of its cgroup). Raise it, or ask for fewer workers or threads, then run again; "
+        "nothing that was finished is lost."
+    )
+
+
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
     """Turn what the operating system says of a full disk, and of places where nothing can be written, into StorageError naming

@@ -36,6 +36,7 @@ from megatron_demix.errors import (
     StageFailed,
     StorageError,
     VerificationFailed,
+    limit_reached,
 )
 from megatron_demix.launch.attempts import MOST_ATTEMPTS, Attempts
 from megatron_demix.locks import is_locked, take_lock
@@ -254,8 +255,9 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         make(stage, threads_per_rank=threads_per_rank, nodes=nodes, stop=stop)
         stop.settled = True
         return 0
-    except Exception as e:
+    except Exception as raised:
         stop.settled = True
+        e = limit_reached(raised) or raised
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
         said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
         print(f"demix: {said}", file=sys.stderr, flush=True)

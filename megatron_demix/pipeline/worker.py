@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from megatron_demix.artifact import read_json
-from megatron_demix.errors import DemixError
+from megatron_demix.errors import DemixError, limit_reached
 from megatron_demix.locks import take_lock
 from megatron_demix.process import die_with_parent
 
@@ -45,7 +45,10 @@ def main() -> int:
             evaluation = EvaluateJob.model_validate(job)
             method, threads = method_of(evaluation.merge, evaluation.base, evaluation.seed), evaluation.threads_per_rank
             evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=threads, method=method), load_tokenizer)
-    except DemixError as e:
+    except (DemixError, RuntimeError, OSError) as raised:
+        e = raised if isinstance(raised, DemixError) else limit_reached(raised)
+        if e is None:
+            raise
         print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
         return e.exit_code
     return 0

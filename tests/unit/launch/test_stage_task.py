@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_demix.command import exit_code
 from megatron_demix.errors import Incomplete, MixtureError, StageFailed, StorageError
 from megatron_demix.launch import stage as task
 from megatron_demix.launch.attempts import Attempts
@@ -55,6 +56,22 @@ def test_what_would_come_again_ends_it(tmp_path, stop, capsys, error, code):
     assert Attempts.read(stage).failed == said
     assert f"demix: {said}\n" == capsys.readouterr().err
     assert stage.log.read_text() == f"demix: {said}\n"
+
+
+def test_a_system_that_starts_no_more_threads_is_no_traceback(tmp_path, stop, capsys):
+    def make(folder):
+        size = threading.stack_size(1 << 47)  # more than there are addresses, so that the system refuses the thread
+        try:
+            threading.Thread(target=print).start()
+        finally:
+            threading.stack_size(size)
+
+    assert run(Stage("blend/found", tmp_path, {}, (), make), stop) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("demix: stage blend/found: the system starts no more threads or processes here (can't start new")
+    assert said.count("\n") == 1
+    assert exit_code(lambda: make(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith("error: the system starts no more threads")
 
 
 @pytest.mark.parametrize("error", [StageFailed("stage blend/found: a rank is gone"), RuntimeError("NCCL")])
