@@ -1,14 +1,22 @@
 """What a run was last started with is told to whoever looks at it with other settings, and decides whom they ask."""
 
+import contextlib
 import json
+import os
+import pty
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from small_texts import write_texts
 
 from megatron_demix.cli import main
+from megatron_demix.launch.stage import stage_lock
 from megatron_demix.launch.started import Started
+from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -111,6 +119,26 @@ def test_what_only_looks_does_without_the_text_that_was_read(study, capsys):
     capsys.readouterr()
     assert demix(study, "status", "--set", "name=never") == 2
     assert "code.jsonl matches no file" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_watching_without_a_traceback(study):
+    runs = study.parent / "runs"
+    base = build_dag(load_study(study), study, runs / "s").base
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-m", "megatron_demix.cli", "status", study, "--runs", runs, "--watch"]
+    with stage_lock(base):  # so that something is under way
+        watching = subprocess.Popen(command, stdout=inside, stderr=inside)
+        os.close(inside)
+        shown = b""
+        while b"running" not in shown:
+            shown += os.read(terminal, 4096)
+        watching.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # how a terminal says that nobody has it open any more
+            while more := os.read(terminal, 4096):
+                shown += more
+    assert watching.wait(timeout=60) == 130
+    assert b"Traceback" not in shown
+    assert b"stopped." in shown
 
 
 def test_submitting_a_part_submits_no_more(study, capsys):
