@@ -21,6 +21,11 @@ def warnings_of(study: Study) -> list[str]:
             f"evaluate.tokens_per_domain is {study.evaluate.tokens_per_domain}, but one window holds train.seq_length = "
             f"{study.train.seq_length}: each domain is scored on one"
         )
+    search = study.search
+    if search.top >= search.candidates:
+        found.append(
+            f"search.top is {search.top} of {search.candidates} candidates: the found mixture is the mean of all of them"
+        )
     return found
 
 

@@ -237,6 +237,10 @@ def test_a_budget_below_one_step_is_refused(load):
         ),
         ("launch={backend: slurm, jobs: 2}", "launch.jobs has no effect: launch.backend is slurm"),
         ("launch={backend: slurm, slurm: {mounts: [/a]}}", "launch.slurm.mounts has no effect"),
+        (
+            "search={candidates: 100, objective: {code: 1}}",
+            "search.top is 128 of 100 candidates: the found mixture is the mean",
+        ),
         ("evaluate.tokens_per_domain=100", "evaluate.tokens_per_domain is 100, but one window holds train.seq_length = 128"),
     ],
 )

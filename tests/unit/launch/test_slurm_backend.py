@@ -12,6 +12,7 @@ from megatron_demix.launch import slurm
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.background import Background
+from megatron_demix.launch.local import only_one
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.launch import SlurmSpec
 
@@ -75,6 +76,12 @@ def test_work_by_other_means_is_refused_while_jobs_are_left(dag, answers, tmp_pa
         Background(dag, []).submit()
     answers.listed = []
     slurm.refuse_beside_jobs(dag.run, "s")
+
+
+def test_nothing_is_submitted_while_a_process_works_here(dag, answers):
+    with only_one(dag.run), pytest.raises(Incomplete, match=r"another demix process that works on .*: still running"):
+        slurm.Slurm(dag, dag.run).submit()
+    assert not answers.commands
 
 
 def test_where_slurm_cannot_be_asked_there_is_a_warning(tmp_path, monkeypatch, capsys):
