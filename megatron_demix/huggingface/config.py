@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import read_json
+from megatron_demix.checkpoint.function import DESCRIBING, PLAIN, by_known_names, model_function
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 
 
@@ -38,8 +39,9 @@ FAMILIES = {
     )
 }
 
-# Without these, a checkpoint's saved arguments do not describe a model.
-DESCRIBING = frozenset({"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length"})
+# What the supported families are, in Megatron's arguments, and which others they have settings for.
+_REQUIRED = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope"}
+_MAPPED = frozenset({"qk_layernorm", "use_rope_scaling", "moe_router_pre_softmax"})
 
 # The one kind of RoPE scaling Megatron has (--use-rope-scaling): Llama 3's, with these constants and a free factor.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -214,18 +216,8 @@ def from_megatron(arguments: Mapping[str, Any], vocab_size: int, where: str) -> 
             f"{where}: the checkpoint's saved arguments do not describe its model (no {missing[0]}). Give a Hugging Face "
             "folder of the same architecture with --reference."
         )
-    required = {
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "add_bias_linear": False,
-        "position_embedding_type": "rope",
-    }
-    for name, wanted in required.items():
-        if arguments.get(name, wanted) != wanted:
-            raise IncompatibleInputs(
-                f"{where}: was trained with {name} {arguments[name]!r}; the supported families ({', '.join(FAMILIES)}) have "
-                f"{wanted!r}."
-            )
+    check_expressible(arguments, where)
+    arguments = by_known_names(arguments)
     get = arguments.get
     num_heads, hidden_size = arguments["num_attention_heads"], arguments["hidden_size"]
     num_experts = get("num_experts")
@@ -250,6 +242,22 @@ def from_megatron(arguments: Mapping[str, Any], vocab_size: int, where: str) -> 
         moe_ffn_hidden_size=(get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"]) if num_experts else None,
         moe_router_pre_softmax=bool(get("moe_router_pre_softmax", False)),
     )
+
+
+def check_expressible(arguments: Mapping[str, Any], where: str) -> None:
+    """Raises IncompatibleInputs for a saved argument that makes the model another function than any family here."""
+    for name, wanted in _REQUIRED.items():
+        if arguments.get(name, wanted) != wanted:
+            raise IncompatibleInputs(
+                f"{where}: was trained with {name} {arguments[name]!r}; the supported families ({', '.join(FAMILIES)}) have "
+                f"{wanted!r}."
+            )
+    for name, value in model_function(arguments).items():
+        if name in PLAIN and name not in _MAPPED and value != PLAIN[name]:
+            raise IncompatibleInputs(
+                f"{where}: was trained with {name} {value!r}, which the supported families ({', '.join(FAMILIES)}) cannot "
+                f"express; they are what {name} {PLAIN[name]!r} means. Exported, it would be another model."
+            )
 
 
 def _number(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
@@ -302,6 +310,8 @@ def _rope_section(config: Mapping[str, Any], name: str, where: str) -> tuple[flo
     kind = scaling.pop("rope_type", old)
     if any(isinstance(value, Mapping) for value in scaling.values()):
         raise IncompatibleInputs(f"{where}: config.json has {name} {section}; layers that differ in RoPE are not supported.")
+    if (share := scaling.pop("partial_rotary_factor", None)) not in (None, 1):
+        raise IncompatibleInputs(f"{where}: config.json has partial_rotary_factor {share!r}; only 1.0 is supported.")
     return base, None if kind == "default" else {"rope_type": kind} | dict(sorted(scaling.items()))
 
 
@@ -311,13 +321,21 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
         "attention_bias": False,
         "mlp_bias": False,
         "use_sliding_window": False,
+        "partial_rotary_factor": 1.0,
         "quantization_config": None,
     }
     if family.moe:
         expected |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": None}
     for name, wanted in expected.items():
-        found = config.get(name, wanted)
+        found = wanted if config.get(name) is None else config[name]
         if found != wanted:
             raise IncompatibleInputs(
                 f"{where}: config.json has {name} {found!r}; only {wanted!r} is supported for {family.model_type}."
             )
+    if unlike := [kind for kind in config.get("layer_types") or () if kind != "full_attention"]:
+        raise IncompatibleInputs(f"{where}: config.json has layers of {unlike[0]!r}; only 'full_attention' is supported.")
+    if own := [name for name in config.get("auto_map") or () if str(name).startswith("AutoModel")]:
+        raise IncompatibleInputs(
+            f"{where}: config.json names code of the folder's own for the model (auto_map, {own[0]}), which is never run: "
+            f"whether it is a {family.model_type} cannot be known. Take auto_map away if transformers' own class is meant."
+        )

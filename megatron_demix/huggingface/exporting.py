@@ -15,13 +15,14 @@ import numpy as np
 from megatron_demix.artifact import remove_leftovers, temporary_beside
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.elements import ARRAY_DTYPES, ElementReader
+from megatron_demix.checkpoint.function import DESCRIBING
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.output import resolved
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, IncompatibleInputs, OutputExists, storage_errors
 from megatron_demix.huggingface.config import (
-    DESCRIBING,
     ModelArguments,
+    check_expressible,
     from_huggingface,
     from_megatron,
     read_config,
@@ -105,6 +106,7 @@ def _model(checkpoint: Checkpoint, saved: dict[str, Any], reference: Path | None
         return from_megatron(saved, vocab_size or rows, where)
     if vocab_size is not None:
         raise ConfigError("--vocab-size and --reference both say how large the vocabulary is. Give one of them.")
+    check_expressible(saved, where)
     model = from_huggingface(read_config(reference), str(reference))
     if saved.keys() >= DESCRIBING:
         # Shapes are compared later; this finds what shapes do not show.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
+from megatron_demix.checkpoint.function import model_function
 from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.payload import Payload
@@ -18,15 +19,6 @@ from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 
 MERGEABLE = ("float32", "bfloat16", "float16")
-
-_FUNCTION = (
-    *("num_attention_heads", "num_query_groups", "kv_channels", "attention_output_gate", "qk_layernorm"),
-    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
-    *("use_rope_scaling", "rope_scaling_factor", "swiglu", "quick_geglu", "squared_relu"),
-    *("normalization", "norm_epsilon", "apply_layernorm_1p", "window_size"),
-    *("moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
-)
-"""Megatron's arguments that say what a model computes from its weights, which do not show in the weights' shapes."""
 
 
 class Components:
@@ -129,16 +121,13 @@ class Components:
                 )
 
     def _check_function(self, k: int) -> None:
-        first, other = model_arguments(self.common_states[0]), model_arguments(self.common_states[k])
-        for name in _FUNCTION:
-            a, b = first.get(name), other.get(name)
-            if name == "num_query_groups" and not (first.get("group_query_attention") and other.get("group_query_attention")):
-                continue  # then it is the argument's default, and means nothing
-            if a is not None and b is not None and a != b:
+        first, other = (model_function(model_arguments(self.common_states[i])) for i in (0, k))
+        for name in first:
+            if name in other and first[name] != other[name]:
                 raise IncompatibleInputs(
-                    f"components {self.names[0]!r} and {self.names[k]!r}: {name} is {a!r} in the one and {b!r} in the other: "
-                    "equal weights would be different functions. Components must be trained from one base with one "
-                    "architecture."
+                    f"components {self.names[0]!r} and {self.names[k]!r}: {name} is {first[name]!r} in the one and "
+                    f"{other[name]!r} in the other: equal weights would be different functions. Components must be trained "
+                    "from one base with one architecture."
                 )
 
     def _check_type(self, info: TensorInfo) -> None:

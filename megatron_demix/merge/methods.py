@@ -195,11 +195,17 @@ def with_base(coefficients_MK: np.ndarray) -> np.ndarray:
 
 def fused_layout(components: Components, known: FusedLayout) -> FusedLayout:
     """How the components' projections are fused: what their saved arguments say, else what is known. Raises ConfigError where
-    these two contradict each other, IncompatibleInputs where there is an output gate."""
+    these two contradict each other, IncompatibleInputs where there is an output gate, or gate and up rows alternate."""
     arguments = model_arguments(components.common_states[0])
     if arguments.get("attention_output_gate"):
         raise IncompatibleInputs(
             "the components' attention has an output gate, which fuses a fourth projection into linear_qkv: this method, which "
             "tells q, k and v apart, cannot merge them. Use --method linear."
         )
+    for name in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
+        if arguments.get(name):
+            raise IncompatibleInputs(
+                f"the components were trained with {name} {arguments[name]}, which mixes gate and up rows in linear_fc1: this "
+                "method, which tells them apart, cannot merge them. Use --method linear."
+            )
     return FusedLayout.of_arguments(arguments).with_known(known)

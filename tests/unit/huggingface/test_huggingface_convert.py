@@ -207,6 +207,14 @@ def edit_config(folder: Path, **changes: Any) -> None:
     [
         ({"model_type": "mamba"}, IncompatibleInputs, "model_type is 'mamba'; supported are llama, qwen2"),
         ({"attention_bias": True}, IncompatibleInputs, "attention_bias True; only False"),
+        ({"partial_rotary_factor": 0.5}, IncompatibleInputs, "partial_rotary_factor 0.5; only 1.0"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            IncompatibleInputs,
+            "rotary_factor 0.5; only 1",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, IncompatibleInputs, "layers of 'sliding_attention'"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, IncompatibleInputs, "code of the folder's own .* never run"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, IncompatibleInputs, "scales RoPE as .*yarn"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "yarn", "factor": 4.0}},
@@ -278,6 +286,71 @@ def test_exports_that_would_be_another_model(llama, copy, tmp_path):
     with pytest.raises(CorruptInput, match="differ from their checksum"):
         export_checkpoint(tmp_path / "base", tmp_path / "out", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "copy"]
+
+
+def with_arguments(base: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint, without its Hugging Face configuration, as if trained with other arguments."""
+    shutil.copytree(base, target, ignore=shutil.ignore_patterns("huggingface"))
+    common = torch.load(target / "release" / "common.pt", weights_only=False)
+    for name, value in changes.items():
+        setattr(common["args"], name, value)
+    torch.save(common, target / "release" / "common.pt")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rotary_percent", 0.5),
+        ("rotary_interleaved", True),
+        ("rotary_seq_len_interpolation_factor", 2),
+        ("no_rope_freq", 4),
+        ("apply_layernorm_1p", True),
+        ("window_size", (128, 0)),
+        ("softmax_type", "off-by-one"),
+        ("qk_l2_norm", True),
+        ("apply_residual_connection_post_layernorm", True),
+        ("activation_func_clamp_value", 7.0),
+        ("use_mup", True),
+    ],
+)
+def test_arguments_that_no_family_can_express(llama, tmp_path, name, value):
+    import_folder(llama, tmp_path / "base", progress=False)
+    for reference in (None, llama):
+        other = with_arguments(tmp_path / "base", tmp_path / f"other-{reference is None}", **{name: value})
+        with pytest.raises(IncompatibleInputs, match=rf"was trained with {name} .*cannot express.*would be another model"):
+            export_checkpoint(other, tmp_path / "out", reference=reference, progress=False)
+
+
+def test_arguments_of_routers_that_no_family_can_express(tmp_path):
+    save_model(tmp_path / "hf", "Qwen3Moe", **MOE)
+    import_folder(tmp_path / "hf", tmp_path / "base", progress=False)
+    unlike = {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_group_topk": 2,
+        "moe_mlp_glu_interleave_size": 32,
+        "moe_router_load_balancing_type": "sinkhorn",
+    }
+    for name, value in unlike.items():
+        other = with_arguments(tmp_path / "base", tmp_path / name, **{name: value})
+        with pytest.raises(IncompatibleInputs, match="cannot express"):
+            export_checkpoint(other, tmp_path / "out", vocab_size=VOCAB, progress=False)
+    same = {"moe_router_topk_scaling_factor": 1.0, "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]}
+    other = with_arguments(tmp_path / "base", tmp_path / "same", **same)
+    export_checkpoint(other, tmp_path / "out", vocab_size=VOCAB, progress=False)
+
+
+def test_arguments_under_their_new_names(llama, tmp_path):
+    """Megatron-LM that generates its arguments from configuration classes saves norm_epsilon as layernorm_epsilon."""
+    import_folder(llama, tmp_path / "base", progress=False)
+    other = with_arguments(tmp_path / "base", tmp_path / "new", layernorm_epsilon=3e-6)
+    common = torch.load(other / "release" / "common.pt", weights_only=False)
+    del common["args"].norm_epsilon
+    torch.save(common, other / "release" / "common.pt")
+    export_checkpoint(other, tmp_path / "out", vocab_size=VOCAB, progress=False)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == 3e-6
 
 
 def test_both_ways_to_say_rope_may_mean_the_same(copy, tmp_path):

@@ -437,6 +437,33 @@ def test_equal_shapes_that_mean_different_functions_are_refused(tmp_path, change
         merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out2", progress=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window_size": (128, 0)},
+        {"softmax_type": "off-by-one"},
+        {"rotary_percent": 0.5},
+        {"layernorm_zero_centered_gamma": True},
+        {"layernorm_epsilon": 1e-6},
+        {"use_mup": True},
+        {"activation_func_clamp_value": 7.0},
+        {"use_rope_scaling": True},
+    ],
+)
+def test_an_argument_that_only_one_component_has_is_compared_too(tmp_path, change):
+    """A component saved by an older Megatron does not have it at all: there it is its plain value."""
+    whole = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 4, "seq_length": 64}
+    whole |= {"norm_epsilon": 1e-5, "rope_scaling_factor": 8.0, "moe_router_topk": 2}
+    idle = {"rope_scaling_factor": 32.0, "moe_router_topk": 4, "mscale": 2.0, "window_size": None}  # nothing here uses them
+    parts = {}
+    for name, own in {"a": {}, "b": idle, "c": change}.items():
+        common = {"args": argparse.Namespace(**whole | own), "iteration": 1}
+        parts[name] = write_checkpoint(tmp_path / name, small_model(0), {}, common=common)
+    merge_checkpoints({k: parts[k] for k in "ab"}, {"m": {"a": 1.0}}, tmp_path / "out", progress=False)
+    with pytest.raises(IncompatibleInputs, match=r"'a' and 'c': .* in the other: equal weights would be different functions"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out2", progress=False)
+
+
 def test_strided_sources_whose_runs_end_with_a_single_element(tmp_path):
     """Of a block of elements, that is: 16384 of them are in work at a time."""
     whole = {
