@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,8 +22,8 @@ class Objective:
 
     mean: the weighted mean of the scores, in their unit. worst: the worst score, each in standard deviations above its mean
     over the proxies (weights must be equal: they only say which scores count). percentile_rank: the weighted mean of each
-    score's rank, 0 best to 1, among random feasible mixtures, as the paper averages its categories; for scores whose
-    units do not compare. Errors of different scores are taken as independent.
+    score's rank, 0 best to 1, among random feasible mixtures, as the paper averages its categories, and on a straight line
+    beyond these; for scores whose units do not compare. Errors of different scores are taken as independent.
     Raises MixtureError: a score that was not measured, weights that are not usable.
     """
 
@@ -50,10 +51,10 @@ class Objective:
             )
         self._surrogates, self._aim = surrogates, aim
         self._signs = {name: -1.0 if name in higher_is_better else 1.0 for name in self.weights}
-        self._ranked: dict[str, np.ndarray] = {}
+        self._ranked: dict[str, _Ranks] = {}
         if aim == "percentile_rank":
             pool_MD = space.shares(sample_mixtures(space, _RANKED, seed, landmarks=False))
-            self._ranked = {name: np.sort(sign * surrogates[name].mean(pool_MD)) for name, sign in self._signs.items()}
+            self._ranked = {name: _Ranks(np.sort(sign * surrogates[name].mean(pool_MD))) for name, sign in self._signs.items()}
 
     def refit(self, rows: np.ndarray) -> Objective:
         """The same objective with every surrogate fitted on other rows of its proxies (a bootstrap sample)."""
@@ -91,8 +92,28 @@ class Objective:
         if self._aim == "worst":
             measured_M = self._surrogates[name].scores_M
             return self._signs[name] * (score_M - np.nanmean(measured_M)) / np.nanstd(measured_M)
-        ranks = np.arange(_RANKED) / (_RANKED - 1)
-        return self.weights[name] * np.interp(self._signs[name] * score_M, self._ranked[name], ranks)
+        return self.weights[name] * self._ranked[name].of(self._signs[name] * score_M)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranks:
+    """Among the sorted values_R: 0 is the first's, 1 the last's. Beyond them ranks go on as they do, on average, over the
+    outermost twentieth, so that a search can tell mixtures apart that are all better than every one of these."""
+
+    values_R: np.ndarray
+
+    def of(self, values_M: np.ndarray) -> np.ndarray:
+        first, last = self.values_R[[0, -1]]
+        inside_M = np.interp(values_M, self.values_R, np.linspace(0, 1, len(self.values_R)))
+        below_M, above_M = np.minimum(values_M - first, 0), np.maximum(values_M - last, 0)
+        return inside_M + self._slope(self.values_R - first) * below_M + self._slope(last - self.values_R[::-1]) * above_M
+
+    def _slope(self, distances_R: np.ndarray) -> float:
+        """Rank by distance from an end; of the whole range, where the twentieth has one value."""
+        for part in (len(distances_R) // 20, len(distances_R) - 1):
+            if distances_R[part] > 0:
+                return part / (len(distances_R) - 1) / float(distances_R[part])
+        return 0.0
 
 
 def _normalised(weights: Mapping[str, float], surrogates: Mapping[str, Surrogate]) -> dict[str, float]:

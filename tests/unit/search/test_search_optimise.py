@@ -3,7 +3,7 @@ import pytest
 
 from megatron_demix.errors import IncompatibleInputs, MixtureError
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.objective import Objective
+from megatron_demix.search.objective import Objective, _Ranks
 from megatron_demix.search.optimise import choose_mixture, pareto_front, propose
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
@@ -122,6 +122,25 @@ def test_other_aims(free) -> None:
         choose_mixture(space, surrogates, OBJECTIVE, aim="best")
     with pytest.raises(MixtureError, match="higher_is_better: score 'law' was not measured"):
         choose_mixture(space, surrogates, OBJECTIVE, higher_is_better={"law"})
+
+
+def test_ranks_tell_mixtures_apart_that_are_better_than_all_they_are_ranked_among(free) -> None:
+    space, surrogates = free
+    goal = Objective(space, surrogates, {"code": 1}, aim="percentile_rank")
+    # Shares of code up to the most that there is, most of them beyond any random mixture's.
+    code_M = np.linspace(0.0, 1 - 0.1 * 2 / 3, 400)
+    shares_MD = np.stack([(1 - code_M) / 2, code_M, (1 - code_M) / 2], axis=1)
+    ranks_M, losses_M = goal.means(shares_MD), surrogates["code"].mean(shares_MD)
+    assert (np.diff(ranks_M[np.argsort(losses_M)]) > 0).all()
+    # In another unit, the same.
+    other = {"code": fit_surrogate(surrogates["code"].shares_MD, 1000 * surrogates["code"].scores_M, "gaussian_process")}
+    again = Objective(space, other, {"code": 1}, aim="percentile_rank")
+    np.testing.assert_allclose(again.means(shares_MD), ranks_M, atol=0.02)
+    ranks = _Ranks(np.linspace(2.0, 3.0, 4096))
+    np.testing.assert_allclose(ranks.of(np.array([1.5, 2.0, 2.5, 3.0, 4.0])), [-0.5, 0, 0.5, 1, 2], atol=1e-9)
+    tied = _Ranks(np.repeat([1.0, 3.0], 2048))
+    assert tied.of(np.array([0.0]))[0] == pytest.approx(-0.5)
+    assert (_Ranks(np.ones(4096)).of(np.array([0.0, 1.0, 2.0])) == [0, 1, 1]).all()
 
 
 def test_the_pareto_front_runs_from_one_scores_best_to_the_others(free) -> None:
