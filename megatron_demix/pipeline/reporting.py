@@ -185,6 +185,8 @@ def _choice(dag: Dag) -> Choice | None:
         optimum=optimum,
         pareto=[FrontPoint(point["weights"], point["predicted"]) for point in found.get("pareto", ())],
         binding=[_sentence(bound) for bound in found["binding"]],
+        # A run that ended before this was measured has none.
+        distance=(found["distance"]["nearest"], found["distance"]["usual"]) if "distance" in found else None,
     )
 
 

@@ -59,6 +59,13 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
         found.append(data.extrapolation_warning)
     if maturity := maturity_warning(data):
         found.append(maturity)
+    if data.choice and data.choice.distance:
+        nearest, usual = data.choice.distance
+        if nearest > usual:
+            found.append(
+                f"The found mixture is {nearest:.1%} of the data away from that of any proxy, and 9 in 10 proxies have another "
+                f"within {usual:.1%}: what is predicted of it is extrapolated. Another round would measure there."
+            )
     if floor := _at_the_floor(data):
         found.append(
             f"The found mixture has hardly any merge weight on {', '.join(floor)}: the shares it has of them come from the "

@@ -15,6 +15,7 @@ from megatron_demix.search.consistency import rank_consistency
 from megatron_demix.search.objective import Aim
 from megatron_demix.search.optimise import propose
 from megatron_demix.search.outcome import outcome
+from megatron_demix.search.reach import distances, far_off
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate, fit_surrogate
 from megatron_demix.search.tables import Table, as_mixtures
@@ -70,7 +71,16 @@ def predict_scores(
     """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured. Raises as fit_tables does."""
     wanted_ND = _mixtures(wanted, mixtures.columns, mixtures.path, notice)
     columns: dict[str, np.ndarray] = {}
-    for name, surrogate in fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice).items():
+    surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice)
+    nearest_N, usual = distances(surrogates, wanted_ND)
+    if num := sum(far_off(nearest, usual) for nearest in nearest_N.tolist()):
+        farthest = int(nearest_N.argmax())
+        notice(
+            f"{num} of {len(wanted_ND)} mixtures to predict lie farther from all measured ones than these from one another "
+            f"({usual:.3g} in total variation; {wanted.ids[farthest]}: {nearest_N[farthest]:.3g}): predictions there are "
+            "extrapolated."
+        )
+    for name, surrogate in surrogates.items():
         columns[name], columns[f"{name}_std"] = surrogate.predict(wanted_ND)
     return Table(wanted.path, wanted.id_name, wanted.ids, tuple(columns), np.stack(list(columns.values()), axis=1))
 
@@ -95,6 +105,12 @@ def choose_from_tables(
     surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice, space=space)
     aims: dict[str, Any] = {"aim": aim, "higher_is_better": higher_is_better, "candidates": candidates, "seed": seed}
     report = outcome(space, surrogates, objective, top=top, bootstraps=bootstraps, **aims)
+    nearest, usual = report["distance"]["nearest"], report["distance"]["usual"]
+    if far_off(nearest, usual):
+        notice(
+            f"the best mixture is {nearest:.3g} (total variation) from the nearest measured one, farther than these are from "
+            f"one another ({usual:.3g}): what is predicted there is extrapolated. Measure mixtures near it (--propose)."
+        )
     further_MD = np.empty((0, len(space.domains)))
     if next_round:
         further_MD = propose(space, surrogates, objective, num=next_round, **aims)

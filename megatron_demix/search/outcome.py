@@ -11,6 +11,7 @@ import numpy as np
 from megatron_demix.search.binding import binding
 from megatron_demix.search.objective import Aim, Objective
 from megatron_demix.search.optimise import ParetoFront, choose_mixture, pareto_front
+from megatron_demix.search.reach import distances
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 from megatron_demix.search.uncertainty import OptimumDistribution, optimum_distribution
@@ -38,6 +39,7 @@ def outcome(
     choice = choose_mixture(space, goal, objective, candidates=candidates, top=top, **aims)
     shares_1D = np.array([[choice.shares[name] for name in space.domains]])
     natural_1D = space.shares(space.centre_D[None])
+    nearest_1, usual = distances(goal, shares_1D)
     report: dict[str, Any] = {
         "weights": dict(choice.shares),
         "merge_weights": dict(choice.weights),
@@ -47,6 +49,7 @@ def outcome(
         "expected_gain": choice.expected_gain,
         "predicted": _predictions(surrogates, shares_1D),
         "natural": _predictions(surrogates, natural_1D),
+        "distance": {"nearest": float(nearest_1[0]), "usual": usual},
         "binding": [asdict(bound) for bound in binding(space, choice.weights)],
     }
     aims["candidates"] = max(1000, candidates // 10)  # of each repeated search, and of each end of the front

@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from megatron_demix.errors import ConfigError
+from megatron_demix.report import caveats
 from megatron_demix.report.build import build_report, render
 from megatron_demix.report.data import FinalRun, Fit, Proxy, ReportData, Round, Task
+from megatron_demix.report.verdict import judge
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -215,3 +218,21 @@ def test_other_aims_are_named_and_a_round_may_be_empty(whole):
     assert "the search minimised their mean rank among feasible mixtures" in page
     assert "mean rank, 0 to 1" in page
     assert "Round 2 was left empty" in page
+
+
+def test_a_found_mixture_far_from_all_proxies_is_said_to_be_extrapolated(whole):
+    def said(distance):
+        data = replace(whole, choice=replace(whole.choice, distance=distance))
+        return [text for text in caveats.warnings(data, judge(data)) if "extrapolated" in text]
+
+    (text,) = said((0.21, 0.1))
+    assert text.startswith(
+        "The found mixture is 21.0% of the data away from that of any proxy, and 9 in 10 proxies have another "
+    )
+    assert said((0.05, 0.1)) == []
+    assert said(None) == []
+
+
+def test_a_round_whose_mixtures_repeat_says_so(whole):
+    same = replace(whole, rounds=[replace(whole.rounds[0], mixtures=[whole.rounds[0].mixtures[0]] * 3, scores={})])
+    assert "Round 1: 1 of 3 mixtures is distinct: the bounds leave no others." in caveats.warnings(same, judge(same))
