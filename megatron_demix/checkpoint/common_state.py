@@ -7,7 +7,6 @@ write.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,16 @@ import numpy as np
 from megatron_demix.checkpoint.archive import check_entry, read_archive, write_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import COMMON
-from megatron_demix.checkpoint.pickles import Global, Inert, inert, plain_tuple, read_pickle, write_pickle
+from megatron_demix.checkpoint.pickles import (
+    Global,
+    Inert,
+    check_tree,
+    inert,
+    ordered_dict,
+    plain_tuple,
+    read_pickle,
+    write_pickle,
+)
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput
 
@@ -38,11 +46,15 @@ _ALLOWED: dict[str, Any] = {
     **{name: inert(name) for name in _CLASSES},
     **{name: Global(name) for name in _VALUES},
     "torch.Size": plain_tuple,
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": ordered_dict,
 }
 
 # Counters that would make a run from the merged checkpoint skip data it has never seen.
 _ZEROED = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+
+
+# Of a common state. Honest ones have thousands: an argument each, and what the optimizer lists by parameter group.
+_MOST_VALUES = 1 << 20
 
 
 class _Foreign(Inert):
@@ -50,6 +62,8 @@ class _Foreign(Inert):
 
     name = "foreign"
 
+    def __init__(self, *arguments: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None: ...
     def __setitem__(self, key: Any, value: Any) -> None: ...
     def append(self, value: Any) -> None: ...
     def extend(self, values: Any) -> None: ...
@@ -77,6 +91,7 @@ def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
         state = state[0]  # as megatron.core stores objects among the tensors
     if not isinstance(state, dict):
         raise CorruptInput(f"{what}: holds a {type(state).__name__}, expected a dictionary.")
+    check_tree(state, _MOST_VALUES, what)
     return state
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import BACKEND, METADATA
-from megatron_demix.checkpoint.pickles import Inert, inert, plain_tuple, read_pickle
+from megatron_demix.checkpoint.pickles import Inert, inert, ordered_dict, plain_tuple, read_pickle, shown
 from megatron_demix.errors import CorruptInput
 
 Shape = tuple[int, ...]
@@ -82,7 +81,7 @@ _CLASSES = (
 )
 _ALLOWED: dict[str, Any] = {
     "torch.Size": plain_tuple,
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": ordered_dict,
     **{f"torch.{name}": name for name in ITEM_BYTES},
     **{name: inert(name) for name in _CLASSES},
 }
@@ -123,13 +122,15 @@ def _check_backend(path: Path) -> None:
 def _interpret(root: Any, path: Path) -> CheckpointMetadata:
     stored: dict[tuple[str, Shape | None], Location] = {}
     for index, info in root["storage_data"].items():
-        offset = index.get("offset")
-        stored[index["fqn"], None if offset is None else _sizes(offset)] = _location(info, index["fqn"], path)
+        key, offset = index["fqn"], index.get("offset")
+        if not isinstance(key, str):
+            raise TypeError(f"name {shown(key)}")
+        stored[key, None if offset is None else _sizes(offset)] = _location(info, key, path)
     _check_apart(stored, path)
     tensors, objects = {}, {}
     for key, entry in root["state_dict_metadata"].items():
         if not isinstance(key, str) or not isinstance(entry, Inert):
-            raise TypeError(f"entry {key!r}")
+            raise TypeError(f"entry {shown(key)}")
         if entry.name.endswith("BytesStorageMetadata"):
             if (key, None) not in stored:
                 raise CorruptInput(f"{path}: object {key!r} is listed but stored nowhere.")
@@ -150,7 +151,7 @@ def _check_apart(stored: dict[tuple[str, Shape | None], Location], path: Path) -
 def _tensor(key: str, entry: Inert, stored: dict[tuple[str, Shape | None], Location], path: Path) -> TensorInfo:
     shape, properties = _sizes(entry["size"]), entry["properties"].state
     dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise TypeError(f"dtype of {key!r}")
     chunks = []
     for chunk in entry["chunks"]:
@@ -168,19 +169,19 @@ def _tensor(key: str, entry: Inert, stored: dict[tuple[str, Shape | None], Locat
 def _sizes(value: Any) -> Shape:
     sizes = tuple(value)
     if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in sizes):
-        raise ValueError(f"sizes {sizes}")
+        raise ValueError(f"sizes {shown(sizes)}")
     return sizes
 
 
 def _location(info: Inert, key: str, path: Path) -> Location:
     if info.get("transform_descriptors"):
         raise CorruptInput(
-            f"{path}: {key!r} is stored transformed ({info['transform_descriptors']}), which cannot be merged. Save it without "
-            "storage extensions (compression, encryption)."
+            f"{path}: {key!r} is stored transformed ({shown(info['transform_descriptors'])}), which cannot be merged. Save it "
+            "without storage extensions (compression, encryption)."
         )
     file, position, length = info["relative_path"], info["offset"], info["length"]
     if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-        raise CorruptInput(f"{path}: {key!r} lies in {file!r}, expected a file of the checkpoint's own folder.")
+        raise CorruptInput(f"{path}: {key!r} lies in {shown(file)}, expected a file of the checkpoint's own folder.")
     if not (isinstance(position, int) and isinstance(length, int) and 0 <= position < 1 << 62 and 0 <= length < 1 << 62):
-        raise CorruptInput(f"{path}: {key!r} lies at bytes {position!r}+{length!r} of {file}.")
+        raise CorruptInput(f"{path}: {key!r} lies at bytes {shown(position)}+{shown(length)} of {file}.")
     return Location(file, position, length)

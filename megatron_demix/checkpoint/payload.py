@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_demix.checkpoint.archive import check_entry, read_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES, STORAGES
-from megatron_demix.checkpoint.pickles import plain_tuple, read_pickle
+from megatron_demix.checkpoint.pickles import ordered_dict, plain_tuple, read_pickle
 from megatron_demix.errors import CorruptInput
 from megatron_demix.native import crc32
 
@@ -88,7 +88,7 @@ def _describe(pickled: bytes) -> tuple[str, str, int, tuple[int, ...], tuple[int
         name, dtype, elements = stored
         if dtype == "untyped":
             dtype = rest[0]
-            elements //= ITEM_BYTES[dtype]
+            elements //= ITEM_BYTES[dtype] if isinstance(dtype, str) else 1
         return name, dtype, offset, tuple(shape), tuple(strides), elements
 
     allowed: dict[str, Any] = {
@@ -97,7 +97,7 @@ def _describe(pickled: bytes) -> tuple[str, str, int, tuple[int, ...], tuple[int
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch.Size": plain_tuple,
         "torch.storage.UntypedStorage": "untyped",
-        "collections.OrderedDict": dict,
+        "collections.OrderedDict": ordered_dict,
         **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
         **{f"torch.{dtype}": dtype for dtype in ITEM_BYTES},
     }
@@ -105,7 +105,7 @@ def _describe(pickled: bytes) -> tuple[str, str, int, tuple[int, ...], tuple[int
     try:
         name, dtype, offset, shape, strides, elements = found
         numbers = (offset, elements, *shape, *strides)
-        if not isinstance(name, str) or dtype not in ITEM_BYTES or len(shape) != len(strides):
+        if not (isinstance(name, str) and isinstance(dtype, str)) or dtype not in ITEM_BYTES or len(shape) != len(strides):
             raise ValueError
         if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers):
             raise ValueError

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+import reprlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,6 +65,56 @@ def instance(name: str, *arguments: Any, state: Any = None) -> Inert:
 def plain_tuple(*arguments: Any) -> tuple:
     """torch.Size(iterable) as a tuple."""
     return tuple(arguments[0]) if arguments else ()
+
+
+def ordered_dict() -> OrderedDict:
+    """collections.OrderedDict as pickles make it, empty: filled in its call, it would hash what no one has looked at."""
+    return OrderedDict()
+
+
+def shown(value: Any) -> str:
+    """A value of a pickle for a message, short whatever it is: written out, parts that are shared many times over never end."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 200, 200
+
+
+_DEEPEST = 100
+
+
+def check_tree(value: Any, most: int, what: str) -> None:
+    """That who follows lists, tuples, dicts and instances wherever they lead visits at most `most` values, 100 deep. A pickle
+    can share one part many times over, or have it in itself. Raises CorruptInput naming `what`."""
+    sizes: dict[int, int | None] = {}  # by id; None: begun
+    todo, depth = [value], 0
+    while todo:
+        one = todo[-1]
+        parts = _parts(one)
+        if sizes.get(id(one)) is not None or not parts:
+            sizes.setdefault(id(one), 1)
+            todo.pop()
+        elif id(one) not in sizes:
+            sizes[id(one)] = None
+            todo += [part for part in parts if id(part) not in sizes]
+            depth += 1
+            if depth > _DEEPEST or any(sizes.get(id(part), 0) is None for part in parts):
+                raise CorruptInput(f"{what}: its pickle nests values more than {_DEEPEST} deep, or one in itself.")
+        else:
+            sizes[id(one)] = size = 1 + sum(sizes[id(part)] or 0 for part in parts)
+            todo.pop()
+            depth -= 1
+            if size > most:
+                raise CorruptInput(f"{what}: its pickle shares parts so often that it stands for more than {most} values.")
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return (value.arguments, value.state) if isinstance(value, Inert) else ()
 
 
 def read_pickle(

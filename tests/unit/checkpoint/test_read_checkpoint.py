@@ -1,10 +1,12 @@
 """Reading metadata, payloads and common state: what torch wrote is found, what is damaged or hostile is refused."""
 
+import argparse
 import io
 import json
 import os
 import pickle
 import pickletools
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from dist_checkpoints import bits, parallel_cuts, small_model, write_checkpoint
 
+from megatron_demix.checkpoint.archive import write_archive
 from megatron_demix.checkpoint.common_state import (
     merged_common_state,
     model_arguments,
@@ -20,7 +23,7 @@ from megatron_demix.checkpoint.common_state import (
 )
 from megatron_demix.checkpoint.metadata import read_metadata
 from megatron_demix.checkpoint.payload import read_payload
-from megatron_demix.checkpoint.pickles import Global, inert, instance, plain_tuple, read_pickle, write_pickle
+from megatron_demix.checkpoint.pickles import Global, inert, instance, ordered_dict, plain_tuple, read_pickle, write_pickle
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
 from megatron_demix.checkpoint.summary import summarize
 from megatron_demix.checkpoint.tiling import tile
@@ -259,6 +262,76 @@ def test_frames_are_one_after_another():
             read_pickle(b"\x80\x04" + bad, {}, "damaged")
     with pytest.raises(CorruptInput, match=r"its pickle is damaged \(at byte 2\)"):
         read_pickle(b"\x80\x04" + framed(b"N.")[:-1], {}, "cut short")
+
+
+def nested(depth: int, kind: type) -> object:
+    """Two of two of two ...: 2^depth values for who does not see that they are one."""
+    value: object = kind("x")
+    for _ in range(depth):
+        value = kind((value, value))
+    return value
+
+
+def refused_at_once(read) -> None:
+    started = time.perf_counter()
+    with pytest.raises(CorruptInput):
+        read()
+    assert time.perf_counter() - started < 1
+
+
+def _first(mapping: dict):
+    return next(iter(mapping.values()))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda m, many: object.__setattr__(next(iter(m.storage_data)), "fqn", many),
+        lambda m, many: object.__setattr__(next(iter(m.storage_data)), "offset", many),
+        lambda m, many: setattr(_first(m.storage_data), "relative_path", many),
+        lambda m, many: setattr(_first(m.storage_data), "offset", many),
+        lambda m, many: setattr(_first(m.storage_data), "transform_descriptors", many),
+        lambda m, many: setattr(_first(m.state_dict_metadata), "size", many),
+        lambda m, many: setattr(_first(m.state_dict_metadata), "chunks", many),
+        lambda m, many: setattr(_first(m.state_dict_metadata), "properties", many),
+        lambda m, many: setattr(_first(m.state_dict_metadata).properties, "dtype", many),
+        lambda m, many: setattr(m, "storage_data", many),
+        lambda m, many: setattr(m, "state_dict_metadata", many),
+    ],
+)
+def test_parts_shared_many_times_over_in_metadata(tmp_path, put, kind):
+    """Wherever something is looked up, or shown in a message."""
+    write_checkpoint(tmp_path, small_model(0))
+    _edited(tmp_path, lambda metadata: put(metadata, nested(40, kind)))
+    refused_at_once(lambda: read_metadata(tmp_path))
+
+
+def test_keys_that_share_parts_many_times_over():
+    for opcodes in (b"}%sNs.", b"}(%sNu.", b"(%sNd.", b"\x8f(%s\x90.", b"(%s\x91."):
+        deep = b"\x80\x04" + opcodes % (b"K\x01" + b"2\x86" * 40)
+        refused_at_once(lambda deep=deep: read_pickle(deep, {}, "hostile"))
+        flat = b"\x80\x04" + opcodes % (b"K\x01" + b"2\x86" * 10)
+        read_pickle(flat, {}, "honest")
+    # torch.Size of a list is a tuple of what is in it by then.
+    deep = b"}K\x01" + b"q\x000ctorch\nSize\n](h\x00h\x00e\x85R" * 40
+    refused_at_once(lambda: read_pickle(b"\x80\x02" + deep + b"Ns.", {"torch.Size": plain_tuple}, "hostile"))
+    pairs = b"ccollections\nOrderedDict\n](K\x01" + b"2\x86" * 40 + b"N\x86e\x85R."
+    refused_at_once(lambda: read_pickle(b"\x80\x02" + pairs, {"collections.OrderedDict": ordered_dict}, "hostile"))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_parts_shared_many_times_over_in_arguments(tmp_path, kind):
+    folder = write_checkpoint(tmp_path, small_model(0), common={"args": argparse.Namespace(data_path=nested(30, kind))})
+    refused_at_once(lambda: read_common_state(Checkpoint(folder)))
+    endless, deep = b"]q\x00h\x00a", b"]" * 5000 + b"a" * 4999
+    for value in (endless, deep):
+        pickled = b"\x80\x02}X\x04\0\0\0args" + value + b"s."
+        (folder / "common.pt").write_bytes(write_archive({"a/data.pkl": pickled}))
+        with pytest.raises(CorruptInput, match="more than 100 deep, or one in itself"):
+            read_common_state(Checkpoint(folder))
+    shared = {"args": argparse.Namespace(a=(one := ["x"] * 1000), b=one, c=[one] * 100)}
+    assert model_arguments(read_common_state(Checkpoint(write_checkpoint(tmp_path / "b", small_model(0), common=shared))))["b"]
 
 
 def test_what_stands_for_an_instance_is_not_iterated():
