@@ -69,10 +69,73 @@ class _Foreign(Inert):
     def extend(self, values: Any) -> None: ...
 
 
+# Modules that run programs, load code or reach the network: no training state is made of what they have.
+_RUNNING = frozenset(
+    {
+        *(
+            "os",
+            "posix",
+            "nt",
+            "subprocess",
+            "sys",
+            "importlib",
+            "runpy",
+            "pty",
+            "shutil",
+            "socket",
+            "ctypes",
+            "_ctypes",
+            "commands",
+        ),
+        *(
+            "code",
+            "codeop",
+            "pdb",
+            "bdb",
+            "timeit",
+            "cProfile",
+            "profile",
+            "trace",
+            "webbrowser",
+            "pickle",
+            "_pickle",
+            "marshal",
+        ),
+        *(
+            "multiprocessing",
+            "asyncio",
+            "threading",
+            "_thread",
+            "site",
+            "pip",
+            "http",
+            "urllib",
+            "ftplib",
+            "smtplib",
+            "tempfile",
+        ),
+        *("thread", "cPickle", "urllib2", "httplib"),  # as pickles of the old protocols name them
+    }
+)
+_RUNNING_BUILTINS = frozenset({"eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint", "globals"})
+
+
+def _foreign(name: str, what: str) -> type[_Foreign]:
+    """Stands in for a class that is not known. Raises CorruptInput for a name that only an attack has a use for."""
+    module, _, attribute = name.partition(".")
+    if module in _RUNNING or (module in ("builtins", "__builtin__") and attribute.split(".")[0] in _RUNNING_BUILTINS):
+        raise CorruptInput(
+            f"{what}: refused, its pickle names {name[:200]!r}, which would run or fetch something. Nothing was executed. "
+            "Do not load this checkpoint with other tools before you know where it comes from."
+        )
+    return _Foreign
+
+
 def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The common state: plain values, Global for names, Inert for instances. {} where the checkpoint has none.
 
-    Raises CorruptInput if it is damaged. Nothing in it is executed; classes that are not known become inert placeholders.
+    Raises CorruptInput if it is damaged, or names what would run something. Nothing in it is executed; classes that are not
+    known become inert placeholders.
     """
     path = checkpoint.location.path / COMMON
     if path.is_file():
@@ -86,7 +149,7 @@ def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     if len(names) != 1:
         raise CorruptInput(f"{what}: not a torch.save archive.")
     pickled = check_entry(entries[names[0]][0].tobytes(), entries[names[0]][1], "data.pkl", what)
-    state = read_pickle(pickled, _ALLOWED, what, persistent=lambda pid: _Foreign(), other=lambda name: _Foreign)
+    state = read_pickle(pickled, _ALLOWED, what, persistent=lambda pid: _Foreign(), other=lambda name: _foreign(name, what))
     if isinstance(state, list) and len(state) == 1:
         state = state[0]  # as megatron.core stores objects among the tensors
     if not isinstance(state, dict):
