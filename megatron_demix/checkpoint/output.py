@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,25 @@ from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, stora
 from megatron_demix.native import crc32
 
 
-def is_published(target: Path, folder: str, provenance: Mapping[str, Any], described_in: str) -> bool:
+def is_published(
+    target: Path,
+    folder: str,
+    provenance: Mapping[str, Any],
+    described_in: str,
+    identity: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> bool:
     """True if target already holds this very checkpoint. Raises OutputExists if it holds anything else.
 
-    provenance: what was, or would be, written to the file `described_in` beside the checkpoint.
+    provenance: what was, or would be, written to the file `described_in` beside the checkpoint. identity: what of it says which
+    checkpoint it is; of what is found there as well, whatever that is.
     """
     target = Path(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     described = target / folder / described_in
     held = read_json(described) if described.is_file() else None
-    if not isinstance(held, dict) or {k: v for k, v in held.items() if k != "checksums"} != dict(provenance):
+    known = isinstance(held, dict) and identity({k: v for k, v in held.items() if k != "checksums"}) == identity(provenance)
+    if not isinstance(held, dict) or not known:
         what = "a checkpoint made from other inputs or settings" if held else "something else"
         raise OutputExists(f"{target} already holds {what}. Nothing is overwritten: move it away or choose another output.")
     for file, facts in held.get("checksums", {}).get("files", {}).items():

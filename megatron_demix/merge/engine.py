@@ -90,7 +90,7 @@ def merge_checkpoints(
     targets = [resolved(output if into_output else output / name) for name in mixtures]
     job = _Job(parts, layout, method.bind(parts), max_chunk)
     provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
-    todo = [m for m, target in enumerate(targets) if not is_published(target, job.folder, provenances[m], PROVENANCE)]
+    todo = [m for m, target in enumerate(targets) if not job.is_published(target, provenances[m])]
     job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
     threads = threads or default_threads()
     per_pass = _outputs_per_pass(job, threads, max_memory)
@@ -145,7 +145,13 @@ class _Job:
         self.mine = self.placements
 
     def output(self, target: Path, provenance: Mapping[str, Any], worker: tuple[int, int] | None) -> Output:
-        return Output(target, self.folder, PROVENANCE, shared_key=None if worker is None else fingerprint(provenance))
+        return Output(
+            target, self.folder, PROVENANCE, shared_key=None if worker is None else fingerprint(_identity(provenance))
+        )
+
+    def is_published(self, target: Path, provenance: Mapping[str, Any]) -> bool:
+        """Whether this very merge is there, whatever its components were called. Raises OutputExists if anything else is."""
+        return is_published(target, self.folder, provenance, PROVENANCE, _identity)
 
     def take(self, worker: tuple[int, int] | None, outputs: Sequence[Output]) -> None:
         """Leave out the files that other workers write, and those that are finished in all outputs."""
@@ -226,6 +232,21 @@ class _Job:
         return [item for _, item in sorted(located, key=lambda entry: entry[0])]
 
 
+def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance with the components' places in their order for their names. These are paths in the PATH:WEIGHT form, each
+    spelled in many ways, and the bytes do not depend on them."""
+    order = provenance.get("order")
+    names = order if isinstance(order, list) else []
+    places = {name: f"component {k}" for k, name in enumerate(names) if isinstance(name, str)}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {places.get(key, key): replaced(part) for key, part in value.items()}
+        return [replaced(part) for part in value] if isinstance(value, list) else value
+
+    return {key: len(names) if key == "order" else replaced(value) for key, value in provenance.items()}
+
+
 def _merge_group(
     job: _Job,
     outputs: list[Output],
@@ -274,7 +295,7 @@ def _merge_group(
         for m, out in enumerate(outputs):
             out.complete(job.mine, crcs_TM[:, m].tolist())
             with out.turn():
-                if is_published(out.target, job.folder, provenances[m], PROVENANCE):
+                if job.is_published(out.target, provenances[m]):
                     out.discard_all()
                     continue
                 out.finish()
@@ -292,7 +313,7 @@ def _merge_group(
                 try:
                     out.publish()
                 except OutputExists:
-                    if not is_published(out.target, job.folder, provenances[m], PROVENANCE):
+                    if not job.is_published(out.target, provenances[m]):
                         raise
                     out.discard_all()  # another process made the very same
     except BaseException:

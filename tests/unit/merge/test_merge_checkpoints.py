@@ -26,6 +26,7 @@ from megatron_demix.errors import (
     VerificationFailed,
 )
 from megatron_demix.merge import engine
+from megatron_demix.merge.command import main
 from megatron_demix.merge.engine import merge_checkpoints
 
 WEIGHTS = {"a": 0.5, "b": 0.25, "c": 0.25}
@@ -189,6 +190,27 @@ def test_done_is_skipped_and_other_things_are_not_overwritten(parts, tmp_path):
     os.truncate(path / "release" / "__0_0.distcp", 100)
     with pytest.raises(CorruptInput, match=r"missing or not .* bytes long.*make it again"):
         merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("workers", [[], ["--worker", "0", "--workers", "1"]])
+def test_a_path_may_be_spelled_in_many_ways(parts, tmp_path, monkeypatch, workers, capsys):
+    (tmp_path / "link").symlink_to(parts["b"])
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+
+    def merge(a, b, *more):
+        return main([f"{a}:0.75", f"{b}:0.25", "--output", str(out), "--quiet", *workers, *more])
+
+    assert merge("a", "b") == 0
+    before = os.stat(out / "release" / ".metadata").st_mtime_ns
+    for a, b in (("./a", "b/"), (parts["a"], parts["b"]), ("../" + tmp_path.name + "/a", "link")):
+        assert merge(a, b) == 0
+    assert os.stat(out / "release" / ".metadata").st_mtime_ns == before
+    assert json.loads((out / "release" / "demix_merge.json").read_text())["weights"] == {"a": 0.75, "b": 0.25}
+    capsys.readouterr()
+    assert merge("b", "a") == 6
+    assert merge("a", "c") == 6
+    assert merge("a", "b", "--normalize", "warn") == 6
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
