@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_demix.command import exit_code
 from megatron_demix.errors import ConfigError
@@ -115,8 +115,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from megatron_demix.merge.engine import merge_checkpoints
 
     components, mixtures, single = _what(arguments)
+    said: dict[str, dict[str, Any]] = {}
     if arguments.mixed:
-        mixtures, arguments.normalize = _corrected(list(components), mixtures, arguments), "affine"
+        mixtures, said = _corrected(list(components), mixtures, arguments)
+        arguments.normalize = "affine"
     if arguments.threads is not None and arguments.threads < 1:
         raise ConfigError(f"--threads is {arguments.threads}, expected at least 1.")
     written = merge_checkpoints(
@@ -133,6 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
         worker=_worker(arguments),
         into_output=single,
         method=_method(arguments),
+        said=said,
         dry_run=arguments.dry_run,
     )
     if arguments.dry_run:
@@ -210,8 +213,9 @@ def _check_distinct(components: dict[str, Path]) -> None:
 
 def _corrected(
     components: Sequence[str], mixtures: dict[str, dict[str, float]], arguments: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    """Coefficients of all components, from weights of those that are not mixed. Raises ConfigError, MixtureError."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+    """(coefficients of all components, what they were made from), by mixture, from weights of those that are not mixed. Raises
+    ConfigError, MixtureError."""
     from megatron_demix.merge.second_order import SecondOrder
     from megatron_demix.merge.weights import read_weights, weight_matrix
 
@@ -223,10 +227,12 @@ def _corrected(
     alone = [name for name in components if name not in mixed]
     weight_matrix(mixed, alone)  # raises where one is no mixture of these
     order = SecondOrder(alone, mixed)
-    coefficients_MC = order.coefficients(weight_matrix(mixtures, alone, arguments.normalize))
-    return {
-        name: dict(zip(order.names, row, strict=True)) for name, row in zip(mixtures, coefficients_MC.tolist(), strict=True)
-    }
+    weights_MK = weight_matrix(mixtures, alone, arguments.normalize)
+    coefficients, made_from = {}, {}
+    for name, row, weights in zip(mixtures, order.coefficients(weights_MK).tolist(), weights_MK.tolist(), strict=True):
+        coefficients[name] = dict(zip(order.names, row, strict=True))
+        made_from[name] = {"second_order": {"weights": dict(zip(alone, weights, strict=True)), "mixed": mixed}}
+    return coefficients, made_from
 
 
 def _show_plan(

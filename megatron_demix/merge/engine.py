@@ -55,6 +55,7 @@ def merge_checkpoints(
     worker: tuple[int, int] | None = None,
     into_output: bool = False,
     method: Method | None = None,
+    said: Mapping[str, Mapping[str, Any]] | None = None,
     dry_run: bool = False,
 ) -> list[Path]:
     """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return those now published.
@@ -69,9 +70,10 @@ def merge_checkpoints(
     and one layer or expert; None: as the first component is cut. worker (i, n): one of n processes that write together, on any
     machines with one file system: every n-th file from the i-th on, with all mixtures; who finds all files written verifies and
     publishes. Killed, the same or any other worker can be run again. into_output: write the only mixture to output itself.
-    max_memory: bytes of buffers. dry_run: check all that needs no elements, write nothing, and return what would be published.
-    Raises IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums
-    are compared as they are read), OutputExists, VerificationFailed, StorageError; what is published is whole and verified.
+    max_memory: bytes of buffers. said: more plain facts for demix_merge.json, by mixture. dry_run: check all that needs no
+    elements, write nothing, and return what would be published.
+    Raises ConfigError, IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums are compared as they
+    are read), OutputExists, VerificationFailed, StorageError; what is published is whole and verified.
     """
     for name, value, allowed in (("layout", layout, get_args(Layout)), ("verify", verify, get_args(Verify))):
         if value not in allowed:
@@ -88,8 +90,12 @@ def merge_checkpoints(
     method.check_names(list(mixtures))
     output = Path(output)
     targets = [resolved(output if into_output else output / name) for name in mixtures]
+    _check_outside(targets, parts)
     job = _Job(parts, layout, method.bind(parts), max_chunk)
-    provenances = [job.provenance(name, row, normalize) for name, row in zip(mixtures, weights_MK, strict=True)]
+    provenances = [
+        job.provenance(name, row, normalize) | dict((said or {}).get(name, {}))
+        for name, row in zip(mixtures, weights_MK, strict=True)
+    ]
     todo = [m for m, target in enumerate(targets) if not job.is_published(target, provenances[m])]
     job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
     threads = threads or default_threads()
@@ -353,6 +359,14 @@ def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
     return max(1, min(max_memory // smallest, (soft - in_use - 32) // files))
+
+
+def _check_outside(targets: Sequence[Path], parts: Components) -> None:
+    """Raises ConfigError for an output within a component's checkpoint, which would be no longer what its run saved."""
+    for checkpoint in parts.checkpoints:
+        folder = Path(os.path.realpath(checkpoint.location.path))
+        if inside := [target for target in targets if folder in target.parents]:
+            raise ConfigError(f"output {inside[0]} lies within {folder}, which is merged. Choose a folder outside of it.")
 
 
 def _check_place(folder: Path, job: _Job, num_outputs: int) -> None:

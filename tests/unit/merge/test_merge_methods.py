@@ -119,6 +119,9 @@ def test_mixed_components_on_the_command_line(tmp_path, capsys):
     assert main([*command, "--verify", "full"]) == 0
     described = json.loads((output / "m" / "release" / "demix_merge.json").read_text())
     assert described["weights"] == {"a": -0.125, "b": 0.75, "c": 0.375}  # b: 4 x .25 x .75
+    mixtures = {"weights": {"a": 0.25, "c": 0.75}, "mixed": {"b": {"a": 0.5, "c": 0.5}}}
+    assert described["second_order"] == mixtures
+    assert main(command) == 0
     for arguments, message in (
         (["--method", "karcher"], "--mixed goes with --components, --method linear"),
         (["--normalize", "off"], "--mixed goes with --components, --method linear"),
@@ -129,6 +132,17 @@ def test_mixed_components_on_the_command_line(tmp_path, capsys):
     mixed.write_text('{"name": "b", "weights": {"a": 0.5}}')
     assert main(command) == 4
     assert "weights sum to 0.5" in capsys.readouterr().err
+
+
+def test_an_output_within_a_component_is_refused(tmp_path, capsys):
+    parts, _ = write_components(tmp_path / "x")
+    (tmp_path / "link").symlink_to(parts["b"])
+    weighted = [f"{parts['a']}:0.5", f"{parts['b']}:0.5", "--quiet", "--output"]
+    for output in (parts["a"] / "merged", tmp_path / "link" / "x" / "merged"):
+        assert main([*weighted, str(output)]) == 2
+        assert "lies within" in capsys.readouterr().err
+        assert not output.parent.joinpath("merged").exists()
+    assert main([*weighted, str(parts["a"].parent / "merged")]) == 0
 
 
 def test_a_merge_by_another_method_is_another_merge(tmp_path):
