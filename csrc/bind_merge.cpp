@@ -46,12 +46,15 @@ py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uin
         py::gil_scoped_release release;
         outcome = plan.run(settings, to);
     }
-    py::list damaged;
+    py::list damaged, not_finite;
     for (std::size_t i = 0; i < outcome.damaged.size(); ++i)
         if (outcome.damaged[i]) damaged.append(i);
+    for (std::size_t i = 0; i < outcome.not_finite.size(); ++i)
+        if (outcome.not_finite[i]) not_finite.append(i);
     py::dict result;
     result["crcs"] = outcome.crcs;
     result["damaged"] = damaged;
+    result["not_finite"] = not_finite;
     result["error"] = outcome.error;
     result["failed_target"] = outcome.failed_target;
     return result;

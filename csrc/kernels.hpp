@@ -23,11 +23,35 @@ inline constexpr int row_block = 4;
 // dst[i] = float32(src[i])
 using Widen = void (*)(const void* src, float* dst, std::size_t n);
 
+// Whether any element is NaN or infinite.
+using NotFinite = bool (*)(const void* src, std::size_t n);
+
 struct Kernels {
     const char* isa;
     WeightedSum one_row[3][3], row_block[3][3];  // [in][out], by DType
     Widen widen[3];
+    NotFinite not_finite[3];
 };
+
+// The loop of every NotFinite: one is added to an exponent, whose carry reaches the sign if all its bits are set.
+template <class Bits, Bits exponent>
+inline __attribute__((always_inline)) bool any_exponent_full(const void* src, std::size_t n) {
+    constexpr Bits one = exponent & (~exponent + 1);
+    Bits seen = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        Bits bits;
+        std::memcpy(&bits, static_cast<const char*>(src) + i * sizeof(Bits), sizeof(Bits));
+        seen |= Bits((bits & exponent) + one);
+    }
+    return seen >> (8 * sizeof(Bits) - 1);
+}
+
+template <DType In>
+inline __attribute__((always_inline)) bool any_not_finite(const void* src, std::size_t n) {
+    if constexpr (In == DType::f32) return any_exponent_full<std::uint32_t, 0x7f800000>(src, n);
+    if constexpr (In == DType::bf16) return any_exponent_full<std::uint16_t, 0x7f80>(src, n);
+    return any_exponent_full<std::uint16_t, 0x7c00>(src, n);
+}
 
 // A kernel for every pair of types, as Kernels holds them. `using D = DType` must be in force.
 #define DEMIX_IN_OUT(kernel, rows)                                                                                        \

@@ -23,12 +23,18 @@ void widen(const void* src, float* dst, std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) dst[i] = load_element<In>(src, i);
 }
 
+template <DType In>
+bool not_finite(const void* src, std::size_t n) {
+    return any_not_finite<In>(src, n);
+}
+
 }  // namespace
 
 const Kernels& scalar_kernels() {
     using D = DType;
     static const Kernels table = {"scalar", DEMIX_IN_OUT(weighted_sum, 1), DEMIX_IN_OUT(weighted_sum, row_block),
-                                  {widen<D::f32>, widen<D::bf16>, widen<D::f16>}};
+                                  {widen<D::f32>, widen<D::bf16>, widen<D::f16>},
+                                  {not_finite<D::f32>, not_finite<D::bf16>, not_finite<D::f16>}};
     return table;
 }
 

@@ -98,9 +98,15 @@ TARGET void widen(const void* src, float* dst, std::size_t n) {
     for (; i < n; ++i) dst[i] = load_element<In>(src, i);
 }
 
+template <DType In>
+TARGET bool not_finite(const void* src, std::size_t n) {
+    return any_not_finite<In>(src, n);
+}
+
 const Kernels& table(const char* isa) {
     using D = DType;
     static const Kernels kernels = {isa, DEMIX_IN_OUT(weighted_sum, 1), DEMIX_IN_OUT(weighted_sum, row_block),
-                                    {widen<D::f32>, widen<D::bf16>, widen<D::f16>}};
+                                    {widen<D::f32>, widen<D::bf16>, widen<D::f16>},
+                                    {not_finite<D::f32>, not_finite<D::bf16>, not_finite<D::f16>}};
     return kernels;
 }

@@ -24,7 +24,8 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
     Execution x{*this, settings, to, kernels(settings.isa), make_weight_sets(settings, num_sources_), {}, {0},
                 std::vector<std::atomic<std::uint32_t>>(to_files ? num_results : 0),
                 std::vector<std::atomic<std::uint32_t>>(settings.check_sources ? records_.size() : 0),
-                std::vector<std::atomic<std::uint64_t>>(settings.check_sources ? records_.size() : 0)};
+                std::vector<std::atomic<std::uint64_t>>(settings.check_sources ? records_.size() : 0),
+                std::vector<std::atomic<std::uint8_t>>(to_files ? targets_.size() : 0)};
     for (const Target& t : targets_) {
         x.tilings.push_back(make_tiling(t, settings.tile_bytes));
         x.first_tile.push_back(x.first_tile.back() + x.tilings.back().num_tiles);
@@ -69,6 +70,7 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
         for (std::size_t t = 0, i = 0; t < targets_.size(); ++t)
             for (int m = 0; m < settings.num_mixtures; ++m, ++i)
                 outcome.crcs.push_back(crc32_finish(x.target_crcs[i].load(), targets_[t].elements() * item_size(targets_[t].out)));
+    for (const std::atomic<std::uint8_t>& seen : x.target_not_finite) outcome.not_finite.push_back(seen.load());
     if (settings.check_sources)
         for (std::size_t i = 0; i < records_.size(); ++i) {
             const std::uint64_t read = x.record_read[i].load();

@@ -66,6 +66,7 @@ struct Settings {
 struct Outcome {
     std::vector<std::uint32_t> crcs;      // [T][M] of what was written; empty for addresses
     std::vector<std::uint8_t> damaged;    // [records] 1 where check_sources found other bytes than the CRC promises
+    std::vector<std::uint8_t> not_finite; // [T] 1 where a result holds NaN or infinity; empty for addresses
     int error = 0;                        // errno of a failed write, 0 if none
     std::int64_t failed_target = -1;
 };

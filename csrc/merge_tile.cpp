@@ -128,6 +128,8 @@ void TileWorker::write(const Target& t, std::int64_t target_index, std::uint64_t
     const std::uint64_t total = t.elements() * item_size(t.out);
     for (int m = 0; m < num_mixtures_; ++m) {
         const std::size_t at = std::size_t(target_index) * num_mixtures_ + m;
+        if (x_.kernels.not_finite[int(t.out)](outs_[m], bytes / item_size(t.out)))
+            x_.target_not_finite[target_index].store(1, std::memory_order_relaxed);
         x_.target_crcs[at].fetch_xor(crc32_contribution(outs_[m], bytes, total - offset - bytes));
         const int direct = x_.to.direct_descriptors.empty() ? -1 : x_.to.direct_descriptors[at];
         if (const int error = write_tile(x_.to.descriptors[at], direct, outs_[m], bytes, x_.to.offsets[target_index] + offset)) {

@@ -32,6 +32,7 @@ struct Execution {
     std::vector<std::int64_t> first_tile;   // [T + 1]
     std::vector<std::atomic<std::uint32_t>> target_crcs, record_crcs;
     std::vector<std::atomic<std::uint64_t>> record_read;  // bytes
+    std::vector<std::atomic<std::uint8_t>> target_not_finite;
     std::atomic<std::int64_t> next_tile{0};
     std::atomic<bool> stop{false};
     std::atomic<int> error{0};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from hashlib import blake2b
@@ -12,6 +13,7 @@ from typing import Any
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.function import model_function
 from megatron_demix.checkpoint.layers import with_keys
+from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -43,6 +45,13 @@ class Components:
         for k in range(len(self.names)):
             self._check_against_first(k)
             self._check_function(k)
+        for name, checkpoint, state in zip(self.names, self.checkpoints, self.common_states, strict=True):
+            if not state:
+                warnings.warn(
+                    f"component {name!r}: {checkpoint.location.path} holds no {COMMON}, so that its arguments cannot be "
+                    "compared with the others', nor be carried into what is merged. Copy the whole folder, if it had one.",
+                    stacklevel=3,
+                )
         for key, info in first.items():
             self._check_type(info)
             (self.tensors if info.dtype in MERGEABLE else self.copied)[key] = info

@@ -297,6 +297,7 @@ def _merge_group(
                 f"{plan.record_name(outcome['damaged'][0])}: its bytes differ from their checksum. Copy or save the component "
                 "again; nothing was published."
             )
+        plan.warn_not_finite(outcome["not_finite"], np.flatnonzero(recipe.weights_SMK.any(axis=(0, 1))).tolist())
         crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(shape_TM)
         for m, out in enumerate(outputs):
             out.complete(job.mine, crcs_TM[:, m].tolist())

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,13 @@ from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.parts import Cut, Part, Partition
 from megatron_demix.native import MergePlan, crc32, default_threads
+
+# An element that is NaN or infinite has all bits of the exponent.
+_EXPONENTS: dict[str, tuple[np.dtype, Any]] = {
+    "float32": (np.dtype("<u4"), np.uint32(0x7F800000)),
+    "bfloat16": (np.dtype("<u2"), np.uint16(0x7F80)),
+    "float16": (np.dtype("<u2"), np.uint16(0x7C00)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +154,31 @@ class BytePlan:
     def record_name(self, index: int) -> str:
         """The file, tensor and chunk a record was read from."""
         return self._names[index]
+
+    def warn_not_finite(self, targets: Sequence[int], used: Sequence[int]) -> None:
+        """Say why results hold NaN or infinity: which component of those used does, or that the sum left its type's range."""
+        found: dict[str, list[str]] = {}
+        for key in dict.fromkeys(self.boxes[index].key for index in targets):
+            holders = [k for k in used if self._holds_not_finite(k, key)]
+            for why in [f"component {self.components.names[k]!r}" for k in holders] or ["none of the components, but the sum"]:
+                found.setdefault(why, []).append(key)
+        for why, keys in found.items():
+            more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
+            warnings.warn(
+                f"{why}: NaN or infinity in {keys[0]!r}{more}, and so in what was merged. A component that has diverged is "
+                "of no use: take an earlier iteration of it.",
+                stacklevel=2,
+            )
+
+    def _holds_not_finite(self, k: int, key: str) -> bool:
+        info = self.components.infos(key)[k]
+        bits, exponent = _EXPONENTS[info.dtype]
+        for index in range(len(info.chunks)):
+            record = self.components.payload(k, info, index).record
+            elements = record[: record.nbytes // bits.itemsize * bits.itemsize].view(bits)
+            if ((elements & exponent) == exponent).any():
+                return True
+        return False
 
     def _region(self, infos: Sequence[TensorInfo], grids: Sequence[_Grid], lo: Shape, hi: Shape, shift: Shape) -> _Region:
         """The region [lo, hi) of the tensor; target coordinates are the tensor's less `shift`."""

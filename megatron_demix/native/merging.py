@@ -104,8 +104,9 @@ class MergePlan:
         (source_k - base) thinned by these rules; the last source is the base, and its weight must not be 0.
         direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
         so far, about ten times a second.
-        Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their CRC, if check_sources]}. Raises
-        OSError when a write fails, and passes on KeyboardInterrupt after the threads stopped.
+        Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their CRC, if check_sources],
+        "not_finite": [targets that hold NaN or infinity in some mixture, if they went to files]}. Raises OSError when a write
+        fails, and passes on KeyboardInterrupt after the threads stopped.
         """
         weights = np.ascontiguousarray(weights_SMK, np.float32)
         if not np.isfinite(weights).all():

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import yaml
 from dist_checkpoints import bits, parallel_cuts, read_checkpoint, small_model, write_checkpoint
 
+from megatron_demix import native
 from megatron_demix.checkpoint.layout import TRACKER
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import (
@@ -328,6 +330,33 @@ def test_a_flipped_byte_in_a_component(parts, tmp_path):
         (tmp_path / f"bad_{name}" / file.name).write_bytes(data)
         bad = parts | {name: tmp_path / f"bad_{name}"}
         refuse(CorruptInput, "fc1.weight' at .*: its bytes differ from their checksum", bad, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_a_component_that_has_diverged(tmp_path, monkeypatch, dtype, value, isa):
+    monkeypatch.setenv("MEGATRON_DEMIX_ISA", isa)
+    parts = {}
+    for name in "ab":
+        tensors = {"norm": torch.full((40_000,), torch.finfo(dtype).max).to(dtype), "rest": torch.zeros(3, dtype=dtype)}
+        if name == "b":
+            tensors["norm"][12_345] = value
+        parts[name] = write_checkpoint(tmp_path / name, tensors, common={"iteration": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_checkpoints(parts, {"without": {"a": 1.0}}, tmp_path / "out", progress=False)
+    with pytest.warns(UserWarning, match="component 'b': NaN or infinity in 'norm', and so in what was merged"):
+        merge_checkpoints(parts, {"with": {"a": 0.75, "b": 0.25}}, tmp_path / "out", progress=False)
+    with pytest.warns(UserWarning, match="none of the components, but the sum: NaN or infinity in 'norm'"):
+        merge_checkpoints(parts, {"twice": {"a": 2.0}}, tmp_path / "out", normalize="off", progress=False)
+
+
+def test_a_component_without_common_state(tmp_path):
+    parts = {name: write_checkpoint(tmp_path / name, small_model(0), common={"iteration": 1}) for name in "ab"}
+    (parts["b"] / "common.pt").unlink()
+    with pytest.warns(UserWarning, match="component 'b': .*/b holds no common.pt, .* cannot be compared with"):
+        merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
 
 
 def test_a_component_that_is_not_used_is_not_read(parts, tmp_path):
