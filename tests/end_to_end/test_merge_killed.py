@@ -55,6 +55,21 @@ def test_kill_at_random_moments_then_run_again(parts, tmp_path):
     assert tree(out) == whole
 
 
+def test_a_quiet_merge_that_is_asked_to_stop_leaves_nothing(parts, tmp_path):
+    """SIGTERM while the core is at work: a pass of many outputs, whose files are seen to be there."""
+    weights, out = tmp_path / "weights.jsonl", tmp_path / "out"
+    weights.write_text(
+        "".join(json.dumps({"name": f"m{i}", "weights": {"c0": i / 40, "c1": 1 - i / 40}}) + "\n" for i in range(40))
+    )
+    child = subprocess.Popen(command(parts, weights, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not list(out.rglob("*.distcp")):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=200)
+    assert (child.returncode, said) == (130, "stopped; nothing was published.\n")
+    assert not list(out.iterdir())
+
+
 def test_the_tool_reports_errors_by_exit_code(parts, tmp_path):
     def run(*arguments):
         done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=200)
