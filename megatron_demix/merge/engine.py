@@ -352,13 +352,18 @@ def _outputs_per_pass(job: _Job, threads: int, max_memory: int) -> int:
         raise ConfigError(
             f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({format_bytes(smallest)})."
         )
-    files = 2 * len({p.file for p in job.placements})
+    files = 2 * max(1, len({p.file for p in job.mine}))  # inputs are mapped, and not kept open
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files * 1024 + 256
     if soft < wanted:
         soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    if soft - in_use < files:
+        raise ConfigError(
+            f"one output takes {files} open files, but this process may open {max(0, soft - in_use)} more (limit: {soft}). "
+            "Raise the limit (ulimit -n), or share the files among processes (--workers)."
+        )
     return max(1, min(max_memory // smallest, (soft - in_use - 32) // files))
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -526,3 +528,38 @@ def test_strided_sources_whose_runs_end_with_a_single_element(tmp_path):
     found = read_checkpoint(path / "release")["w"].float()
     expected = (whole["a"]["w"].float() + whole["b"]["w"].float()) / 2
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
+
+
+_FEW_FILES = """
+import resource, sys
+from pathlib import Path
+from megatron_demix.checkpoint import writer
+from megatron_demix.command import exit_code
+from megatron_demix.merge.engine import merge_checkpoints
+
+soft, hard, file_bytes = map(int, sys.argv[1:4])
+writer._FILE_BYTES = file_bytes
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+parts = {name: Path(sys.argv[4]) / name for name in "ab"}
+mixture = {"m": {"a": 0.5, "b": 0.5}}
+sys.exit(exit_code(lambda: not merge_checkpoints(parts, mixture, Path(sys.argv[4]) / "out", progress=False)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "file_bytes", "code", "says"),
+    [
+        (32, 4096, 512 << 20, 0, ""),  # far more input files than may be open
+        (32, 32, 512 << 20, 0, ""),
+        (32, 4096, 100, 0, ""),  # far more output files, too
+        (32, 32, 100, 2, r"one output takes \d+ open files, but this process may open \d+ more \(limit: 32\). Raise"),
+    ],
+)
+def test_a_limit_of_open_files(tmp_path, soft, hard, file_bytes, code, says):
+    for name in "ab":
+        tensors = {f"w{i}": torch.full((64,), float(i)) for i in range(80)}
+        write_checkpoint(tmp_path / name, tensors, num_files=80, common={"iteration": 1})
+    limits = map(str, (soft, hard, file_bytes))
+    done = subprocess.run([sys.executable, "-c", _FEW_FILES, *limits, tmp_path], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, bool(re.search(says, done.stderr))) == (code, True), done.stderr
+    assert (tmp_path / "out").exists() == (code == 0)
