@@ -4,6 +4,7 @@ MEGATRON_DEMIX_CUDA=auto|0|1 (1: fail where nvcc is missing), MEGATRON_DEMIX_CUD
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,17 +40,26 @@ class BuildAll(build_ext):
         """A library of its own with the run-time linked in, loaded with ctypes: the core never depends on CUDA."""
         source = Path("csrc/cuda/merge.cu")
         made_from = [source, *Path("csrc/cuda").glob("*.hpp"), Path("csrc/dtype.hpp")]
-        if target.exists() and target.stat().st_mtime >= max(file.stat().st_mtime for file in made_from):
-            return
-        archs = os.environ.get("MEGATRON_DEMIX_CUDA_ARCHS", "80;90").split(";")
+        archs = [arch.strip() for arch in os.environ.get("MEGATRON_DEMIX_CUDA_ARCHS", "80;90").split(";")]
+        if not all(re.fullmatch("[0-9]+[a-z]?", arch) for arch in archs):
+            raise SystemExit(f"MEGATRON_DEMIX_CUDA_ARCHS is {';'.join(archs)!r}, expected numbers such as 80;90.")
+        lowest = min(archs, key=lambda arch: int(arch.rstrip("abcdefghijklmnopqrstuvwxyz")))
         codes = [flag for a in archs for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-        codes += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        # For all that are newer than the lowest one and not listed: the driver translates it.
+        codes += ["-gencode", f"arch=compute_{lowest},code=compute_{lowest}"]
         flags = ["-std=c++17", "-O3", "--threads", "0", "-cudart", "static", "--shared"]
         flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        built = Path(self.build_temp) / "merge_cuda.built"
+        wanted = " ".join([str(target), nvcc, *flags, *codes])
+        new = target.exists() and target.stat().st_mtime >= max(file.stat().st_mtime for file in made_from)
+        if new and built.is_file() and built.read_text() == wanted:
+            return
         unfinished = target.with_suffix(f".{os.getpid()}.so")
         try:
             subprocess.run([nvcc, *flags, *codes, "-o", str(unfinished), str(source)], check=True)
             unfinished.rename(target)
+            built.parent.mkdir(parents=True, exist_ok=True)
+            built.write_text(wanted)
         except subprocess.CalledProcessError as e:
             if required:
                 raise SystemExit(f"nvcc could not compile {source}; see above.") from e

@@ -75,6 +75,17 @@ EXPORT int demix_cuda_device_count() {
 
 EXPORT const char* demix_cuda_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
+// Whether the current device runs what this library was built for: 0, or the cudaError_t that a launch would end with.
+EXPORT int demix_cuda_runs_here() {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaSuccess;
+    with_kernel(DType::f32, DType::f32, 1, 1, [&](auto i, auto o, auto g, auto t) {
+        error = cudaFuncGetAttributes(&attributes, weighted_sum<i(), o(), g(), t()>);
+    });
+    (void)cudaGetLastError();  // or the next launch would be blamed for it
+    return int(error);
+}
+
 // outs[m][i] = round(sum_k weights[m * K + k] * sources[k][i]) on the current device, in `stream`, without waiting.
 // sources, outs: device addresses in host arrays, aligned to their items; K <= 64; dtypes as in csrc/dtype.hpp. Returns a
 // cudaError_t, 0 for success.

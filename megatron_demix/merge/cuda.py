@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -47,6 +48,28 @@ def available() -> bool:
         why = "no CUDA device is visible" if library else f"{LIBRARY} was not built"
         raise ConfigError(f"MEGATRON_DEMIX_CUDA is 1, but {why}. Build where nvcc is and run where a GPU is, or unset it.")
     return works
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels were built for this GPU; warns where they were not. MEGATRON_DEMIX_CUDA=1: raises ConfigError then.
+
+    Only where available()."""
+    import torch
+
+    library = _library()
+    assert library is not None
+    with torch.cuda.device(device):
+        code = library.demix_cuda_runs_here()
+    if not code:
+        return True
+    said = (
+        f"the CUDA kernels do not run on {device} ({library.demix_cuda_error(code).decode()}). Build them for it: "
+        f"MEGATRON_DEMIX_CUDA_ARCHS={''.join(map(str, torch.cuda.get_device_capability(device)))} with setup.py or pip."
+    )
+    if required():
+        raise ConfigError(f"MEGATRON_DEMIX_CUDA is 1, but {said}")
+    warnings.warn(f"{said} Until then proxies are merged on the CPU.", stacklevel=2)
+    return False
 
 
 def required() -> bool:

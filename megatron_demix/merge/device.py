@@ -33,6 +33,8 @@ class DeviceMerge:
         device = _one_device(live)
         if device is None or not allowed or len(components.checkpoints) > cuda.MAX_SOURCES or not cuda.available():
             return
+        if not cuda.runs_on(device):
+            return
         self._device = device
         if fits_on_device(components, live, device):
             self._method = ResidentComponents(components, live, threads)

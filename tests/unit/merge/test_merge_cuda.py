@@ -1,5 +1,12 @@
 """The CUDA kernels: where they are built they load anywhere; where there is a GPU they give the CPU's bits."""
 
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -63,3 +70,64 @@ class TestOnDevice:
         cuda.weighted_sum(device, got, weights)
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a.cpu().clone().view(torch.uint8), b.view(torch.uint8))
+
+
+_OTHER_GPU = """
+extern "C" int demix_cuda_device_count() { return 1; }
+extern "C" int demix_cuda_runs_here() { return 209; }
+extern "C" const char* demix_cuda_error(int) { return "no kernel image is available"; }
+extern "C" int demix_cuda_weighted_sum() { return 209; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_kernels_built_for_another_gpu(tmp_path, monkeypatch):
+    """A library that answers as the real one does there."""
+    (tmp_path / "other.cpp").write_text(_OTHER_GPU)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", tmp_path / "other.so", tmp_path / "other.cpp"], check=True)
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "other.so")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    cuda._library.cache_clear()
+    try:
+        assert cuda.available()
+        with pytest.warns(UserWarning, match=r"no kernel image is available\).*CUDA_ARCHS=75 .*merged on the CPU"):
+            assert not cuda.runs_on(torch.device("cuda:0"))
+        monkeypatch.setenv("MEGATRON_DEMIX_CUDA", "1")
+        with pytest.raises(ConfigError, match="MEGATRON_DEMIX_CUDA is 1, but the CUDA kernels do not run on cuda:0"):
+            cuda.runs_on(torch.device("cuda:0"))
+    finally:
+        cuda._library.cache_clear()
+
+
+def test_other_settings_build_the_kernels_again(tmp_path):
+    """setup.py with a core of one empty file and an nvcc that notes what it is told."""
+    root = Path(__file__).parents[3]
+    for file in ("setup.py", "csrc/cuda/merge.cu", "csrc/dtype.hpp"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / file, tmp_path / file)
+    (tmp_path / "csrc" / "empty.cpp").write_text("")
+    (tmp_path / "megatron_demix").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+    nvcc.chmod(0o755)
+
+    def build(archs: str) -> list[str]:
+        environ = os.environ | {"PATH": f"{nvcc.parent}:{os.environ['PATH']}", "MEGATRON_DEMIX_CUDA": "1"}
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environ | {"MEGATRON_DEMIX_CUDA_ARCHS": archs},
+            check=True,
+            capture_output=True,
+            timeout=200,
+        )
+        return (tmp_path / "said").read_text().splitlines()
+
+    assert len(build("90;80;120")) == len(build("90;80;120")) == 1
+    (first, second) = build("75")
+    assert first.count("code=compute_") == 1
+    assert "arch=compute_80,code=compute_80" in first  # whatever the order, for all between and above
+    assert "code=sm_75" in second
