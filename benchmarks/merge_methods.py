@@ -24,9 +24,10 @@ from merge_inputs import model_shapes, write_component
 from megatron_demix import native
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.merge.named import NEED_BASE, OPTIONS, make_method
+from megatron_demix.merge.named import OPTIONS, make_method
 from megatron_demix.merge.parts import FusedLayout
 from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.merge.sparse import RULES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merge_methods.json"
 TOGETHER = 8
@@ -60,7 +61,7 @@ def main() -> None:
     print(f"{'method':20}{'once':>9}{'':>8}{'again':>9}{'':>8}{f'of {TOGETHER}':>9}{'':>8}")
     for name in OPTIONS:
         options = {"density": arguments.density} if "density" in OPTIONS[name] else {}
-        method = make_method(name, base if name in NEED_BASE else None, layout=layout, **options)
+        method = make_method(name, base if name in RULES else None, layout=layout, **options)
         rows[name] = costs(folders, live, method, arguments)
         cells = (f"{s:9.3f}{s / rows['linear'][what]:7.1f}x" for what, s in rows[name].items())
         print(f"{name:20}" + "".join(cells), flush=True)

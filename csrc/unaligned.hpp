@@ -12,9 +12,4 @@ T load(const std::uint8_t* p) {
     return value;
 }
 
-template <class T>
-void store(std::uint8_t* p, T value) {
-    std::memcpy(p, &value, sizeof value);
-}
-
 }  // namespace demix

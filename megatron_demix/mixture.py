@@ -94,25 +94,6 @@ def actual_shares(merge_weights: Mixture, anchor: Mixture, anchor_share: float) 
     return Mixture({n: anchor_share * anchor[n] + (1 - anchor_share) * a for n, a in merge_weights.items()})
 
 
-def merge_weights_for(shares: Mixture, anchor: Mixture, anchor_share: float) -> Mixture:
-    """The merge weights whose proxy stands for `shares`: (s - b * q) / (1 - b).
-
-    Raises MixtureError naming the domain whose share lies below what the anchor alone gives it (no proxy can reach it).
-    """
-    _check_share(anchor_share)
-    anchor = anchor.over(list(shares), label="anchor")
-    weights = {}
-    for name, share in shares.items():
-        weight = (share - anchor_share * anchor[name]) / (1 - anchor_share)
-        if weight < -TOLERANCE:
-            raise MixtureError(
-                f"share of domain {name!r} is {share:.4g}, but the anchor alone gives it {anchor_share * anchor[name]:.4g}: "
-                "no proxy stands for less. Raise the share, or train components with a smaller anchor share."
-            )
-        weights[name] = max(weight, 0.0)
-    return Mixture.proportional(weights)
-
-
 def _check_share(anchor_share: float) -> None:
     if not 0 <= anchor_share < 1:
         raise MixtureError(f"anchor share is {anchor_share}, expected 0 <= share < 1.")

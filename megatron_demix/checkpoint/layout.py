@@ -35,6 +35,12 @@ def iteration_folder(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def iterations_in(root: Path) -> list[int]:
+    """Iterations of the checkpoints in a run's root, finished or not, ascending."""
+    names = (p.name.removeprefix("iter_") for p in root.glob("iter_*"))
+    return sorted(int(n) for n in names if n.isdigit())
+
+
 def find_checkpoint(path: Path) -> CheckpointDir:
     """The checkpoint at a run's root (through its tracker), an iter_* or release folder, or a bare torch_dist folder.
 

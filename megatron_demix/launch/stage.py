@@ -43,6 +43,7 @@ from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.process import die_with_parent, leave_usr1_to_parent
 from megatron_demix.progress import MetricsLog
+from megatron_demix.train.watch import STOP_SIGNALS
 
 FINAL = (
     ConfigError,
@@ -66,7 +67,7 @@ _SAID = {
 _NEEDS_WAIT_S = 60
 _RANKS_SAVE_S = 60
 _POLL_S = 5
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 _LINGER_S = 10
 """Schedulers kill all tasks of a job when one fails: the other nodes' tasks leave node 0 the time to say why."""
 

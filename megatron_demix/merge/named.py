@@ -17,9 +17,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     **{name: ("scale", *rule.options) for name, rule in RULES.items()},
 }
 
-# Those of them that need to be told what the components were trained from.
-NEED_BASE = tuple(RULES)
-
 
 def make_method(name: str, base: Path | None = None, *, layout: FusedLayout = UNKNOWN, **options: Any) -> Method:
     """A method with its options; one that is None is not given. layout: what is known of fused projections.

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
-from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder
+from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder, iterations_in
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
 from megatron_demix.train.common_state import (
@@ -278,12 +278,6 @@ def _misfit(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...
             return f"{key} has shape {list(found)}, expected {list(shape)}"
     unused = sorted(set(stored) - set(wanted))
     return f"it also has {unused[0]}, which the model has not" if unused else None
-
-
-def iterations_in(work: Path) -> list[int]:
-    """Iterations of the published checkpoints in a run's folder, ascending."""
-    names = (p.name.removeprefix("iter_") for p in work.glob("iter_*"))
-    return sorted(int(n) for n in names if n.isdigit())
 
 
 def _with_group(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dist_checkpoints import read_checkpoint
 from merge_models import NAMES, logical_tensors, model, write_components
 
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.named import NEED_BASE, OPTIONS, make_method
+from megatron_demix.merge.named import OPTIONS, make_method
+from megatron_demix.merge.sparse import RULES
 
 registry = pytest.importorskip("mergekit.merge_methods.registry", reason="needs mergekit 0.1.5")
 base_module = pytest.importorskip("mergekit.merge_methods.base")
@@ -29,7 +30,7 @@ def sources():
 
 def ours(tmp_path, name, weights, *, deltas=True, **options):
     parts, base = write_components(tmp_path)
-    method = make_method(name, base if deltas or name in NEED_BASE else None, **options)
+    method = make_method(name, base if deltas or name in RULES else None, **options)
     (path,) = merge_checkpoints(parts, {"m": weights}, tmp_path / "out", method=method, progress=False, verify="full")
     return logical_tensors(read_checkpoint(path / "release"))
 

@@ -13,9 +13,10 @@ from megatron_demix import native
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import VerificationFailed
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.named import NEED_BASE, OPTIONS, make_method
+from megatron_demix.merge.named import OPTIONS, make_method
 from megatron_demix.merge.oracle_methods import make_oracle
 from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.merge.sparse import RULES
 from megatron_demix.merge.verify import verify_merge
 from megatron_demix.native import DeltaRules, MergePlan
 
@@ -26,7 +27,7 @@ BF16 = torch.bfloat16
 def method_of(name, base, *, deltas=True, **options):
     if "density" in OPTIONS[name]:
         options = {"density": 0.6} | options
-    return make_method(name, base if deltas or name in NEED_BASE else None, **options)
+    return make_method(name, base if deltas or name in RULES else None, **options)
 
 
 def merged(root, parts, method, mixtures=MIXTURES, **settings):

@@ -19,9 +19,10 @@ from megatron_demix import native
 from megatron_demix.checkpoint import writer
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.named import NEED_BASE, OPTIONS, make_method
+from megatron_demix.merge.named import OPTIONS, make_method
 from megatron_demix.merge.parts import FusedLayout
 from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.merge.sparse import RULES
 
 # DEMIX_EXAMPLES=N: so many layouts of each property, for a long run.
 FEW = settings(max_examples=int(os.environ.get("DEMIX_EXAMPLES", "20")), suppress_health_check=list(HealthCheck))
@@ -192,7 +193,7 @@ def test_no_method_sees_how_components_are_stored(data):
     # The first component names the keys, so its layers stay as they are.
     second = [layout(draw, part.tensors, first[0].single if k == 0 else None) for k, part in enumerate(first)]
     name = draw(st.sampled_from(sorted(OPTIONS)))
-    needs_base = name in NEED_BASE or name == "linear"
+    needs_base = name in RULES or name == "linear"
     options = {"density": draw(st.sampled_from([0.2, 0.5, 1.0]))} if "density" in OPTIONS[name] else {}
     mixtures = {"even": {"c0": 0.5, "c1": 0.5}, "uneven": {"c0": 0.9, "c1": 0.1}, "one": {"c1": 1.0}}
     with somewhere() as root:

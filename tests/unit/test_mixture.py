@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_demix.errors import MixtureError
-from megatron_demix.mixture import Mixture, actual_shares, apportion, merge_weights_for
+from megatron_demix.mixture import Mixture, actual_shares, apportion
 
 amounts = st.lists(st.floats(0, 1e9), min_size=1, max_size=8).filter(lambda a: sum(a) > 1e-3)
-shares_below_one = st.floats(0, 0.95)
 
 
 def mixture(values: list[float]) -> Mixture:
@@ -90,21 +89,6 @@ def test_actual_shares_as_in_the_paper():
     """b = 0.5, one general domain as the anchor: domain i gets a_i / 2, general gets 1/2 + a_general / 2."""
     shares = actual_shares(Mixture({"general": 0.2, "math": 0.8}), Mixture({"general": 1.0}), 0.5)
     assert shares == {"general": pytest.approx(0.6), "math": pytest.approx(0.4)}
-
-
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=8), shares_below_one)
-def test_shares_and_merge_weights_are_inverse(pairs, b):
-    weights, anchor = (mixture([v + 1e-3 for v in side]) for side in zip(*pairs, strict=True))
-    back = merge_weights_for(actual_shares(weights, anchor, b), anchor, b)
-    for name in weights:
-        assert back[name] == pytest.approx(weights[name], abs=1e-5)
-
-
-def test_shares_that_no_proxy_reaches():
-    anchor = Mixture.uniform("ab")
-    with pytest.raises(MixtureError, match=r"share of domain 'b' is 0\.1, but the anchor alone gives it 0\.25: no proxy"):
-        merge_weights_for(Mixture({"a": 0.9, "b": 0.1}), anchor, 0.5)
-    assert merge_weights_for(Mixture({"a": 0.75, "b": 0.25}), anchor, 0.5) == {"a": 1.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1, math.nan])

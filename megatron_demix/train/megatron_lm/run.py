@@ -20,8 +20,7 @@ from megatron_demix.study.training import TrainSpec
 from megatron_demix.train.losses import FILE, DivergenceGuard, LossLog, read_losses
 from megatron_demix.train.megatron_lm.log import Iteration, parse_iteration
 from megatron_demix.train.megatron_lm.work import prune, reached
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from megatron_demix.train.watch import STOP_SIGNALS
 
 
 class StockJob(BaseModel):
@@ -65,7 +64,7 @@ def run_rank(job: StockJob, lock: IO) -> int:
         preexec_fn=die_with_parent,
         pass_fds=[lock.fileno()],
     )
-    for signum in _STOP_SIGNALS:
+    for signum in STOP_SIGNALS:
         signal.signal(signum, lambda *_: script.send_signal(signal.SIGTERM))
     assert script.stdout is not None
     with script, closing(_Listener(job)) as listener:
@@ -79,7 +78,7 @@ def run_rank(job: StockJob, lock: IO) -> int:
             script.kill()
             raise
     if script.returncode < 0:  # torchrun has to see it die of the same signal
-        for signum in _STOP_SIGNALS:
+        for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), -script.returncode)
     return script.returncode

@@ -11,17 +11,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megatron_demix.artifact import write_atomic
-from megatron_demix.checkpoint.layout import TRACKER, iteration_folder
+from megatron_demix.checkpoint.layout import TRACKER, iteration_folder, iterations_in
 from megatron_demix.checkpoint.summary import summarize
 from megatron_demix.errors import ConfigError, CorruptInput, EndedEarly
 
 logger = logging.getLogger(__name__)
-
-
-def iterations_in(work: Path) -> list[int]:
-    """Iterations of the checkpoints in a run's folder, finished or not, ascending."""
-    names = (p.name.removeprefix("iter_") for p in work.glob("iter_*"))
-    return sorted(int(n) for n in names if n.isdigit())
 
 
 def reached(work: Path) -> int:
