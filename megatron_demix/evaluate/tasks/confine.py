@@ -1,5 +1,7 @@
 """Runs a Python program that nobody has read, from standard input: `python -I confine.py '{"memory_bytes": ..., ...}'`.
 
+In front of it is a line with a token, which goes to the descriptor `verdict` when the program has come to its end.
+
 A script with the standard library alone; megatron_demix.evaluate.tasks.sandbox starts it. First this process gives up what the
 program must not have. Where the kernel lets an ordinary user make namespaces: the network, every process outside, and writing
 any file but those in an empty folder in memory (it can read what the user can). Everywhere: memory, processor time, open files,
@@ -22,13 +24,12 @@ _MS_NOSUID, _MS_NODEV, _MS_REC, _MS_PRIVATE = 2, 4, 16384, 1 << 18
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER, _SECCOMP_RET_ALLOW, _SECCOMP_RET_ERRNO = 2, 0x7FFF0000, 0x00050000
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of the kernel's packet filters
-_SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}  # what the kernel calls the processor; socket(2)
+_LOAD, _AND, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # instructions of the kernel's packet filters
+_CALLS = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}  # the processor's name; socket(2), socketpair(2)
+_SOCK_STREAM = 1
 _IO_URING_SETUP, _X32 = 425, 0x40000000  # another way to sockets; other numbers for the same calls
 _INSIDE_ID = 1000  # anyone but root, so that a program that is started gains no capabilities
 
-FINISHED = 87
-"""Exit code of a program that ran to its end: one that leaves early with 0 has not passed the tests behind it."""
 ISOLATED = "isolated"
 """What a probe prints where network, files and processes are out of reach."""
 
@@ -91,17 +92,23 @@ class _Filter(ctypes.Structure):
 
 
 def refuse_sockets(libc: ctypes.CDLL) -> None:
-    """socket(2) fails from now on. Connected pairs of sockets, which asyncio and multiprocessing need, do not."""
-    if os.uname().machine not in _SOCKET:
+    """socket(2) fails from now on. Pairs of streams, which asyncio and multiprocessing need, do not: they stay connected to
+    each other, while a datagram socket of a pair can send to any other that a file leads to."""
+    if os.uname().machine not in _CALLS:
         return
-    processor, socket = _SOCKET[os.uname().machine]
+    processor, socket, socketpair = _CALLS[os.uname().machine]
     program = (
         (_LOAD, 0, 0, 4),  # the processor that the call is made for
-        (_IF_EQUAL, 0, 5, processor),
+        (_IF_EQUAL, 0, 10, processor),
         (_LOAD, 0, 0, 0),  # the call's number
-        (_IF_AT_LEAST, 3, 0, _X32),
-        (_IF_EQUAL, 2, 0, _IO_URING_SETUP),
-        (_IF_EQUAL, 1, 0, socket),
+        (_IF_AT_LEAST, 8, 0, _X32),
+        (_IF_EQUAL, 7, 0, _IO_URING_SETUP),
+        (_IF_EQUAL, 6, 0, socket),
+        (_IF_EQUAL, 1, 0, socketpair),
+        (_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
+        (_LOAD, 0, 0, 24),  # its second argument, the type, and flags
+        (_AND, 0, 0, 0xF),
+        (_IF_EQUAL, 0, 1, _SOCK_STREAM),
         (_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
         (_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EACCES),
     )
@@ -114,6 +121,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    token = sys.stdin.readline()
     program = sys.stdin.read()
     folder = os.getcwd()
     isolated = settings["isolate"] and isolate(libc, folder)
@@ -131,7 +139,8 @@ def main() -> None:
         print(ISOLATED if isolated else "limits")
     sys.argv = ["program.py"]
     exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-    sys.exit(FINISHED)
+    # A program that leaves early, with whatever exit code, has not passed the tests behind it.
+    os.write(settings["verdict"], token.encode())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -51,17 +52,20 @@ def run_python(
     with (
         tempfile.TemporaryDirectory(prefix="demix-answer-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as source,
+        tempfile.TemporaryFile() as verdict,
         tempfile.TemporaryFile() as output,
         tempfile.TemporaryFile() as errors,
     ):
-        source.write(program.encode("utf-8", errors="replace"))
+        token = f"{secrets.token_hex()}\n".encode()
+        source.write(token + program.encode("utf-8", errors="replace"))
         source.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", confine.__file__, json.dumps(settings)],
+            [sys.executable, "-I", confine.__file__, json.dumps(settings | {"verdict": verdict.fileno()})],
             stdin=source,
             stdout=output,
             stderr=errors,
             cwd=folder,
+            pass_fds=[verdict.fileno()],
             env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
@@ -71,7 +75,8 @@ def run_python(
             # Its group too, before its number is free for another process.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        passed = process.returncode == confine.FINISHED and not timed_out
+        verdict.seek(0)
+        passed = verdict.read() == token and process.returncode == 0 and not timed_out
         return Outcome(passed, timed_out, _read(output), _last_line(_read(errors, end=True)))
 
 

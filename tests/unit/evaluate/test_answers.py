@@ -134,6 +134,7 @@ def test_one_answer_is_run_once(tasks, monkeypatch):
         ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
         ("def f(:", "SyntaxError: invalid syntax"),
         ("import os; os._exit(0)", ""),
+        ("import os; os._exit(87)", ""),
         ("raise SystemExit", ""),
         ("import ctypes; ctypes.string_at(0)", ""),
         ("\x00", "ValueError: source code string cannot contain null bytes"),
@@ -189,6 +190,12 @@ def test_no_socket_can_be_reached(isolate, tmp_path):
             program = f"import socket; socket.socket(socket.{family}).connect({address!r})"
             outcome = run_python(program, timeout_s=20, isolate=isolate)
             assert (outcome.passed, outcome.problem) == (False, "PermissionError: [Errno 13] Permission denied")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(tmp_path / "log"))
+        program = f"import socket as s; s.socketpair(s.AF_UNIX, s.SOCK_DGRAM)[0].sendto(b'x', {str(tmp_path / 'log')!r})"
+        assert not run_python(program, timeout_s=20, isolate=isolate).passed
+        with pytest.raises(BlockingIOError):
+            log.recv(1, socket.MSG_DONTWAIT)
     assert run_python("import asyncio; asyncio.run(asyncio.sleep(0))", timeout_s=20, isolate=isolate).passed
 
 
