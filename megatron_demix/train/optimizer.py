@@ -107,4 +107,7 @@ def build_schedule(job: TrainJob, optimizer: MegatronOptimizer) -> OptimizerPara
         wd_incr_style="constant",
         wsd_decay_steps=wsd_decay_iters(job.decay_iters) * batch,
         lr_wsd_decay_style="linear",
+        # A checkpoint says how far the schedule is, and the run how long: a run may be resumed to more iterations.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -127,6 +127,15 @@ def test_checkpoints_on_the_way_stay_and_a_run_may_end_before_its_schedule(tmp_p
         make_train_job(tmp_path, train_iters=5, schedule_iters=4)
 
 
+def test_a_run_that_goes_on_to_more_iterations_follows_their_schedule(tmp_path, make_train_job):
+    style = {"lr_decay_style": "linear"}
+    train(make_train_job(tmp_path, train=style, train_iters=4))
+    longer = make_train_job(tmp_path, train=style, train_iters=8)
+    train(longer)
+    rates = [row["learning-rate"] for row in read_losses(longer.work / "losses.jsonl")]
+    assert rates == pytest.approx([3e-3 * (1 - n / 4) for n in range(4)] + [3e-3 * (1 - n / 8) for n in range(4, 8)])
+
+
 def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path, make_train_job, caplog):
     job = make_train_job(tmp_path, train={"save_interval": 1, "keep_checkpoints": 3})
     with stop_in_iteration(5), pytest.raises(Incomplete):
