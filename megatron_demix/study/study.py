@@ -116,6 +116,19 @@ class Study(Section):
                 f"model.num_attention_heads {self.model.num_attention_heads} "
                 f"is not a multiple of parallel.tensor {self.parallel.tensor}"
             )
+        if self.model.num_experts and self.parallel.tensor > 1 and not self.parallel.sequence_parallel:
+            raise ValueError(
+                f"parallel.tensor is {self.parallel.tensor} and the model has experts, which megatron.core trains only with "
+                "parallel.sequence_parallel: true"
+            )
+        parts = (self.parallel.tensor if self.parallel.sequence_parallel else 1) * (
+            2 * self.parallel.context if self.parallel.context > 1 else 1
+        )
+        if self.train.seq_length % parts:
+            raise ValueError(
+                f"train.seq_length {self.train.seq_length} is not a multiple of {parts}: parallel.context cuts it into twice "
+                "as many parts, parallel.sequence_parallel into parallel.tensor"
+            )
         positions = self.model.max_position_embeddings
         if self.model.position_embedding_type == "learned_absolute" and positions and positions < self.train.seq_length:
             raise ValueError(

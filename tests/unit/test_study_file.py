@@ -138,6 +138,14 @@ def put(*path_and_value):
         (put("parallel", {"data": 3}), "train.global_batch_size 8 is not a multiple of micro_batch_size x parallel.data = 3"),
         (put("parallel", {"pipeline": 3}), "model.num_layers 2 is not a multiple of parallel.pipeline 3"),
         (put("parallel", {"tensor": 3}), "model.num_attention_heads 4 is not a multiple of parallel.tensor 3"),
+        (
+            put("parallel", {"tensor": 2, "context": 3, "sequence_parallel": True}),
+            r"train\.seq_length \d+ is not a multiple of 12: parallel\.context cuts it into twice as many parts",
+        ),
+        (
+            lambda data: (put("parallel", {"tensor": 2})(data), put("model", "num_experts", 4)(data)),
+            r"parallel\.tensor is 2 and the model has experts, which megatron\.core trains only with parallel\.sequence_par",
+        ),
         (put("launch", {"slurm": {"sbatch": ["--mail-type=FAIL", "--job-name=x"]}}), "--job-name is decided by demix"),
         (put("launch", {"slurm": {"sbatch": ["-M other"]}}), "-M is decided by demix"),
         (
