@@ -28,6 +28,7 @@ class _Child:
     stage: Stage
     process: subprocess.Popen
     started: float
+    devices: Sequence[str] = ()
 
 
 def run_stages(
@@ -39,7 +40,7 @@ def run_stages(
     display: Display,
     locked: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make every stage that is not done, needs first, at most `jobs` at a time.
+    """Make every stage that is not done, needs first, at most `jobs` at a time, each with GPUs of its own where there are any.
 
     locked: called first, when the run's lock is held; what it raises ends this.
 
@@ -58,6 +59,7 @@ def run_stages(
             forget(stage)
         display.begin(stages, already_done=[s for s in stages if s not in pending])
         children: list[_Child] = []
+        devices = _devices() if jobs > 1 else []
         try:
             while pending or children:
                 for child in [c for c in children if c.process.poll() is not None]:
@@ -67,11 +69,14 @@ def run_stages(
                 ready = [s for s in pending if not any(n.name in waiting for n in s.needs)]
                 here = [s for s in ready if not s.ranks]
                 for stage in [s for s in ready if s.ranks][: max(0, jobs - len(children))]:
+                    free = [d for d in devices if not any(d in child.devices for child in children)]
+                    if children and len(free) < min(stage.ranks, len(devices)):
+                        break
                     pending.remove(stage)
                     display.started(stage)
                     started = time.monotonic()
-                    if ranks := _spawn(stage, threads_per_rank):
-                        children.append(_Child(stage, ranks, started))
+                    if ranks := _spawn(stage, threads_per_rank, free[: stage.ranks]):
+                        children.append(_Child(stage, ranks, started, free[: stage.ranks]))
                     else:
                         _finish(stage, started, metrics, display)
                 if here:
@@ -110,12 +115,19 @@ def _remembered(stage: Stage) -> Iterator[None]:
         raise
 
 
-def _spawn(stage: Stage, threads_per_rank: int) -> subprocess.Popen | None:
+def _devices() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says, else the numbers of all NVIDIA GPUs."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [device for device in named.split(",") if device]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def _spawn(stage: Stage, threads_per_rank: int, devices: Sequence[str]) -> subprocess.Popen | None:
     """The stage's ranks, None if it needs none. Its lock is free only when all of them have ended."""
     with _remembered(stage), stage_lock(stage) as held:
         if not stage.begin():
             return None
-        return start_ranks(stage, threads_per_rank=threads_per_rank, lock=held)
+        return start_ranks(stage, threads_per_rank=threads_per_rank, lock=held, devices=devices)
 
 
 def _stop(children: list[_Child]) -> None:

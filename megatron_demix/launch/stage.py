@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +82,13 @@ class Nodes:
     port: int = 0
 
 
-def start_ranks(stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: Nodes = Nodes()) -> subprocess.Popen:
+def start_ranks(
+    stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: Nodes = Nodes(), devices: Sequence[str] = ()
+) -> subprocess.Popen:
     """Start this node's part of the ranks of a stage that has begun.
 
     lock: the stage's, which becomes shared with the ranks: each takes it for itself, so that it is free when all of them have
-    ended, even where torchrun was killed and they still save.
+    ended, even where torchrun was killed and they still save. devices: the GPUs they may use; none: whatever there is.
     """
     if lock:
         take_lock(lock, f"another process that makes stage {stage.name}", wait_s=0, shared=True)
@@ -100,6 +102,7 @@ def start_ranks(stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: 
             group += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
         command = [sys.executable, "-m", "megatron_demix.launch.ranks", *group]
         command += [f"--nproc-per-node={stage.ranks // nodes.number}", *worker]
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
     log = stage.log if nodes.rank == 0 else stage.log.with_suffix(f".node{nodes.rank}.log")
     with open(log, "ab") as output:
         return subprocess.Popen(
@@ -107,7 +110,7 @@ def start_ranks(stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"} | visible,
             pass_fds=[lock.fileno()] if lock else [],
             start_new_session=True,  # Ctrl-C reaches us alone; we pass it on as SIGTERM
             preexec_fn=leave_usr1_to_parent,  # and so SIGUSR1: torchrun, Megatron-LM and data loaders would die of it

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megatron_demix.errors import Incomplete
+from megatron_demix.launch import local
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.local import run_stages
 from megatron_demix.pipeline.stage import Stage
@@ -63,11 +64,38 @@ def test_a_second_process_is_told_of_the_first(tmp_path):
             run_all(chain(tmp_path, []), tmp_path)
 
 
+def test_stages_side_by_side_have_gpus_of_their_own(tmp_path, monkeypatch):
+    given: list[tuple[str, list[str]]] = []
+
+    def start(stage, *, devices, **_):
+        given.append((stage.name, list(devices)))
+        return subprocess.Popen(["sleep", "0.3"])
+
+    def write_job(stage):
+        return lambda folder: stage().job.write_text("{}")
+
+    stages: dict[str, Stage] = {}
+    for name, ranks in (("a", 2), ("b", 1), ("c", 2), ("d", 8)):
+        make = write_job(lambda name=name: stages[name])
+        stages[name] = Stage(f"components/{name}", tmp_path, {}, (), make, ranks=ranks)
+    monkeypatch.setattr(local, "start_ranks", start)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    run_stages([*stages.values()], tmp_path, jobs=4, threads_per_rank=1, display=Display(quiet=True))
+    assert given == [
+        ("components/a", ["4", "5"]),
+        ("components/b", ["7"]),
+        ("components/c", ["4", "5"]),
+        ("components/d", ["4", "5", "7"]),
+    ]
+    assert all(stage.done() for stage in stages.values())
+
+
 def test_sigterm_ends_as_incomplete(tmp_path):
     script = f"""
 import sys, time
 from pathlib import Path
 from megatron_demix.errors import DemixError
+from megatron_demix.launch import local
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.local import run_stages
 from megatron_demix.pipeline.stage import Stage
