@@ -108,10 +108,9 @@ def evaluate(
 
         from megatron_demix.evaluate.patience import Patience
         from megatron_demix.train.checkpointing import load_weights
-        from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+        from megatron_demix.train.model import build_model, live_tensors, parallel_groups
 
-        initialize_parallel(job.parallel, seed=0, timeout_s=job.train.timeout)
-        try:
+        with parallel_groups(job.parallel, seed=0, timeout_s=job.train.timeout):
             patience = Patience()
             known = _finished_rows(job.work)
             replica = parallel_state.get_data_parallel_rank()
@@ -154,8 +153,6 @@ def evaluate(
             if torch.distributed.get_rank() == 0 and job.part is None:
                 _collect(job, suite)
             torch.distributed.barrier()
-        finally:
-            destroy_parallel()
 
 
 def _turns(job: EvaluateJob, pending: Sequence[str], replica: int, replicas: int) -> Iterator[tuple[str, bool]]:

@@ -10,6 +10,8 @@ import math
 import os
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,20 @@ def destroy_parallel() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def parallel_groups(parallel: ParallelSpec, *, seed: int, timeout_s: int) -> Iterator[None]:
+    """initialize_parallel, for as long as a block of code. After an error NCCL's groups are left to the end of the process:
+    taking them down would wait for the other ranks, one of which may be gone, before anyone has said why."""
+    try:
+        initialize_parallel(parallel, seed=seed, timeout_s=timeout_s)
+        yield
+    except BaseException:
+        if on_cpu():
+            destroy_parallel()
+        raise
+    destroy_parallel()
 
 
 def transformer_engine_works() -> bool:

@@ -26,12 +26,12 @@ def train(job: TrainJob) -> None:
     with cpu_compat():
         # Here and not above: on a CPU these import megatron.core at less than half the cost inside cpu_compat().
         from megatron_demix.train.loop import run
-        from megatron_demix.train.model import destroy_parallel, initialize_parallel
+        from megatron_demix.train.model import parallel_groups
 
         try:
             # Collectives give up a little after the watchdog, which shows where each rank is.
-            initialize_parallel(job.parallel, seed=job.seed, timeout_s=job.train.timeout + 60)
-            run(job)
+            with parallel_groups(job.parallel, seed=job.seed, timeout_s=job.train.timeout + 60):
+                run(job)
         except RuntimeError as e:
             if not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e).lower()):
                 raise
@@ -39,8 +39,6 @@ def train(job: TrainJob) -> None:
                 f"run {job.name}: this rank lost the others ({str(e).splitlines()[0]}). One of them died, or the network: look "
                 "for another rank's error. Run again to go on from the last checkpoint."
             ) from e
-        finally:
-            destroy_parallel()
 
 
 def check_machine(job: TrainJob) -> None:
