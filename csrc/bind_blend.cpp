@@ -93,11 +93,11 @@ void bind_blend(py::module_& m) {
         demix::hash_documents(at<const std::uint8_t>(content), at<const std::int64_t>(offsets), documents, seed, step,
                               at<std::uint64_t>(out));
     });
-    m.def("hash_file", [](int descriptor, std::int64_t begin, std::int64_t end, int threads) {
+    m.def("hash_file", [](int descriptor, std::int64_t begin, std::int64_t end, std::int64_t base, int threads) {
         demix::FileHash h;
         {
             py::gil_scoped_release nogil;
-            h = demix::hash_file(descriptor, begin, end, threads);
+            h = demix::hash_file(descriptor, begin, end, base, threads);
         }
         return py::make_tuple(h.error, h.hash);
     });

@@ -29,7 +29,7 @@ void hash_documents(const std::uint8_t* content, const std::int64_t* offsets, st
         out[i] = hash_document(content + offsets[i], offsets[i + 1] - offsets[i], seed + static_cast<std::uint64_t>(i) * step);
 }
 
-FileHash hash_file(int descriptor, std::int64_t begin, std::int64_t end, int threads) {
+FileHash hash_file(int descriptor, std::int64_t begin, std::int64_t end, std::int64_t base, int threads) {
     std::atomic<int> error{0};
     std::atomic<std::uint64_t> hash{0};
     const std::int64_t blocks = (end - begin + kHashBlock - 1) / kHashBlock;
@@ -48,7 +48,7 @@ FileHash hash_file(int descriptor, std::int64_t begin, std::int64_t end, int thr
                 }
                 got += some;
             }
-            sum += hash_document(buffer.data(), wanted, static_cast<std::uint64_t>(start / kHashBlock));
+            sum += hash_document(buffer.data(), wanted, static_cast<std::uint64_t>((start - base) / kHashBlock));
         }
         hash += sum;
     });

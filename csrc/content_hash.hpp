@@ -18,8 +18,8 @@ struct FileHash {
 
 constexpr std::int64_t kHashBlock = 1 << 20;
 
-// Sum modulo 2^64 of the hash of each block of kHashBlock bytes in [begin, end) of an open file, seeded with the block's number in
-// the file. `begin` is a whole number of blocks, so that a file may be hashed in parts.
-FileHash hash_file(int descriptor, std::int64_t begin, std::int64_t end, int threads);
+// Sum modulo 2^64 of the hash of each block of kHashBlock bytes in [begin, end) of an open file, seeded with the block's number
+// from `base` on. `begin` is a whole number of blocks after it, so that a file may be hashed in parts.
+FileHash hash_file(int descriptor, std::int64_t begin, std::int64_t end, std::int64_t base, int threads);
 
 }  // namespace demix

@@ -72,20 +72,26 @@ def hash_bin(
     path: Path, size: int, *, threads: int = 1, advance: Advance = lambda units=1, *, info=None: None
 ) -> tuple[str, int]:
     """The 64-bit hash of a .bin of this size, as hex, and its modification time. Raises CorruptInput if it becomes another."""
-    total = 0
     try:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
-            for begin in range(0, size, _PART):
-                end = min(begin + _PART, size)
-                total += native.hash_file(file.fileno(), begin, end, threads=threads)
-                advance(end - begin)
+            hashed = hash_span(file.fileno(), 0, size, threads=threads, advance=advance)
             after = os.fstat(file.fileno())
     except OSError as e:
         raise CorruptInput(f"{path} cannot be read as {size} bytes: {e.strerror}.") from e
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size) or after.st_size != size:
         raise CorruptInput(f"{path} changed while it was read. Wait until it is finished, then run again.")
-    return f"{total % 2**64:016x}", after.st_mtime_ns
+    return hashed, after.st_mtime_ns
+
+
+def hash_span(descriptor: int, base: int, size: int, *, threads: int, advance: Advance) -> str:
+    """The hash that a .bin of these `size` bytes would have, which lie in an open file from byte `base` on. Raises OSError."""
+    total = 0
+    for begin in range(base, base + size, _PART):
+        end = min(begin + _PART, base + size)
+        total += native.hash_file(descriptor, begin, end, base=base, threads=threads)
+        advance(end - begin)
+    return f"{total % 2**64:016x}"
 
 
 def _remember(index: Index, hashed: str, mtime_ns: int) -> None:

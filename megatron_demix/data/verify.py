@@ -12,9 +12,10 @@ from megatron_demix.artifact import hash_file
 from megatron_demix.data.blend import BlendPlan, DomainPlan
 from megatron_demix.data.blend_data import DOMAINS_SUFFIX
 from megatron_demix.data.blend_files import manifest_path, read_manifest
-from megatron_demix.data.pool import Pool, Source, open_pool
-from megatron_demix.data.source_digest import fingerprint_sources
+from megatron_demix.data.pool import Domain, Pool, Source, open_pool
+from megatron_demix.data.source_digest import fingerprint_sources, hash_span
 from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
+from megatron_demix.indexed.format import bin_path
 from megatron_demix.indexed.reader import Index, read_index
 from megatron_demix.progress import progress_bar
 
@@ -24,10 +25,10 @@ _BATCH = 4096
 def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]:
     """Count a view or materialised blend again and compare it with its manifest.
 
-    Checks: sizes, digests, every pointer; documents and tokens of each domain; that no document comes back before all others
-    of its domain have come; the content digest (materialised). Where the sources still lie where the manifest says, the plan
-    is made again from them and compared document by document. Returns the counts. Raises VerificationFailed naming the first
-    difference, CorruptInput or ConfigError where there is no blend to read.
+    Checks: sizes, digests, every pointer; documents and tokens of each domain; the content digest (materialised), or the hash
+    that each source's .bin had (view). Where the sources still lie where the manifest says, the plan is made again from them
+    and compared document by document, and no document of a view comes back before all others of its domain have come. Returns
+    the counts. Raises VerificationFailed naming the first difference, CorruptInput or ConfigError where there is no blend.
     """
     prefix = Path(prefix)
     manifest = read_manifest(prefix)
@@ -51,9 +52,9 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
                 f"blend {prefix}: domain {name!r} has {counted[n][0]:,} documents and {counted[n][1]:,} tokens, expected "
                 f"{expected['documents']:,} and {expected['tokens']:,}. Build the blend again."
             )
-        if manifest["mode"] == "view":  # written-out documents have no identity of their own; the sources cover them below
-            _check_repeats(prefix, name, index.pointers[(domain_of == n) & (index.lengths > 0)], expected)
-    if manifest["mode"] == "materialise" and f"{content:016x}" != manifest["content"]:
+    if manifest["mode"] == "view":
+        _check_pool(prefix, manifest, progress)
+    elif f"{content:016x}" != manifest["content"]:
         raise VerificationFailed(
             f"blend {prefix}: content digest {content:016x}, expected {manifest['content']}: tokens changed since it was built."
         )
@@ -87,13 +88,36 @@ def _recount(prefix: Path, domain_of: np.ndarray, num_domains: int, progress: bo
     return list(zip(documents.tolist(), tokens.tolist(), strict=True)), content % 2**64
 
 
-def _check_repeats(prefix: Path, name: str, pointers: np.ndarray, expected: dict[str, Any]) -> None:
-    """In a view, one pointer is one document. Epoch after epoch, none may come more often than epochs were begun."""
+def _check_pool(prefix: Path, manifest: dict[str, Any], progress: bool) -> None:
+    """A view's .bin is its sources' end to end: each part still has the hash that its source had."""
+    base = 0
+    path, size = bin_path(prefix), manifest["files"][".bin"]["bytes"]
+    with open(path, "rb") as file, progress_bar(f"hashing {path.name}", size, unit="bytes", enabled=progress) as advance:
+        for name, domain in manifest["domains"].items():
+            for source in domain["sources"]:
+                end = base + source["bin_bytes"]
+                seen = hash_span(file.fileno(), base, source["bin_bytes"], threads=native.default_threads(), advance=advance)
+                if seen != source["bin_hash64"]:
+                    raise VerificationFailed(
+                        f"{path}: bytes {base:,} to {end:,}, domain {name!r}, have hash {seen}, expected "
+                        f"{source['bin_hash64']}: tokens changed since it was built. Build the blend again; if it shared its "
+                        ".bin by --pool-cache, with another folder there."
+                    )
+                base = end
+
+
+def _check_repeats(prefix: Path, domain: Domain, pointers: np.ndarray, expected: dict[str, Any]) -> None:
+    """In a view, one pointer is one document. Epoch after epoch, none may come more often than epochs were begun, times how
+    often the sources have it: they may be views themselves."""
     begun = -(-(expected["begin"] % expected["available_documents"] + expected["documents"]) // expected["available_documents"])
-    times = np.unique(pointers, return_counts=True)[1]
-    if times.max(initial=0) > begun:
+    there = [i.pointers[i.lengths > 0] + base for i, base in zip(domain.indexes, domain.bases, strict=True)]
+    known, often = np.unique(np.concatenate(there), return_counts=True)
+    seen, times = np.unique(pointers, return_counts=True)
+    most = begun * often[np.minimum(np.searchsorted(known, seen), len(known) - 1)]
+    if len(wrong := np.flatnonzero(times > most)):
         raise VerificationFailed(
-            f"blend {prefix}: a document of domain {name!r} comes {times.max()} times in {begun} epochs. Build the blend again."
+            f"blend {prefix}: a document of domain {domain.name!r} comes {times[wrong[0]]} times, expected {most[wrong[0]]} "
+            f"at most in {begun} epochs. Build the blend again."
         )
 
 
@@ -127,6 +151,9 @@ def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, 
         )
         for name, d in manifest["domains"].items()
     )
+    if manifest["mode"] == "view":  # written-out documents have no identity of their own
+        for n, (name, d) in enumerate(manifest["domains"].items()):
+            _check_repeats(prefix, opened.domains[name], index.pointers[(domain_of == n) & (index.lengths > 0)], d)
     plan = BlendPlan(opened, manifest["seed"], manifest["target_tokens"], parts, ())
     for first, piece in plan.order().pieces(native.default_threads()):
         here = slice(first, first + len(piece.lengths))

@@ -154,12 +154,13 @@ def hash_documents(content: np.ndarray, offsets: np.ndarray, seed: int, *, step:
 HASH_BLOCK = core.HASH_BLOCK
 
 
-def hash_file(descriptor: int, begin: int, end: int, *, threads: int = 1) -> int:
-    """The hash (csrc/content_hash.hpp) of bytes [begin, end) of an open file; begin is a multiple of HASH_BLOCK. Hashes of
-    parts add up, modulo 2^64, to that of the whole. OSError, with EIO where the file ends before."""
-    if begin % HASH_BLOCK or not 0 <= begin <= end:
-        raise ValueError(f"bytes [{begin}, {end}) do not begin at a block of {HASH_BLOCK}")
-    code, digest = core.hash_file(descriptor, begin, end, threads)
+def hash_file(descriptor: int, begin: int, end: int, *, base: int = 0, threads: int = 1) -> int:
+    """The hash (csrc/content_hash.hpp) of bytes [begin, end) of an open file, as if the file began at byte `base`; begin is a
+    multiple of HASH_BLOCK from there. Hashes of parts add up, modulo 2^64, to that of the whole. OSError, with EIO where the
+    file ends before."""
+    if (begin - base) % HASH_BLOCK or not 0 <= base <= begin <= end:
+        raise ValueError(f"bytes [{begin}, {end}) do not begin at a block of {HASH_BLOCK} from byte {base} on")
+    code, digest = core.hash_file(descriptor, begin, end, base, threads)
     if code:
         raise OSError(code, os.strerror(code))
     return digest

@@ -1,14 +1,21 @@
 """Verification: reading a blend again finds what has changed."""
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from blends import build, flip_last_byte
 
 from megatron_demix import native
+from megatron_demix.artifact import hash_file
+from megatron_demix.data.pool import Source
 from megatron_demix.data.verify import verify_blend
 from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
+from megatron_demix.indexed.reader import read_index
+from megatron_demix.indexed.writer import write_index
+from megatron_demix.mixture import Mixture
 
 
 def test_verify_reads_everything_again(pool, tmp_path):
@@ -28,6 +35,54 @@ def test_verify_finds_a_changed_byte(pool, tmp_path, suffix, message):
     build(pool, tmp_path / "b", mode="materialise")
     flip_last_byte(tmp_path / f"b{suffix}")
     with pytest.raises(VerificationFailed, match=message):
+        verify_blend(tmp_path / "b", progress=False)
+
+
+@pytest.mark.parametrize("sources", ["there", "gone"])
+def test_verify_finds_a_changed_byte_of_a_view(pool, tmp_path, sources):
+    build(pool, tmp_path / "b", mixture=Mixture({"prose": 0.9, "math": 0.1}))
+    if sources == "gone":
+        shutil.rmtree(tmp_path / "pool")
+    whole, math = (tmp_path / "b.bin").read_bytes(), json.loads((tmp_path / "b.blend.json").read_text())["domains"]["math"]
+    begin = len(whole) - math["sources"][0]["bin_bytes"]
+    for at, domain in ((0, "prose"), (begin - 1, "prose"), (begin, "math"), (len(whole) - 1, "math")):
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        (tmp_path / "b.bin").write_bytes(changed)
+        with pytest.raises(VerificationFailed, match=f"b.bin: bytes .*, domain '{domain}', have hash .*, expected"):
+            verify_blend(tmp_path / "b", progress=False)
+    (tmp_path / "b.bin").write_bytes(whole)
+    verify_blend(tmp_path / "b", progress=False)
+
+
+@pytest.mark.parametrize("mode", ["view", "materialise"])
+def test_verify_of_a_blend_of_views(pool, tmp_path, mode):
+    """A view that repeats documents is a source like any other: its repeats are not the blend's."""
+    build(pool, tmp_path / "repeats", target=30_000, mixture=Mixture({"math": 1}))
+    twice = {"all": Source((tmp_path / "repeats",)), "code": pool["code"]}
+    build(twice, tmp_path / "b", target=50_000, mixture=Mixture({"all": 0.8, "code": 0.2}), mode=mode)
+    assert verify_blend(tmp_path / "b", progress=False)["sources"] == "compared"
+    shutil.rmtree(tmp_path / "pool")
+    assert "not compared" in verify_blend(tmp_path / "b", progress=False)["sources"]
+
+
+def test_verify_finds_a_document_that_comes_too_often(pool, tmp_path):
+    """In an .idx that someone has put in the place of the blend's, digest and all."""
+    build(pool, tmp_path / "b", target=5_000)
+    index, manifest = tmp_path / "b.idx", tmp_path / "b.blend.json"
+    there = read_index(tmp_path / "b")
+    lengths, pointers = there.lengths.copy(), there.pointers.copy()
+    first, second = np.flatnonzero(np.load(tmp_path / "b.domains.npy") == 0)[:2]
+    write_index(
+        tmp_path / "c.idx",
+        there.dtype,
+        lengths,
+        pointers=np.where(np.arange(len(lengths)) == second, pointers[first], pointers),
+    )
+    old, new = hash_file(index), hash_file(tmp_path / "c.idx")
+    manifest.write_text(manifest.read_text().replace(old, new))
+    (tmp_path / "c.idx").rename(index)
+    with pytest.raises(VerificationFailed, match="a document of domain 'code' comes 2 times, expected 1 at most in 1 epochs"):
         verify_blend(tmp_path / "b", progress=False)
 
 
@@ -69,7 +124,8 @@ def test_a_source_is_hashed_whole_and_once(pool, tmp_path, monkeypatch):
     flip_last_byte(bins[1])
     os.utime(bins[1], ns=(1, 1))  # what no honest program does: the note is believed, but verification is not deceived
     build(pool, tmp_path / "d", target=30_000, remember_hashes=True)
-    assert "has changed since" in verify_blend(tmp_path / "d", progress=False)["sources"]
+    with pytest.raises(VerificationFailed, match="have hash"):
+        verify_blend(tmp_path / "d", progress=False)
 
 
 def test_hash_is_of_every_byte(tmp_path):
@@ -87,5 +143,10 @@ def test_hash_is_of_every_byte(tmp_path):
             assert sum(native.hash_file(file.fileno(), a, b) for a, b in parts) % 2**64 == whole
             with pytest.raises(OSError, match="Input/output error"):
                 native.hash_file(file.fileno(), 0, len(data) + 1)
+        (tmp_path / "y").write_bytes(bytes(5) + other.tobytes())
+        with open(tmp_path / "y", "rb") as file:
+            assert native.hash_file(file.fileno(), 5, 5 + len(data), base=5) == whole
+            with pytest.raises(ValueError, match="do not begin at a block"):
+                native.hash_file(file.fileno(), 5, 6)
         seen.add(whole)
     assert len(seen) == 5
