@@ -1,7 +1,9 @@
-// Python's view of the merge plan, the CRC, the look at pickles, and the processor.
+// Python's view of the merge plan, the CRC, mapped and reserved files, the look at pickles, and the processor.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <fcntl.h>
 
 #include <cerrno>
 #include <memory>
@@ -111,6 +113,19 @@ void bind_merge(py::module_& m) {
         .def("expect_scattered_reads", &MappedFile::expect_scattered_reads, py::arg("scattered"))
         .def("want", &MappedFile::want, py::arg("at"), py::arg("bytes"))
         .def_property_readonly("lost", &MappedFile::lost);
+    // An errno, 0 or EOPNOTSUPP. The system call itself: posix_fallocate writes, where a file system has no such call.
+    m.def("fallocate",
+          [](int descriptor, std::int64_t bytes) {
+              const py::gil_scoped_release release;
+#ifdef __linux__
+              while (::fallocate(descriptor, 0, 0, bytes))
+                  if (errno != EINTR) return errno;
+              return 0;
+#else
+              return EOPNOTSUPP;
+#endif
+          },
+          py::arg("descriptor"), py::arg("bytes"));
     m.def("pickle_scan",
           [](const py::bytes& data) {
               const std::string_view view = data;

@@ -29,7 +29,7 @@ from megatron_demix.checkpoint.common_state import write_common_state
 from megatron_demix.checkpoint.layout import BACKEND, COMMON, METADATA, TRACKER, find_checkpoint
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
-from megatron_demix.native import crc32
+from megatron_demix.native import crc32, reserve
 
 
 def is_published(
@@ -122,7 +122,7 @@ class Output:
                     path = temporary_beside(path)
                 self._written[file] = path
                 self.descriptors[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-                _reserve(self.descriptors[file], size)
+                reserve(self.descriptors[file], size)
                 self.direct[file] = _open_direct(path)
 
     def write_elements(self, placement: Placement, elements: np.ndarray) -> int:
@@ -241,16 +241,6 @@ def _sizes(placements: Sequence[Placement]) -> dict[str, int]:
     for p in placements:
         sizes[p.file] = max(sizes.get(p.file, 0), p.position + p.length)
     return sizes
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the space now, so that a full disk is noticed before the work; where a file system cannot, only set the size."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as e:
-        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)
 
 
 def _open_direct(path: Path) -> int:

@@ -204,7 +204,7 @@ def write_shards(plan: BlendPlan, work: Path, name: str, worker: tuple[int, int]
     total = sum(tokens for _, (*_, tokens) in todo)
     descriptor = os.open(bin_path(work / name), os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, max(1, plan.tokens * item))
+        native.reserve(descriptor, plan.tokens * item)
         with progress_bar(f"writing {name}", total, unit="tokens", enabled=progress) as advance:
             for number, (begin, end, first_token, tokens) in todo:
                 marker = work / f"shard-{number}.json"

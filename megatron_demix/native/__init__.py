@@ -4,7 +4,6 @@ Everything that crosses into C++ is checked here: dtype, contiguity, size, and t
 """
 
 from megatron_demix.native.checkpoints import (
-    MappedFile,
     crc32,
     scan_pickle,
 )
@@ -21,6 +20,10 @@ from megatron_demix.native.data import (
     hash_file,
     pack_tokens,
     scan_json_lines,
+)
+from megatron_demix.native.files import (
+    MappedFile,
+    reserve,
 )
 from megatron_demix.native.machine import (
     default_threads,
@@ -53,6 +56,7 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "pack_tokens",
+    "reserve",
     "scan_json_lines",
     "scan_pickle",
 ]

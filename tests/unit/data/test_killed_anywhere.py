@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 from blends import build
 
+from megatron_demix import native
 from megatron_demix.data import blend_data, inputs, outputs
 from megatron_demix.data.prepare import prepare_domain, preprocess
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.study.data import TokenizerSpec
 
-CALLS = ("rename", "replace", "fsync", "fdatasync", "pwrite", "unlink", "mkdir", "link", "posix_fallocate", "copy_file_range")
+CALLS = ("rename", "replace", "fsync", "fdatasync", "pwrite", "unlink", "mkdir", "link", "copy_file_range")
 BYTE = load_tokenizer(TokenizerSpec(type="byte"))
 
 
 def runs_until_call(number: int, run) -> bool:
-    """Run in a child that dies before the number-th of CALLS; whether it came to its end."""
+    """Run in a child that dies before the number-th of CALLS and of native.reserve; whether it came to its end."""
     child = os.fork()
     if child == 0:
         left = number
@@ -34,6 +35,7 @@ def runs_until_call(number: int, run) -> bool:
 
         for name in CALLS:
             setattr(os, name, dying(getattr(os, name)))
+        native.reserve = dying(native.reserve)
         try:
             run()
             os._exit(0)

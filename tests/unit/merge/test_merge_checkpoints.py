@@ -19,6 +19,7 @@ import yaml
 from dist_checkpoints import bits, parallel_cuts, read_checkpoint, small_model, write_checkpoint
 
 from megatron_demix import native
+from megatron_demix.checkpoint import output
 from megatron_demix.checkpoint.layout import TRACKER
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import (
@@ -382,7 +383,7 @@ def test_a_full_disk(parts, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(output, "reserve", full)
     refuse(StorageError, "No space left on device", parts, tmp_path)
 
 
@@ -394,7 +395,7 @@ def test_a_disk_that_fills_while_elements_are_written(parts, tmp_path, monkeypat
         return real("/dev/full", os.O_WRONLY) if str(path).endswith(".distcp") else real(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", on_full_disk)
-    monkeypatch.setattr(os, "posix_fallocate", lambda *_: None)
+    monkeypatch.setattr(output, "reserve", lambda *_: None)
     refuse(StorageError, "No space left on device", parts, tmp_path)
 
 

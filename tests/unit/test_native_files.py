@@ -1,0 +1,62 @@
+"""Space for a file that several processes write, on file systems with and without a call for it."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# fallocate(2) ends with EOPNOTSUPP in this process, as it does on NFS 3.
+WITHOUT_FALLOCATE = """
+import ctypes, os, struct, sys
+from megatron_demix import native
+
+number = {"x86_64": 285, "aarch64": 47}[os.uname().machine]
+program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in (
+    (0x20, 0, 0, 0),  # the system call's number
+    (0x15, 0, 1, number),
+    (0x06, 0, 0, 0x00050000 | 95),  # an errno: EOPNOTSUPP
+    (0x06, 0, 0, 0x7FFF0000),  # allowed
+)))
+filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(program)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # no new privileges
+if libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(filter)), 0, 0):
+    sys.exit(77)
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+native.reserve(file, 1 << 24)
+native.reserve(file, 1 << 20)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="needs Linux's seccomp filters"
+)
+def test_nothing_is_written_where_a_file_system_cannot_reserve(tmp_path):
+    """The C library's posix_fallocate would write into every block, over what others write."""
+    path = tmp_path / "shared"
+    path.write_bytes(b"other worker's")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_FALLOCATE, path], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("seccomp filters are not allowed here")
+    assert done.returncode == 0, done.stderr
+    assert path.stat().st_size == 1 << 24
+    assert path.stat().st_blocks * 512 < 1 << 16
+    assert path.read_bytes()[:14] == b"other worker's"
+
+
+def test_reserving_keeps_what_is_there(tmp_path):
+    from megatron_demix import native
+
+    file = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    try:
+        os.pwrite(file, b"there", 100)
+        for size in (1 << 16, 10, 0):
+            native.reserve(file, size)
+            assert os.fstat(file).st_size == 1 << 16
+        assert os.pread(file, 5, 100) == b"there"
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            native.reserve(file, 1 << 62)
+    finally:
+        os.close(file)
