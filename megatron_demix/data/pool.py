@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -197,17 +196,21 @@ def _common_dtype(domains: Mapping[str, Domain]) -> np.dtype:
     return first.dtype
 
 
-def describe_prefix(prefix: Path) -> dict[str, Any]:
-    """What the prepare step noted beside the data (`<prefix>.meta.json`); empty for data made elsewhere."""
-    path = Path(f"{prefix}.meta.json")
-    return read_json(path) if path.is_file() else {}
+def _tokenizer_of(prefix: Path) -> str:
+    """The fingerprint noted beside the data, by the prepare step or in a blend's manifest; "" for data made elsewhere."""
+    from megatron_demix.data.blend_files import manifest_path
+
+    for path in (Path(f"{prefix}.meta.json"), manifest_path(prefix)):
+        if path.is_file() and (found := read_json(path).get("tokenizer")):
+            return found
+    return ""
 
 
 def _common_tokenizer(domains: Mapping[str, Domain]) -> str:
     found: tuple[str, Path] | None = None
     for domain in domains.values():
         for index in domain.indexes:
-            fingerprint = describe_prefix(index.prefix).get("tokenizer", "")
+            fingerprint = _tokenizer_of(index.prefix)
             if not fingerprint:
                 continue
             if found and found[0] != fingerprint:

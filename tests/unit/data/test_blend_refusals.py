@@ -62,6 +62,16 @@ def test_different_tokenizers_are_refused(pool, tmp_path):
     (tmp_path / "pool" / "math_0.meta.json").write_text('{"tokenizer": "bbb"}')
     with pytest.raises(IncompatibleInputs, match=r"domain 'math': .*math_0 was made with tokenizer bbb, .*code_0 with aaa"):
         build(pool, tmp_path / "b")
+    for mode in ("view", "materialise"):
+        name = f"of_{mode}"
+        build({"code": pool["code"]}, tmp_path / name, target=5000, mixture=Mixture({"code": 1}), mode=mode)
+        blends = {"all": Source((tmp_path / name,))}
+        again = build(blends, tmp_path / f"again_{mode}", target=100, mixture=Mixture({"all": 1}))
+        assert again["tokenizer"] == "aaa"
+        with pytest.raises(
+            IncompatibleInputs, match=rf"domain 'math': .*math_0 was made with tokenizer bbb, .*{name} with aaa"
+        ):
+            build({**blends, "math": pool["math"]}, tmp_path / "b", target=100, mixture=Mixture.uniform(["all", "math"]))
 
 
 def test_sentence_split_data_is_refused(tmp_path):
