@@ -88,10 +88,25 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, default=_jsonable, allow_nan=False) + "\n")
 
 
+class KeyGivenTwice(ValueError):
+    """In one object of a JSON text, of which Python would take the last one silently."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """object_pairs_hook for json.loads. Raises KeyGivenTwice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise KeyGivenTwice(f"{twice!r} is given twice. Keep one of them.")
+    return found
+
+
 def read_json(path: Path) -> Any:
-    """Parsed JSON of `path`. Raises CorruptInput naming the file."""
+    """Parsed JSON of `path`, without a key given twice. Raises CorruptInput naming the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except KeyGivenTwice as e:
+        raise CorruptInput(f"{path}: {e}") from e
     except (OSError, ValueError) as e:
         raise CorruptInput(f"{path}: not readable as JSON ({e}).") from e
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from megatron_demix.artifact import KeyGivenTwice, unique_keys
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import TOLERANCE
 
@@ -76,10 +77,6 @@ def _normalized(row: np.ndarray, name: str, shown: Mapping[str, float], normaliz
     return row / total
 
 
-class _Twice(Exception):
-    """A key or a column that is there twice; its name."""
-
-
 def read_weights(path: Path) -> dict[str, dict[str, float]]:
     """Mixtures of a weights.jsonl, one {"name": ..., "weights": {component: weight}} a line; or of a CSV file (.csv) as
     search_mixture.py writes it, an id and then a column a component. Raises ConfigError."""
@@ -107,12 +104,12 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any, dict[str, floa
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line, object_pairs_hook=_unique)
+            row = json.loads(line, object_pairs_hook=unique_keys)
             name, weights = row["name"], row["weights"]
             if not isinstance(weights, dict):
                 raise TypeError(f"weights are a {type(weights).__name__}")
-        except _Twice as e:
-            raise ConfigError(f"{where}: {e.args[0]!r} is given twice. Keep one of them.") from e
+        except KeyGivenTwice as e:
+            raise ConfigError(f"{where}: {e}") from e
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             form = '{"name": ..., "weights": {component: weight}}'
             raise ConfigError(f"{where}: expected {form}, found {line[:80]!r} ({e!r}).") from e
@@ -142,15 +139,6 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str, dict[str, float
             yield where, name, weights
     except csv.Error as e:
         raise ConfigError(f"{path}, line {rows.line_num}: not CSV ({e}).") from e
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Twice(key)
-        found[key] = value
-    return found
 
 
 def _names_a_folder(name: Any) -> bool:

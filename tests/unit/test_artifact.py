@@ -229,3 +229,9 @@ def test_a_killed_writer_leaves_no_artifact_and_its_leftovers_go(tmp_path):
     assert not is_done(target)
     assert len(remove_leftovers(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_given_twice_in_json(tmp_path):
+    (tmp_path / "mixture.json").write_text('{"weights": {"code": 0.5, "math": 0.5, "code": 0.2}}')
+    with pytest.raises(CorruptInput, match=r"mixture\.json: 'code' is given twice\. Keep one of them"):
+        read_json(tmp_path / "mixture.json")
