@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
 
 def _recount(prefix: Path, domain_of: np.ndarray, num_domains: int, progress: bool) -> tuple[list[tuple[int, int]], int]:
     """Documents and tokens of each domain, and the content digest, as the stock reader sees them."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron.core warns about every package it can do without
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
     documents, tokens = np.zeros(num_domains, np.int64), np.zeros(num_domains, np.int64)

@@ -91,6 +91,7 @@ def test_tools(pool, tmp_path):
     build(pool, tmp_path / "c")
     assert (tmp_path / "b.idx").read_bytes() == (tmp_path / "c.idx").read_bytes()
     verified = tool("verify_blend.py", "b", "--quiet")
+    assert verified.stderr == ""
     assert verified.returncode == 0, verified.stderr
     assert "b: sound." in verified.stdout
     short = tool("build_blend.py", *options, "--target-tokens", "30B")
