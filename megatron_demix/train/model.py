@@ -120,8 +120,14 @@ def use_transformer_engine(model: ModelSpec) -> bool:
 
 
 def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpec) -> TransformerConfig:
-    """megatron.core's configuration of this model on this machine. Fused kernels are asked for only where they exist."""
+    """megatron.core's configuration of this model on this machine. Fused kernels are asked for only where they exist. Raises
+    ConfigError for a layout that the local layers cannot have."""
     te, gpu = use_transformer_engine(model), not on_cpu()
+    if not te and (parallel.context > 1 or parallel.sequence_parallel):
+        raise ConfigError(
+            "parallel.context > 1 and parallel.sequence_parallel need Transformer Engine's attention and norms, and this model "
+            "has the local ones: install it (pip install megatron-demix[te]) and leave model.transformer_impl at auto."
+        )
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     moe = {}
     if model.num_experts is not None:

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_demix.artifact import hash_file, read_json
 from megatron_demix.errors import ConfigError, CorruptInput, Diverged, IncompatibleInputs, Incomplete, StorageError
+from megatron_demix.train.compat import cpu_compat
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
 
@@ -231,6 +232,16 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, make_t
 def test_what_a_cpu_cannot_run_is_refused(tmp_path, make_train_job):
     with pytest.raises(ConfigError, match=r"on a CPU these cannot run: parallel.context > 1 .*; parallel.sequence_parallel"):
         train(make_train_job(tmp_path, parallel={"context": 2, "sequence_parallel": True}))
+
+
+def test_what_needs_transformer_engine_is_refused_with_a_gpu_alone(make_train_job, tmp_path):
+    with cpu_compat():
+        from megatron_demix.train.model import transformer_config
+
+        for parallel in ({"context": 2}, {"tensor": 2, "sequence_parallel": True}):
+            job = make_train_job(tmp_path, parallel=parallel)
+            with pytest.raises(ConfigError, match="need Transformer Engine's attention and norms"):
+                transformer_config(job.model, job.train, job.parallel)
     with pytest.raises(ConfigError, match=r"needs 4 ranks; start it with torchrun"):
         train(make_train_job(tmp_path, parallel={"tensor": 2, "pipeline": 2}))
     with pytest.raises(ConfigError, match=r"transformer_impl is transformer_engine, but there is no CUDA device"):
