@@ -210,7 +210,12 @@ def write_shards(plan: BlendPlan, work: Path, name: str, worker: tuple[int, int]
                 marker = work / f"shard-{number}.json"
                 if not marker.is_file():
                     offset = first_token * item
-                    content = native.gather(lengths, pointers, begin, end, item, pool, descriptor, offset, threads=threads)
+                    try:
+                        content = native.gather(
+                            lengths, pointers, begin, end, item, pool.spans, descriptor, offset, threads=threads
+                        )
+                    finally:
+                        pool.check_still_there()
                     os.fdatasync(descriptor)
                     write_json(marker, {"content": f"{content:016x}"})
                 advance(tokens)

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_demix import native
 from megatron_demix.artifact import read_json
-from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.indexed.format import bin_path
 from megatron_demix.indexed.reader import Index, read_index
 
@@ -127,9 +127,34 @@ class OpenPool:
     def num_bytes(self) -> int:
         return sum(i.bin_bytes for i, _ in self.indexes)
 
-    def contents(self) -> list[tuple[np.ndarray, int]]:
-        """The mapped .bin files and their bases; empty ones are left out."""
-        return [(np.memmap(bin_path(i.prefix), np.uint8, mode="r"), base) for i, base in self.indexes if i.bin_bytes]
+    def contents(self) -> PoolBytes:
+        """Raises CorruptInput."""
+        return PoolBytes([(i, base) for i, base in self.indexes if i.bin_bytes])
+
+
+class PoolBytes:
+    """The mapped .bin files of a pool. spans: the bytes (uint8) of each that is not empty, and its base."""
+
+    def __init__(self, indexes: Sequence[tuple[Index, int]]) -> None:
+        self._indexes, self._files = [index for index, _ in indexes], []
+        for index in self._indexes:
+            try:
+                self._files.append(native.MappedFile(bin_path(index.prefix)))
+            except OSError as e:
+                raise CorruptInput(f"{bin_path(index.prefix)} cannot be read: {e.strerror}.") from e
+        self.check_still_there()
+        self.spans = [(file.data, base) for file, (_, base) in zip(self._files, indexes, strict=True)]
+
+    def check_still_there(self) -> None:
+        """Raises CorruptInput if a file has been cut short or its disk has failed: zeros may have been read in its place."""
+        for index, file in zip(self._indexes, self._files, strict=True):
+            path = bin_path(index.prefix)
+            seen = path.stat().st_size if path.is_file() else 0
+            if file.lost or file.data.size < index.bin_bytes or seen < index.bin_bytes:
+                raise CorruptInput(
+                    f"{path} has {seen:,} bytes, but had {index.bin_bytes:,} when the blend began: it became shorter, or its "
+                    "disk failed, while it was read. Copy it again from its source, and leave it alone while a blend is built."
+                )
 
 
 def open_pool(pool: Mapping[str, Source]) -> OpenPool:

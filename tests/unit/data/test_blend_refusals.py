@@ -1,6 +1,7 @@
 """What a blend refuses, and what it says then."""
 
 import json
+import os
 import warnings
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from blends import build
 from indexed_data import make_indexed
 
+from megatron_demix import native
+from megatron_demix.data import blend_data
 from megatron_demix.data.blend import Source, feasible_max_shares
 from megatron_demix.data.pool import Pool
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
@@ -49,6 +52,37 @@ def test_damaged_sources_are_refused(pool, tmp_path):
             build(pool, tmp_path / "b")
         path.write_bytes(good)
     assert not list(tmp_path.glob("*b.*"))
+
+
+@pytest.mark.parametrize("left", [-1, 0, 1 << 19])
+@pytest.mark.parametrize("mode", ["view", "materialise"])
+def test_a_source_that_becomes_shorter_while_it_is_read(tmp_path, monkeypatch, mode, left):
+    """Also by less than a page, where the kernel has zeros for it, and in a document that is written from where it lies."""
+    pool = {"a": Source((make_indexed(tmp_path / "a", [700_000, 100, 200]),))}
+    path = tmp_path / "a.bin"
+    step, real = ("gather", native.gather) if mode == "materialise" else ("_copy_pool", blend_data._copy_pool)
+
+    def after_it_was_cut(*arguments, **options):
+        os.truncate(path, path.stat().st_size - 1 if left < 0 else left)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(native if mode == "materialise" else blend_data, step, after_it_was_cut)
+    with pytest.raises(CorruptInput, match=r"a\.bin .*became shorter"):
+        build(pool, tmp_path / "b", target=700_300, mixture=Mixture({"a": 1}), mode=mode)
+    assert not list(tmp_path.glob("b.*"))
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_source_that_becomes_shorter_before_it_is_read(pool, tmp_path, monkeypatch, left):
+    path, real = tmp_path / "pool" / "code_0.bin", blend_data.write_shards
+
+    def after_it_was_cut(*arguments, **options):
+        os.truncate(path, left)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(blend_data, "write_shards", after_it_was_cut)
+    with pytest.raises(CorruptInput, match=rf"code_0\.bin has {left:,} bytes, but had .* when the blend began"):
+        build(pool, tmp_path / "b", mode="materialise")
 
 
 def test_more_documents_than_megatron_can_number(tmp_path):
