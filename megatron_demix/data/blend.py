@@ -15,6 +15,7 @@ manifest) and, written last, P.blend.json, the manifest. In mode args: P.args.tx
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +204,27 @@ def build_blend(
     hashed = fingerprint_sources(sources, threads=threads, progress=progress, remembered=remember_hashes)
     manifest = _manifest(plan, hashed, Path(output), mode, on_shortfall)
     warn_of_stale_indexes(Path(output), index_cache)
+    _warn_of_other_shares(plan, mixture.over(list(pool)), Path(output))
     return blend_files.write(
         plan, manifest, Path(output), threads=threads, progress=progress, worker=worker, pool_cache=pool_cache
     )
+
+
+_NOTICEABLE = 0.02
+"""Of a share, by which it may differ from what was asked for; the report has the same bound."""
+
+
+def _warn_of_other_shares(plan: BlendPlan, asked: Mixture, output: Path) -> None:
+    """Where a domain's documents are long for its part of the budget, or its epochs are limited."""
+    given = {p.domain.name: p.tokens / plan.tokens for p in plan.parts}
+    off = {n: given.get(n, 0.0) for n, share in asked.items() if abs(given.get(n, 0.0) - share) > _NOTICEABLE * share}
+    if off:
+        listed = ", ".join(f"{name} {share:.4g} instead of {asked[name]:.4g}" for name, share in off.items())
+        warnings.warn(
+            f"blend {output}: the shares of its tokens are not those asked for: {listed}. Documents are whole and epochs "
+            "limited; a larger target, or shorter documents, would come nearer.",
+            stacklevel=3,
+        )
 
 
 def _manifest(

@@ -6,13 +6,14 @@ from typing import Any
 
 
 def blend_table(manifest: dict[str, Any]) -> str:
-    """Requested, planned and realised tokens of every domain, with epochs and limits."""
-    rows = [("domain", "share", "requested", "planned", "realised", "documents", "epochs", "limit")]
+    """Requested, planned and realised tokens of every domain, its share as asked for and as it is, with epochs and limits."""
+    rows = [("domain", "share", "asked for", "requested", "planned", "realised", "documents", "epochs", "limit")]
     for name, d in manifest["domains"].items():
         counts = [f"{d[key]:,}" for key in ("requested_tokens", "planned_tokens", "tokens", "documents")]
-        rows.append((name, f"{d['share']:.4f}", *counts, f"{d['epochs']:.3f}", f"{d['max_epochs']:g}"))
+        share = d["tokens"] / manifest["tokens"]
+        rows.append((name, f"{share:.4f}", f"{d['share']:.4f}", *counts, f"{d['epochs']:.3f}", f"{d['max_epochs']:g}"))
     rows.append(
-        ("total", "", f"{manifest['target_tokens']:,}", "", f"{manifest['tokens']:,}", f"{manifest['documents']:,}", "", "")
+        ("total", "", "", f"{manifest['target_tokens']:,}", "", f"{manifest['tokens']:,}", f"{manifest['documents']:,}", "", "")
     )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

@@ -88,6 +88,7 @@ def test_tools(pool, tmp_path):
     built = tool("build_blend.py", *options, "--target-tokens", "60k")
     assert built.returncode == 0, built.stderr
     assert "no prefix of the blend is more than" in built.stdout
+    assert built.stdout.splitlines()[0].split()[:4] == ["domain", "share", "asked", "for"]
     build(pool, tmp_path / "c")
     assert (tmp_path / "b.idx").read_bytes() == (tmp_path / "c.idx").read_bytes()
     verified = tool("verify_blend.py", "b", "--quiet")

@@ -12,6 +12,7 @@ from indexed_data import make_indexed
 from megatron_demix import native
 from megatron_demix.data import blend_data
 from megatron_demix.data.blend import Source, feasible_max_shares
+from megatron_demix.data.blend_report import blend_table
 from megatron_demix.data.pool import Pool
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.indexed.reader import IndexedReader
@@ -171,3 +172,19 @@ def test_stale_index_caches_are_named(pool, tmp_path):
         warnings.simplefilter("error")
         build(pool, tmp_path / "b", index_cache=tmp_path / "cache")
         build(pool, tmp_path / "c", index_cache=tmp_path / "cache")
+
+
+def test_shares_that_are_not_those_asked_for_are_named(pool, tmp_path):
+    """One document dwarfs its domain's part of the budget: it comes whole, or not at all."""
+    pool["math"] = Source((make_indexed(tmp_path / "m", [30_000]),))
+    message = "shares of its tokens are not those asked for: .*math 0.* instead of 0.3"
+    with pytest.warns(UserWarning, match=message):
+        report = build(pool, tmp_path / "b")
+    assert report["domains"]["math"]["tokens"] / report["tokens"] > 0.4
+    table = [line.split() for line in blend_table(report).splitlines()]
+    shares = {row[0]: (float(row[1]), float(row[2])) for row in table[1:4]}
+    assert shares["math"] == (pytest.approx(30_000 / report["tokens"], abs=1e-4), 0.3)
+    assert sum(share for share, _ in shares.values()) == pytest.approx(1, abs=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build({n: pool[n] for n in ("code", "prose")}, tmp_path / "d", mixture=Mixture({"code": 0.5, "prose": 0.5}))
