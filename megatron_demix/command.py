@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_demix.errors import ConfigError, DemixError, StorageError, limit_reached
 
@@ -17,7 +19,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: str = "stopped; nothing was published.") -> int:
-    """What `run` returns; or, with a line on standard error, the code of the error that it raises."""
+    """What `run` returns; or, with a line on standard error, the code of the error that it raises. Warnings are lines, too."""
+    warnings.formatwarning = _in_a_line
     try:
         return run()
     except DemixError as e:
@@ -44,6 +47,15 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
+
+
+_formatted = warnings.formatwarning
+
+
+def _in_a_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """What this project warns of, without the place in its code; others' as Python has it."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent) or filename == sys.argv[0]
+    return f"warning: {message}\n" if ours else _formatted(message, category, filename, lineno, line)
 
 
 def check_at_least(flag: str, value: int, least: int) -> None:

@@ -1,0 +1,21 @@
+"""What a command line of this project says."""
+
+import subprocess
+import sys
+
+WARNS = """
+import warnings
+import megatron_demix
+from megatron_demix.command import exit_code
+def run():
+    warnings.warn_explicit("a share is off", UserWarning, megatron_demix.__file__, 7)
+    warnings.warn_explicit("another's", UserWarning, "/elsewhere/module.py", 7)
+    return 3
+raise SystemExit(exit_code(run))
+"""
+
+
+def test_a_warning_is_a_line_without_its_place_in_the_code():
+    done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert done.stderr.splitlines() == ["warning: a share is off", "/elsewhere/module.py:7: UserWarning: another's"]
