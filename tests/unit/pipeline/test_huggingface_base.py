@@ -121,7 +121,13 @@ def test_with_experts_the_layers_have_to_be_named(folder):
         **sizes, **shape, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, max_position_embeddings=64
     )
     config.save_pretrained(folder / "moe")
-    settings = ["base.huggingface=moe", "model.num_experts=4", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=16"]
+    settings = [
+        "base.huggingface=moe",
+        "parallel.sequence_parallel=true",
+        "model.num_experts=4",
+        "model.moe_router_topk=2",
+        "model.moe_ffn_hidden_size=16",
+    ]
     with pytest.raises(ConfigError, match=r"Set model.transformer_impl to transformer_engine \(GPUs\) or local"):
         dag(folder, *settings)
     assert dag(folder, *settings, "model.transformer_impl=local").study.model.padded_vocab_size == 512
