@@ -208,8 +208,8 @@ def _say_what_was_started(options: argparse.Namespace, now: Started, last: Start
         now = replace(now, until=last.until)
     if more := last.otherwise(now):
         same = shlex.join(["demix", options.command, *_arguments(options)])
-        print(f"note: this study was last started with other settings than it has here. For what was started:\n  {same} {more}",
-              file=sys.stderr)  # fmt: skip
+        note = "note: this study was last started with other settings than it has here. For what was started:"
+        print(f"{note}\n  {same} {more}", file=sys.stderr)
 
 
 def _stages(dag: Dag, options: argparse.Namespace, started: Started) -> list[Stage]:

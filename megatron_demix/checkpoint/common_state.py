@@ -71,51 +71,13 @@ class _Foreign(Inert):
 
 # Modules that run programs, load code or reach the network: no training state is made of what they have.
 _RUNNING = frozenset(
-    {
-        *(
-            "os",
-            "posix",
-            "nt",
-            "subprocess",
-            "sys",
-            "importlib",
-            "runpy",
-            "pty",
-            "shutil",
-            "socket",
-            "ctypes",
-            "_ctypes",
-            "commands",
-        ),
-        *(
-            "code",
-            "codeop",
-            "pdb",
-            "bdb",
-            "timeit",
-            "cProfile",
-            "profile",
-            "trace",
-            "webbrowser",
-            "pickle",
-            "_pickle",
-            "marshal",
-        ),
-        *(
-            "multiprocessing",
-            "asyncio",
-            "threading",
-            "_thread",
-            "site",
-            "pip",
-            "http",
-            "urllib",
-            "ftplib",
-            "smtplib",
-            "tempfile",
-        ),
-        *("thread", "cPickle", "urllib2", "httplib"),  # as pickles of the old protocols name them
-    }
+    (
+        *("os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "pty", "shutil", "socket", "ctypes", "_ctypes"),
+        *("code", "codeop", "pdb", "bdb", "timeit", "cProfile", "profile", "trace", "webbrowser", "pickle", "_pickle"),
+        *("marshal", "multiprocessing", "asyncio", "threading", "_thread", "site", "pip", "http", "urllib", "ftplib"),
+        *("smtplib", "tempfile"),
+        *("commands", "thread", "cPickle", "urllib2", "httplib"),  # as pickles of the old protocols name them
+    )
 )
 _RUNNING_BUILTINS = frozenset({"eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint", "globals"})
 

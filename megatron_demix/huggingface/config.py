@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import read_json
-from megatron_demix.checkpoint.function import DESCRIBING, PLAIN, by_known_names, model_function
+from megatron_demix.checkpoint.model_function import DESCRIBING, PLAIN, by_known_names, model_function
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 
 

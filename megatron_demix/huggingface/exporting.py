@@ -15,8 +15,8 @@ import numpy as np
 from megatron_demix.artifact import remove_leftovers, temporary_beside
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.elements import ARRAY_DTYPES, ElementReader
-from megatron_demix.checkpoint.function import DESCRIBING
 from megatron_demix.checkpoint.metadata import TensorInfo
+from megatron_demix.checkpoint.model_function import DESCRIBING
 from megatron_demix.checkpoint.output import resolved
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, IncompatibleInputs, OutputExists, storage_errors

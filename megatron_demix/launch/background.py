@@ -15,7 +15,7 @@ from megatron_demix.errors import Incomplete, StageFailed
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.local import holder
 from megatron_demix.launch.slurm import refuse_beside_jobs
-from megatron_demix.launch.stage import is_made
+from megatron_demix.launch.stage import is_being_made
 from megatron_demix.pipeline.dag import Dag
 from megatron_demix.units import format_duration
 
@@ -43,7 +43,7 @@ class Background:
 
     def activity(self) -> Mapping[str, Activity]:
         """Stages with ranks only: the others are done as soon as they are looked at."""
-        return {s.name: Activity("running") for s in self._dag.all if s.ranks and is_made(s)}
+        return {s.name: Activity("running") for s in self._dag.all if s.ranks and is_being_made(s)}
 
 
 def log_of(run: Path) -> Path:

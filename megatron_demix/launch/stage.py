@@ -126,7 +126,7 @@ def stage_lock(stage: Stage) -> Iterator[IO]:
         yield file
 
 
-def is_made(stage: Stage) -> bool:
+def is_being_made(stage: Stage) -> bool:
     """Whether some process has a stage's lock now."""
     try:
         with open(stage.lock, "r+") as file:

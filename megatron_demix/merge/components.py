@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
-from megatron_demix.checkpoint.function import model_function
 from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.metadata import TensorInfo
+from megatron_demix.checkpoint.model_function import model_function
 from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.tiling import tile

@@ -30,6 +30,8 @@ _EXPONENTS: dict[str, tuple[np.dtype, Any]] = {
     "bfloat16": (np.dtype("<u2"), np.uint16(0x7F80)),
     "float16": (np.dtype("<u2"), np.uint16(0x7C00)),
 }
+_LOOKED_AT_ONCE = 1 << 22
+"""Elements: what is made of them takes memory, and tensors may be of any size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,18 +159,20 @@ class BytePlan:
 
     def warn_not_finite(self, targets: Sequence[int], used: Sequence[int]) -> None:
         """Say why results hold NaN or infinity: which component of those used does, or that the sum left its type's range."""
-        found: dict[str, list[str]] = {}
+        found: dict[int | None, list[str]] = {}
         for key in dict.fromkeys(self.boxes[index].key for index in targets):
             holders = [k for k in used if self._holds_not_finite(k, key)]
-            for why in [f"component {self.components.names[k]!r}" for k in holders] or ["none of the components, but the sum"]:
-                found.setdefault(why, []).append(key)
-        for why, keys in found.items():
-            more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
-            warnings.warn(
-                f"{why}: NaN or infinity in {keys[0]!r}{more}, and so in what was merged. A component that has diverged is "
-                "of no use: take an earlier iteration of it.",
-                stacklevel=2,
-            )
+            for k in holders or (None,):
+                found.setdefault(k, []).append(key)
+        for holder, keys in found.items():
+            where = f"{keys[0]!r}" + (f" and {len(keys) - 1} more tensors" if len(keys) > 1 else "")
+            said = f"NaN or infinity in what was merged, {where}, but in no component: a sum is too large for its type."
+            if holder is not None:
+                said = (
+                    f"component {self.components.names[holder]!r}: NaN or infinity in {where}, and so in what was merged. A "
+                    "component that has diverged is of no use: take an earlier iteration of it."
+                )
+            warnings.warn(said, stacklevel=2)
 
     def _holds_not_finite(self, k: int, key: str) -> bool:
         info = self.components.infos(key)[k]
@@ -176,8 +180,9 @@ class BytePlan:
         for index in range(len(info.chunks)):
             record = self.components.payload(k, info, index).record
             elements = record[: record.nbytes // bits.itemsize * bits.itemsize].view(bits)
-            if ((elements & exponent) == exponent).any():
-                return True
+            for begin in range(0, len(elements), _LOOKED_AT_ONCE):
+                if ((elements[begin : begin + _LOOKED_AT_ONCE] & exponent) == exponent).any():
+                    return True
         return False
 
     def _region(self, infos: Sequence[TensorInfo], grids: Sequence[_Grid], lo: Shape, hi: Shape, shift: Shape) -> _Region:

@@ -16,7 +16,7 @@ from processes import held, kill, processes
 
 from megatron_demix.artifact import hash_file
 from megatron_demix.errors import Incomplete
-from megatron_demix.launch.stage import is_made, stage_lock, start_ranks
+from megatron_demix.launch.stage import is_being_made, stage_lock, start_ranks
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.train.trainer import train
 
@@ -123,7 +123,7 @@ def test_ranks_that_outlive_torchrun_keep_their_stage(tmp_path, make_train_job, 
         with held(ranks):  # as if they saved
             torchrun.kill()
             torchrun.wait()
-            assert is_made(stage)
+            assert is_being_made(stage)
             monkeypatch.setattr("megatron_demix.launch.stage._RANKS_SAVE_S", 1)
             with (
                 pytest.raises(Incomplete, match=r"ranks of .*components/tiny .*: still running after 1 s"),

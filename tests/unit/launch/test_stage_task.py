@@ -142,12 +142,12 @@ def test_a_need_that_is_not_done_is_named(tmp_path, stop, monkeypatch, capsys):
 
 def test_a_stage_that_others_make_is_waited_for_and_named(tmp_path):
     stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=1)
-    assert not task.is_made(stage)
+    assert not task.is_being_made(stage)
     with task.stage_lock(stage):
-        assert task.is_made(stage)
+        assert task.is_being_made(stage)
         with open(stage.lock) as file, pytest.raises(Incomplete, match=r"the others: still running.*\. Let it finish"):
             task.take_lock(file, "the others", wait_s=0)
-    assert not task.is_made(stage)
+    assert not task.is_being_made(stage)
 
 
 def test_a_stage_that_others_made_meanwhile_is_done(tmp_path, stop, monkeypatch):
