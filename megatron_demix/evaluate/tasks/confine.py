@@ -31,7 +31,7 @@ _IO_URING_SETUP, _X32 = 425, 0x40000000  # another way to sockets; other numbers
 _INSIDE_ID = 1000  # anyone but root, so that a program that is started gains no capabilities
 
 ISOLATED = "isolated"
-"""What a probe prints where network, files and processes are out of reach."""
+"""What a probe prints where network, sockets, writing files and other processes are out of reach."""
 
 
 class _MountAttributes(ctypes.Structure):
@@ -91,11 +91,14 @@ class _Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction))]
 
 
-def refuse_sockets(libc: ctypes.CDLL) -> None:
-    """socket(2) fails from now on. Pairs of streams, which asyncio and multiprocessing need, do not: they stay connected to
-    each other, while a datagram socket of a pair can send to any other that a file leads to."""
+def refuse_sockets(libc: ctypes.CDLL) -> bool:
+    """socket(2) fails from now on; False if the kernel has no filters, or the processor is another.
+
+    Pairs of streams, which asyncio and multiprocessing need, can still be made: they stay connected to each other, while a
+    datagram socket of a pair could send to any other that a file leads to.
+    """
     if os.uname().machine not in _CALLS:
-        return
+        return False
     processor, socket, socketpair = _CALLS[os.uname().machine]
     program = (
         (_LOAD, 0, 0, 4),  # the processor that the call is made for
@@ -113,8 +116,7 @@ def refuse_sockets(libc: ctypes.CDLL) -> None:
         (_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EACCES),
     )
     instructions = (_Instruction * len(program))(*(_Instruction(*line) for line in program))
-    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Filter(len(program), instructions)), 0, 0) != 0:
-        os._exit(125)
+    return libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Filter(len(program), instructions)), 0, 0) == 0
 
 
 def main() -> None:
@@ -134,7 +136,7 @@ def main() -> None:
     os.chdir(folder)
     limit(settings)
     drop_capabilities(libc)
-    refuse_sockets(libc)
+    isolated = refuse_sockets(libc) and isolated
     if settings["probe"]:
         print(ISOLATED if isolated else "limits")
     sys.argv = ["program.py"]

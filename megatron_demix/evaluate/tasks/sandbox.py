@@ -1,5 +1,5 @@
 """Programs that a model wrote, in processes of their own: bounded in time, memory, files and processes, and, where the kernel
-allows that, unable to write this machine's files. They open no sockets, and can read what the user can."""
+allows that, unable to write this machine's files and to open sockets. They can read what the user can."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def run_all(programs: Sequence[str], *, timeout_s: float, workers: int) -> list[
 
 @functools.cache
 def is_isolated() -> bool:
-    """Whether programs cannot write this machine's files. Elsewhere only the limits hold, and a caller says so."""
+    """Whether programs can neither write this machine's files nor open sockets. Elsewhere a caller says that they may."""
     return run_python("", timeout_s=30, probe=True).output.strip() == confine.ISOLATED
 
 
