@@ -2,15 +2,11 @@
 // PCLMULQDQ", Intel 2009); the constants are computed here from the polynomial. A byte table elsewhere and for the ends.
 #include "crc32.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
 #if defined(__x86_64__)
-// GCC 12 warns about its own AVX-512 headers (its bug 105593).
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 #include <immintrin.h>
 #endif
 
@@ -88,7 +84,7 @@ Fold fold_by(std::uint64_t bits) {
 }
 
 #define PCLMUL __attribute__((target("pclmul,sse4.1")))
-#define VPCLMUL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,vpclmulqdq,pclmul,sse4.1")))
+#define VPCLMUL __attribute__((target("vpclmulqdq,pclmul,avx2")))
 
 PCLMUL inline __m128i step(__m128i x, __m128i k, __m128i next) {
     return _mm_xor_si128(next, _mm_xor_si128(_mm_clmulepi64_si128(x, k, 0x00), _mm_clmulepi64_si128(x, k, 0x11)));
@@ -122,34 +118,40 @@ PCLMUL std::uint32_t by_pclmul(std::uint32_t state, const unsigned char* p, std:
     return finish(step(step(step(a, k1, b), k1, c), k1, d), p, n);
 }
 
-VPCLMUL inline __m512i wide_step(__m512i x, __m512i k, const unsigned char* p) {
-    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(x, k, 0x00), _mm512_clmulepi64_epi128(x, k, 0x11),
-                                     _mm512_loadu_si512(p), 0x96);
+VPCLMUL inline __m256i fold(__m256i x, __m256i k) {
+    return _mm256_xor_si256(_mm256_clmulepi64_epi128(x, k, 0x00), _mm256_clmulepi64_epi128(x, k, 0x11));
 }
 
-VPCLMUL std::uint32_t by_vpclmul(std::uint32_t state, const unsigned char* p, std::size_t n) {
-    static const Fold by256 = fold_by(2048), by64 = fold_by(512), by16 = fold_by(128);
-    const __m512i k = _mm512_broadcast_i32x4(constant(by256)), k64 = _mm512_broadcast_i32x4(constant(by64));
-    __m512i a = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_zextsi128_si512(_mm_cvtsi32_si128(int(state))));
-    __m512i b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128), d = _mm512_loadu_si512(p + 192);
-    for (p += 256, n -= 256; n >= 256; p += 256, n -= 256) {
-        a = wide_step(a, k, p);
-        b = wide_step(b, k, p + 64);
-        c = wide_step(c, k, p + 128);
-        d = wide_step(d, k, p + 192);
+VPCLMUL inline void add(__m256i& x, const unsigned char* p) {
+    x = _mm256_xor_si256(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+constexpr std::size_t wide_block = 128;
+
+// The sum (xor) of `num` buffers of n bytes each, which is at least a wide block. What is left of them is carried over with the
+// first buffer's pointer alone: n must be a multiple of a wide block if there are several.
+VPCLMUL std::uint32_t by_vpclmul(std::uint32_t state, const unsigned char* const* data, std::size_t num, std::size_t n) {
+    static const Fold by128 = fold_by(1024), by32 = fold_by(256), by16 = fold_by(128);
+    const __m256i k = _mm256_broadcastsi128_si256(constant(by128)), k32 = _mm256_broadcastsi128_si256(constant(by32));
+    __m256i a = _mm256_zextsi128_si256(_mm_cvtsi32_si128(int(state))), b = _mm256_setzero_si256(), c = b, d = b;
+    std::size_t at = 0;
+    for (; at + wide_block <= n; at += wide_block) {
+        if (at) a = fold(a, k), b = fold(b, k), c = fold(c, k), d = fold(d, k);
+        for (std::size_t j = 0; j < num; ++j) {
+            const unsigned char* p = data[j] + at;
+            add(a, p), add(b, p + 32), add(c, p + 64), add(d, p + 96);
+        }
     }
-    alignas(64) unsigned char block[64];
-    const auto chain = [&](__m512i x, __m512i next) VPCLMUL {
-        _mm512_store_si512(block, next);
-        return wide_step(x, k64, block);
-    };
-    a = chain(chain(chain(a, b), c), d);
-    const __m128i k1 = constant(by16);
-    __m128i x = _mm512_extracti32x4_epi32(a, 0);
-    x = step(x, k1, _mm512_extracti32x4_epi32(a, 1));
-    x = step(x, k1, _mm512_extracti32x4_epi32(a, 2));
-    x = step(x, k1, _mm512_extracti32x4_epi32(a, 3));
-    return finish(x, p, n);
+    a = _mm256_xor_si256(fold(a, k32), b);
+    a = _mm256_xor_si256(fold(a, k32), c);
+    a = _mm256_xor_si256(fold(a, k32), d);
+    const __m128i x = step(_mm256_castsi256_si128(a), constant(by16), _mm256_extracti128_si256(a, 1));
+    return finish(x, data[0] + at, n - at);
+}
+
+bool has_vpclmul() {
+    static const bool here = __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx2");
+    return here;
 }
 
 #endif
@@ -159,14 +161,46 @@ VPCLMUL std::uint32_t by_vpclmul(std::uint32_t state, const unsigned char* p, st
 std::uint32_t crc32_raw(std::uint32_t state, const void* data, std::size_t n) {
     const unsigned char* p = static_cast<const unsigned char*>(data);
 #if defined(__x86_64__)
-    static const bool wide = __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f") &&
-                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512dq");
     static const bool folding = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
-    if (wide && n >= 512) return by_vpclmul(state, p, n);
+    if (has_vpclmul() && n >= 2 * wide_block) return by_vpclmul(state, &p, 1, n);
     if (folding && n >= 128) return by_pclmul(state, p, n);
 #endif
     return by_table(state, p, n);
+}
+
+std::uint32_t crc32_raw_staggered(std::uint32_t state, const char* const* data, std::size_t num, std::size_t n) {
+    // Byte q of the staggered sum, counted from where the last buffer begins: buffer j has j bytes more behind its end.
+    const std::size_t late = num - 1;
+    unsigned char piece[512];
+    const auto sum = [&](std::size_t first, std::size_t count) {  // of bytes [first - late, ...)
+        for (std::size_t i = 0; i < count; ++i) {
+            piece[i] = 0;
+            for (std::size_t j = 0; j < num; ++j) {
+                const std::size_t p = first + i + j;  // + late
+                if (p >= late && p < late + n) piece[i] ^= static_cast<unsigned char>(data[j][p - late]);
+            }
+        }
+    };
+    const auto add = [&](std::uint32_t from, std::size_t first, std::size_t end) {
+        for (std::size_t count; first < end; first += count) {
+            count = std::min(end - first, sizeof piece);
+            sum(first, count);
+            from = crc32_raw(from, piece, count);
+        }
+        return from;
+    };
+    state ^= add(0, 0, late);  // where the bytes before these are staggered into
+    std::size_t first = late;
+#if defined(__x86_64__)
+    if (has_vpclmul() && num <= max_staggered && n >= late + wide_block) {
+        const unsigned char* starts[max_staggered];
+        for (std::size_t j = 0; j < num; ++j) starts[j] = reinterpret_cast<const unsigned char*>(data[j]) + j;
+        const std::size_t whole = (n - late) / wide_block * wide_block;
+        state = by_vpclmul(state, starts, num, whole);
+        first += whole;
+    }
+#endif
+    return add(state, first, late + n);
 }
 
 std::uint32_t crc32_shift(std::uint32_t state, std::uint64_t n) {

@@ -9,6 +9,12 @@ namespace demix {
 // The register after n bytes, without the inversions before and after. Linear over GF(2) in `state` and in the bytes.
 std::uint32_t crc32_raw(std::uint32_t state, const void* data, std::size_t n);
 
+// The register after the xor of `num` <= max_staggered buffers of n bytes each, in which j zero bytes follow buffer j: the sum over
+// j of crc32_shift(crc32_raw(0, data[j], n), j), for the cost of little more than one of them. `state` is what this returned for
+// the n bytes before in all buffers, or 0. Staggered, because damage at the same place of two buffers does not cancel.
+std::uint32_t crc32_raw_staggered(std::uint32_t state, const char* const* data, std::size_t num, std::size_t n);
+inline constexpr std::size_t max_staggered = 32;
+
 // The register after n more zero bytes.
 std::uint32_t crc32_shift(std::uint32_t state, std::uint64_t n);
 

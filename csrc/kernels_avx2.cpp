@@ -15,8 +15,8 @@ namespace {
 
 struct V {
     static constexpr std::size_t lanes = 8;
-    static constexpr int columns = 2;
-    static constexpr bool converts_pairs = false;
+    static constexpr int rows = 2, columns = 4;
+    static constexpr bool converts_pairs = true;
     using Float = __m256;
 
     INLINE Float splat(float f) { return _mm256_set1_ps(f); }
@@ -38,16 +38,41 @@ struct V {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
     }
 
+    // Rounded in integers; a NaN is found by adding up what is converted (the sum is NaN as well, also of infinities), which the
+    // pipelines for additions do beside the multiply-adds.
+    struct Watch {
+        Float sums[2];
+        INLINE Watch begin() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+        INLINE void see(Watch& watch, Float a, Float b) {
+            watch.sums[0] = _mm256_add_ps(watch.sums[0], a);
+            watch.sums[1] = _mm256_add_ps(watch.sums[1], b);
+        }
+        INLINE bool saw(const Watch& watch) {
+            const Float all = _mm256_add_ps(watch.sums[0], watch.sums[1]);
+            return _mm256_movemask_ps(_mm256_cmp_ps(all, all, _CMP_UNORD_Q));
+        }
+    };
+
+    INLINE __m256i rounded(Float f) {  // to bf16 (to nearest, ties to even), in the lower halves
+        const __m256i u = _mm256_castps_si256(f), high = _mm256_srli_epi32(u, 16);
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    }
+
+    template <bool PastCache>
+    INLINE void store_pair(void* base, std::size_t i, Float low, Float high) {
+        __m256i* at = reinterpret_cast<__m256i*>(static_cast<char*>(base) + 2 * i);
+        const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(low), rounded(high)), 0b11011000);
+        if constexpr (PastCache) _mm256_stream_si256(at, both);
+        else _mm256_storeu_si256(at, both);
+    }
+
     template <DType Out, bool PastCache>
     INLINE void store(void* base, std::size_t i, Float f) {
         char* at = static_cast<char*>(base) + item_size(Out) * i;
         const __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
         if constexpr (Out == DType::bf16) {
-            // In integers: the hardware convert of newer processors flushes denormals.
-            const __m256i u = _mm256_castps_si256(f);
-            const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-            __m256i h = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
-            h = _mm256_blendv_epi8(h, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
+            const __m256i h = _mm256_blendv_epi8(rounded(f), _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
             const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0b1000);
             store_half<PastCache>(at, _mm256_castsi256_si128(packed));
         } else {

@@ -1,6 +1,7 @@
 // The vector kernels, written once. Included by one kernels_<isa>.cpp each, inside its anonymous namespace, after it has defined
-// TARGET (the function attribute that turns the instruction set on) and `struct V`: lanes, columns (vectors of one result that fit
-// the registers beside those of row_block - 1 others), Float, load<In>, store<Out, PastCache>, splat, mul, fma (fma(a, b, c) =
+// TARGET (the function attribute that turns the instruction set on) and `struct V`: lanes, rows and columns (results that are summed
+// together, and vectors of each: what fits the registers; columns fill whole lines of 64 bytes, because half a line that is written
+// past the caches costs as much as a whole one), Float, load<In>, store<Out, PastCache>, splat, mul, fma (fma(a, b, c) =
 // a * b + c), store_raw; and converts_pairs: whether it has store_pair<PastCache>, which writes two vectors as bf16 unless they hold
 // what its Watch sees.
 
@@ -70,7 +71,7 @@ TARGET std::size_t convert_columns(const void* const* sources, const float* weig
 
 template <DType In, DType Out, int Rows, bool PastCache>
 TARGET void sum_rows(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
-    constexpr int columns = Rows == 1 ? 4 : V::columns;  // several sums in flight hide the latency of the multiply-add
+    constexpr int columns = V::columns;  // several sums in flight hide the latency of the multiply-add
     std::size_t i = 0;
     if constexpr (V::converts_pairs && Out == DType::bf16)
         i = convert_columns<In, Rows, columns, PastCache>(sources, weights, num_sources, dsts, n);
@@ -87,8 +88,9 @@ TARGET void sum_rows(const void* const* sources, const float* weights, int num_s
 template <DType In, DType Out, int Rows>
 TARGET void weighted_sum(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
                          bool past_cache) {
-    const auto sum = past_cache ? sum_rows<In, Out, Rows, true> : sum_rows<In, Out, Rows, false>;
-    sum(sources, weights, num_sources, dsts, n);
+    constexpr int together = std::min(Rows, V::rows);
+    const auto sum = past_cache ? sum_rows<In, Out, together, true> : sum_rows<In, Out, together, false>;
+    for (int r = 0; r < Rows; r += together) sum(sources, weights + r * num_sources, num_sources, dsts + r, n);
 }
 
 template <DType In>

@@ -23,9 +23,8 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
             if (r.weight_set >= settings.num_sets) throw std::invalid_argument("a region names a weight set that is not given");
     Execution x{*this, settings, to, kernels(settings.isa), make_weight_sets(settings, num_sources_), {}, {0},
                 std::vector<std::atomic<std::uint32_t>>(to_files ? num_results : 0),
-                std::vector<std::atomic<std::uint32_t>>(settings.check_sources ? records_.size() : 0),
-                std::vector<std::atomic<std::uint64_t>>(settings.check_sources ? records_.size() : 0),
-                std::vector<std::atomic<std::uint8_t>>(to_files ? targets_.size() : 0)};
+                std::vector<std::atomic<std::uint8_t>>(to_files ? targets_.size() : 0), nullptr};
+    if (settings.check_sources && !x.sets.empty()) x.check = std::make_unique<RecordCheck>(*this, x.sets[0].read);
     for (const Target& t : targets_) {
         x.tilings.push_back(make_tiling(t, settings.tile_bytes));
         x.first_tile.push_back(x.first_tile.back() + x.tilings.back().num_tiles);
@@ -71,14 +70,7 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
             for (int m = 0; m < settings.num_mixtures; ++m, ++i)
                 outcome.crcs.push_back(crc32_finish(x.target_crcs[i].load(), targets_[t].elements() * item_size(targets_[t].out)));
     for (const std::atomic<std::uint8_t>& seen : x.target_not_finite) outcome.not_finite.push_back(seen.load());
-    if (settings.check_sources)
-        for (std::size_t i = 0; i < records_.size(); ++i) {
-            const std::uint64_t read = x.record_read[i].load();
-            // One that the plan needs a part of only is read again, whole.
-            const bool whole = read == records_[i].bytes;
-            outcome.damaged.push_back(read && records_[i].crc != (whole ? crc32_finish(x.record_crcs[i].load(), records_[i].bytes)
-                                                                        : crc32(records_[i].base, records_[i].bytes)));
-        }
+    if (x.check) outcome.damaged = x.check->damaged();
     return outcome;
 }
 

@@ -95,19 +95,22 @@ void TileWorker::meet(const Target& t, const Region& r, const std::int64_t* tile
 void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int64_t n, std::int64_t index) {
     const WeightSet& set = x_.sets[r.weight_set];
     const std::size_t in = item_size(t.in), out = item_size(t.out);
-    const bool check = x_.settings.check_sources;
-    if (check) crcs_.assign(set.read.size(), 0);
+    const auto contiguous = [&](int k) { return n == 1 || r.strides[std::size_t(k) * t.dims + t.dims - 1] == 1; };
+    const bool together = x_.check && x_.check->together(r);
+    if (x_.check) crcs_.assign(set.read.size(), 0), checked_.resize(set.read.size());
     for (std::int64_t i = 0; i < n; i += block_) {
         const std::int64_t count = std::min(block_, n - i);
         views_.assign(sources_.begin(), sources_.end());
         for (std::size_t j = 0; j < set.read.size(); ++j) {
             const int k = set.read[j];
             const std::int64_t stride = r.strides[std::size_t(k) * t.dims + t.dims - 1];
-            views_[k] = stride == 1 || n == 1 ? sources_[k] + std::size_t(i) * in
-                                              : gather(k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
-            if (check && (stride == 1 || n == 1)) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
-            if (check && stride != 1 && n > 1) check_scattered(r, k, sources_[k] + i * stride * std::int64_t(in), stride, in, count);
+            const char* at = sources_[k] + i * stride * std::int64_t(in);
+            views_[k] = contiguous(k) ? sources_[k] + std::size_t(i) * in : gather(k, at, stride, in, count);
+            if (x_.check && !contiguous(k)) check_scattered(r, k, at, stride, in, count);
+            if (x_.check && contiguous(k) && !together) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
+            if (together) checked_[j] = views_[k];
         }
+        if (together) crcs_[0] = crc32_raw_staggered(crcs_[0], checked_.data(), checked_.size(), std::size_t(count) * in);
         for (int m = 0; m < num_mixtures_; ++m) outs_here_[m] = outs_[m] + std::size_t(to + i) * out;
         if (delta_sum_) {
             (*delta_sum_)(r.weight_set, set, t.in, t.out, views_, index + i, outs_here_, std::size_t(count), !to_files_);
@@ -115,13 +118,10 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
             sum_(set, t.in, t.out, views_, outs_here_, std::size_t(count), !to_files_);
         }
     }
-    if (!check) return;
-    for (std::size_t j = 0; j < set.read.size(); ++j) {
-        const int k = set.read[j];
-        x_.record_read[r.records[k]].fetch_add(std::uint64_t(n) * in, std::memory_order_relaxed);
-        if (r.strides[std::size_t(k) * t.dims + t.dims - 1] == 1 || n == 1)
-            contribute(r.records[k], crcs_[j], sources_[k] + std::size_t(n) * in);
-    }
+    if (!x_.check) return;
+    const std::uint64_t bytes = std::uint64_t(n) * in;
+    for (std::size_t j = 0; j < (together ? 1 : set.read.size()); ++j)
+        if (const int k = set.read[j]; contiguous(k)) x_.check->add(r.records[k], crcs_[j], bytes, sources_[k] + bytes);
 }
 
 void TileWorker::write(const Target& t, std::int64_t target_index, std::uint64_t offset, std::size_t bytes) {
@@ -141,14 +141,9 @@ void TileWorker::write(const Target& t, std::int64_t target_index, std::uint64_t
     }
 }
 
-void TileWorker::contribute(int record_index, std::uint32_t crc, const char* end) {
-    const Record& record = x_.plan.records()[record_index];
-    x_.record_crcs[record_index].fetch_xor(crc32_shift(crc, record.bytes - std::uint64_t(end - record.base)));
-}
-
 void TileWorker::check_scattered(const Region& r, int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i, at += stride * std::int64_t(item))
-        contribute(r.records[k], crc32_raw(0, at, item), at + item);
+        x_.check->add(r.records[k], crc32_raw(0, at, item), item, at + item);
 }
 
 const char* TileWorker::gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {

@@ -10,6 +10,7 @@
 #include "delta_sum.hpp"
 #include "merge.hpp"
 #include "merge_sum.hpp"
+#include "record_check.hpp"
 
 namespace demix {
 
@@ -30,9 +31,9 @@ struct Execution {
     std::vector<WeightSet> sets;
     std::vector<Tiling> tilings;            // [T]
     std::vector<std::int64_t> first_tile;   // [T + 1]
-    std::vector<std::atomic<std::uint32_t>> target_crcs, record_crcs;
-    std::vector<std::atomic<std::uint64_t>> record_read;  // bytes
+    std::vector<std::atomic<std::uint32_t>> target_crcs;
     std::vector<std::atomic<std::uint8_t>> target_not_finite;
+    std::unique_ptr<RecordCheck> check;  // null: sources are not checked
     std::atomic<std::int64_t> next_tile{0};
     std::atomic<bool> stop{false};
     std::atomic<int> error{0};
@@ -53,7 +54,6 @@ private:
     // n elements in a row of the target, from `to` within the tile; sources_ hold their addresses, `index` is the first one's number.
     void run(const Target& t, const Region& r, std::int64_t to, std::int64_t n, std::int64_t index);
     void write(const Target& t, std::int64_t target_index, std::uint64_t offset, std::size_t bytes);
-    void contribute(int record_index, std::uint32_t crc, const char* end);
     void check_scattered(const Region& r, int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n);
     const char* gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n);
 
@@ -66,7 +66,7 @@ private:
     Buffer<char> tile_buffer_;
     std::vector<Buffer<char>> gathered_;    // [K]
     std::vector<char*> outs_, outs_here_;   // [M] where the tile lies, and where the elements in work go
-    std::vector<const char*> sources_, views_;
+    std::vector<const char*> sources_, views_, checked_;  // [K], [K], [read]
     std::vector<std::uint32_t> crcs_;
 };
 

@@ -76,6 +76,27 @@ void check_statistics(const MergePlan& plan, const std::string& isa, std::int64_
     CHECK(delta_magnitudes(plan, {0, rank}, 2, 2, kernels(isa))[1] == magnitudes[std::size_t(rank)]);
 }
 
+// The CRC of staggered sums, put together of pieces, against those of the buffers by themselves.
+void random_checksums() {
+    const std::size_t num = std::size_t(draw(1, 12)), n = std::size_t(draw(0, 3000));
+    std::vector<std::unique_ptr<Bytes>> buffers;
+    std::vector<const char*> at;
+    std::uint32_t expected = 0, found = 0;
+    for (std::size_t j = 0; j < num; ++j) {
+        buffers.push_back(std::make_unique<Bytes>(n, draw(0, 1)));
+        for (std::size_t i = 0; i < n; ++i) buffers[j]->data()[i] = char(draw(0, 255));
+        expected ^= crc32_shift(crc32_raw(0, buffers[j]->data(), n), j);
+        at.push_back(buffers[j]->data());
+        CHECK(crc32(at[j], n) == plain_crc(reinterpret_cast<const unsigned char*>(at[j]), n));
+    }
+    for (std::size_t rest = n, count; rest; rest -= count) {
+        count = draw(0, 1) ? rest : std::size_t(draw(1, std::int64_t(rest)));
+        found = crc32_raw_staggered(found, at.data(), num, count);
+        for (const char*& p : at) p += count;
+    }
+    CHECK(found == expected);
+}
+
 void random_plan() {
     const DType in = DType(draw(0, 2)), out = DType(draw(0, 2));
     const int dims = int(draw(1, 4)), num_sources = int(draw(1, 5)), num_mixtures = int(draw(1, 5));
@@ -107,6 +128,12 @@ void random_plan() {
         strides.push_back(view);
         plan.add_record(p, sources.back()->n, plain_crc(reinterpret_cast<unsigned char*>(p), sources.back()->n));
     }
+    // Bytes that are not those whose CRC was promised, at one place of any sources, and the same damage in each.
+    std::vector<bool> damaged(num_sources, false);
+    const std::size_t place = std::size_t(draw(0, elements - 1)) * size_in;
+    const char damage = char(draw(1, 7));
+    for (int k = 0; k < num_sources; ++k)
+        if (draw(0, 3) == 0) damaged[k] = true, sources[k]->data()[place] ^= damage;
     std::vector<std::vector<std::int64_t>> edges(dims);
     for (int d = 0; d < dims; ++d) {
         std::set<std::int64_t> cuts = {0, shape[d]};
@@ -212,7 +239,11 @@ void random_plan() {
     }
     const Outcome outcome = plan.run(settings, to);
     CHECK(outcome.error == 0);
-    for (const auto damaged : outcome.damaged) CHECK(!damaged);
+    for (int k = 0; settings.check_sources && k < num_sources; ++k) {
+        bool read = false;
+        for (int i = k; i < int(weights.size()); i += num_sources) read = read || weights[i] != 0.0f;
+        CHECK(outcome.damaged[k] == (read && damaged[k]));
+    }
     for (int m = 0; m < num_mixtures; ++m) {
         char* got = outs[m]->data();
         if (to_files) {
@@ -259,7 +290,7 @@ int main(int argc, char** argv) {
     CHECK(argc == 4);
     rng.seed(std::strtoull(argv[1], nullptr, 10));
     const long plans = std::atol(argv[2]), pickles = std::atol(argv[3]);
-    for (long i = 0; i < plans; ++i) random_plan();
+    for (long i = 0; i < plans; ++i) random_plan(), random_checksums();
     const std::vector<std::string> seeds = {
         LITERAL("\x80\x02}q\x00(X\x01\x00\x00\x00" "aq\x01K\x01X\x01\x00\x00\x00" "bq\x02" "ctorch\nSize\nq\x03u."),
         LITERAL("\x80\x04\x95\x20\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\x01" "a\x94]\x94(K\x01" "G?\xf0\x00\x00\x00\x00\x00\x00" "eu."),

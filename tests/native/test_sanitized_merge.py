@@ -19,6 +19,7 @@ SOURCES = [
     "row_reader.cpp",
     "tensor_statistics.cpp",
     "crc32.cpp",
+    "record_check.cpp",
     "kernels_scalar.cpp",
     "kernels_avx2.cpp",
     "kernels_avx512.cpp",
