@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.data.blend import build_blend
-from megatron_demix.data.pool import Source
-from megatron_demix.errors import ConfigError
+from megatron_demix.data.blend import build_blend, plan_blend
+from megatron_demix.data.pool import Source, open_pool
+from megatron_demix.data.quota import OnShortfall
+from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture
+from megatron_demix.native import default_threads
 
 
 @dataclass(frozen=True)
@@ -22,23 +24,39 @@ class Stage:
 
 
 def build_curriculum(
-    pool: Mapping[str, Source], stages: Sequence[Stage], output: Path, *, seed: int, **options: Any
+    pool: Mapping[str, Source],
+    stages: Sequence[Stage],
+    output: Path,
+    *,
+    seed: int,
+    on_shortfall: OnShortfall = "error",
+    threads: int | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Build stage n as the blend `output`-stage<n>, n from 1. Options are build_blend's.
 
     A stage goes on where the one before left each domain, so no document comes twice before all of its domain came once, and
     max_epochs holds for all stages together. They are separate blends because GPTDataset shuffles within one: train them one
-    after the other. Raises what build_blend raises; stages that were finished before stay.
+    after the other. All are planned before the first is built. Raises what build_blend raises; stages that were finished
+    before stay.
     """
     if not stages:
         raise ConfigError("curriculum: no stages. Give at least one mixture with its tokens.")
+    opened = open_pool(pool)
+    how: dict[str, Any] = {"seed": seed, "on_shortfall": on_shortfall, "threads": threads or default_threads()}
     used: dict[str, tuple[int, int]] = {}
-    manifests = []
+    begins = []
     for number, stage in enumerate(stages, start=1):
-        prefix = output.with_name(f"{output.name}-stage{number}")
-        manifest = build_blend(pool, stage.mixture, stage.target_tokens, prefix, seed=seed, begin=used, **options)
-        for name, d in manifest["domains"].items():
-            documents, tokens = used.get(name, (0, 0))
-            used[name] = (documents + d["documents"], tokens + d["tokens"])
-        manifests.append(manifest)
-    return manifests
+        begins.append(dict(used))
+        try:
+            plan = plan_blend(opened, stage.mixture, stage.target_tokens, begin=used, **how)
+        except MixtureError as e:
+            raise MixtureError(f"stage {number} of {len(stages)}: {e} No stage was built.") from e
+        for part in plan.parts:
+            documents, tokens = used.get(part.domain.name, (0, 0))
+            used[part.domain.name] = (documents + part.documents, tokens + part.tokens)
+    prefixes = [output.with_name(f"{output.name}-stage{number}") for number in range(1, len(stages) + 1)]
+    return [
+        build_blend(pool, stage.mixture, stage.target_tokens, prefix, begin=begin, **how, **options)
+        for stage, prefix, begin in zip(stages, prefixes, begins, strict=True)
+    ]

@@ -1,7 +1,8 @@
 """Reading text: files of several formats as one ordered stream of blocks, and blocks as batches of documents.
 
 Formats, by file name: .jsonl / .ndjson / .json (one JSON object a line), each also with .gz or .zst; .parquet (one document a
-row); any other file is plain text, one document. Reading a block is cheap and sequential; parsing it is the expensive part and
+row); any other file is plain text, one document, but tables and archives, which would be a single senseless one, are refused.
+Reading a block is cheap and sequential; parsing it is the expensive part and
 may run in another thread.
 """
 
@@ -27,6 +28,7 @@ BLOCK_BYTES = 8 << 20
 _WHOLE = 1 << 62
 """An end that is beyond that of any file."""
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
+_TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z")
 
 BadDocuments = Literal["error", "reject"]
 
@@ -63,7 +65,7 @@ class Documents:
 def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> list[Path]:
     """Files for patterns (files, folders or globs relative to root), each once, sorted within a pattern.
 
-    Raises ConfigError for a pattern without a file, CorruptInput for an empty file.
+    Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -79,9 +81,30 @@ def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> li
             raise ConfigError(f"inputs: {pattern} matches no file (looked in {Path(root).resolve()}). Correct the path.")
         files.update(dict.fromkeys(sorted(found)))
     for file in files:
+        _check_format(file)
         if file.stat().st_size == 0:
             raise CorruptInput(f"{file} is empty, expected text. Remove it from the inputs, or write it again.")
     return list(files)
+
+
+def _format_of(file: Path) -> str:
+    """Its name in lower case, without what says how it is compressed."""
+    return file.name.lower().removesuffix(".gz").removesuffix(".zst")
+
+
+def _check_format(file: Path) -> None:
+    """Raises ConfigError for what would be read as one document of plain text, and is none."""
+    name = _format_of(file)
+    if name.endswith(_TABLES):
+        raise ConfigError(
+            f"inputs: {file} is a table, which would be one document of plain text. Write it as .jsonl (an object a row) or "
+            ".parquet, or leave it out of the pattern."
+        )
+    if name.endswith(_ARCHIVES):
+        raise ConfigError(
+            f"inputs: {file} is an archive or has a compression that is not read. Unpack it (.gz and .zst are read as they "
+            "are), or leave it out of the pattern."
+        )
 
 
 def read_blocks(
@@ -131,7 +154,7 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
 
     Raises CorruptInput naming the file that cannot be read.
     """
-    if file.suffix == ".parquet":
+    if _format_of(file).endswith(".parquet"):
         for batch, first, _ in _batches(file, json_key, None):
             yield from ((row, "row", record) for row, record in enumerate(batch.to_pylist(), first))
         return
@@ -141,12 +164,12 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
 
 def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int) -> Iterator[tuple[Any, Any, int, int, int]]:
     """(kind, data, first line or row, line ends, bytes of the file read so far) of what begins in its bytes [begin, end)."""
-    if file.suffix == ".parquet":
+    if _format_of(file).endswith(".parquet"):
         yield from _rows(file, json_key, begin, end)
         return
-    name = file.name.removesuffix(".gz").removesuffix(".zst")
+    name = _format_of(file)
     with open(file, "rb") as raw:
-        if name == file.name and name.endswith(_JSON_LINES):
+        if name == file.name.lower() and name.endswith(_JSON_LINES):
             for data, first, lines, position in _lines_of(raw, block_bytes, begin, end):
                 yield "json", data if begin > 0 or first > 1 else data.removeprefix(codecs.BOM_UTF8), first, lines, position
         elif begin > 0:
@@ -183,9 +206,9 @@ def _line_from(raw: IO[bytes], position: int) -> int:
 
 
 def _decompressed(raw: IO[bytes], file: Path) -> Any:
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if file.suffix == ".zst":
+    if file.suffix.lower() == ".zst":
         try:
             import zstandard  # noqa: F401
         except ImportError as e:

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.objective import Aim, Objective
-from megatron_demix.search.sample import corners, distinct, farthest, sample_around, sample_candidates, sample_mixtures
+from megatron_demix.search.sample import SAME, corners, distinct, farthest, sample_around, sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 
@@ -63,19 +63,35 @@ def propose(
 
     Those are predicted `within` standard deviations of the best one (at least 8 x num distinct ones). The first row is the best
     candidate; each further one is the farthest from those before it, so that the round explores the whole promising region
-    instead of one point, and that region shrinks as the surrogates grow sure.
+    instead of one point, and that region shrinks as the surrogates grow sure. What was measured is not proposed again, unless
+    the bounds leave nothing else.
     """
     goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
     weights_MD, values_M = best_candidates(space, goal, candidates, seed)
     order = np.argsort(values_M, kind="stable")
     _, std_1 = goal.predict(space.shares(weights_MD[order[:1]]))
     good_MD = distinct(weights_MD[order[: int((values_M <= values_M[order[0]] + within * std_1[0]).sum())]])
+    good_MD = _not_measured(good_MD, space, surrogates)
     if len(good_MD) < 8 * num:
-        good_MD = distinct(weights_MD[order])[: 8 * num]
-    rows_MD = farthest(good_MD, min(num, len(good_MD)))
+        good_MD = _not_measured(distinct(weights_MD[order]), space, surrogates)[: 8 * num]
+    rows_MD = farthest(good_MD, min(num, len(good_MD))) if len(good_MD) else good_MD
     if len(rows_MD) < num:
-        rows_MD = np.concatenate([rows_MD, distinct(sample_mixtures(space, 2 * num, seed), rows_MD)])
+        more_MD = _not_measured(distinct(sample_mixtures(space, 2 * num, seed), rows_MD), space, surrogates)
+        rows_MD = np.concatenate([rows_MD, more_MD])
+    if len(rows_MD) == 0:
+        rows_MD = weights_MD[order[:1]]
     return rows_MD[np.arange(num) % len(rows_MD)]
+
+
+def _not_measured(weights_MD: np.ndarray, space: SearchSpace, surrogates: Mapping[str, Surrogate]) -> np.ndarray:
+    """Those whose actual shares are those of no proxy: a surrogate knows all, also where its score is missing."""
+    from scipy.spatial import cKDTree
+
+    measured_MD = next(iter(surrogates.values())).shares_MD
+    shares_MD = np.zeros((len(weights_MD), measured_MD.shape[1]))  # none of a domain that was dropped
+    shares_MD[:, : len(space.domains)] = space.shares(weights_MD)
+    gaps_M, _ = cKDTree(measured_MD).query(shares_MD, p=np.inf, distance_upper_bound=2 * SAME)
+    return weights_MD[gaps_M > SAME]
 
 
 def choose_mixture(

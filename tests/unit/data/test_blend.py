@@ -137,8 +137,10 @@ def test_curriculum(pool, tmp_path):
     assert not set(pointers[0].tolist()) & set(pointers[1].tolist())
     available = one["domains"]["math"]["available_tokens"]
     with pytest.raises(
-        MixtureError, match=f"{4 * available - one['domains']['math']['tokens']:,} left after the earlier stages"
+        MixtureError,
+        match=f"stage 2 of 2: .*{4 * available - one['domains']['math']['tokens']:,} left after the earlier stages",
     ):
-        build_curriculum(pool, [*stages[:1], Stage(MIXTURE, 80_000)], tmp_path / "c", seed=3, progress=False)
+        build_curriculum(pool, [*stages[:1], Stage(MIXTURE, 80_000)], tmp_path / "f" / "c", seed=3, progress=False)
+    assert not (tmp_path / "f").exists()  # all stages are planned before the first is built
     with pytest.raises(ConfigError, match="curriculum: no stages"):
         build_curriculum(pool, [], tmp_path / "e", seed=3)

@@ -34,6 +34,9 @@ def write_all_formats(folder):
     (folder / "c.json.zst").write_bytes(zstandard.compress(lines[:40]) + zstandard.compress(lines[40:]))
     (folder / "d.ndjson").write_bytes(lines[:-1])
     pq.write_table(pa.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / "e.parquet")
+    (folder / "F.JSONL").write_bytes(lines)
+    (folder / "G.JSONL.GZ").write_bytes(gzip.compress(lines))
+    pq.write_table(pa.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / "H.PARQUET")
     return sorted(folder.iterdir())
 
 
@@ -170,6 +173,11 @@ def test_resolve(tmp_path):
     with pytest.raises(ConfigError, match=r"inputs: d/\*\.csv matches no file \(looked in"):
         resolve_inputs(["d/*.csv"], tmp_path)
     (tmp_path / "d" / "a.jsonl").write_text("")
+    for name, message in (("t.csv", "table"), ("T.TSV.gz", "table"), ("a.tar.gz", "Unpack"), ("a.jsonl.bz2", "Unpack")):
+        (tmp_path / name).write_text("text,id\none,1\n")
+        with pytest.raises(ConfigError, match=f"{name} is a.*{message}"):
+            resolve_inputs([name], tmp_path)
+        (tmp_path / name).unlink()
     with pytest.raises(CorruptInput, match=r"a\.jsonl is empty, expected text"):
         resolve_inputs(["d"], tmp_path)
 

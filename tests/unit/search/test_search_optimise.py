@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,25 @@ def test_the_next_round_is_good_feasible_and_spread(free) -> None:
     # The surer the surrogates, the narrower the region worth exploring; asked for a wider one, it spreads further.
     wider_MD = propose(space, surrogates, OBJECTIVE, num=16, candidates=20_000, seed=4, within=8)
     assert np.ptp(wider_MD[:, 1]) > np.ptp(weights_MD[:, 1])
+
+
+def test_what_was_measured_is_not_proposed_again(free) -> None:
+    space, surrogates = free
+    first_MD = propose(space, surrogates, OBJECTIVE, num=16, candidates=20_000, seed=4)
+    shares_MD = surrogates["code"].shares_MD
+    known_MD = np.concatenate([shares_MD, space.shares(first_MD)])
+    again = {
+        name: replace(s, shares_MD=known_MD, scores_M=np.append(s.scores_M, np.full(16, np.nan)))
+        for name, s in surrogates.items()
+    }
+    second_MD = propose(space, again, OBJECTIVE, num=16, candidates=20_000, seed=4)
+    assert np.abs(first_MD[:, None] - second_MD).max(axis=2).min() > 1e-6
+    # Bounds that leave one mixture leave nothing else.
+    third = dict.fromkeys(DOMAINS, 1 / 3)
+    only = SearchSpace(NATURAL, Mixture.uniform(NATURAL), 0.1, third, third)
+    measured_MD = np.concatenate([shares_MD[1:], only.shares(only.centre_D[None])])
+    tight = {"code": fit_surrogate(measured_MD, losses(measured_MD)["code"], "ridge")}
+    np.testing.assert_allclose(propose(only, tight, {"code": 1}, num=2, candidates=500), 1 / 3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
