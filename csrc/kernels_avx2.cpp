@@ -15,7 +15,9 @@ namespace {
 
 struct V {
     static constexpr std::size_t lanes = 8;
-    static constexpr int rows = 2, columns = 4;
+    // Past the caches one after the other, in whole lines: lines of several results at one place of a page, as those of models
+    // usually are, get into one another's way.
+    static constexpr int rows = 4, columns = 2, rows_past = 1, columns_past = 8;
     static constexpr bool converts_pairs = true;
     using Float = __m256;
 

@@ -3,7 +3,7 @@
 
 struct V {
     static constexpr std::size_t lanes = 16;
-    static constexpr int rows = 4, columns = 4;
+    static constexpr int rows = 4, columns = 4, rows_past = 4, columns_past = 4;
     using Float = __m512;
 
     INLINE Float splat(float f) { return _mm512_set1_ps(f); }

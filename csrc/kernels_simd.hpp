@@ -1,7 +1,7 @@
 // The vector kernels, written once. Included by one kernels_<isa>.cpp each, inside its anonymous namespace, after it has defined
 // TARGET (the function attribute that turns the instruction set on) and `struct V`: lanes, rows and columns (results that are summed
-// together, and vectors of each: what fits the registers; columns fill whole lines of 64 bytes, because half a line that is written
-// past the caches costs as much as a whole one), Float, load<In>, store<Out, PastCache>, splat, mul, fma (fma(a, b, c) =
+// together, and vectors of each: what fits the registers), rows_past and columns_past (the same for results that are written past the
+// caches), Float, load<In>, store<Out, PastCache>, splat, mul, fma (fma(a, b, c) =
 // a * b + c), store_raw; and converts_pairs: whether it has store_pair<PastCache>, which writes two vectors as bf16 unless they hold
 // what its Watch sees.
 
@@ -69,13 +69,12 @@ TARGET std::size_t convert_columns(const void* const* sources, const float* weig
     return Pairs::Watch::saw(watch) ? 0 : i;
 }
 
-template <DType In, DType Out, int Rows, bool PastCache>
+template <DType In, DType Out, int Rows, int Columns, bool PastCache>
 TARGET void sum_rows(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
-    constexpr int columns = V::columns;  // several sums in flight hide the latency of the multiply-add
     std::size_t i = 0;
     if constexpr (V::converts_pairs && Out == DType::bf16)
-        i = convert_columns<In, Rows, columns, PastCache>(sources, weights, num_sources, dsts, n);
-    i = sum_columns<In, Out, Rows, columns, PastCache>(sources, weights, num_sources, dsts, i, n);
+        i = convert_columns<In, Rows, Columns, PastCache>(sources, weights, num_sources, dsts, n);
+    i = sum_columns<In, Out, Rows, Columns, PastCache>(sources, weights, num_sources, dsts, i, n);
     i = sum_columns<In, Out, Rows, 1, false>(sources, weights, num_sources, dsts, i, n);
     for (int r = 0; r < Rows; ++r, weights += num_sources)
         for (std::size_t j = i; j < n; ++j) {
@@ -88,8 +87,11 @@ TARGET void sum_rows(const void* const* sources, const float* weights, int num_s
 template <DType In, DType Out, int Rows>
 TARGET void weighted_sum(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
                          bool past_cache) {
-    constexpr int together = std::min(Rows, V::rows);
-    const auto sum = past_cache ? sum_rows<In, Out, together, true> : sum_rows<In, Out, together, false>;
+    // One result by itself: several sums in flight hide the latency of the multiply-add.
+    constexpr int rows = std::min(Rows, V::rows), columns = Rows == 1 ? std::max(V::columns, 4) : V::columns;
+    constexpr int rows_past = std::min(Rows, V::rows_past), columns_past = V::columns_past;
+    const int together = past_cache ? rows_past : rows;
+    const auto sum = past_cache ? sum_rows<In, Out, rows_past, columns_past, true> : sum_rows<In, Out, rows, columns, false>;
     for (int r = 0; r < Rows; r += together) sum(sources, weights + r * num_sources, num_sources, dsts + r, n);
 }
 
