@@ -183,8 +183,8 @@ def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> 
     suite = Suite(tasks, load_codec(job.tokenizer), max_tokens=job.max_tokens, workers=workers)
     if suite.runs_code and torch.distributed.get_rank() == 0 and not is_isolated():
         print(
-            "warning: the kernel lets this user make no namespaces, or has no filters, so programs that models write are "
-            "limited in time, memory, file size and processes, but could change your files or open sockets",
+            "warning: the kernel has neither namespaces for this user nor Landlock of version 6, or no filters, so programs "
+            "that models write are limited in time, memory, file size and processes, but could change files or open sockets",
             flush=True,
         )
     return suite

@@ -4,10 +4,11 @@ In front of it is a line with a token, which goes to the descriptor `verdict` wh
 
 A script with the standard library alone; megatron_demix.evaluate.tasks.sandbox starts it. First this process gives up what the
 program must not have. Where the kernel lets an ordinary user make namespaces: the network, every process outside, and writing
-any file but those in an empty folder in memory (it can read what the user can). Everywhere: memory, processor time, open files,
-large files, core dumps, outliving whoever started it, and many processes (except for root, whose the kernel does not count); on
-x86-64 and 64-bit ARM sockets, among them those that files lead to, such as a container daemon's. Then the program runs in a
-child that is the first process of its namespace, so that all it has started ends with it.
+any file but those in an empty folder in memory. Where the kernel has Landlock (since 5.13), whoever the user is: all files but
+those of that folder and, to read, of Python and the system; since 6.12 also signals to processes outside. Everywhere: memory,
+processor time, open files, large files, core dumps, outliving whoever started it, and many processes (except for root, whose
+the kernel does not count); on x86-64 and 64-bit ARM sockets, among them those that files lead to, such as a container daemon's.
+Then the program runs in a child that is the first process of its namespace, so that all it has started ends with it.
 """
 
 import ctypes
@@ -28,6 +29,16 @@ _LOAD, _AND, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # 
 _CALLS = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}  # the processor's name; socket(2), socketpair(2)
 _SOCK_STREAM = 1
 _IO_URING_SETUP, _X32 = 425, 0x40000000  # another way to sockets; other numbers for the same calls
+_SYS_LANDLOCK = 444, 445, 446  # make a ruleset, add a rule, restrict this process; of all processors
+_LANDLOCK_VERSION, _LANDLOCK_PATH_BENEATH, _O_PATH = 1, 1, 0o10000000
+_LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}  # how many rights to files a version knows
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEVICE = (1 << bit for bit in (0, 1, 2, 3, 14, 15))
+_SCOPED_SINCE, _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 6, 1, 2
+_SOFTWARE = (sys.prefix, sys.base_prefix, "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix")
+_SYSTEM_FILES = tuple(f"/etc/{n}" for n in ("ld.so.cache", "localtime", "passwd", "nsswitch.conf", "mime.types")) + tuple(
+    f"/proc/{n}" for n in ("cpuinfo", "meminfo", "stat")
+)
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _INSIDE_ID = 1000  # anyone but root, so that a program that is started gains no capabilities
 
 ISOLATED = "isolated"
@@ -119,6 +130,47 @@ def refuse_sockets(libc: ctypes.CDLL) -> bool:
     return libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Filter(len(program), instructions)), 0, 0) == 0
 
 
+class _Ruleset(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("files", "network", "scoped")]
+
+
+class _PathBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("allowed", ctypes.c_uint64), ("descriptor", ctypes.c_int32)]
+
+
+def restrict_files(libc: ctypes.CDLL, folder: str) -> int:
+    """From now on only `folder` can be written, and only Python and the system be read. Returns the version of the kernel's
+    Landlock, 0 if it has none: then nothing is restricted."""
+    make, add, restrict = _SYS_LANDLOCK
+    version = max(0, libc.syscall(make, None, 0, _LANDLOCK_VERSION))
+    if version == 0:
+        return 0
+    everything = (1 << _LANDLOCK_RIGHTS[max(known for known in _LANDLOCK_RIGHTS if known <= version)]) - 1
+    scoped = version >= _SCOPED_SINCE
+    ruleset = _Ruleset(everything, 0, (_SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS) if scoped else 0)
+    made = libc.syscall(make, ctypes.byref(ruleset), 24 if scoped else 8, 0)
+    if made < 0:
+        return 0
+    of_files = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
+    rules = dict.fromkeys((*_SOFTWARE, *_SYSTEM_FILES), _EXECUTE | _READ_FILE | _READ_DIR)
+    rules |= dict.fromkeys(_DEVICES, _READ_FILE | _WRITE_FILE)
+    for path, allowed in (rules | {folder: everything}).items():
+        try:
+            opened = os.open(path, _O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue  # not on this machine
+        rights = allowed & everything if os.path.isdir(path) else allowed & everything & of_files
+        added = libc.syscall(add, made, _LANDLOCK_PATH_BENEATH, ctypes.byref(_PathBeneath(rights, opened)), 0)
+        os.close(opened)
+        if added != 0:
+            os._exit(125)
+    if libc.syscall(restrict, made, 0) != 0:
+        os._exit(125)
+    os.close(made)
+    return version
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     libc = ctypes.CDLL(None, use_errno=True)
@@ -136,6 +188,7 @@ def main() -> None:
     os.chdir(folder)
     limit(settings)
     drop_capabilities(libc)
+    isolated = restrict_files(libc, folder) >= _SCOPED_SINCE or isolated
     isolated = refuse_sockets(libc) and isolated
     if settings["probe"]:
         print(ISOLATED if isolated else "limits")

@@ -1,5 +1,5 @@
 """Programs that a model wrote, in processes of their own: bounded in time, memory, files and processes, and, where the kernel
-allows that, unable to write this machine's files and to open sockets. They can read what the user can."""
+allows that, unable to open sockets, to write this machine's files, and to read any but those of Python and the system."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_python(
 ) -> Outcome:
     """Run `program` as a script, in an empty folder that is deleted afterwards. Whatever it does, this returns.
 
-    isolate: in namespaces, where nothing of this machine can be written, if the kernel allows it; else with the limits alone.
+    isolate: in namespaces, where nothing of this machine can be written, if the kernel allows it; else with all other limits.
     probe: only say which.
     """
     settings: dict[str, Any] = {
@@ -99,7 +99,8 @@ def run_all(programs: Sequence[str], *, timeout_s: float, workers: int) -> list[
 
 @functools.cache
 def is_isolated() -> bool:
-    """Whether programs can neither write this machine's files nor open sockets. Elsewhere a caller says that they may."""
+    """Whether programs can neither write this machine's files nor open sockets nor reach its processes. Elsewhere a caller says
+    that they may."""
     return run_python("", timeout_s=30, probe=True).output.strip() == confine.ISOLATED
 
 

@@ -1,5 +1,6 @@
 """What counts as the right answer; and programs that a model wrote: whatever they do, they end, and leave nothing behind."""
 
+import ctypes
 import os
 import socket
 import time
@@ -16,8 +17,14 @@ from megatron_demix.evaluate.tasks.suite import read_task
 from megatron_demix.study.search import TaskSpec
 
 isolated = pytest.mark.skipif(
-    not sandbox.is_isolated(), reason="the kernel lets this user make no namespaces, or has no filters"
+    not sandbox.is_isolated(), reason="the kernel has neither namespaces for this user nor Landlock 6, or no filters"
 )
+with_namespaces = pytest.mark.skipif(
+    run_python("import os; print(os.getpid())", timeout_s=30).output != "1\n",
+    reason="the kernel lets this user make no namespaces",
+)
+LANDLOCK = ctypes.CDLL(None).syscall(444, None, 0, 1)
+with_landlock = pytest.mark.skipif(LANDLOCK < 6, reason="needs Landlock of version 6")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +170,7 @@ def test_a_program_that_never_ends(program):
 
 
 @isolated
+@pytest.mark.parametrize("isolate", [True, pytest.param(False, marks=with_landlock)])
 @pytest.mark.parametrize(
     "program",
     [
@@ -170,15 +178,16 @@ def test_a_program_that_never_ends(program):
         "import urllib.request; urllib.request.urlopen('http://192.0.2.1/', timeout=3)",
         "open('/tmp/demix-escaped', 'w')",
         f"import os; os.remove({__file__!r})",
+        f"import os; os.truncate({__file__!r}, 0)",
         "import os; os.kill(os.getppid(), 9); assert os.getppid() != 0",
         "import subprocess; subprocess.run(['mount', '-o', 'remount,rw', '/'], check=True)",
         "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'/', b'tmpfs', 0, 0) == 0",
     ],
 )  # fmt: skip
-def test_nothing_outside_can_be_reached(program):
-    outcome = run_python(program, timeout_s=20)
+def test_nothing_outside_can_be_reached(program, isolate):
+    outcome = run_python(program, timeout_s=20, isolate=isolate)
     assert not outcome.passed
-    assert os.path.exists(__file__)
+    assert os.path.getsize(__file__)
     assert not os.path.exists("/tmp/demix-escaped")
 
 
@@ -202,7 +211,25 @@ def test_no_socket_can_be_reached(isolate, tmp_path):
     assert run_python("import asyncio; asyncio.run(asyncio.sleep(0))", timeout_s=20, isolate=isolate).passed
 
 
-@isolated
+@pytest.mark.skipif(LANDLOCK < 1, reason="needs Landlock")
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_program_reads_python_and_the_system_and_nothing_else(isolate, tmp_path):
+    (tmp_path / "secret").write_text("x")
+    for program in (
+        f"open({str(tmp_path / 'secret')!r})",
+        f"import os; os.listdir({str(tmp_path)!r})",
+        f"open('/proc/{os.getpid()}/environ', 'rb').read()",
+        "open('/etc/hostname')",
+    ):
+        outcome = run_python(program, timeout_s=20, isolate=isolate)
+        assert (outcome.passed, outcome.problem.startswith(("PermissionError", "FileNotFoundError"))) == (False, True), program
+    needed = (
+        "import ssl, lzma, numpy, subprocess, tempfile; subprocess.run(['ls'], check=True); open(tempfile.mkstemp()[1], 'a')"
+    )
+    assert run_python(needed, timeout_s=20, isolate=isolate).passed
+
+
+@with_namespaces
 def test_what_a_program_started_ends_with_it():
     """Even what has left its process group; the kernel takes a moment for it."""
     mark = f"731.{os.getpid()}"
