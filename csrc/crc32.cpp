@@ -169,16 +169,14 @@ std::uint32_t crc32_raw(std::uint32_t state, const void* data, std::size_t n) {
 }
 
 std::uint32_t crc32_raw_staggered(std::uint32_t state, const char* const* data, std::size_t num, std::size_t n) {
-    // Byte q of the staggered sum, counted from where the last buffer begins: buffer j has j bytes more behind its end.
+    // The sum has n + late bytes; buffer j lies in it from byte late - j on.
     const std::size_t late = num - 1;
     unsigned char piece[512];
-    const auto sum = [&](std::size_t first, std::size_t count) {  // of bytes [first - late, ...)
-        for (std::size_t i = 0; i < count; ++i) {
-            piece[i] = 0;
-            for (std::size_t j = 0; j < num; ++j) {
-                const std::size_t p = first + i + j;  // + late
-                if (p >= late && p < late + n) piece[i] ^= static_cast<unsigned char>(data[j][p - late]);
-            }
+    const auto sum = [&](std::size_t first, std::size_t count) {
+        std::memset(piece, 0, count);
+        for (std::size_t j = 0; j < num; ++j) {
+            const std::size_t begin = std::max(first, late - j), end = std::min(first + count, late - j + n);
+            for (std::size_t p = begin; p < end; ++p) piece[p - first] ^= static_cast<unsigned char>(data[j][p - (late - j)]);
         }
     };
     const auto add = [&](std::uint32_t from, std::size_t first, std::size_t end) {
@@ -189,7 +187,7 @@ std::uint32_t crc32_raw_staggered(std::uint32_t state, const char* const* data, 
         }
         return from;
     };
-    state ^= add(0, 0, late);  // where the bytes before these are staggered into
+    state ^= add(0, 0, late);  // where the buffers' bytes before these reach into
     std::size_t first = late;
 #if defined(__x86_64__)
     if (has_vpclmul() && num <= max_staggered && n >= late + wide_block) {
