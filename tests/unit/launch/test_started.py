@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,9 @@ def test_ctrl_c_ends_watching_without_a_traceback(study):
     terminal, inside = pty.openpty()
     command = [sys.executable, "-m", "megatron_demix.cli", "status", study, "--runs", runs, "--watch"]
     with stage_lock(base):  # so that something is under way
-        watching = subprocess.Popen(command, stdout=inside, stderr=inside)
+        # Who started the tests in the background may have had this signal ignored.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        watching = subprocess.Popen(command, stdout=inside, stderr=inside, preexec_fn=heard)
         os.close(inside)
         shown = b""
         while b"running" not in shown:
