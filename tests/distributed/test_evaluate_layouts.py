@@ -212,14 +212,14 @@ def test_every_layout_scores_alike(parts, reference, layout):
 def test_ranks_wait_for_one_that_scores_for_longer_than_a_collective_may_take(parts, tmp_path):
     """A program's test sleeps: the other rank of its model waits, and the other replica, before a load and at the end."""
     _, job = parts
-    slow = WRITES[0] | {"test": "'''\nimport time\ndef check(text):\n    time.sleep(30)"}
+    slow = WRITES[0] | {"test": "'''\nimport time\ndef check(text):\n    time.sleep(50)"}
     path = write_lines(tmp_path / "slow.jsonl", [slow])
     spread = job.model_copy(
         update={
             "work": tmp_path / "scores",
             "parallel": job.parallel.model_copy(update={"tensor": 2, "data": 2}),
-            "train": job.train.model_copy(update={"timeout": 20}),
-            "tasks": [TaskSpec(name="slow", format="humaneval", path=path, split="test", max_new_tokens=8, timeout=90)],
+            "train": job.train.model_copy(update={"timeout": 40}),
+            "tasks": [TaskSpec(name="slow", format="humaneval", path=path, split="test", max_new_tokens=8, timeout=150)],
             "mixtures": {"even": MIXTURES["even"]},
             "checkpoints": {"disk_even": job.checkpoints["disk_even"]},
             "keep_tokens": [],
