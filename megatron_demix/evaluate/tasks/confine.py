@@ -139,9 +139,19 @@ class _PathBeneath(ctypes.Structure):
     _fields_ = [("allowed", ctypes.c_uint64), ("descriptor", ctypes.c_int32)]
 
 
-def restrict_files(libc: ctypes.CDLL, folder: str) -> int:
-    """From now on only `folder` can be written, and only Python and the system be read. Returns the version of the kernel's
-    Landlock, 0 if it has none: then nothing is restricted."""
+def library_folders() -> set:
+    """Where the libraries lie that Python has loaded: on a cluster, what it loads later may come from there."""
+    try:
+        with open("/proc/self/maps") as maps:
+            files = {line.split(None, 5)[5].strip() for line in maps if ".so" in line}
+    except OSError:
+        return set()
+    return {os.path.dirname(file) for file in files if file.startswith("/")}
+
+
+def restrict_files(libc: ctypes.CDLL, folder: str, software: set) -> int:
+    """From now on only `folder` can be written, and only software and the system be read. Returns the version of the kernel's
+    Landlock, 0 if it has none or refuses: then nothing is restricted."""
     make, add, restrict = _SYS_LANDLOCK
     version = max(0, libc.syscall(make, None, 0, _LANDLOCK_VERSION))
     if version == 0:
@@ -153,7 +163,7 @@ def restrict_files(libc: ctypes.CDLL, folder: str) -> int:
     if made < 0:
         return 0
     of_files = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
-    rules = dict.fromkeys((*_SOFTWARE, *_SYSTEM_FILES), _EXECUTE | _READ_FILE | _READ_DIR)
+    rules = dict.fromkeys((*software, *_SYSTEM_FILES), _EXECUTE | _READ_FILE | _READ_DIR)
     rules |= dict.fromkeys(_DEVICES, _READ_FILE | _WRITE_FILE)
     for path, allowed in (rules | {folder: everything}).items():
         try:
@@ -161,14 +171,12 @@ def restrict_files(libc: ctypes.CDLL, folder: str) -> int:
         except OSError:
             continue  # not on this machine
         rights = allowed & everything if os.path.isdir(path) else allowed & everything & of_files
-        added = libc.syscall(add, made, _LANDLOCK_PATH_BENEATH, ctypes.byref(_PathBeneath(rights, opened)), 0)
+        # What cannot be added, on a file system that Landlock does not know, stays out of reach.
+        libc.syscall(add, made, _LANDLOCK_PATH_BENEATH, ctypes.byref(_PathBeneath(rights, opened)), 0)
         os.close(opened)
-        if added != 0:
-            os._exit(125)
-    if libc.syscall(restrict, made, 0) != 0:
-        os._exit(125)
+    restricted = libc.syscall(restrict, made, 0) == 0
     os.close(made)
-    return version
+    return version if restricted else 0
 
 
 def main() -> None:
@@ -178,6 +186,7 @@ def main() -> None:
     token = sys.stdin.readline()
     program = sys.stdin.read()
     folder = os.getcwd()
+    software = {*_SOFTWARE, *library_folders()}
     isolated = settings["isolate"] and isolate(libc, folder)
     child = os.fork()
     if child:
@@ -188,7 +197,7 @@ def main() -> None:
     os.chdir(folder)
     limit(settings)
     drop_capabilities(libc)
-    isolated = restrict_files(libc, folder) >= _SCOPED_SINCE or isolated
+    isolated = restrict_files(libc, folder, software) >= _SCOPED_SINCE or isolated
     isolated = refuse_sockets(libc) and isolated
     if settings["probe"]:
         print(ISOLATED if isolated else "limits")
