@@ -2,10 +2,14 @@
 """Do merged proxies rank mixtures as training does? Real runs: references, components, proxies, and what they must beat.
 
     python benchmarks/rank_consistency.py --work build/rank_consistency
+    python benchmarks/rank_consistency.py --work build/rank_consistency --profile replication
     python benchmarks/rank_consistency.py --work build/rank_consistency --profile gpu
 
 The first is about 50 minutes of one processor core, and goes on where it was stopped (--seconds N stops by itself, with exit
-code 75). --suites text and --suites skills may run side by side. --profile smoke takes a minute and means nothing.
+code 75). --suites text and --suites skills may run side by side. --profile smoke takes a few minutes and means nothing.
+
+The second repeats the first with other bases, other mixtures and other seeds of every run, without the rows that take most
+components (the anchor of one domain and the pairs). See "Again" below.
 
 Fixed before the run (what comes out is in results/rank_consistency.json and docs/DECISIONS.md):
 
@@ -30,6 +34,13 @@ Fixed before the run (what comes out is in results/rank_consistency.json and doc
   Error     mean absolute difference to the mean of both seeds' references, over the scores that count.
   Default   of search.proxy_score: merged, interpolated, or one of the two stacks, whichever has the highest mean of the four
             groups' rho, if its difference to `merged` excludes 0; otherwise merged, as in the paper.
+
+Again: fixed after the first run was known and before the second one began, for the second alone:
+
+  Goals     the mean of merged and interpolated, which is the default, within .02 of the seed ceiling in each group, and ahead of
+            the best trained proxies in both groups of skills, with intervals that exclude 0.
+  Three     the mean of merged, interpolated and probability ensemble becomes the default if its mean of the four groups' rho
+            is higher than the default's and the interval of the difference excludes 0. Otherwise nothing changes.
 
 One process, one thread, no torchrun: the models are megatron.core's GPTModel, built by the trainer's own code, and the merges
 run on the native core.
@@ -71,8 +82,10 @@ def main() -> int:
     parser.add_argument("--profile", choices=PROFILES, default="cpu")
     parser.add_argument("--suites", nargs="*", choices=["text", "skills"], default=["text", "skills"])
     parser.add_argument("--seconds", type=float, help="stop after this long; the same command goes on")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "rank_consistency.json")
+    parser.add_argument("--output", type=Path, help="default: results/rank_consistency.json, and the profile's name")
     args = parser.parse_args()
+    named = "rank_consistency" if args.profile == "cpu" else f"rank_consistency_{args.profile}"
+    output = args.output or Path(__file__).parent / "results" / f"{named}.json"
     torch.set_num_threads(1)
     clock = Clock(args.seconds)
     try:
@@ -87,10 +100,10 @@ def main() -> int:
         "device": "one CPU core" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         **summarise({name: facts(suite) for name, suite in benches.items()}),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, report)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, report)
     print_report(report)
-    plot(report, args.output.with_suffix(".png"))
+    plot(report, output.with_suffix(".png"))
     return 0
 
 

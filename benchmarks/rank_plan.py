@@ -51,6 +51,8 @@ class SuitePlan:
     """Of the skills; None: the text suite."""
     costly: bool = True
     """Also what needs many more components: an anchor of one domain, and a component for each pair of domains."""
+    draw: int = 0
+    """Another number draws other mixtures, and other seeds of all runs after the base."""
 
     def data(self) -> Suite:
         if self.difficulty is None:
@@ -74,6 +76,23 @@ PROFILES: dict[str, dict[str, SuitePlan]] = {
             1_000_000,
             Difficulty(4, 2),
             costly=False,
+        ),
+    },
+    "replication": {
+        "text": SuitePlan(
+            Size(2, 48, 4, 64, 8), ((4, 800), (5, 800), (6, 800)), 3e-3, 1e-3, 240, 64, 1_000_000, costly=False, draw=1
+        ),
+        "skills": SuitePlan(
+            Size(2, 64, 4, 64, 8),
+            ((2, 800), (2, 1400), (2, 2000)),
+            3e-3,
+            1.5e-3,
+            400,
+            64,
+            1_000_000,
+            Difficulty(4, 2),
+            costly=False,
+            draw=1,
         ),
     },
     "smoke": {
@@ -152,7 +171,7 @@ class Bench:
 
     def _drawn(self, num: int, purpose: int) -> np.ndarray:
         """Actual shares [num, D] within reach of the default anchor."""
-        rng = np.random.default_rng([purpose, self.number])
+        rng = np.random.default_rng([purpose, self.number + 100 * self.plan.draw])
         weights_MD = rng.dirichlet(np.full(len(self.uniform_D), CONCENTRATION), num)
         return ANCHOR * self.uniform_D + (1 - ANCHOR) * weights_MD
 
@@ -190,6 +209,7 @@ class Bench:
 
     def run(self, shares_D: Sequence[float], steps: int, seed: int, save_at: Sequence[int] = ()) -> dict[int, np.ndarray]:
         shares = dict(zip(self.suite.domains, shares_D, strict=True))
+        seed += 100 * self.plan.draw
         return self.lab.train(self.base, self.suite, shares, steps, seed, self.plan.lr, save_at=save_at)
 
     def components(self, anchor_D: np.ndarray, anchor_share: float, label: str, at: float = 1.0) -> list[np.ndarray]:
