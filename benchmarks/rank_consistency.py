@@ -37,8 +37,8 @@ Fixed before the run (what comes out is in results/rank_consistency.json and doc
 
 Again: fixed after the first run was known and before the second one began, for the second alone:
 
-  Goals     the mean of merged and interpolated, which is the default, within .02 of the seed ceiling in each group, and ahead of
-            the best trained proxies in both groups of skills, with intervals that exclude 0.
+  Goals     the mean of merged and interpolated, which is the default, within .02 of the seed ceiling in each group, and ahead
+            of the best trained proxies in both groups of skills, with intervals that exclude 0.
   Three     the mean of merged, interpolated and probability ensemble becomes the default if its mean of the four groups' rho
             is higher than the default's and the interval of the difference excludes 0. Otherwise nothing changes.
 
