@@ -91,6 +91,8 @@ def _files(packages: Iterable[str], pattern: str) -> _Text:
 
 def _licences() -> Iterator[str]:
     for path in sorted(_folder("numpy").parent.glob("*.dist-info/**/*LICENSE*")):
+        if path.is_dir():
+            continue
         text = path.read_text(encoding="utf-8", errors="ignore")
         yield from (text[at : at + _DOCUMENT_CHARS] for at in range(0, len(text), _DOCUMENT_CHARS))
 
