@@ -6,9 +6,8 @@ Most settings carry Megatron's argument names already; the tables hold the other
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -26,6 +25,7 @@ _FLAGS = {
 }
 """Flags that are not simply the setting's name with dashes."""
 _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelSpec, "parallel": ParallelSpec, "train": TrainSpec}
+_Spec = TypeVar("_Spec", bound=BaseModel)
 _JOB_FLAGS: dict[str, tuple[str, type]] = {
     "train_iters": ("train-iters", int),
     "vocab_size": ("vocab-size", int),
@@ -72,7 +72,7 @@ def job_from_arguments(arguments: argparse.Namespace, *, world_size: int) -> Tra
         section: {name: given[name] for name in spec.model_fields if name in given} for section, spec in _SECTIONS.items()
     }
     data |= {name: given[name] for name in _JOB_FLAGS if name in given}
-    ranks = math.prod(int(data["parallel"].get(name, 1)) for name in ("tensor", "pipeline", "context"))
+    ranks = _checked(ParallelSpec, data["parallel"]).world_size
     if world_size % ranks:
         raise ConfigError(
             f"{world_size} ranks were started; tensor x pipeline x context parallelism needs a multiple of {ranks}."
@@ -82,8 +82,12 @@ def job_from_arguments(arguments: argparse.Namespace, *, world_size: int) -> Tra
         data = {"name": data["work"].name, "index_cache": data["work"].with_name(f"{data['work'].name}.index")} | data
     data |= {"seed": data.get("seed", 1234), "blend": _blend(arguments)}
     data["valid"] = dict(_named_prefix(text) for text in arguments.valid_data_path)
+    return _checked(TrainJob, data)
+
+
+def _checked(spec: type[_Spec], data: Any) -> _Spec:
     try:
-        return TrainJob.model_validate(data)
+        return spec.model_validate(data)
     except ValidationError as e:
         raise ConfigError("\n".join(_explain(d) for d in e.errors())) from e
 

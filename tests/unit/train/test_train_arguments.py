@@ -61,6 +61,12 @@ def test_blends_come_from_a_file_too(tmp_path):
             ConfigError,
             "2 ranks were started; tensor x .* needs a multiple of 3",
         ),
+        (
+            "--data-path a --tensor-model-parallel-size two",
+            ConfigError,
+            "^--tensor-model-parallel-size: Input should be a valid",
+        ),
+        ("--data-path a --context-parallel-size 0", ConfigError, "^--context-parallel-size: Input should be greater than"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_flag(flags, error, said):
