@@ -10,11 +10,13 @@ from megatron_demix.study.study import Study
 
 _GENERATED = ("exact_match", "pass@1")
 """Scores of tasks for which a model writes answers."""
+_CPUS = ("--exclusive", "--cpus-per-", "-c")
+"""How options of sbatch begin that say it, too."""
 _OVERRIDES = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction")
 
 
 def warnings_of(study: Study) -> list[str]:
-    """One line for each such setting, with why; and for a number that is raised to the least there is."""
+    """One line for each such setting, with why; and for what is probably not what was meant."""
     found = [f"{place} has no effect: {why}" for place, why in _unused(study)]
     if study.evaluate.losses and study.evaluate.tokens_per_domain < study.train.seq_length:
         found.append(
@@ -26,7 +28,20 @@ def warnings_of(study: Study) -> list[str]:
         found.append(
             f"search.top is {search.top} of {search.candidates} candidates: the found mixture is the mean of all of them"
         )
-    return found
+    return [*found, *_without_cpus(study)]
+
+
+def _without_cpus(study: Study) -> Iterator[str]:
+    slurm = study.launch.slurm
+    if study.launch.backend != "slurm" or slurm.cpus_per_task is not None:
+        return
+    for place, asked in {"": slurm, **{f"kinds.{kind}.": given for kind, given in slurm.kinds.items()}}.items():
+        said = asked.cpus_per_task is not None or any(option.startswith(_CPUS) for option in asked.sbatch)
+        if asked.gpus_per_node and not said:
+            yield (
+                f"launch.slurm.{place}gpus_per_node is {asked.gpus_per_node}, and cpus_per_task is not set: where nodes are "
+                "shared and GPUs bring no CPUs along (DefCpuPerGPU), all ranks of a node have one CPU"
+            )
 
 
 def _unused(study: Study) -> Iterator[tuple[str, str]]:

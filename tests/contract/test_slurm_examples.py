@@ -16,6 +16,14 @@ def test_they_are_bash(path):
     subprocess.run(["bash", "-n", path], check=True)
     options = re.findall(r"^#SBATCH (--[a-z-]+)", path.read_text(), re.MULTILINE)
     assert {"--signal", "--requeue", "--ntasks-per-node", "--time"} <= set(options)
+    assert "\n##SBATCH --cpus-per-task=EDIT\n" in path.read_text()
+
+
+def test_megatron_lm_is_given_what_it_insists_on():
+    """For more than one tensor parallel rank, on GPUs before Blackwell."""
+    text = (ROOT / "examples/slurm/megatron_lm.sbatch").read_text()
+    assert "--tensor-model-parallel-size 2" in text
+    assert "\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
 
 
 def test_the_trainers_flags_exist():

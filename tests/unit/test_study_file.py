@@ -245,6 +245,11 @@ def test_a_budget_below_one_step_is_refused(load):
         ),
         ("launch={backend: slurm, jobs: 2}", "launch.jobs has no effect: launch.backend is slurm"),
         ("launch={backend: slurm, slurm: {mounts: [/a]}}", "launch.slurm.mounts has no effect"),
+        ("launch={backend: slurm, slurm: {gpus_per_node: 8}}", "launch.slurm.gpus_per_node is 8, and cpus_per_task is not set"),
+        (
+            "launch={backend: slurm, slurm: {kinds: {final: {gpus_per_node: 8}}}}",
+            "launch.slurm.kinds.final.gpus_per_node is 8, and cpus_per_task is not set: where nodes are shared",
+        ),
         (
             "search={candidates: 100, objective: {code: 1}}",
             "search.top is 128 of 100 candidates: the found mixture is the mean",
@@ -255,6 +260,11 @@ def test_a_budget_below_one_step_is_refused(load):
 def test_what_has_no_effect_is_said(load, override, warning):
     assert warnings_of(load()) == []
     assert [line for line in warnings_of(load(overrides=[override])) if line.startswith(warning)]
+
+
+@pytest.mark.parametrize("more", ["cpus_per_task: 64", 'sbatch: ["--cpus-per-gpu=8"]', "sbatch: [--exclusive]"])
+def test_cpus_beside_gpus_may_be_asked_for_in_several_ways(load, more):
+    assert warnings_of(load(overrides=[f"launch={{backend: slurm, slurm: {{gpus_per_node: 8, {more}}}}}"])) == []
 
 
 def test_bounds_and_rules_that_can_be_met(load):
