@@ -33,6 +33,7 @@ _TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", "
 BadDocuments = Literal["error", "reject"]
 
 _COMPRESSED_BYTES = 1 << 20
+_MOST_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
     Raises CorruptInput naming the file that cannot be read.
     """
     if _format_of(file).endswith(".parquet"):
-        for batch, first, _ in _batches(file, json_key, None):
+        for batch, first, _ in _batches(file, json_key, None, BLOCK_BYTES):
             yield from ((row, "row", record) for row, record in enumerate(batch.to_pylist(), first))
         return
     for block in read_blocks([file]):
@@ -165,7 +166,7 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
 def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int) -> Iterator[tuple[Any, Any, int, int, int]]:
     """(kind, data, first line or row, line ends, bytes of the file read so far) of what begins in its bytes [begin, end)."""
     if _format_of(file).endswith(".parquet"):
-        yield from _rows(file, json_key, begin, end)
+        yield from _rows(file, json_key, block_bytes, begin, end)
         return
     name = _format_of(file)
     with open(file, "rb") as raw:
@@ -273,24 +274,26 @@ def _lines(stream: Any, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
         yield last, first, 0
 
 
-def _rows(file: Path, column: str, begin: int, end: int) -> Iterator[tuple[str, Any, int, int, int]]:
+def _rows(file: Path, column: str, block_bytes: int, begin: int, end: int) -> Iterator[tuple[str, Any, int, int, int]]:
     size = file.stat().st_size
-    for batch, row, rows in _batches(file, column, [column], begin, end):
+    for batch, row, rows in _batches(file, column, [column], block_bytes, begin, end):
         yield "column", batch.column(0), row, 0, size * (row - 1 + len(batch)) // max(rows, 1)
 
 
 def _batches(
-    file: Path, column: str | None, columns: list[str] | None, begin: int = 0, end: int = _WHOLE
+    file: Path, column: str | None, columns: list[str] | None, block_bytes: int, begin: int = 0, end: int = _WHOLE
 ) -> Iterator[tuple[Any, int, int]]:
     """(record batch of these or all columns, number of its first row from 1 on, rows of the file) of the row groups that
-    begin in the file's bytes [begin, end), rows being taken as equally large. column: must be there and hold strings."""
+    begin in the file's bytes [begin, end), rows being taken as equally large. column: must be there and hold strings, at most
+    block_bytes of them in a batch unless one row alone has more."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as e:
         raise ConfigError(f"{file}: pyarrow is not installed: pip install 'megatron-demix[data]'.") from e
     try:
-        with pq.ParquetFile(file) as table:
+        # Else all of a row group is read before its first row is given.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
             schema = table.schema_arrow
             if column is not None and column not in schema.names:
                 names = ", ".join(schema.names)
@@ -302,13 +305,27 @@ def _batches(
                 raise CorruptInput(f"{file}: column {column!r} holds {t}, expected strings.")
             rows, row, size = table.metadata.num_rows, 0, file.stat().st_size
             for group in range(table.num_row_groups):
-                first, row = row, row + table.metadata.row_group(group).num_rows
+                facts = table.metadata.row_group(group)
+                first, row = row, row + facts.num_rows
                 if begin <= size * first // max(rows, 1) < end:
-                    for batch in table.iter_batches(batch_size=1 << 14, columns=columns, row_groups=[group]):
-                        yield batch, first + 1, rows
-                        first += len(batch)
+                    # What is decoded at once: about as much as a block holds, by the group's mean.
+                    num = min(max(block_bytes * facts.num_rows // max(facts.total_byte_size, 1), 1), _MOST_ROWS)
+                    for decoded in table.iter_batches(batch_size=num, columns=columns, row_groups=[group]):
+                        for batch in _halves(decoded, column, block_bytes):
+                            yield batch, first + 1, rows
+                            first += len(batch)
     except pa.ArrowException as e:
         raise CorruptInput(f"{file}: not a Parquet file, or a damaged one ({e}).") from e
+
+
+def _halves(batch: Any, column: str | None, block_bytes: int) -> Iterator[Any]:
+    """A record batch, cut in two until the column's strings are few enough. Nothing is copied."""
+    if column is None or len(batch) < 2 or batch.column(column).nbytes <= block_bytes:
+        yield batch
+        return
+    middle = len(batch) // 2
+    yield from _halves(batch.slice(0, middle), column, block_bytes)
+    yield from _halves(batch.slice(middle), column, block_bytes)
 
 
 def parse(block: Block, *, json_key: str = "text", on_bad_document: BadDocuments = "error") -> Documents:

@@ -34,8 +34,8 @@ def finished(prefix: Path, identity: str, work: Path) -> dict[str, int] | None:
     facts = _facts(prefix)
     if facts.get("made_from") != identity or not bin_path(prefix).exists():
         raise OutputExists(
-            f"{there[-1]} exists, and was not made from these inputs with these settings. Move it away or choose another "
-            "output; nothing is overwritten."
+            f"{there[-1]} exists, and was not made from these inputs with these settings by this version. Move it away or "
+            "choose another output; nothing is overwritten."
         )
     index = read_index(prefix)
     if index.num_tokens != facts["tokens"]:

@@ -17,6 +17,9 @@ from megatron_demix.data.tokenizer import Tokenizer
 from megatron_demix.indexed.format import token_dtype
 
 SentenceSplitter = Callable[[str], list[str]]
+FORMAT = 2
+"""Raised when the same inputs and settings come to give other bytes or other blocks: what an earlier version made of them, or
+began to make, is not taken for the same."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """Its settings, as JSON."""
         return {
+            "format": FORMAT,
             "tokenizer": self.tokenizer.fingerprint,
             "json_key": self.json_key,
             "append_eod": self.append_eod,

@@ -91,6 +91,9 @@ class HuggingFace(Vocabulary):
             self._tokenizer = Tokenizer.from_str(self._json)
         except Exception as e:  # the library raises a bare Exception
             raise CorruptInput(f"tokenizer {file}: not a Hugging Face tokenizer.json ({e}).") from e
+        # A file keeps those of whoever saved it last, and documents are whole.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.eod_id = _find_eod(vocabulary, file, _configured_eod(file.parent)) if eod_id is None else eod_id

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_demix import native
+from megatron_demix.data import inputs
 from megatron_demix.data.inputs import read_blocks, read_documents, resolve_inputs
 from megatron_demix.errors import ConfigError, CorruptInput
 
@@ -83,6 +84,34 @@ def test_blocks_hold_whole_lines(tmp_path, block_bytes):
     second = next(b for b in blocks if b.file.name == "a.jsonl" and b.first > 1) if block_bytes < 64 else None
     if second:
         assert json_lines.split(b"\n")[second.first - 1] == second.data.split(b"\n")[0]
+
+
+@pytest.mark.parametrize("longest_last", [False, True])
+def test_a_parquet_block_is_no_larger_than_others(tmp_path, monkeypatch, longest_last):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [f"{n:03} " + "x" * (n if longest_last else 300) for n in range(800)]
+    pq.write_table(pa.table({"text": texts, "id": range(800)}), tmp_path / "a.parquet", row_group_size=500)
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 4096)
+    blocks = list(read_blocks([tmp_path / "a.parquet"]))
+    assert all(b.data.nbytes <= 4096 for b in blocks)
+    assert 60 < len(blocks) < 300
+    assert sum(b.file_bytes for b in blocks) == (tmp_path / "a.parquet").stat().st_size
+    assert [b.first for b in blocks] == [1 + sum(len(c.data) for c in blocks[:n]) for n in range(len(blocks))]
+    assert documents([tmp_path / "a.parquet"]) == texts
+    rows = list(inputs.undecoded_documents(tmp_path / "a.parquet", json_key="text"))
+    assert rows == [(n + 1, "row", {"text": text, "id": n}) for n, text in enumerate(texts)]
+
+
+def test_a_parquet_document_larger_than_a_block(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["a", "b" * 9000, "c"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 100)
+    assert documents([tmp_path / "a.parquet"]) == texts
 
 
 BAD_LINES = [

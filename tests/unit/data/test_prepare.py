@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_demix.data import inputs as inputs_module
+from megatron_demix.data import recipe
 from megatron_demix.data.inputs import read_documents
 from megatron_demix.data.prepare import prepare_domain, preprocess
 from megatron_demix.data.recipe import Recipe
@@ -107,6 +108,18 @@ def test_as_the_stock_builder_writes_it(corpus, tmp_path):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"stock{suffix}").read_bytes()
     assert counts == {"documents": 400, "tokens": counts["bytes"] + 400, "bytes": counts["bytes"], "rejected": 1}
     assert preprocess(corpus, BYTE, tmp_path / "ours", progress=False) == counts
+
+
+def test_what_an_earlier_version_made_is_not_gone_on_with(corpus, tmp_path, monkeypatch):
+    """Its tokenizer obeyed a file's truncation, and its blocks of Parquet had other sizes."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(recipe, "FORMAT", recipe.FORMAT - 1)
+        assert preprocess(corpus, BYTE, tmp_path / "a", part=(0, 2), progress=False) is None
+        preprocess(corpus, BYTE, tmp_path / "b", progress=False)
+    assert preprocess(corpus, BYTE, tmp_path / "a", part=(1, 2), progress=False) is None
+    assert preprocess(corpus, BYTE, tmp_path / "a", part=(0, 2), progress=False)["documents"] == 400
+    with pytest.raises(OutputExists, match="not made from these inputs with these settings by this version"):
+        preprocess(corpus, BYTE, tmp_path / "b", progress=False)
 
 
 def test_sentences(tmp_path):

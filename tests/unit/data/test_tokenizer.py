@@ -123,6 +123,21 @@ def test_huggingface_file_and_its_copy(bpe, tmp_path):
     assert np.array_equal(copy.token_bytes, tokenizer.token_bytes)
 
 
+def test_a_files_truncation_and_padding_are_not_obeyed(bpe, tmp_path):
+    """transformers writes them into the file after a call with truncation=True, padding=True. Documents are whole."""
+    from tokenizers import Tokenizer
+
+    changed = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    changed.enable_truncation(8)
+    changed.enable_padding(length=8)
+    changed.save(str(tmp_path / "tokenizer.json"))
+    expected = load_tokenizer(bpe).encode_batch(TEXTS)
+    for engine in ("auto", "reference"):
+        tokenizer = load_tokenizer(TokenizerSpec(type="huggingface", model=tmp_path), engine=engine)
+        for seen, whole in zip(tokenizer.encode_batch(TEXTS), expected, strict=True):
+            assert np.array_equal(seen, whole)
+
+
 def test_huggingface_end_of_document(bpe, tmp_path):
     data = json.loads((bpe / "tokenizer.json").read_text())
     data["added_tokens"][0]["content"] = "<over>"
