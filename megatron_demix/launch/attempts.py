@@ -38,7 +38,7 @@ class Attempts:
         if self.number > MOST_ATTEMPTS:
             raise StageFailed(
                 f"stage {stage.name}: ended {MOST_ATTEMPTS} times without saving anything new, and is not started again. Look "
-                f"at {stage.log}; when the cause is gone, `demix resume` goes on."
+                f"at {stage.log.with_suffix('')}*.log; when the cause is gone, `demix resume` goes on."
             )
         self.write(stage)
 

@@ -81,6 +81,10 @@ class Nodes:
     address: str = ""
     port: int = 0
 
+    def log(self, stage: Stage) -> Path:
+        """Of this node's ranks."""
+        return stage.log if self.rank == 0 else stage.log.with_suffix(f".node{self.rank}.log")
+
 
 def start_ranks(
     stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: Nodes = Nodes(), devices: Sequence[str] = ()
@@ -103,8 +107,7 @@ def start_ranks(
         command = [sys.executable, "-m", "megatron_demix.launch.ranks", *group]
         command += [f"--nproc-per-node={stage.ranks // nodes.number}", *worker]
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-    log = stage.log if nodes.rank == 0 else stage.log.with_suffix(f".node{nodes.rank}.log")
-    with open(log, "ab") as output:
+    with open(nodes.log(stage), "ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -121,7 +124,7 @@ def start_ranks(
 def stage_lock(stage: Stage) -> Iterator[IO]:
     """Held by whoever makes a stage, and by the ranks it started. Raises Incomplete if others have it for too long."""
     stage.lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(stage.lock, "a") as file:
+    with open(stage.lock, "a+") as file:  # NFSv4 shares locks only on files that may be read
         take_lock(file, f"ranks of stage {stage.name} that an earlier run started", wait_s=_RANKS_SAVE_S)
         yield file
 
@@ -135,23 +138,24 @@ def is_being_made(stage: Stage) -> bool:
         return False
 
 
-def failure(stage: Stage, code: int) -> DemixError:
-    """What the exit code of a stage's ranks means, with the first rank's own message where its log has one.
+def failure(stage: Stage, code: int, nodes: Nodes = Nodes()) -> DemixError:
+    """What the exit code of this node's ranks means, with the first rank's own message where their log has one.
 
     code: as of a process or a shell: negative, or above 128, for a signal.
     """
-    tail = stage.log.read_text(errors="replace").splitlines()[-12:] if stage.log.exists() else []
+    log = nodes.log(stage)
+    tail = log.read_text(errors="replace").splitlines()[-12:] if log.exists() else []
     said = [line.split(": ", 1)[1] for line in tail if line.startswith("error (rank")]
     if code in _BY_EXIT_CODE:
-        return _BY_EXIT_CODE[code](f"stage {stage.name}: {said[0] if said else _SAID.get(code, 'stopped')} (log: {stage.log})")
+        return _BY_EXIT_CODE[code](f"stage {stage.name}: {said[0] if said else _SAID.get(code, 'stopped')} (log: {log})")
     if said:
-        return StageFailed(f"stage {stage.name}: {said[0]} (log: {stage.log})")
+        return StageFailed(f"stage {stage.name}: {said[0]} (log: {log})")
     signum = -code if code < 0 else code - 128
     reason = f"was killed by signal {signum}" if signum > 0 else f"ended with exit code {code}"
     excerpt = "".join(f"\n    {line}" for line in tail)
     return StageFailed(
         f"stage {stage.name}: a rank {reason}. Finished artifacts are intact; run the same command again to "
-        f"go on from its last checkpoint. Log: {stage.log}, which ends{excerpt or ' empty'}"
+        f"go on from its last checkpoint. Log: {log}, which ends{excerpt or ' empty'}"
     )
 
 
@@ -231,7 +235,7 @@ def _wait_for_ranks(stage: Stage, threads_per_rank: int, held: IO | None, nodes:
     # Ranks of other nodes would wait in vain for a node 0 that found that it needs none.
     code = stop.wait(ranks, until=stage.done if nodes.rank > 0 else lambda: False)
     if code != 0:
-        raise failure(stage, code)
+        raise failure(stage, code, nodes)
 
 
 class NeedMissing(StageFailed):
@@ -247,8 +251,12 @@ def _wait_for_needs(stage: Stage) -> None:
         time.sleep(1)
 
 
-def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> int:
-    """Exit code of this node's part; node 0 keeps the account of attempts."""
+def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _Stop, outcome: Path | None = None) -> int:
+    """Exit code of this node's part; node 0 keeps the account of attempts.
+
+    outcome: as of --outcome. A signal to one of several nodes that nobody asked for is a failure: srun stopped what was left
+    when another node's part had ended.
+    """
     attempts, begun = Attempts(), False
     try:
         if nodes.rank == 0 and not stage.done():
@@ -262,11 +270,16 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
     except Exception as raised:
         stop.settled = True
         e = limit_reached(raised) or raised
+        if isinstance(e, Incomplete) and stop.asked and nodes.number > 1 and outcome and not _asked(outcome).exists():
+            e = StageFailed(
+                f"stage {stage.name}: the part of another node ended first, and this one was stopped with it. Logs of all "
+                f"nodes: {stage.log.with_suffix('')}*.log"
+            )
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
         said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
         print(f"demix: {said}", file=sys.stderr, flush=True)
         over = isinstance(e, FINAL) or attempts.number > MOST_ATTEMPTS
-        if nodes.rank == 0 and not isinstance(e, NeedMissing):
+        if (nodes.rank == 0 or over) and not isinstance(e, NeedMissing):
             with suppress(OSError, StorageError):  # its disk may be full, or gone
                 if over:
                     attempts.failed = said
@@ -276,11 +289,16 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
                 elif begun and isinstance(e, Incomplete) and not isinstance(e, EndedEarly):
                     attempts.number -= 1  # asked to stop: nothing is wrong with it
                     attempts.write(stage)
-                with open(stage.log, "a") as log:
+                with open(nodes.log(stage), "a") as log:
                     log.write(f"demix: {said}\n")
         if nodes.rank > 0:
             stop.linger()
         return e.exit_code if isinstance(e, DemixError) and (over or isinstance(e, NeedMissing)) else Incomplete.exit_code
+
+
+def _asked(outcome: Path) -> Path:
+    """The batch script's note that SLURM, or a person, wants the job to end."""
+    return Path(f"{outcome}.asked")
 
 
 def main() -> int:
@@ -290,31 +308,40 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--root", type=Path, help="folder that relative inputs start from (default: the study file's)")
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes; MASTER_ADDR and MASTER_PORT name node 0")
-    parser.add_argument("--outcome", type=Path, help="file that node 0 writes its exit code to")
+    parser.add_argument(
+        "--outcome",
+        type=Path,
+        help="file for node 0's exit code, but not for a 75 from before it kept an account; OUTCOME.n: node n's, where it is "
+        "final; OUTCOME.asked: made by the scheduler's script when it is asked to stop",
+    )
     options = parser.parse_args()
+    nodes = Nodes(
+        rank=int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", 0))),
+        number=options.nodes,
+        address=os.environ.get("MASTER_ADDR", ""),
+        port=int(os.environ.get("MASTER_PORT", 0)),
+    )
     die_with_parent()
-    stop = _Stop()
-    from megatron_demix.pipeline.dag import build_dag
-    from megatron_demix.study.load import load_study
-
+    stop, known = _Stop(), False
     try:
+        from megatron_demix.pipeline.dag import build_dag
+        from megatron_demix.study.load import load_study
+
         study = load_study(options.study)
         dag = build_dag(study, (options.root or options.study.resolve().parent) / "study.yaml", options.run)
         stage = dag.stage(options.stage)
-        nodes = Nodes(
-            rank=int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", 0))),
-            number=options.nodes,
-            address=os.environ.get("MASTER_ADDR", ""),
-            port=int(os.environ.get("MASTER_PORT", 0)),
-        )
-    except DemixError as e:
-        print(f"demix: {e}", file=sys.stderr)
-        return e.exit_code
-    code = _make_and_judge(stage, study.launch.threads_per_rank, nodes, stop)
+        known = True
+    except Exception as e:
+        stop.settled = True
+        print(f"demix: {e}" if isinstance(e, DemixError) else traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
+        code = e.exit_code if isinstance(e, DemixError) else 1
+    else:
+        code = _make_and_judge(stage, study.launch.threads_per_rank, nodes, stop, options.outcome)
     stop.ignore()
-    if options.outcome and nodes.rank == 0:
+    final = code not in (0, Incomplete.exit_code)
+    if options.outcome and (final or (known and nodes.rank == 0)):
         with suppress(StorageError):  # then the scheduler has to judge by what it is told
-            write_atomic(options.outcome, str(code))
+            write_atomic(options.outcome if nodes.rank == 0 else Path(f"{options.outcome}.{nodes.rank}"), str(code))
     return code
 
 

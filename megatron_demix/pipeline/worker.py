@@ -22,7 +22,7 @@ def main() -> int:
     die_with_parent()
     warnings.filterwarnings("ignore")  # megatron.core warns about every package it can do without
     path = Path(sys.argv[1])
-    held = open(path.with_suffix(".lock"), "a")  # noqa: SIM115  # as long as this process works
+    held = open(path.with_suffix(".lock"), "a+")  # noqa: SIM115  # as long as this process works
     try:
         # If torchrun is killed, ranks that still save keep the next run waiting.
         take_lock(held, f"another process that works on {path}", wait_s=_LOCK_WAIT_S, shared=True)

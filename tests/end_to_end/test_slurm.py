@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from dist_checkpoints import small_model, write_checkpoint
 from processes import held, processes
-from slurm_cluster import Cluster
+from slurm_cluster import Cluster, private_cluster
 from slurm_study import (
     LIMIT_S,
     contents,
@@ -305,3 +305,25 @@ def test_stock_megatron_lm_across_two_nodes(cluster, study):
         assert "rank 1 starting after iteration 150" in other.read_text()
         (losses,) = run.glob(f"components/{name}-*/losses.jsonl")
         assert [json.loads(line)["iteration"] for line in losses.read_text().splitlines()] == list(range(1, 301))
+
+
+def test_a_node_that_fails_at_every_start_ends_the_job(study, tmp_path):
+    """srun then stops node 0's part, whose ranks wait for the others. Nobody asked for that: three times are enough. KillWait
+    is SLURM's default: node 0 has the time to say that it was stopped."""
+    second_fails = 'os._exit(1) if os.environ["SLURM_NODEID"] == "1" else signal.pause()'
+    start = f'import os, signal, sys\nif "megatron_demix.launch.ranks" in sys.orig_argv:\n    {second_fails}\n'
+    (tmp_path / "sitecustomize.py").write_text(start)
+    settings = ("name=broken", f"launch.slurm.setup=export PYTHONPATH={tmp_path}")
+    dag = build_dag(load_study(study, settings), study, tmp_path / "broken")
+    for stage in (dag.tokenizer, *dag.data.values()):
+        stage.finish()
+    more = [*(word for setting in settings for word in ("--set", setting)), "--runs", str(tmp_path)]
+    with private_cluster(tmp_path / "cluster", more="KillWait=30\n") as cluster:
+        _, errors = demix(cluster, "submit", study, *more, "--until", "train").communicate(timeout=LIMIT_S)
+        wait_for("the jobs' end", lambda: not cluster.jobs())
+        found = states(cluster, study, *more)["base/base"]
+    log = logs(tmp_path / "broken")
+    assert log.count("base/base is not finished (code 75): back into the queue") == 3, errors + log
+    assert log.count("the part of another node ended first, and this one was stopped with it") == 3, log
+    assert found["state"] == "failed", found
+    assert "ended 3 times without saving anything new" in found["note"], found

@@ -133,8 +133,11 @@ def test_scripts_are_valid_bash(stages):
 
 SRUN = """for word in "$@"; do outcome=$word; done
 [ "$SAID" ] && echo "$SAID" > "$outcome"
-[ "$SIGNAL" ] && kill -USR1 $PPID
-sleep "$SRUN_S"; exit "$SRUN_CODE"
+[ "$SECOND" ] && echo "$SECOND" > "$outcome.1"
+[ "$SIGNAL" ] && kill -$SIGNAL $PPID
+sleep "$SRUN_S"
+[ -e "$outcome.asked" ] && touch asked
+exit "$SRUN_CODE"
 """
 SCONTROL = """echo "$*" >> commands
 [ "$1" != requeue ] || [ "$(grep -c requeue commands)" -gt "$REFUSED" ]
@@ -149,15 +152,21 @@ def job(stages, tmp_path):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "slurm").mkdir()
 
-    def run(ranks, srun_code, said="", *, signal="", srun_s=0.0, refused=0, restart=0):
+    def run(ranks, srun_code, said="", *, second="", signal="", srun_s=0.0, refused=0, restart=0):
         chosen = next(g for g in group(stages) if g.stages[0].ranks == ranks)
         text = Scripts(SlurmSpec(ranks_per_node=8, setup="set -euo pipefail"), "s", tmp_path, tmp_path).of_group(chosen)
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SAID": said}
-        environment |= {"SIGNAL": signal, "SRUN_CODE": str(srun_code), "SRUN_S": str(srun_s), "REFUSED": str(refused)}
+        environment |= {
+            "SECOND": second,
+            "SIGNAL": signal,
+            "SRUN_CODE": str(srun_code),
+            "SRUN_S": str(srun_s),
+            "REFUSED": str(refused),
+        }
         environment["SLURM_RESTART_COUNT"] = str(restart)
         (tmp_path / "commands").write_text("")
         ended = subprocess.run(["bash"], input=text, text=True, capture_output=True, cwd=tmp_path, env=environment, timeout=30)
-        assert not list((tmp_path / "slurm").glob("*.outcome"))
+        assert not list((tmp_path / "slurm").glob("*.outcome*"))
         requeued = (tmp_path / "commands").read_text().count("requeue 7")
         back = "is not finished (code" in ended.stdout
         return ended.returncode, requeued if back else 0
@@ -175,6 +184,11 @@ def test_what_node_0_says_decides_what_becomes_of_a_job(job):
     assert job(16, 143, "75") == (75, 1)
     assert job(16, 143, "9") == (9, 0)
     assert job(16, 143, "0") == (0, 0)
+    # Another node's counts where it is final, and node 0's is not.
+    assert job(16, 75, "75", second="74") == (74, 0)
+    assert job(16, 137, second="9") == (9, 0)
+    assert job(16, 143, "0", second="74") == (0, 0)
+    assert job(16, 143, "9", second="74") == (9, 0)
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
@@ -183,6 +197,13 @@ def test_a_task_that_is_killed_at_every_start_is_not_started_for_ever(job):
     assert job(0, 75, "75", restart=10) == (75, 1)  # it began: from here on it is counted anew
     assert [job(0, 137, restart=n) for n in range(11, 22)] == [(137, 1)] * 10 + [(137, 0)]
     assert job(0, 137) == (137, 1)  # another job
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_what_ends_before_node_0_has_begun_is_not_started_for_ever(job):
+    """Node 0, if srun stopped it during its imports, leaves the counting to the script. Being asked to stop does not count."""
+    assert [job(16, 75, restart=n) for n in range(11)] == [(75, 1)] * 10 + [(75, 0)]
+    assert [job(16, 75, signal="USR1", srun_s=0.2, restart=n) for n in range(11)] == [(138, 1)] * 11
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
@@ -201,6 +222,14 @@ def test_a_signal_does_not_hide_the_exit_code(job):
     """It ends bash's wait with a code of its own, also where srun has ended by then."""
     assert job(0, 2, signal="USR1", srun_s=0.2) == (138, 1)  # killed by it, as an srun that was just starting
     assert job(0, 2, signal="USR1") in [(2, 0), (138, 1)]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_node_0_is_told_that_slurm_asked(job, tmp_path):
+    assert job(16, 75, "75", srun_s=0.2) == (75, 1)
+    assert not (tmp_path / "asked").exists()
+    assert job(16, 75, "75", signal="TERM", srun_s=0.2) == (75, 0)  # SLURM itself puts it back, if anyone does
+    assert (tmp_path / "asked").exists()
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")

@@ -1,9 +1,11 @@
 """What a scheduler's job does with one stage, and what its exit code says: here without ranks; with them in end_to_end/."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from megatron_demix.command import exit_code
 from megatron_demix.errors import Incomplete, MixtureError, StageFailed, StorageError
 from megatron_demix.launch import stage as task
 from megatron_demix.launch.attempts import Attempts
+from megatron_demix.pipeline import worker
 from megatron_demix.pipeline.stage import Stage
 
 
@@ -91,6 +94,37 @@ def test_being_asked_to_stop_does_not_count(tmp_path, stop):
     assert not list(tmp_path.glob("blend/.*"))
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_stops_node_0_counts_unless_somebody_asked(tmp_path, stop, asked):
+    """Of several nodes srun stops the others when one has ended, also where that fails at every start."""
+    outcome = tmp_path / "7.outcome"
+    if asked:
+        Path(f"{outcome}.asked").touch()
+    stage = Stage("blend/found", tmp_path, {}, (), lambda folder: os.kill(os.getpid(), signal.SIGTERM))
+    codes = []
+    for _ in range(4):
+        stop.settled = False
+        codes.append(task._make_and_judge(stage, 1, task.Nodes(number=2), stop, outcome))
+    assert codes == ([75] * 4 if asked else [75, 75, 75, 8])
+    assert ("the part of another node ended first" in stage.log.read_text()) is not asked
+    assert Attempts.read(stage).failed == "" if asked else "ended 3 times" in Attempts.read(stage).failed
+
+
+def test_what_would_come_again_on_another_node_ends_it(tmp_path, stop, monkeypatch):
+    """And the message is of that node's log."""
+    monkeypatch.setattr(task, "_LINGER_S", 0)
+    said = "error (rank 1): the disk is full"
+    monkeypatch.setattr(task, "start_ranks", lambda *_, **__: subprocess.Popen(["sh", "-c", "exit 74"]))
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=2)
+    other = task.Nodes(rank=1, number=2).log(stage)
+    other.parent.mkdir()
+    other.write_text(f"{said}\n")
+    assert run(stage, stop, node=1) == 74
+    assert Attempts.read(stage).failed == f"stage base/base: the disk is full (log: {other})"
+    assert other.read_text() == f"{said}\ndemix: stage base/base: the disk is full (log: {other})\n"
+    assert not stage.log.exists()
+
+
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_signal_after_the_outcome_does_not_replace_it(tmp_path, stop, code):
     """Whichever thread hears it."""
@@ -150,6 +184,18 @@ def test_a_stage_that_others_make_is_waited_for_and_named(tmp_path):
     assert not task.is_being_made(stage)
 
 
+def test_locks_are_shared_where_files_have_to_be_open_for_that(tmp_path, monkeypatch, caplog):
+    """NFSv4 looks at how a file was opened, and so does this other kind of lock."""
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=1)
+    with task.stage_lock(stage) as file:
+        task.take_lock(file, "the others", shared=True)
+    monkeypatch.setattr(sys, "argv", ["worker", str(stage.job)])
+    assert worker.main() == 7  # there is no such job
+    assert caplog.text == ""
+
+
 def test_a_stage_that_others_made_meanwhile_is_done(tmp_path, stop, monkeypatch):
     made = []
     stage = Stage("data/a", tmp_path, {}, (), lambda folder: made.append((folder / "out").write_text("x")))
@@ -175,3 +221,62 @@ def test_exit_codes_of_ranks_become_errors(tmp_path):
     diverged = task.failure(stage, 9)
     assert (diverged.exit_code, str(diverged)) == (9, f"stage base/base: run base: the loss is nan (log: {stage.log})")
     assert task.failure(stage, 8).exit_code == 8
+
+
+def test_the_log_of_the_node_that_failed_is_named(tmp_path):
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=4)
+    stage.log.parent.mkdir()
+    stage.log.write_text("error (rank 0): a connection was lost\n")
+    second = task.Nodes(rank=1, number=2)
+    second.log(stage).write_text("error (rank 2): the GPU is broken\n")
+    assert str(task.failure(stage, 8, second)) == f"stage base/base: the GPU is broken (log: {second.log(stage)})"
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command(node, what runs at its start, study) -> exit code, what it said, and the files of its outcome."""
+
+    def run(node, text, study="{}"):
+        (tmp_path / "study.yaml").write_text(study)
+        (tmp_path / "sitecustomize.py").write_text(text)
+        words = [
+            sys.executable,
+            "-m",
+            "megatron_demix.launch.stage",
+            tmp_path / "study.yaml",
+            "base/base",
+            "--run",
+            tmp_path / "run",
+        ]
+        environment = os.environ | {"NODE_RANK": str(node), "PYTHONPATH": str(tmp_path)}
+        more = ["--nodes", "2", "--outcome", tmp_path / "7.outcome"]
+        ended = subprocess.run([*words, *more], env=environment, capture_output=True, text=True, timeout=120)
+        outcomes = {path.name: path.read_text() for path in tmp_path.glob("7.outcome*")}
+        return ended.returncode, ended.stderr, outcomes
+
+    return run
+
+
+STOPPED = """import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "megatron_demix.pipeline.dag":
+            os.kill(os.getpid(), signal.%s)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_during_the_imports_is_no_traceback(command, name):
+    """No attempt was counted, so that no outcome is written: the batch script counts."""
+    assert command(0, STOPPED % name) == (75, f"demix: stopped by {name}.\n", {})
+
+
+@pytest.mark.parametrize(("node", "file"), [(0, "7.outcome"), (1, "7.outcome.1")])
+def test_what_is_final_before_the_stage_is_known_is_an_outcome(command, node, file):
+    """srun would hide it behind the 75 of those that it stops."""
+    code, said, outcomes = command(node, "", study="nonsense: 1")
+    assert (code, outcomes) == (2, {file: "2"}), said
+    code, said, outcomes = command(node, "import sys; sys.modules['megatron_demix.pipeline.dag'] = None")
+    assert (code, outcomes) == (1, {file: "1"}), said
+    assert "ModuleNotFoundError" in said
