@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_demix import native
-from megatron_demix.artifact import read_json, write_json
+from megatron_demix.artifact import only_maker, read_json, remove_leftovers, sync_path, temporary_beside, write_json
 from megatron_demix.errors import CorruptInput
 from megatron_demix.indexed.format import HEADER_BYTES, bin_path, header
 from megatron_demix.indexed.reader import Index
@@ -135,10 +135,7 @@ def finish_view(plan: BlendPlan, work: Path, name: str, pool_id: str, cache: Pat
         else:
             shared = cache / f"pool-{pool_id}.bin"
             if not shared.is_file():
-                cache.mkdir(parents=True, exist_ok=True)
-                temporary = cache / f".{shared.name}.tmp-{os.getpid()}-0"
-                _copy_pool(plan, temporary, advance)
-                os.rename(temporary, shared)
+                _make_shared(plan, shared, advance)
             if shared.stat().st_size != plan.pool.num_bytes:
                 seen = shared.stat().st_size
                 raise CorruptInput(
@@ -149,6 +146,22 @@ def finish_view(plan: BlendPlan, work: Path, name: str, pool_id: str, cache: Pat
     _take(work / "plan.idx", work / f"{name}.idx")
     _take(work / f"plan{DOMAINS_SUFFIX}", work / f"{name}{DOMAINS_SUFFIX}")
     return {"evenness": facts["evenness"]}
+
+
+def _make_shared(plan: BlendPlan, shared: Path, advance: Any) -> None:
+    """The pool in a cache, by one of all the builders that want it; the others wait."""
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    with only_maker(shared):
+        if shared.is_file():
+            return
+        remove_leftovers(shared.parent)
+        temporary = temporary_beside(shared)
+        try:
+            _copy_pool(plan, temporary, advance)
+            os.rename(temporary, shared)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_path(shared.parent)
 
 
 def _take(source: Path, target: Path) -> None:

@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from blends import build
 
+from megatron_demix.artifact import temporary_beside
+from megatron_demix.data import blend_data
 from megatron_demix.data.verify import verify_blend
 from megatron_demix.errors import ConfigError, OutputExists
 
@@ -63,8 +67,6 @@ for mode in ("view", "materialise"):
 
 
 def test_workers_write_one_blend_together(pool, tmp_path, monkeypatch):
-    from megatron_demix.data import blend_data
-
     monkeypatch.setattr(blend_data, "SHARD_BYTES", 1)
     monkeypatch.setattr(blend_data, "SHARD_STEP_DOCUMENTS", 100)
     whole = build(pool, tmp_path / "whole" / "b", mode="materialise")
@@ -104,7 +106,6 @@ build(pool, Path("b"), mode="materialise", worker=eval(os.environ.get("WORKER", 
 
 def test_killed_while_writing(pool, tmp_path, monkeypatch):
     from megatron_demix import native
-    from megatron_demix.data import blend_data
 
     monkeypatch.setattr(blend_data, "SHARD_BYTES", 1)
     monkeypatch.setattr(blend_data, "SHARD_STEP_DOCUMENTS", 100)
@@ -125,8 +126,6 @@ def test_killed_while_writing(pool, tmp_path, monkeypatch):
 
 def test_a_killed_worker_is_started_again(pool, tmp_path, monkeypatch):
     """One of three dies in its shards; the others finish without publishing, and its next start does the rest."""
-    from megatron_demix.data import blend_data
-
     monkeypatch.setattr(blend_data, "SHARD_BYTES", 1)
     monkeypatch.setattr(blend_data, "SHARD_STEP_DOCUMENTS", 40)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "WORKER": "(1, 3)"}
@@ -140,6 +139,45 @@ def test_a_killed_worker_is_started_again(pool, tmp_path, monkeypatch):
     assert published == build(pool, tmp_path / "whole", mode="materialise")
     for suffix in published["files"]:
         assert (tmp_path / f"b{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_two_builders_share_a_pool_that_neither_has_made(pool, tmp_path, monkeypatch):
+    """Of different views, in processes that have one number, as those of two containers may; the second dies."""
+    copy, entered = blend_data._copy_bin, threading.Semaphore(0)
+
+    def slow(index, base, out, advance):
+        if threading.current_thread().name == "second":
+            entered.release()
+            raise MemoryError
+        copy(index, base, out, advance)
+        if second.ident is None:
+            second.start()
+            entered.acquire(timeout=1)
+
+    def build_second():
+        with suppress(MemoryError):
+            build(pool, tmp_path / "second", seed=4, pool_cache=tmp_path / "cache")
+
+    monkeypatch.setattr(blend_data, "_copy_bin", slow)
+    second = threading.Thread(target=build_second, name="second")
+    build(pool, tmp_path / "first", pool_cache=tmp_path / "cache")
+    second.join(timeout=60)
+    (shared,) = (tmp_path / "cache").iterdir()
+    assert shared.read_bytes() == b"".join((tmp_path / "pool" / f"{name}_0.bin").read_bytes() for name in pool)
+    for name in ("first", "second"):
+        assert verify_blend(tmp_path / name, progress=False)["sources"] == "compared"
+
+
+def test_a_shared_pool_that_could_not_be_made_leaves_nothing(pool, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    left = temporary_beside(tmp_path / "cache" / "pool-killed.bin")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")).touch()
+    monkeypatch.setattr(blend_data, "_copy_range", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build(pool, tmp_path / "b", pool_cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 TWICE = """
