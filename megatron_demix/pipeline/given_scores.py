@@ -23,8 +23,8 @@ def named_checkpoints(given: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
-        path = path if equals else text
-        name = name if equals else Path(path).resolve().name
+        if not equals or "/" in name or Path(text).exists():
+            name, path = Path(text).resolve().name, text
         if not name or not path:
             raise ConfigError(f"--checkpoint {text!r}: expected a path, or NAME=PATH.")
         if name in found:
@@ -36,10 +36,11 @@ def named_checkpoints(given: Sequence[str]) -> dict[str, Path]:
 def given_scores(dag: Dag, checkpoints: Mapping[str, Path], *, final: bool) -> Stage:
     """A stage whose scores.json has a row for each checkpoint. final: on the splits that final runs are compared on.
 
-    Raises ConfigError or CorruptInput for what is no checkpoint.
+    Raises ConfigError or CorruptInput for what is no checkpoint, IncompatibleInputs for one of another model.
     """
     digests = InputDigests(dag.run / "cache" / "input_digests.json")
-    stages = {name: train_stages.given(f"evaluate/{name}", path, dag.run, digests) for name, path in checkpoints.items()}
+    stages = {name: train_stages.given(dag.study, f"evaluate/{name}", p, dag.run, digests) for name, p in checkpoints.items()}
+    digests.save()
 
     def models() -> dict[str, Any]:
         return {"checkpoints": {name: train_stages.checkpoint_of(stage) for name, stage in stages.items()}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import ModelSpec
-from megatron_demix.train.derived import ffn_hidden_size
+from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
 
 IMPORTED = "imported"
 # Of a study's model: what a Hugging Face folder says nothing of.
@@ -27,7 +26,8 @@ def with_base(study: Study, root: Path, digests: InputDigests) -> Study:
     """The study with the embedding as large as the folder's, so that base, components and export have the same rows.
 
     Raises IncompatibleInputs naming every key of `model` in which study and folder differ, ConfigError where
-    transformer_impl has to be said. Where the digests allow that the folder is missing, the study stays as it is.
+    transformer_impl has to be said, or padded_vocab_size is less than the folder's vocabulary. Where the digests allow that the
+    folder is missing, the study stays as it is.
     """
     if study.base.huggingface is None:
         return study
@@ -48,10 +48,7 @@ def with_base(study: Study, root: Path, digests: InputDigests) -> Study:
             f"study {study.name!r}: with experts, the names of the base's tensors depend on who loads it. Set "
             "model.transformer_impl to transformer_engine (GPUs) or local."
         )
-    if study.model.padded_vocab_size is not None:
-        return study
-    multiple = math.lcm(study.model.make_vocab_size_divisible_by, study.parallel.tensor)
-    rows = math.ceil(described.vocab_size / multiple) * multiple
+    rows = padded_vocab_size(study.model, study.parallel, described.vocab_size)
     return study.model_copy(update={"model": study.model.model_copy(update={"padded_vocab_size": rows})})
 
 

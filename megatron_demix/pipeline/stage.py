@@ -30,6 +30,7 @@ class Stage:
         finds there, and gives the same bytes if that is nothing. Only a scheduler starts parts, as processes of their own.
     judge: looks at the filled folder before it is published, and raises where it is not what it has to be.
     script: what the ranks run, where that is a command of its own, as a shell script.
+    stands_for: the user's checkpoint that it is, where that lies now; the artifact says where it lay when that was made.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Stage:
     make_part: Callable[[Path, tuple[int, int]], None] | None = None
     judge: Callable[[Path], None] = lambda folder: None
     script: Callable[[], str] | None = None
+    stands_for: Path | None = None
 
     @cached_property
     def key(self) -> str:

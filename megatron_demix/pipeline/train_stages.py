@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_demix.artifact import fingerprint, hash_file, read_json, write_json
+from megatron_demix.artifact import read_json, write_json
 from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages
+from megatron_demix.pipeline.given_checkpoint import check_function, look_at
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
@@ -184,7 +185,7 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     if spec.huggingface is not None:
         return imported(study, root, run, digests)
     if spec.checkpoint is not None:
-        return given("base/base", root / spec.checkpoint, run, digests)
+        return given(study, "base/base", root / spec.checkpoint, run, digests)
 
     used = _domains_of(spec.mixture, data)
 
@@ -215,28 +216,25 @@ def _mixture(study: Study, spec: MixtureSpec, data: Mapping[str, Stage], label: 
     return study.mixture(spec, data_stages.tokens(data, "train") if spec == "natural" else {}, label)
 
 
-def given(name: str, checkpoint: Path, run: Path, digests: InputDigests) -> Stage:
-    """A stage that only points at the user's checkpoint; nothing of it is copied."""
-    from megatron_demix.checkpoint.layout import find_checkpoint
-
-    def find() -> list[str]:
-        found = find_checkpoint(checkpoint).path
-        # The metadata names every tensor, file and offset; shards are too large to be read for a key.
-        facts = [hash_file(found / ".metadata"), [p.stat().st_size for p in sorted(found.glob("*.distcp"))]]
-        return [fingerprint(facts), str(found.resolve())]
-
-    digest, path = digests.answer(f"checkpoint {checkpoint}", find, absent=["absent", ""])
+def given(study: Study, name: str, checkpoint: Path, run: Path, digests: InputDigests) -> Stage:
+    """A stage that only points at the user's checkpoint; nothing of it is copied. Raises IncompatibleInputs where that is
+    another model than the study's."""
+    found = look_at(checkpoint, digests)
+    check_function(study, checkpoint, found)
 
     def make(folder: Path) -> None:
-        write_json(folder / POINTER, {"checkpoint": path})
+        write_json(folder / POINTER, {"checkpoint": found.path})
 
-    return Stage(name, run, {"checkpoint": digest}, (), make)
+    settings = {"checkpoint": found.digest, "model": study.model.model_dump(exclude={"transformer_impl"})}
+    return Stage(name, run, settings, (), make, stands_for=Path(found.path))
 
 
 def checkpoint_of(stage: Stage, iteration: int | None = None) -> Path:
     """The checkpoint a finished stage stands for: one that trains, averages, or was given. iteration: a kept one before it."""
     if iteration is not None:
         return stage.folder / iteration_folder(iteration)
+    if stage.stands_for is not None:
+        return stage.stands_for
     pointer = stage.folder / POINTER
     return stage.folder / read_json(pointer)["checkpoint"] if pointer.is_file() else stage.folder
 

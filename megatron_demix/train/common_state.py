@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
+from megatron_demix.train.derived import model_arguments, padded_vocab_size
 from megatron_demix.train.job import TrainJob
 
 _COUNTERS = {"iteration", "consumed_train_samples", "train_iters"}
@@ -33,34 +33,8 @@ def megatron_args(job: TrainJob, iteration: int) -> Namespace:
     """What Megatron-LM looks up in a checkpoint's saved arguments: it checks the shapes and takes the counters from here."""
     model, parallel, train = job.model, job.parallel, job.train
     return Namespace(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=ffn_hidden_size(model),
-        num_attention_heads=model.num_attention_heads,
-        group_query_attention=model.num_query_groups is not None,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
-        seq_length=train.seq_length,
-        max_position_embeddings=model.max_position_embeddings or train.seq_length,
-        add_position_embedding=True,
-        position_embedding_type=model.position_embedding_type,
-        rotary_base=model.rotary_base,
-        rotary_percent=1.0,
-        use_rope_scaling=model.use_rope_scaling,
-        rope_scaling_factor=model.rope_scaling_factor,
-        normalization=model.normalization,
-        norm_epsilon=model.norm_epsilon,
-        swiglu=model.swiglu,
-        qk_layernorm=model.qk_layernorm,
-        add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
-        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
-        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        **model_arguments(model, train),
         padded_vocab_size=padded_vocab_size(model, parallel, job.vocab_size),
-        num_experts=model.num_experts,
-        moe_router_topk=model.moe_router_topk,
-        moe_router_pre_softmax=model.moe_router_pre_softmax,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,

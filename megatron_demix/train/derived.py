@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
@@ -22,7 +23,7 @@ def padded_vocab_size(model: ModelSpec, parallel: ParallelSpec, vocab_size: int)
     if (rows := model.padded_vocab_size) is not None:
         if rows < vocab_size or rows % parallel.tensor:
             raise ConfigError(
-                f"model.padded_vocab_size is {rows}, expected at least the tokenizer's {vocab_size} ids, and a multiple of "
+                f"model.padded_vocab_size is {rows}, expected at least {vocab_size}, the ids there are, and a multiple of "
                 f"parallel.tensor {parallel.tensor}."
             )
         return rows
@@ -34,6 +35,39 @@ def ffn_hidden_size(model: ModelSpec) -> int:
     if model.ffn_hidden_size is not None:
         return model.ffn_hidden_size
     return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if model.swiglu else 4 * model.hidden_size
+
+
+def model_arguments(model: ModelSpec, train: TrainSpec) -> dict[str, Any]:
+    """The model as Megatron-LM's arguments say it, defaults spelled out; without the rows of the embedding."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": ffn_hidden_size(model),
+        "num_attention_heads": model.num_attention_heads,
+        "group_query_attention": model.num_query_groups is not None,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
+        "seq_length": train.seq_length,
+        "max_position_embeddings": model.max_position_embeddings or train.seq_length,
+        "add_position_embedding": True,
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": model.use_rope_scaling,
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "normalization": model.normalization,
+        "norm_epsilon": model.norm_epsilon,
+        "swiglu": model.swiglu,
+        "qk_layernorm": model.qk_layernorm,
+        "add_bias_linear": model.add_bias_linear,
+        "add_qkv_bias": model.add_qkv_bias,
+        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "num_experts": model.num_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+    }
 
 
 def warmup_iters(train: TrainSpec, train_iters: int) -> int:

@@ -1,5 +1,6 @@
 """Stage by stage in this process: a study that trains its proxies (no components, nothing merged), and the maturity check."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,15 @@ def test_merged_proxies_have_no_tokens_of_their_own(study_folder):
         load_study(study_folder / "study.yaml", ["search.proxy_tokens=1k"])
 
 
-def test_given_checkpoints_have_names():
+def test_given_checkpoints_have_names(tmp_path):
     assert named_checkpoints(["a=x/y", "ckpt/proxy/"]) == {"a": Path("x/y"), "proxy": Path("ckpt/proxy/")}
     with pytest.raises(ConfigError, match="'proxy' is given twice"):
         named_checkpoints(["one/proxy", "two/proxy"])
     with pytest.raises(ConfigError, match="expected a path, or NAME=PATH"):
         named_checkpoints(["=x"])
+    # A path may have an equals sign in it.
+    assert named_checkpoints(["runs/lr=3e-4/iter_0000100"]) == {"iter_0000100": Path("runs/lr=3e-4/iter_0000100")}
+    assert named_checkpoints(["a=runs/lr=3e-4"]) == {"a": Path("runs/lr=3e-4")}
+    (tmp_path / "lr=1").mkdir()
+    with contextlib.chdir(tmp_path):
+        assert named_checkpoints(["lr=1"]) == {"lr=1": Path("lr=1")}

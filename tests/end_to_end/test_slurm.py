@@ -53,7 +53,12 @@ def given_base(study: Path) -> list[str]:
     checkout.mkdir(parents=True)
     (checkout / "package_info.py").write_text("MAJOR = 0\nMINOR = 16\n")
     trainer = {"backend": "megatron_lm", "checkout": "Megatron-LM", "script": tests / "stand_in_pretrain.py"}
-    settings = ["name=stock", "base={checkpoint: base}", *(f"trainer.{k}={v}" for k, v in trainer.items())]
+    settings = [
+        "name=stock",
+        "base={checkpoint: base}",
+        "model.padded_vocab_size=384",
+        *(f"trainer.{k}={v}" for k, v in trainer.items()),
+    ]
     return [word for setting in [*settings, "trainer.args=--stand-in early"] for word in ("--set", setting)]
 
 

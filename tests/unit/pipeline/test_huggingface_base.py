@@ -114,6 +114,12 @@ def test_another_model_is_named_key_by_key(folder):
         dag(folder, "base.huggingface=nowhere")
 
 
+def test_an_embedding_is_not_cut(folder):
+    with pytest.raises(ConfigError, match=r"model.padded_vocab_size is 258, expected at least 400"):
+        dag(folder, "model.padded_vocab_size=258")
+    assert dag(folder, "model.padded_vocab_size=400").study.model.padded_vocab_size == 400
+
+
 def test_with_experts_the_layers_have_to_be_named(folder):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
     shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -141,5 +147,5 @@ def test_rows_that_cannot_be():
     model = ModelSpec(num_layers=1, hidden_size=8, num_attention_heads=2, padded_vocab_size=300)
     assert padded_vocab_size(model, ParallelSpec(tensor=2), 257) == 300
     for parallel, vocabulary in ((ParallelSpec(), 301), (ParallelSpec(tensor=8), 257)):
-        with pytest.raises(ConfigError, match=r"model.padded_vocab_size is 300, expected at least the tokenizer's"):
+        with pytest.raises(ConfigError, match=rf"model.padded_vocab_size is 300, expected at least {vocabulary}, the ids"):
             padded_vocab_size(model, parallel, vocabulary)

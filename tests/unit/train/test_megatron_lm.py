@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from dist_checkpoints import bits, read_checkpoint, small_model, write_checkpoint
 from small_texts import write_texts
 from stock_runs import RUNS, stock_run
@@ -156,7 +157,8 @@ def test_lines_of_its_log():
 def study(tmp_path) -> Path:
     write_texts(tmp_path, "code", "english")
     (tmp_path / "study.yaml").write_text(STUDY)
-    write_checkpoint(tmp_path / "base" / "iter_0000100", small_model(0))
+    embedding = {"embedding.word_embeddings.weight": torch.zeros(384, 8)}  # of the tokenizer's 257 ids, padded
+    write_checkpoint(tmp_path / "base" / "iter_0000100", small_model(0) | embedding)
     (tmp_path / "base" / "latest_checkpointed_iteration.txt").write_text("200")  # the study starts from an earlier one
     fake_checkout(tmp_path / "Megatron-LM")
     return tmp_path / "study.yaml"

@@ -1,0 +1,97 @@
+"""Checkpoints that a user gives: what their weights are, for keys, and whether they are the study's model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_demix.artifact import fingerprint
+from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
+from megatron_demix.checkpoint.layout import find_checkpoint
+from megatron_demix.checkpoint.model_function import model_function
+from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.errors import IncompatibleInputs
+from megatron_demix.pipeline.inputs import InputDigests
+from megatron_demix.study.study import Study
+from megatron_demix.study.training import ModelSpec
+from megatron_demix.train import derived
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class GivenCheckpoint:
+    """path: the folder that holds `.metadata`; "" where it is missing, and may be. digest: of the model's tensors, wherever
+    they lie. function: what the saved arguments say of it (model_function). rows: of its embedding, where it has one."""
+
+    path: str
+    digest: str
+    function: Mapping[str, Any]
+    rows: int | None
+
+
+def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
+    """What a checkpoint is; its path is as find_checkpoint takes it. Raises as Checkpoint does, unless the digests allow that
+    it is gone."""
+
+    def ask() -> dict[str, Any]:
+        folder = find_checkpoint(checkpoint).path.resolve()
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        return {"path": str(folder), **digests.about(f"model in {folder}", files, lambda: _facts(folder))}
+
+    absent: dict[str, Any] = {"path": "", "digest": "absent", "function": {}, "rows": None}
+    return GivenCheckpoint(**digests.answer(f"model of checkpoint {checkpoint}", ask, absent=absent))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """`.metadata` is the same for all checkpoints of one shape, and shards are too large to be read for a key: it is the CRCs
+    which their archives promise that tell weights apart."""
+    checkpoint = Checkpoint(folder, read_ahead=False)
+    tensors = checkpoint.model_tensors
+    chunks = [
+        [key, info.dtype, info.shape, chunk.offset, chunk.shape, checkpoint.payload(info, chunk).crc]
+        for key, info in sorted(tensors.items())
+        for chunk in info.chunks
+    ]
+    checkpoint.check_still_there()
+    function = model_function(model_arguments(read_common_state(checkpoint)))
+    rows = tensors[_EMBEDDING].shape[0] if _EMBEDDING in tensors else None
+    return {"digest": fingerprint(chunks), "function": _as_json(function), "rows": rows}
+
+
+def check_function(study: Study, checkpoint: Path, found: GivenCheckpoint) -> None:
+    """Raises IncompatibleInputs naming every setting of `model` with which the weights would be another function than the one
+    they were saved as. What the saved arguments do not say is not compared."""
+    ours = _as_json(model_function(derived.model_arguments(study.model, study.train)))
+    differing = {name: found.function[name] for name in ours if found.function.get(name, ours[name]) != ours[name]}
+    if not differing:
+        return
+    known = {name: value for name, value in differing.items() if name in ModelSpec.model_fields}
+    said = [f"model.{name}: {value} (found {ours[name]})" for name, value in known.items()]
+    said += [f"{name} {value}" for name, value in differing.items() if name not in known]
+    todo = "Set these." if known == differing else "What has no `model.` before it, no model of a study can have."
+    raise IncompatibleInputs(
+        f"study {study.name!r}: checkpoint {checkpoint} is another model than the study's, which would make another "
+        f"function of its weights. It has {', '.join(said)}. {todo}"
+    )
+
+
+def with_rows_of_base(study: Study, root: Path, digests: InputDigests) -> Study:
+    """The study with the embedding as large as that of base.checkpoint, so that nothing of it is cut off. Raises ConfigError
+    where tensor parallelism does not divide it."""
+    if study.base.checkpoint is None or study.model.padded_vocab_size is not None:
+        return study
+    rows = look_at(root / study.base.checkpoint, digests).rows
+    if rows is None:
+        return study
+    model = study.model.model_copy(update={"padded_vocab_size": rows})
+    derived.padded_vocab_size(model, study.parallel, rows)
+    return study.model_copy(update={"model": model})
+
+
+def _as_json(function: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a JSON file."""
+    return json.loads(json.dumps(function, default=str))
