@@ -35,8 +35,8 @@ _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 
 
 class HarnessModel(TemplateLM):
-    """An `lm_eval` model. As in the harness's Hugging Face backend are: how pairs are encoded and cut, which windows a rolling
-    likelihood has, how answers end. Generation is greedy."""
+    """An `lm_eval` model. As in the harness's Hugging Face backend with add_bos_token=False are: how pairs are encoded and cut,
+    which windows a rolling likelihood has, how answers end. Generation is greedy."""
 
     def __init__(self, live: LiveModel, codec: TextCodec, *, batch_tokens: int = 16384) -> None:
         """batch_tokens: how many tokens run at once, about."""

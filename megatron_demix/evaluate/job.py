@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -16,6 +15,7 @@ from megatron_demix.evaluate.ensemble import FOLDER, DomainText, Texts, keep, re
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.evaluate.tasks.suite import Scored, Suite, TextCodec, read_task
 from megatron_demix.evaluate.windows import Windows, read_windows
+from megatron_demix.native import default_threads
 from megatron_demix.progress import Heartbeat
 from megatron_demix.study.merging import MergeSpec
 from megatron_demix.study.search import TaskSpec
@@ -179,7 +179,7 @@ def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> 
     from megatron_demix.evaluate.tasks.sandbox import is_isolated
 
     tasks = [read_task(spec, spec.split or "") for spec in job.tasks]
-    workers = max(1, (os.cpu_count() or 1) // job.parallel.world_size)
+    workers = max(1, default_threads() // job.parallel.world_size)
     suite = Suite(tasks, load_codec(job.tokenizer), max_tokens=job.max_tokens, workers=workers)
     if suite.runs_code and torch.distributed.get_rank() == 0 and not is_isolated():
         print(

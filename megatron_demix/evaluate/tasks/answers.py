@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, StageFailed
 from megatron_demix.evaluate.tasks import sandbox
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
@@ -77,10 +78,10 @@ class Judge:
     """
 
     def __init__(self, kind: str, *, timeout_s: float, workers: int) -> None:
-        if kind == "formula" and importlib.util.find_spec("math_verify") is None:
-            raise ConfigError("tasks of format math compare formulas with math-verify: pip install 'megatron-demix[eval]'.")
         self._kind, self._timeout_s, self._workers = kind, timeout_s, workers
         self._known: dict[tuple[str, str], Judgement] = {}
+        if kind == "formula":
+            self._told([])
 
     def judge(self, answers: Sequence[str], references: Sequence[Mapping[str, str]]) -> list[Judgement]:
         """references: the item's, for each answer (see tasks.formats)."""
@@ -102,12 +103,7 @@ class Judge:
         judged = [Judgement(answer is not None and normalised(answer) == normalised(right)) for answer, right in pairs]
         unsure = [i for i, (answer, _) in enumerate(pairs) if answer and not judged[i].right]
         while unsure:
-            # Parsing may hang or take all memory: it happens in a process of its own, which says after each pair how it went.
-            told = sandbox.run_python(
-                _COMPARE.format(pairs=json.dumps([pairs[i] for i in unsure]), timeout_s=max(1, int(self._timeout_s))),
-                timeout_s=30 + self._timeout_s * len(unsure),
-                memory_bytes=4 << 30,
-            ).output.split()
+            told = self._told([pairs[i] for i in unsure])
             for i, result in zip(unsure, told, strict=False):
                 judged[i] = Judgement(result == "True", stopped=result not in ("True", "False"))
             if len(told) < len(unsure):
@@ -115,12 +111,36 @@ class Judge:
             unsure = unsure[len(told) + 1 :]
         return judged
 
+    def _told(self, pairs: Sequence[tuple[str | None, str]]) -> list[str]:
+        """What comparing says of each pair, up to one that hangs or ends it. Raises ConfigError where none can be compared."""
+        # Parsing may hang or take all memory: it happens in a process of its own, which says after each pair how it went. The
+        # program is ours, so it may find packages wherever this process does.
+        outcome = sandbox.run_python(
+            _COMPARE.format(pairs=json.dumps(pairs), timeout_s=max(1, int(self._timeout_s))),
+            timeout_s=_START_S + self._timeout_s * len(pairs),
+            memory_bytes=4 << 30,
+            packages=[os.path.abspath(folder) for folder in sys.path],
+        )
+        started, *told = outcome.output.split() or [""]
+        if started:
+            return told
+        if outcome.timed_out:
+            raise StageFailed(
+                f"math-verify, which compares formulas, could not be imported in {_START_S} s or more. Run again."
+            )
+        raise ConfigError(
+            f"tasks of format math compare formulas with math-verify, which cannot be imported ({outcome.problem}): "
+            "pip install 'megatron-demix[eval]'."
+        )
 
+
+_START_S = 60
 _COMPARE = """
 import json, logging
 from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 logging.disable()
+print("started", flush=True)
 for answer, right in json.loads({pairs!r}):
     try:
         found = parse(f"${{answer}}$", parsing_timeout={timeout_s})

@@ -186,7 +186,8 @@ def main() -> None:
     token = sys.stdin.readline()
     program = sys.stdin.read()
     folder = os.getcwd()
-    software = {*_SOFTWARE, *library_folders()}
+    sys.path += settings["packages"]
+    software = {*_SOFTWARE, *settings["packages"], *library_folders()}
     isolated = settings["isolate"] and isolate(libc, folder)
     child = os.fork()
     if child:

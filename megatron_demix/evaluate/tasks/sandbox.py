@@ -33,10 +33,17 @@ class Outcome:
 
 
 def run_python(
-    program: str, *, timeout_s: float, memory_bytes: int = _MEMORY_BYTES, isolate: bool = True, probe: bool = False
+    program: str,
+    *,
+    timeout_s: float,
+    memory_bytes: int = _MEMORY_BYTES,
+    packages: Sequence[str] = (),
+    isolate: bool = True,
+    probe: bool = False,
 ) -> Outcome:
     """Run `program` as a script, in an empty folder that is deleted afterwards. Whatever it does, this returns.
 
+    packages: folders that it may import from, and read, beside those of Python itself.
     isolate: in namespaces, where nothing of this machine can be written, if the kernel allows it; else with all other limits.
     probe: only say which.
     """
@@ -45,6 +52,7 @@ def run_python(
         "cpu_s": int(timeout_s) + 1,
         "file_bytes": _FILE_BYTES,
         "processes": _PROCESSES,
+        "packages": list(packages),
         "isolate": isolate,
         "probe": probe,
     }

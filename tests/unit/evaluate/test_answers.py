@@ -5,16 +5,19 @@ import os
 import socket
 import time
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 from task_files import HUMANEVAL, MBPP, write_all
 
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, StageFailed
+from megatron_demix.evaluate import job
 from megatron_demix.evaluate.tasks import answers, sandbox
 from megatron_demix.evaluate.tasks.answers import Judge, Judgement, boxed, final_number, normalised
 from megatron_demix.evaluate.tasks.sandbox import run_python
 from megatron_demix.evaluate.tasks.suite import read_task
 from megatron_demix.study.search import TaskSpec
+from megatron_demix.study.training import ParallelSpec
 
 isolated = pytest.mark.skipif(
     not sandbox.is_isolated(), reason="the kernel has neither namespaces for this user nor Landlock 6, or no filters"
@@ -114,9 +117,54 @@ def test_formulas_are_compared_by_value():
 
 
 def test_without_the_library_formulas_are_an_error(monkeypatch):
-    monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"compare formulas with math-verify: pip install 'megatron-demix\[eval\]'"):
+    monkeypatch.setattr(answers, "_COMPARE", answers._COMPARE.replace("math_verify", "not_there"))
+    message = (
+        r"which cannot be imported \(ModuleNotFoundError: No module named 'not_there'\): pip install 'megatron-demix\[eval\]'"
+    )
+    with pytest.raises(ConfigError, match=message):
         Judge("formula", timeout_s=1, workers=1)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A stand-in for math-verify that lies where this process alone looks for packages."""
+    package = tmp_path / "site" / "verify_elsewhere"
+    package.mkdir(parents=True)
+    parse = "import os\ndef parse(text, **_): os._exit(3) if 'crash' in text else None; return [float(text.strip('$'))]\n"
+    (package / "__init__.py").write_text(parse + "def verify(one, other, **_): return one == other\n")
+    (package / "errors.py").write_text("TimeoutException = TimeoutError\n")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setattr(answers, "_COMPARE", answers._COMPARE.replace("math_verify", "verify_elsewhere"))
+    return package
+
+
+def test_the_library_is_found_where_this_process_finds_it(elsewhere):
+    given = [r"\boxed{0.50}", r"\boxed{crash}", r"\boxed{2}", r"\boxed{crash}"]
+    judge = Judge("formula", timeout_s=2, workers=1)
+    half = [{"answer": r"\boxed{0.5}"}] * len(given)
+    assert judge.judge(given, half) == [Judgement(True), Judgement(False, True), Judgement(False), Judgement(False, True)]
+    # What has gone meanwhile is no fault of an answer's.
+    (elsewhere / "errors.py").unlink()
+    with pytest.raises(ConfigError, match=r"cannot be imported \(ModuleNotFoundError: .*errors"):
+        judge.judge([r"\boxed{3}"], half[:1])
+
+
+def test_a_library_that_takes_too_long_is_no_answers_fault(elsewhere, monkeypatch):
+    monkeypatch.setattr(answers, "_START_S", 1)
+    (elsewhere / "__init__.py").write_text("import time; time.sleep(99)")
+    with pytest.raises(StageFailed, match=r"could not be imported in 1 s"):
+        Judge("formula", timeout_s=1, workers=1)
+
+
+def test_as_many_are_judged_side_by_side_as_there_are_processors_for_this_process(tasks, monkeypatch):
+    given = {}
+    monkeypatch.setattr(job, "Suite", lambda *_, **options: given.update(options) or SimpleNamespace(runs_code=False))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    spec = TaskSpec(name="gsm8k", format="gsm8k", path=tasks["gsm8k"], split="test")
+    described = SimpleNamespace(tasks=[spec], tokenizer=tasks["gsm8k"], parallel=ParallelSpec(data=2), max_tokens=64)
+    job._suite(described, lambda folder: None)
+    assert given == {"max_tokens": 64, "workers": 3}
 
 
 def test_one_answer_is_run_once(tasks, monkeypatch):
@@ -227,6 +275,13 @@ def test_a_program_reads_python_and_the_system_and_nothing_else(isolate, tmp_pat
         "import ssl, lzma, numpy, subprocess, tempfile; subprocess.run(['ls'], check=True); open(tempfile.mkstemp()[1], 'a')"
     )
     assert run_python(needed, timeout_s=20, isolate=isolate).passed
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_packages_of_elsewhere_can_be_allowed(isolate, tmp_path):
+    (tmp_path / "only_here.py").write_text("")
+    assert not run_python("import only_here", timeout_s=20, isolate=isolate).passed
+    assert run_python("import only_here", timeout_s=20, isolate=isolate, packages=[str(tmp_path)]).passed
 
 
 @with_namespaces
