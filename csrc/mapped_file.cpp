@@ -11,6 +11,8 @@
 #include <mutex>
 #include <system_error>
 
+#include "parallel.hpp"
+
 namespace demix {
 
 // What a signal handler may look at. Never freed, since one may be looking; used again.
@@ -124,6 +126,13 @@ void MappedFile::want(std::size_t at, std::size_t n) const {
     if (!data_) return;
     const std::size_t begin = at / page_bytes * page_bytes;
     ::madvise(const_cast<char*>(data_) + begin, at + n - begin, MADV_WILLNEED);
+}
+
+void MappedFile::touch(const std::vector<std::size_t>& at, int threads) const {
+    parallel(std::int64_t(at.size()), threads, 16, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i)
+            if (at[i] < bytes_) static_cast<void>(static_cast<const volatile char*>(data_)[at[i]]);
+    });
 }
 
 }  // namespace demix

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 namespace demix {
 
@@ -25,6 +26,8 @@ public:
     void expect_scattered_reads(bool scattered) const;
     // Have bytes read into the page cache soon.
     void want(std::size_t at, std::size_t n) const;
+    // Have the pages of these bytes in memory on return, as many at a time as there are threads: each of them waits for the disk.
+    void touch(const std::vector<std::size_t>& at, int threads) const;
 
     struct Watch;
 

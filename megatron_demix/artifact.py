@@ -210,7 +210,7 @@ def only_maker(target: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink()
+                path.unlink(missing_ok=True)  # where a file system has no locks, another one may have been in here, too
             return
 
 

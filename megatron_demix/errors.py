@@ -53,6 +53,10 @@ class CorruptInput(DemixError):
     exit_code = 7
 
 
+class UnsafeInput(CorruptInput):
+    """A pickle names what has no place there, and was not run. The file may be whole: nothing is deleted because of this."""
+
+
 class StageFailed(DemixError):
     """A stage's process died or hung: running again may help. The log is named; finished artifacts are intact."""
 

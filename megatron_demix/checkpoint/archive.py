@@ -18,7 +18,7 @@ _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64 = b"PK\3\4", b"PK\1\2", b"PK\5\6", b"
 _FULL32 = 0xFFFFFFFF
 
 
-def read_archive(blob: np.ndarray, what: str) -> dict[str, tuple[np.ndarray, int | None]]:
+def read_archive(blob: np.ndarray, what: object) -> dict[str, tuple[np.ndarray, int | None]]:
     """name -> (bytes, CRC-32) of a zip whose entries are stored uncompressed. Raises CorruptInput naming `what`.
 
     The CRCs are None where torch was told not to compute any (torch.serialization.set_crc32_options): it then writes 0 for all.
@@ -39,7 +39,7 @@ def check_archive(blob: np.ndarray, what: str) -> None:
             check_entry(data.tobytes(), crc, name, what)
 
 
-def check_entry(data: bytes, crc: int | None, name: str, what: str) -> bytes:
+def check_entry(data: bytes, crc: int | None, name: str, what: object) -> bytes:
     """The data. Raises CorruptInput naming `what` if it does not have this CRC-32 (None: any)."""
     if crc is not None and crc32(data) != crc:
         raise CorruptInput(f"{what}: the bytes of {name} differ from their checksum. Copy or save the checkpoint again.")
@@ -48,6 +48,10 @@ def check_entry(data: bytes, crc: int | None, name: str, what: str) -> bytes:
 
 class _BadZip(Exception):
     pass
+
+
+# Of an entry's description in the directory, and of what stands before its bytes.
+_DESCRIBED, _BEFORE = struct.Struct("<4s6xH4xIIIHHH8xI"), struct.Struct("<4s22xHH")
 
 
 def _read(blob: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
@@ -67,24 +71,25 @@ def _read(blob: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
     directory = _bytes(data, directory_at, directory_bytes)
     entries, at = {}, 0
     for _ in range(count):
-        header = struct.unpack_from("<4s6xH4xIIIHHH8xI", directory, at)
-        signature, method, crc, packed, plain, name_bytes, extra_bytes, comment_bytes, local = header
+        signature, method, crc, packed, plain, name_bytes, extra_bytes, comment_bytes, local = _DESCRIBED.unpack_from(
+            directory, at
+        )
         if signature != _CENTRAL:
             raise _BadZip("its directory is damaged")
-        name = directory[at + 46 : at + 46 + name_bytes].decode()
+        after = at + 46 + name_bytes
+        name = directory[at + 46 : after].decode()
+        at = after + extra_bytes + comment_bytes
         if extra_bytes:
-            extra = directory[at + 46 + name_bytes : at + 46 + name_bytes + extra_bytes]
-            packed, plain, local = _widened(extra, packed, plain, local)
+            packed, plain, local = _widened(directory[after : after + extra_bytes], packed, plain, local)
         if method or packed != plain:
             raise _BadZip(f"{name} is compressed")
-        signature, local_name_bytes, local_extra_bytes = struct.unpack("<4s22xHH", _bytes(data, local, 30))
+        signature, local_name_bytes, local_extra_bytes = _BEFORE.unpack_from(data, local)
         if signature != _LOCAL:
             raise _BadZip(f"{name} has no local header")
         start = local + 30 + local_name_bytes + local_extra_bytes
         if start + plain > size:
             raise _BadZip(f"{name} leaves the archive")
         entries[name] = (blob[start : start + plain], crc)
-        at += 46 + name_bytes + extra_bytes + comment_bytes
     return entries
 
 

@@ -27,7 +27,7 @@ from megatron_demix.checkpoint.pickles import (
     write_pickle,
 )
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.errors import CorruptInput
+from megatron_demix.errors import CorruptInput, UnsafeInput
 
 _INSIDE = "common_state/shard_0_1"
 
@@ -83,10 +83,10 @@ _RUNNING_BUILTINS = frozenset({"eval", "exec", "execfile", "compile", "__import_
 
 
 def _foreign(name: str, what: str) -> type[_Foreign]:
-    """Stands in for a class that is not known. Raises CorruptInput for a name that only an attack has a use for."""
+    """Stands in for a class that is not known. Raises UnsafeInput for a name that only an attack has a use for."""
     module, _, attribute = name.partition(".")
     if module in _RUNNING or (module in ("builtins", "__builtin__") and attribute.split(".")[0] in _RUNNING_BUILTINS):
-        raise CorruptInput(
+        raise UnsafeInput(
             f"{what}: refused, its pickle names {name[:200]!r}, which would run or fetch something. Nothing was executed. "
             "Do not load this checkpoint with other tools before you know where it comes from."
         )

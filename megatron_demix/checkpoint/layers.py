@@ -64,9 +64,9 @@ def _stack(key: str, layers: list[TensorInfo]) -> TensorInfo | None:
 
 
 def _layer(info: TensorInfo, n: int, key: str) -> TensorInfo:
-    chunks = tuple(
+    chunks = [
         replace(chunk, offset=chunk.offset[1:], shape=chunk.shape[1:], layer=n - chunk.offset[0])
         for chunk in info.chunks
         if chunk.offset[0] <= n < chunk.offset[0] + chunk.shape[0]
-    )
-    return TensorInfo(key, info.dtype, info.shape[1:], chunks)
+    ]
+    return TensorInfo(key, info.dtype, info.shape[1:], tuple(sorted(chunks, key=lambda c: c.offset)))

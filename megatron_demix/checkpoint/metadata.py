@@ -69,6 +69,7 @@ _CLASSES = (
     f"{_DCP}.metadata.StorageMeta",
     f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
     f"{_DCP}.filesystem._StorageInfo",
+    f"{_DCP}.filesystem._StoragePrefix",  # in the ranks' plans, from a job's second save on if these are kept between saves
     f"{_DCP}.planner.SavePlan",
     f"{_DCP}.planner.WriteItem",
     f"{_DCP}.planner.WriteItemType",
@@ -79,8 +80,20 @@ _CLASSES = (
     "pathlib._local.PosixPath",
     "torch.serialization._get_layout",
 )
+
+
+def _enum_member(owner: Any, name: Any) -> Inert:
+    """getattr(class, name): how early CPython 3.11 (Debian 12 has 3.11.2) pickles the members of an enum. Raises ValueError for
+    anything else that is asked of getattr."""
+    if not (isinstance(owner, type) and issubclass(owner, Inert) and isinstance(name, str)):
+        raise ValueError(f"getattr of {shown(owner)}")
+    return owner(name)
+
+
 _ALLOWED: dict[str, Any] = {
     "torch.Size": plain_tuple,
+    "builtins.getattr": _enum_member,
+    "__builtin__.getattr": _enum_member,
     "collections.OrderedDict": ordered_dict,
     **{f"torch.{name}": name for name in ITEM_BYTES},
     **{name: inert(name) for name in _CLASSES},
@@ -168,8 +181,9 @@ def _tensor(key: str, entry: Inert, stored: dict[tuple[str, Shape | None], Locat
 
 def _sizes(value: Any) -> Shape:
     sizes = tuple(value)
-    if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in sizes):
-        raise ValueError(f"sizes {shown(sizes)}")
+    for n in sizes:
+        if not (isinstance(n, int) and 0 <= n < 1 << 62):
+            raise ValueError(f"sizes {shown(sizes)}")
     return sizes
 
 

@@ -27,7 +27,7 @@ from megatron_demix.artifact import (
 )
 from megatron_demix.checkpoint.common_state import write_common_state
 from megatron_demix.checkpoint.layout import BACKEND, COMMON, METADATA, TRACKER, find_checkpoint
-from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, write_metadata
+from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 from megatron_demix.native import crc32, reserve
 
@@ -127,11 +127,10 @@ class Output:
 
     def write_elements(self, placement: Placement, elements: np.ndarray) -> int:
         """Write a tensor item's elements where they belong, and return their CRC-32, which complete() wants."""
-        assert isinstance(placement.item, TensorItem)
+        assert placement.record_at is not None
         data = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
-        frame = placement.item.frame(placement.position)
         with storage_errors(f"writing {self.target}"):
-            _write(self.descriptors[placement.file], data.data, placement.position + frame.record_at)
+            _write(self.descriptors[placement.file], data.data, placement.record_at)
         return crc32(data)
 
     def complete(self, placements: Sequence[Placement], crcs: Sequence[int]) -> None:
@@ -179,16 +178,16 @@ class Output:
         common: Mapping[str, Any],
         provenance: Mapping[str, Any],
         tracker: str,
-        carried: Mapping[str, bytes] | None = None,
+        beside: Mapping[str, bytes],
     ) -> None:
-        """Write what is beside the files of `placements`, all of which must be finished. carried: other files, by name."""
+        """Write what is beside the files of `placements`, all of which must be finished. beside: metadata_files(placements),
+        and what else there is, by name."""
         sizes = _sizes(placements)
         per_file = {file: iter(self.finished(file) or ()) for file in sizes}
         crcs = [next(per_file[p.file]) for p in placements if isinstance(p.item, TensorItem)]
         with storage_errors(f"writing {self.target}"):
-            write_metadata(self.folder, placements)
             write_common_state(self.folder / COMMON, common)
-            for name, data in (carried or {}).items():
+            for name, data in beside.items():
                 (self.folder / name).write_bytes(data)
             small = {name: (self.folder / name).stat().st_size for name in (METADATA, BACKEND, COMMON)}
             checksums = {"files": sizes | small, "tensors_crc32": _combined(placements, crcs)}

@@ -44,7 +44,7 @@ class Payload:
         return replace(self, shape=(1, *self.shape), strides=(math.prod(self.shape), *self.strides))
 
 
-def read_payload(blob: np.ndarray, what: str) -> Payload:
+def read_payload(blob: np.ndarray, what: object) -> Payload:
     """Find the tensor in a torch.save zip (uint8, [bytes]) without copying it. Raises CorruptInput naming `what`."""
     entries = read_archive(blob, what)
     names = [n for n in entries if n.endswith("/data.pkl")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from megatron_demix.errors import CorruptInput
+from megatron_demix.errors import CorruptInput, UnsafeInput
 from megatron_demix.native import scan_pickle
 
 
@@ -128,7 +128,7 @@ def read_pickle(
     """The object of a pickle. allowed: "module.name" -> what to put there (a class or function of ours, or a value).
 
     persistent: called for torch's persistent ids; other: called for names not allowed, instead of refusing. Raises
-    CorruptInput naming `what` and the forbidden name, or where the stream is damaged.
+    UnsafeInput naming `what` and the forbidden name, CorruptInput where the stream is damaged.
     """
 
     class Reader(pickle.Unpickler):
@@ -138,7 +138,7 @@ def read_pickle(
                 return allowed[full]
             if other is not None:
                 return other(full)
-            raise CorruptInput(
+            raise UnsafeInput(
                 f"{what}: refused, its pickle names {full[:200]!r}, which has no place there. Nothing was executed. Do not "
                 "load this checkpoint with other tools before you know where it comes from."
             )
@@ -162,11 +162,17 @@ def read_pickle(
 _Pickler: Any = pickle._Pickler  # the Python one: the C one insists on importing what it names
 
 
+class Pickled(bytes):
+    """The opcodes of a value, as pickled() makes them: part of a pickle that is written once and used many times."""
+
+
 class _Writer(_Pickler):
-    """Writes Global and Inert as what they stand for, without importing it."""
+    """Writes Global, Inert and Pickled as what they stand for, without importing it."""
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        if isinstance(obj, Global):
+        if isinstance(obj, Pickled):
+            self.write(obj)
+        elif isinstance(obj, Global):
             self._name(obj.name)
         elif isinstance(obj, Inert):
             self._name(obj.name)
@@ -186,8 +192,13 @@ class _Writer(_Pickler):
         self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
 
 
+def pickled(value: Any) -> Pickled:
+    """What write_pickle makes of a value that is part of another one."""
+    return Pickled(write_pickle(value)[2:-1])  # without the protocol's header and the stop
+
+
 def write_pickle(value: Any) -> bytes:
-    """A protocol-2 pickle of plain values (None, numbers, text, bytes, lists, tuples, dicts), Global and Inert."""
+    """A protocol-2 pickle of plain values (None, numbers, text, bytes, lists, tuples, dicts), Global, Inert and Pickled."""
     out = io.BytesIO()
     writer = _Writer(out, 2)
     writer.fast = True  # no sharing of equal objects: the bytes depend on the values only

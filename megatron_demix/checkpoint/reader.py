@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_demix.checkpoint.archive import check_archive
 from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint
-from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, TensorInfo, read_metadata
+from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, Shape, TensorInfo, read_metadata
 from megatron_demix.checkpoint.payload import Payload, read_payload
 from megatron_demix.errors import CorruptInput
 from megatron_demix.native import MappedFile
@@ -27,6 +30,22 @@ _SHARD = re.compile(r"(.+)/shard_[\d.]+_(\d+(?:\.\d+)*)")
 def is_model_key(key: str) -> bool:
     """Whether a key of `.metadata` belongs to the model, and not to optimizer, scheduler, random or rerun state."""
     return _NOT_MODEL.match(key) is None
+
+
+_TAIL = 1 << 10
+"""Bytes at the end of an archive that hold its directory, and its last small entries."""
+
+
+class _Item(NamedTuple):
+    """What messages call a chunk: written out only where there is one."""
+
+    folder: Path
+    file: str
+    key: str
+    offset: Shape
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.file} ({self.key!r} at {self.offset})"
 
 
 class Checkpoint:
@@ -65,14 +84,12 @@ class Checkpoint:
 
     def blob(self, location: Location, key: str) -> np.ndarray:
         """The bytes of one stored item, uint8. Raises CorruptInput if the file is missing or too short."""
-        path = self.location.path / location.file
-        if location.file not in self._files:
-            self._open(path, location.file)
-        data = self._files[location.file].data
+        data = self._mapped(location.file).data
         if location.position + location.length > data.nbytes:
             raise CorruptInput(
-                f"{path}: has {data.nbytes} bytes, but {key!r} lies at bytes {location.position} to "
-                f"{location.position + location.length}. The file is truncated: copy or save the checkpoint again."
+                f"{self.location.path / location.file}: has {data.nbytes} bytes, but {key!r} lies at bytes "
+                f"{location.position} to {location.position + location.length}. The file is truncated: copy or save the "
+                "checkpoint again."
             )
         return data[location.position : location.position + location.length]
 
@@ -86,6 +103,17 @@ class Checkpoint:
         """Have one stored item read from disk in one go. Raises as blob() does."""
         self.blob(location, key)
         self._files[location.file].want(location.position, location.position + location.length)
+
+    def touch_frames(self, chunks: Iterable[Chunk]) -> None:
+        """Have what describes these chunks' elements read from the disk: the ends of their archives. Files that are not
+        there, or too short, are left to blob()."""
+        positions: dict[str, list[int]] = {}
+        for chunk in chunks:
+            begin, end = chunk.location.position, chunk.location.position + chunk.location.length
+            positions.setdefault(chunk.location.file, []).extend((begin, max(begin, end - _TAIL), end - 1))
+        for name, places in positions.items():
+            with suppress(CorruptInput):
+                self._mapped(name).touch(places)
 
     def check_still_there(self) -> None:
         """Raises CorruptInput if a file was cut short, or its disk failed, since it was opened: zeros may have been read."""
@@ -105,7 +133,7 @@ class Checkpoint:
 
     def payload(self, info: TensorInfo, chunk: Chunk) -> Payload:
         """The elements of one chunk (also of with_keys(), layers.py). Raises CorruptInput if they are not what it promises."""
-        what = f"{self.location.path}/{chunk.location.file} ({info.key!r} at {chunk.offset})"
+        what = _Item(self.location.path, chunk.location.file, info.key, chunk.offset)
         payload = read_payload(self.blob(chunk.location, info.key), what)
         if chunk.layer is not None and payload.shape and chunk.layer < payload.shape[0]:
             payload = payload.at(chunk.layer)
@@ -117,11 +145,14 @@ class Checkpoint:
             )
         return payload
 
-    def _open(self, path: Path, name: str) -> None:
-        try:
-            file = MappedFile(path)
-        except OSError as e:
-            raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
-        if not self._read_ahead:
-            file.expect_scattered_reads(True)
-        self._files[name] = file
+    def _mapped(self, name: str) -> MappedFile:
+        if name not in self._files:
+            path = self.location.path / name
+            try:
+                file = MappedFile(path)
+            except OSError as e:
+                raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
+            if not self._read_ahead:
+                file.expect_scattered_reads(True)
+            self._files[name] = file
+        return self._files[name]

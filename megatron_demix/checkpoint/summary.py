@@ -32,8 +32,9 @@ def summarize(path: Path) -> dict[str, Any]:
 
     Raises as Checkpoint does. Everything that .metadata lists is located (truncated files are found), nothing of it is read.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, read_ahead=False)  # of each chunk, what describes it
     model = checkpoint.model_tensors
+    checkpoint.touch_frames(chunk for info in model.values() for chunk in info.chunks)
     for info in model.values():
         for chunk in info.chunks:
             checkpoint.payload(info, chunk)

@@ -10,14 +10,13 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.archive import Frame, frame_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES, STORAGE_OF
 from megatron_demix.checkpoint.layout import BACKEND, METADATA
 from megatron_demix.checkpoint.metadata import Shape
-from megatron_demix.checkpoint.pickles import Global, Inert, instance, write_pickle
+from megatron_demix.checkpoint.pickles import Global, Inert, Pickled, instance, pickled, write_pickle
 
 _FILE_BYTES = 512 << 20  # several files let threads, and several workers, write side by side
 
@@ -66,12 +65,13 @@ class CopiedItem:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an item's archive begins, and how long it is."""
+    """Where an item's archive begins, and how long it is. record_at: where a tensor item's elements begin in the file."""
 
     item: TensorItem | CopiedItem
     file: str
     position: int
     length: int
+    record_at: int | None = None
 
 
 def place(items: Sequence[TensorItem | CopiedItem]) -> list[Placement]:
@@ -86,14 +86,17 @@ def place(items: Sequence[TensorItem | CopiedItem]) -> list[Placement]:
     placements = []
     for i, item in enumerate(items):
         n = chosen[i]
-        length = item.frame(ends[n]).length if isinstance(item, TensorItem) else item.num_bytes
-        placements.append(Placement(item, f"__0_{n}.distcp", ends[n], length))
+        length, record_at = item.num_bytes, None
+        if isinstance(item, TensorItem):
+            frame = item.frame(ends[n])
+            length, record_at = frame.length, ends[n] + frame.record_at
+        placements.append(Placement(item, f"__0_{n}.distcp", ends[n], length, record_at))
         ends[n] += length
     return placements
 
 
-def write_metadata(folder: Path, placements: Sequence[Placement]) -> None:
-    """Write `.metadata` and metadata.json for items that lie as placed."""
+def metadata_files(placements: Sequence[Placement]) -> dict[str, bytes]:
+    """`.metadata` and metadata.json, by name, for items that lie as placed."""
     entries: dict[str, Inert] = {}
     chunks: dict[str, list[Inert]] = {}
     stored: dict[Any, Inert] = {}
@@ -127,21 +130,22 @@ def write_metadata(folder: Path, placements: Sequence[Placement]) -> None:
         "storage_meta": None,
         "version": "1.0.0",
     }
-    (folder / METADATA).write_bytes(write_pickle(instance(f"{_DCP}.metadata.Metadata", state=root)))
     backend = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    (folder / BACKEND).write_text(json.dumps(backend))
+    metadata = write_pickle(instance(f"{_DCP}.metadata.Metadata", state=root))
+    return {METADATA: metadata, BACKEND: json.dumps(backend).encode()}
 
 
 _DCP = "torch.distributed.checkpoint"
 
 
-def _size(shape: Shape) -> Inert:
-    return instance("torch.Size", tuple(shape))
+@lru_cache(maxsize=4096)
+def _size(shape: Shape) -> Pickled:
+    return pickled(instance("torch.Size", tuple(shape)))
 
 
 def _properties(dtype: str) -> Inert:

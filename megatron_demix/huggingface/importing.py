@@ -16,7 +16,7 @@ from megatron_demix.checkpoint.archive import write_archive
 from megatron_demix.checkpoint.common_state import new_common_state
 from megatron_demix.checkpoint.output import Output, is_published, resolved
 from megatron_demix.checkpoint.pickles import write_pickle
-from megatron_demix.checkpoint.writer import CopiedItem, TensorItem, place
+from megatron_demix.checkpoint.writer import CopiedItem, TensorItem, metadata_files, place
 from megatron_demix.errors import ConfigError, IncompatibleInputs, storage_errors
 from megatron_demix.huggingface.config import ModelArguments, from_huggingface, read_config
 from megatron_demix.huggingface.folder import COMPANIONS, HuggingFaceFolder, companions, copy_companions
@@ -92,7 +92,7 @@ def import_folder(
                     advance(array.nbytes)
         out.complete(placements, crcs)
         out.finish()
-        out.seal(placements, common, provenance, "release")
+        out.seal(placements, common, provenance, "release", metadata_files(placements))
         out.publish()
     except BaseException:
         out.discard()

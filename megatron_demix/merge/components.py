@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -36,6 +37,7 @@ class Components:
         self.names = list(paths)
         self.checkpoints = [Checkpoint(Path(path), read_ahead=False) for path in paths.values()]
         self._payloads: dict[tuple[int, str, tuple[int, ...]], Payload] = {}
+        self._extents: dict[tuple[int, str], tuple[list[int], int]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.copied: dict[str, TensorInfo] = {}
         first = self.checkpoints[0].model_tensors
@@ -73,6 +75,25 @@ class Components:
             self._payloads[at] = self.checkpoints[k].payload(info, chunk)
         return self._payloads[at]
 
+    def touching(self, k: int, key: str, first: Sequence[int], last: Sequence[int]) -> list[int]:
+        """The chunks of component k's tensor that hold some element of the box from `first` to `last`, both within.
+
+        They are in the order of their offsets, and experts make tens of thousands of them: only those that begin in reach along
+        the first dimension are looked at.
+        """
+        chunks = self._tensors[k][key].chunks
+        if not first:
+            return list(range(len(chunks)))
+        if (k, key) not in self._extents:
+            self._extents[k, key] = [c.offset[0] for c in chunks], max((c.shape[0] for c in chunks), default=0)
+        begins, longest = self._extents[k, key]
+        reach = range(bisect_right(begins, first[0] - longest), bisect_right(begins, last[0]))
+        return [
+            i
+            for i in reach
+            if all(o <= b and o + n > a for o, n, a, b in zip(chunks[i].offset, chunks[i].shape, first, last, strict=True))
+        ]
+
     def start_read_ahead(self) -> None:
         """The plan is made, for which the beginning of every chunk was read: now comes all of them."""
         for checkpoint in self.checkpoints:
@@ -86,6 +107,7 @@ class Components:
     def digest(self, k: int) -> str:
         """A fingerprint of component k's model: names, shapes, types, and the CRCs its archives promise for all elements."""
         hashed = blake2b(digest_size=16)
+        self.checkpoints[k].touch_frames(chunk for info in self.checkpoints[k].model_tensors.values() for chunk in info.chunks)
         for key, info in sorted(self.checkpoints[k].model_tensors.items()):
             if info.dtype not in MERGEABLE:
                 continue

@@ -19,7 +19,7 @@ from megatron_demix.checkpoint.common_state import merged_common_state
 from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.checkpoint.output import Output, is_published, resolved
 from megatron_demix.checkpoint.run_config import RUN_CONFIG, merged_run_config
-from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, place
+from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, metadata_files, place
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError, VerificationFailed, storage_errors
 from megatron_demix.merge.chunks import cut_anew
 from megatron_demix.merge.components import Components
@@ -173,6 +173,11 @@ class _Job:
         return sum(p.length for p in self.mine)
 
     @cached_property
+    def beside(self) -> dict[str, bytes]:
+        """Files that all outputs have, but for those with tensors."""
+        return metadata_files(self.placements) | self.carried
+
+    @cached_property
     def oracle(self) -> Oracle:
         return make_oracle(self.parts, self.method)
 
@@ -272,7 +277,7 @@ def _merge_group(
         shape_TM = (len(placed), len(outputs))
         descriptors_TM = np.array([[out.descriptors[p.file] for out in outputs] for p in placed], np.int64).reshape(shape_TM)
         direct_TM = np.array([[out.direct[p.file] for out in outputs] for p in placed], np.int64).reshape(shape_TM)
-        offsets_T = [p.position + p.item.frame(p.position).record_at for p in placed if isinstance(p.item, TensorItem)]
+        offsets_T = [p.record_at for p in placed if p.record_at is not None]
         total = sum(plan.native.target_bytes) * len(outputs)
         with (
             storage_errors(f"writing {outputs[0].target.parent}"),
@@ -308,7 +313,7 @@ def _merge_group(
                 out.finish()
                 if any(out.finished(p.file) is None for p in job.placements):
                     continue
-                out.seal(job.placements, job.common, provenances[m], job.tracker, job.carried)
+                out.seal(job.placements, job.common, provenances[m], job.tracker, job.beside)
                 try:
                     expected = job.oracle.mixture(weights_MK[m], provenances[m]["mixture"])
                     verify_merge(out.folder, job.parts, expected, verify, str(out.target))

@@ -56,9 +56,8 @@ def component_values(components: Components, key: str, indices: np.ndarray) -> n
     values = np.zeros((len(components.checkpoints), len(indices)))
     first, last = indices.min(axis=0).tolist(), indices.max(axis=0).tolist()
     for k, info in enumerate(components.infos(key)):
-        for i, chunk in enumerate(info.chunks):
-            if any(o > b or o + n <= a for o, n, a, b in zip(chunk.offset, chunk.shape, first, last, strict=True)):
-                continue
+        for i in components.touching(k, key, first, last):
+            chunk = info.chunks[i]
             lo = np.array(chunk.offset, np.int64)
             here = ((indices >= lo) & (indices < lo + np.array(chunk.shape, np.int64))).all(axis=1)
             if here.any():
@@ -70,7 +69,8 @@ def component_box(components: Components, k: int, key: str, lo: Shape, hi: Shape
     """The elements [lo, hi) of a tensor of component k, as a float64 array of that shape."""
     info = components.infos(key)[k]
     box = np.empty([b - a for a, b in zip(lo, hi, strict=True)])
-    for i, chunk in enumerate(info.chunks):
+    for i in components.touching(k, key, lo, [b - 1 for b in hi]):
+        chunk = info.chunks[i]
         ends = [o + n for o, n in zip(chunk.offset, chunk.shape, strict=True)]
         first = [max(a, o) for a, o in zip(lo, chunk.offset, strict=True)]
         last = [min(b, e) for b, e in zip(hi, ends, strict=True)]

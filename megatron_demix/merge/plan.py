@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
-from megatron_demix.checkpoint.metadata import Shape, TensorInfo
+from megatron_demix.checkpoint.metadata import Chunk, Shape, TensorInfo
 from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.parts import Cut, Part, Partition
@@ -78,7 +78,7 @@ class BytePlan:
         self.parts: set[int] = set()
         self._grids: dict[str, list[_Grid]] = {}
         self._records: dict[tuple[int, str, int], int] = {}
-        self._names: list[str] = []
+        self._chunks: list[tuple[int, str, Chunk]] = []
         self._crcs: list[int] = []
 
     def add(self, box: Box) -> None:
@@ -150,12 +150,13 @@ class BytePlan:
         with ThreadPoolExecutor(threads or default_threads()) as pool:
             for index, crc in enumerate(pool.map(crc32, self.native.records)):
                 if crc != self._crcs[index]:
-                    return self._names[index]
+                    return self.record_name(index)
         return None
 
     def record_name(self, index: int) -> str:
         """The file, tensor and chunk a record was read from."""
-        return self._names[index]
+        k, key, chunk = self._chunks[index]
+        return f"{self.components.checkpoints[k].location.path}/{chunk.location.file} ({key!r} at {chunk.offset})"
 
     def warn_not_finite(self, targets: Sequence[int], used: Sequence[int]) -> None:
         """Say why results hold NaN or infinity: which component of those used does, or that the sum left its type's range."""
@@ -207,8 +208,7 @@ class BytePlan:
         if at not in self._records:
             self._records[at] = self.native.add_record(payload.record, payload.crc)
             self._crcs.append(payload.crc)
-            folder = self.components.checkpoints[k].location.path
-            self._names.append(f"{folder}/{chunk.location.file} ({info.key!r} at {chunk.offset})")
+            self._chunks.append((k, info.key, chunk))
         inside = sum((a - o) * s for a, o, s in zip(lo, chunk.offset, payload.strides, strict=True))
         return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides
 

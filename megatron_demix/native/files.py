@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,14 @@ class MappedFile:
     def want(self, begin: int, end: int) -> None:
         """Have bytes read from the disk soon."""
         self._file.want(begin, end - begin)
+
+    def touch(self, positions: Sequence[int]) -> None:
+        """Have the pages of these bytes in memory on return. Tens of threads wait for the disk at once."""
+        self._file.touch(positions, _WAIT_AT_ONCE)
+
+
+_WAIT_AT_ONCE = 32
+"""Reads of a page: enough for the latency of a disk across a network, and few enough for its servers."""
 
 
 def reserve(descriptor: int, num_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -52,12 +53,13 @@ class MergePlan:
         if data.dtype != np.uint8 or not data.flags.c_contiguous:
             raise ValueError("a record is a contiguous uint8 array")
         self._records.append(data)
-        return self._plan.add_record(data.ctypes.data, data.nbytes, crc)
+        address, _ = data.__array_interface__["data"]  # data.ctypes makes an object of its own for each of very many records
+        return self._plan.add_record(address, data.nbytes, crc)
 
     def add_target(self, shape: Sequence[int], dtype_in: str, dtype_out: str) -> int:
         """A box of 1 to 8 dimensions. Returns its index."""
         index = self._plan.add_target(list(shape), _DTYPES[dtype_in], _DTYPES[dtype_out])
-        self._targets.append((int(np.prod(shape, dtype=np.int64)), dtype_out))
+        self._targets.append((math.prod(shape), dtype_out))
         return index
 
     def add_region(

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_demix.artifact import write_atomic
 from megatron_demix.checkpoint.layout import TRACKER, iteration_folder, iterations_in
 from megatron_demix.checkpoint.summary import summarize
-from megatron_demix.errors import ConfigError, CorruptInput, EndedEarly
+from megatron_demix.errors import ConfigError, CorruptInput, EndedEarly, UnsafeInput
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +31,14 @@ def settle(work: Path, name: str) -> int:
     """Make the newest sound checkpoint the one the run goes on from, whatever the tracker says. Returns its iteration, or 0.
 
     A checkpoint's .metadata is written when all ranks have written, so an interrupted save is none. Those that are not sound
-    are dropped.
+    are dropped. Raises UnsafeInput where one is refused for what its pickles name: it may be sound, and stays.
     """
     for iteration in reversed(iterations_in(work)):
         folder = work / iteration_folder(iteration)
         try:
             summarize(folder)
+        except UnsafeInput:
+            raise
         except (CorruptInput, ConfigError) as e:
             logger.warning("run %s: %s is damaged (%s); going on from the one before.", name, folder, e)
             shutil.rmtree(folder)

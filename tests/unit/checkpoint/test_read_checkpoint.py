@@ -1,6 +1,7 @@
 """Reading metadata, payloads and common state: what torch wrote is found, what is damaged or hostile is refused."""
 
 import argparse
+import enum
 import io
 import json
 import os
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 import torch
 from dist_checkpoints import bits, parallel_cuts, small_model, write_checkpoint
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_demix.checkpoint.archive import write_archive
 from megatron_demix.checkpoint.common_state import (
@@ -175,6 +179,33 @@ def test_malicious_metadata_is_refused_and_never_run(tmp_path, monkeypatch, prot
     with pytest.raises(CorruptInput, match=r"\.metadata: refused, its pickle names '(posix|os)\.system'.*Nothing was executed"):
         read_metadata(tmp_path)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_metadata_that_keeps_the_ranks_plans(tmp_path):
+    """As megatron.core writes it from a job's second save on, with --ckpt-assume-constant-structure."""
+    write_checkpoint(tmp_path, {"w": torch.zeros(4, 4)})
+    plan = SavePlan([], storage_data=_StoragePrefix("__0_"))
+    _edited(tmp_path, lambda metadata: setattr(metadata, "all_local_plans", [plan]))
+    assert list(read_metadata(tmp_path).tensors) == ["w"]
+
+
+def test_members_of_enums_that_are_pickled_by_name(tmp_path, monkeypatch):
+    """As CPython 3.11.2 does."""
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", enum.pickle_by_enum_name)
+    write_checkpoint(tmp_path, {"w": torch.zeros(4, 4)})
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    assert list(read_metadata(tmp_path).tensors) == ["w"]
+
+
+@pytest.mark.parametrize("owner", [torch.float32, 3, "os"])
+def test_getattr_of_anything_else_is_refused(tmp_path, owner):
+    class Ask:
+        def __reduce__(self):
+            return getattr, (owner, "__class__")
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Ask(), 2))
+    with pytest.raises(CorruptInput, match=r"\.metadata: its pickle is damaged \(ValueError: getattr of"):
+        read_metadata(tmp_path)
 
 
 def test_malicious_payload(tmp_path, monkeypatch):
