@@ -1,6 +1,7 @@
 """Components whose layers are stacked merge with components whose layers are stored by themselves; chunks can be cut anew."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from dist_checkpoints import bits, even_cuts, parallel_cuts, read_checkpoint, sm
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.merge.chunks import cut_anew
+from megatron_demix.merge.components import Components
 from megatron_demix.merge.engine import merge_checkpoints
 
 
@@ -39,6 +41,23 @@ def parts(tmp_path):
             tmp_path / "whole", small_model(2), transposed=["decoder.layers.self_attention.linear_proj.weight"]
         ),
     }
+
+
+@pytest.mark.parametrize("first", ["stacked", "single", "whole"])
+def test_chunks_are_found_by_their_place(parts, first):
+    components = Components({first: parts[first]} | parts)
+    draw = random.Random(0)
+    for key, info in components.tensors.items():
+        for _ in range(20):
+            ends = [sorted(draw.choices(range(size), k=2)) for size in info.shape]
+            first_one, last_one = [a for a, _ in ends], [b for _, b in ends]
+            for k in range(len(parts)):
+                found = [
+                    i
+                    for i, c in enumerate(components.infos(key)[k].chunks)
+                    if all(o <= b and a < o + n for o, n, (a, b) in zip(c.offset, c.shape, ends, strict=True))
+                ]
+                assert components.touching(k, key, first_one, last_one) == found
 
 
 @pytest.mark.parametrize("first", ["stacked", "single", "whole"])

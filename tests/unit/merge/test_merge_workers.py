@@ -1,5 +1,7 @@
 """Several workers write one merge: each some of the files, the last one publishes, and a killed one's part is made again."""
 
+import errno
+import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -8,6 +10,7 @@ import pytest
 import torch
 from dist_checkpoints import parallel_cuts, small_model, write_checkpoint
 
+from megatron_demix import artifact
 from megatron_demix.checkpoint import output as output_module
 from megatron_demix.checkpoint import writer
 from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
@@ -52,6 +55,20 @@ def test_at_the_same_time(parts, tmp_path, workers):
     out = tmp_path / "out"
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda i: merge(parts, out, (i, workers)), range(workers)))
+    assert tree(out) == tree(tmp_path / "alone")
+
+
+def test_a_file_system_without_locks(parts, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    merge(parts, tmp_path / "alone")
+    out = tmp_path / "out"
+    out.mkdir()
+    with artifact.only_maker(out / "m"), artifact.only_maker(out / "m"):  # nothing keeps the second one out
+        pass
+    assert [merge(parts, out, (i, 2)) for i in range(2)] == [[], [out / "m", out / "n"]]
     assert tree(out) == tree(tmp_path / "alone")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pickle
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,14 @@ from small_texts import write_texts
 from stock_runs import RUNS, stock_run
 
 from megatron_demix.cli import main
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, UnsafeInput
 from megatron_demix.study.training import TrainerSpec
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.megatron_lm import arguments as stock
 from megatron_demix.train.megatron_lm.checkout import SUPPORTED, Checkout
 from megatron_demix.train.megatron_lm.command import shown_command
 from megatron_demix.train.megatron_lm.log import parse_iteration
+from megatron_demix.train.megatron_lm.work import settle
 
 TESTS = Path(__file__).parents[2]
 OPTIONS = json.loads((TESTS / "contract" / "megatron_lm_options.json").read_text())
@@ -207,6 +210,14 @@ def test_a_run_that_ends_early_is_incomplete_and_goes_on(study, capsys, caplog):
     (start,) = run_folder.glob("logs/components.code-*.start")
     assert f"starting after iteration 2, with {start}" in log.read_text()
     assert (start / "release").resolve() == study.parent / "base" / "iter_0000100"
+
+
+def test_a_refused_checkpoint_is_not_deleted(tmp_path):
+    folder = write_checkpoint(tmp_path / "iter_0000002", {"w": torch.zeros(2)})
+    (folder / ".metadata").write_bytes(pickle.dumps(Fraction(1, 2)))
+    with pytest.raises(UnsafeInput, match=r"iter_0000002/\.metadata: refused, its pickle names 'fractions\.Fraction'"):
+        settle(tmp_path, "code")
+    assert (folder / ".metadata").exists()
 
 
 def test_checkpoints_that_are_averaged_stay(study, capsys):
