@@ -89,7 +89,8 @@ class Domain:
 
     @property
     def documents(self) -> int:
-        return sum(i.num_documents for i in self.indexes)
+        """Those that have tokens to give: an empty one of Megatron's own data has no sequence."""
+        return sum(i.num_sequences for i in self.indexes)
 
     @property
     def most_tokens(self) -> int:
@@ -202,7 +203,7 @@ def _laid_out(domains: Sequence[Domain]) -> dict[str, Domain]:
 def _check_usable(index: Index) -> None:
     if index.dtype.kind not in "iu":
         raise IncompatibleInputs(f"{index.prefix}.idx holds {index.dtype} values, expected token ids (integers).")
-    if not index.one_sequence_a_document:
+    if index.is_sentence_split:
         raise IncompatibleInputs(
             f"{index.prefix} is sentence-split: {index.num_sequences} sequences in {index.num_documents} documents. GPTDataset "
             "shuffles sequences, so it would tear documents apart. Prepare the text again without --split-sentences."

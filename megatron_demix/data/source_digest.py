@@ -43,7 +43,7 @@ def fingerprint_sources(
                     _remember(index, hashed, mtime_ns)
             facts.append(
                 {
-                    "documents": index.num_documents,
+                    "documents": index.num_sequences,
                     "tokens": index.num_tokens,
                     "bin_bytes": index.bin_bytes,
                     "idx_blake2b": _hash_idx(index),

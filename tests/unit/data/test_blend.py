@@ -5,9 +5,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from blends import MIXTURE, build
+from indexed_data import make_indexed
 
-from megatron_demix.data.blend import build_blend
+from megatron_demix.data.blend import Source, build_blend
 from megatron_demix.data.blend_files import read_manifest
 from megatron_demix.data.verify import verify_blend
 from megatron_demix.errors import ConfigError, CorruptInput, MixtureError, OutputExists
@@ -46,6 +48,27 @@ def test_counts_are_exact(pool, tmp_path):
         assert abs(d["tokens"] - d["requested_tokens"]) < longest
         assert d["epochs"] == d["tokens"] / d["available_tokens"]
     assert 60_000 <= index.num_tokens == report["tokens"] < 60_000 + longest
+
+
+@pytest.mark.parametrize("mode", ["view", "materialise"])
+def test_stock_data_with_empty_texts(tmp_path, mode):
+    """Megatron's preprocess_data.py ends a document for each, and gives it no sequence."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    texts = [np.arange(n) + n for n in (0, 5, 7, 0, 0, 9, 0)]
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.uint16)
+    for text in texts:
+        builder.add_document(torch.from_numpy(text), [len(text)] if len(text) else [])
+    builder.finalize(str(tmp_path / "a.idx"))
+    pool = {"a": Source((tmp_path / "a",)), "b": Source((make_indexed(tmp_path / "b", [7, 7, 7]),))}
+    mixture = Mixture({"a": 2 / 3, "b": 1 / 3})
+    report = build(pool, tmp_path / "blend", target=63, mixture=mixture, mode=mode)
+    a = report["domains"]["a"]
+    assert (a["documents"], a["tokens"], a["available_documents"], a["sources"][0]["documents"]) == (6, 42, 3, 3)
+    reader, domain_of = IndexedReader(tmp_path / "blend"), np.load(tmp_path / "blend.domains.npy")
+    seen = [tuple(reader.tokens(d)) for d in np.flatnonzero(domain_of == 0)]
+    assert sorted(seen) == sorted(2 * [tuple(text) for text in texts if len(text)])
+    assert verify_blend(tmp_path / "blend", progress=False)["sources"] == "compared"
 
 
 def test_stock_gpt_dataset_uses_it_exactly_once(pool, tmp_path):
