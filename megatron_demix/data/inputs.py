@@ -9,6 +9,7 @@ may run in another thread.
 from __future__ import annotations
 
 import codecs
+import glob
 import gzip
 import json
 import os
@@ -66,18 +67,19 @@ class Documents:
 def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> list[Path]:
     """Files for patterns (files, folders or globs relative to root), each once, sorted within a pattern.
 
-    Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
+    Folders, and ** in a glob, are looked through with those that links in them lead to; names that begin with a dot are left
+    out. Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(root) / pattern
         if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+            found = [folder / name for folder, names in _folders(path) for name in names]
         elif path.is_file():
             found = [path]
         else:
-            base = Path(path.anchor) if path.is_absolute() else Path()
-            found = [p for p in base.glob(str(path.relative_to(base))) if p.is_file()]
+            found = _matches(Path(glob.escape(str(root))) / pattern)
+        found = [p for p in found if p.is_file()]
         if not found:
             raise ConfigError(f"inputs: {pattern} matches no file (looked in {Path(root).resolve()}). Correct the path.")
         files.update(dict.fromkeys(sorted(found)))
@@ -86,6 +88,33 @@ def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> li
         if file.stat().st_size == 0:
             raise CorruptInput(f"{file} is empty, expected text. Remove it from the inputs, or write it again.")
     return list(files)
+
+
+def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, each once although links may lead back to it, with the names of the files there."""
+    seen = set()
+    for path, folders, names in os.walk(top, onerror=_cannot_be_read, followlinks=True):
+        facts = os.stat(path)
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(path), [name for name in names if not name.startswith(".")]
+
+
+def _cannot_be_read(e: OSError) -> None:
+    raise ConfigError(f"inputs: {e.filename} cannot be read: {e.strerror}. Correct its permissions, or leave it out.") from e
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob matches. Python's own does not end with every ** where links lead back."""
+    if "**" not in pattern.parts:
+        return [Path(path) for path in glob.glob(str(pattern))]
+    at = pattern.parts.index("**")
+    rest = pattern.parts[at + 1 :] or ("*",)
+    folders = [f for top in _matches(Path(*pattern.parts[:at])) if top.is_dir() for f, _ in _folders(top)]
+    return [path for folder in folders for path in _matches(Path(glob.escape(str(folder)), *rest))]
 
 
 def _format_of(file: Path) -> str:
@@ -225,7 +254,8 @@ class _Zstd:
     def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
 
-        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor()
+        # As large as `zstd --long=31` makes it; the default is 128 MiB.
+        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None
         self._compressed, self._ready = b"", bytearray()
 

@@ -1,9 +1,11 @@
 """Every input format gives the same documents; every bad one is named with its line."""
 
 import codecs
+import errno
 import gzip
 import itertools
 import json
+import os
 
 import pytest
 from hypothesis import example, given, settings
@@ -47,6 +49,16 @@ def test_formats_agree(tmp_path):
         batches = list(read_documents([file]))
         assert next(r for b in batches for r in b.rejected)[1] == "empty"
         assert sum(b.file_bytes for b in read_blocks([file])) == file.stat().st_size
+
+
+def test_zstandard_with_the_longest_window(tmp_path):
+    """As `zstd --long=31` writes it of a stream, whose size it does not know."""
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True, ldm_hash_log=8)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(frame.compress(b'{"text": "one"}\n') + frame.flush())
+    assert documents([tmp_path / "a.jsonl.zst"]) == ["one"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -209,6 +221,33 @@ def test_resolve(tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(CorruptInput, match=r"a\.jsonl is empty, expected text"):
         resolve_inputs(["d"], tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["d", "d/**", "d/**/*.jsonl", "**/*.jsonl", "d*/**/*.jsonl"])
+def test_folders_follow_links_and_leave_out_what_is_hidden(tmp_path, pattern):
+    """Also into folders that lie elsewhere, and not twice into one that they lead back to."""
+    root = tmp_path / "[root]"
+    for name in ("d/a.jsonl", "d/sub/b.jsonl", "d/.cache/c.jsonl", "d/.d.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "e.jsonl").write_text("x")
+    (root / "d" / "linked").symlink_to(tmp_path / "elsewhere")
+    for loop in ("back", "sub/back", "sub/back_too"):
+        (root / "d" / loop).symlink_to(root / "d")
+    (root / "d" / "f.jsonl").symlink_to(tmp_path / "elsewhere" / "deep" / "e.jsonl")
+    found = [str(p.relative_to(root)) for p in resolve_inputs([pattern], root)]
+    assert found == ["d/a.jsonl", "d/f.jsonl", "d/linked/deep/e.jsonl", "d/sub/b.jsonl"]
+    assert [str(p.relative_to(root)) for p in resolve_inputs(["d/.cache/*"], root)] == ["d/.cache/c.jsonl"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ConfigError, match=f"inputs: {tmp_path} cannot be read: Permission denied"):
+        resolve_inputs([tmp_path])
 
 
 def test_damaged_files(tmp_path):
