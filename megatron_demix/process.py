@@ -1,4 +1,4 @@
-"""Child processes that do not outlive the one that started them, and that leave a signal to it."""
+"""Child processes that run the same software, do not outlive the one that started them, and leave a signal to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import ctypes
 import os
 import signal
 import sys
+
+PYTHON_M = (sys.executable, "-P", "-m")
+"""Starts a module of ours. -P: not of the folder that this process is in, which may be a checkout, and one of Megatron has a
+megatron.core of its own."""
 
 
 def leave_usr1_to_parent() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_demix.launch.local import holder
 from megatron_demix.launch.slurm import refuse_beside_jobs
 from megatron_demix.launch.stage import is_being_made
 from megatron_demix.pipeline.dag import Dag
+from megatron_demix.process import PYTHON_M
 from megatron_demix.units import format_duration
 
 CANCEL_WAIT_S = 120
@@ -63,7 +63,7 @@ def submit(run: Path, arguments: Sequence[str]) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_demix.cli", "run", *arguments],
+            [*PYTHON_M, "megatron_demix.cli", "run", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

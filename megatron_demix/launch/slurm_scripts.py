@@ -143,7 +143,7 @@ class Scripts:
         resources = self.spec.model_copy(update=_given(self.spec.light)) if self.spec.light else self.spec
         options = [*self._common(CONCLUDE, resources, array=1), "--nodes=1", "--ntasks=1", *map(_quoted, resources.sbatch)]
         python = sys.executable if self.spec.container else self.spec.python or sys.executable
-        command = [python, "-m", "megatron_demix.launch.slurm", self.study, "--run", self.run, "--root", self.root]
+        command = [python, "-P", "-m", "megatron_demix.launch.slurm", self.study, "--run", self.run, "--root", self.root]
         command += ["--until", self.until] if self.until else []
         lines = [
             "#!/bin/bash",

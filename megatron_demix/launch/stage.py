@@ -41,7 +41,7 @@ from megatron_demix.errors import (
 from megatron_demix.launch.attempts import MOST_ATTEMPTS, Attempts
 from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.process import die_with_parent, leave_usr1_to_parent
+from megatron_demix.process import PYTHON_M, die_with_parent, leave_usr1_to_parent
 from megatron_demix.progress import MetricsLog
 from megatron_demix.train.watch import STOP_SIGNALS
 
@@ -96,16 +96,14 @@ def start_ranks(
     """
     if lock:
         take_lock(lock, f"another process that makes stage {stage.name}", wait_s=0, shared=True)
-    worker = ["-m", "megatron_demix.pipeline.worker", str(stage.job)]
-    if stage.ranks == 1:
-        command = [sys.executable, *worker]  # torchrun would cost seconds, and has nothing to do for one rank
-    else:
+    command = [*PYTHON_M, "megatron_demix.pipeline.worker", str(stage.job)]
+    if stage.ranks > 1:  # torchrun costs seconds, and has nothing to do for one rank
         group = ["--standalone"]
         if nodes.number > 1:
             group = [f"--nnodes={nodes.number}", f"--node-rank={nodes.rank}"]
             group += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
-        command = [sys.executable, "-m", "megatron_demix.launch.ranks", *group]
-        command += [f"--nproc-per-node={stage.ranks // nodes.number}", *worker]
+        group += [f"--nproc-per-node={stage.ranks // nodes.number}", "--no-python"]
+        command = [*PYTHON_M, "megatron_demix.launch.ranks", *group, *command]
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
     with open(nodes.log(stage), "ab") as output:
         return subprocess.Popen(

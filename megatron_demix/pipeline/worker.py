@@ -1,4 +1,4 @@
-"""What each rank of a stage runs: `torchrun -m megatron_demix.pipeline.worker JOB.json`.
+"""What each rank of a stage runs: `python -m megatron_demix.pipeline.worker JOB.json`, under torchrun where there are several.
 
 Exit codes are those of errors.py; an error is printed once, by the rank that met it.
 """

@@ -108,6 +108,21 @@ def test_a_rank_that_loses_or_waits_for_the_other_says_so(tmp_path, make_train_j
             process.communicate(timeout=TIME_LIMIT_S)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_run_what_is_installed(tmp_path, make_train_job, monkeypatch, ranks):
+    """And not what lies in the current folder: a checkout that is not built, or Megatron-LM's, which has a megatron.core."""
+    for package in ("megatron_demix", "megatron/core"):
+        (tmp_path / "here" / package).mkdir(parents=True)
+        (tmp_path / "here" / package / "__init__.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    stage = Stage("components/tiny", tmp_path, {}, (), lambda folder: None, ranks=ranks)
+    job = make_train_job(tmp_path, parallel={"data": ranks}, train_iters=2, train={"global_batch_size": 8})
+    with stage_lock(stage) as lock:
+        stage.job.write_text(job.model_dump_json())
+        process = start_ranks(stage, threads_per_rank=1, lock=lock)
+    assert process.wait(TIME_LIMIT_S) == 0, stage.log.read_text()
+
+
 def test_ranks_that_outlive_torchrun_keep_their_stage(tmp_path, make_train_job, monkeypatch):
     """A large save takes minutes, in which another run must not begin the same stage."""
     stage = Stage("components/tiny", tmp_path, {}, (), lambda folder: None, ranks=2)
