@@ -22,6 +22,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
@@ -187,21 +189,27 @@ def transformer_config(model: ModelSpec, train: TrainSpec, parallel: ParallelSpe
     )
 
 
-def _layer_spec(model: ModelSpec, *, cached: bool) -> ModuleSpec:
-    if use_transformer_engine(model):
-        spec = get_gpt_layer_with_transformer_engine_spec(
+def _layer_spec(model: ModelSpec, config: TransformerConfig, *, cached: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    """A layer with Transformer Engine, or this pipeline stage's layers without it, and the norm after the last one.
+
+    Without it all norms are torch's. Left to choose, megatron.core takes what can be imported: apex's, which have no RMSNorm,
+    need a GPU and may be missing in a package of that name, or Transformer Engine's, which need a GPU, too.
+    """
+    te = use_transformer_engine(model)
+    if te:
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=model.num_experts is not None, qk_layernorm=model.qk_layernorm
         )
     else:
-        spec = get_gpt_layer_local_spec(
+        layer = get_gpt_layer_local_spec(
             num_experts=model.num_experts,
             moe_grouped_gemm=False,
             qk_layernorm=model.qk_layernorm,
-            normalization=model.normalization,
+            normalization="RMSNorm",  # asks for torch's norms; which one is made follows the configuration
         )
     if cached or on_cpu():
-        spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    return spec
+        layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    return layer if te else TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), WrappedTorchNorm)
 
 
 def _quiet_config(**settings: Any) -> TransformerConfig:
@@ -217,9 +225,10 @@ def build_model(
 
     cached: for answering with a key-value cache (evaluate.live), on every machine with the attention of train.attention.
     """
+    config = transformer_config(model, train, parallel)
     stage = GPTModel(
-        config=transformer_config(model, train, parallel),
-        transformer_layer_spec=_layer_spec(model, cached=cached),
+        config=config,
+        transformer_layer_spec=_layer_spec(model, config, cached=cached),
         vocab_size=padded_vocab_size(model, parallel, vocab_size),
         max_sequence_length=model.max_position_embeddings or train.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),

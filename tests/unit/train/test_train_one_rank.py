@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -39,10 +42,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def stop_in_iteration(number: int):
     """Send this process SIGUSR1 when step `number` (from 1) begins."""
-    import os
     import signal
-
-    from megatron_demix.train.compat import cpu_compat
 
     with cpu_compat():
         from megatron_demix.train.step import Stepper
@@ -232,6 +232,41 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, make_t
 def test_what_a_cpu_cannot_run_is_refused(tmp_path, make_train_job):
     with pytest.raises(ConfigError, match=r"on a CPU these cannot run: parallel.context > 1 .*; parallel.sequence_parallel"):
         train(make_train_job(tmp_path, parallel={"context": 2, "sequence_parallel": True}))
+
+
+TRAIN_ALL = """
+import sys
+from pathlib import Path
+from megatron_demix.train.job import TrainJob
+from megatron_demix.train.trainer import train
+for path in sys.argv[1:]:
+    train(TrainJob.read(Path(path)))
+"""
+
+
+def test_a_package_called_apex_changes_nothing(tmp_path, make_train_job):
+    """An empty one: what megatron.core sees of NVIDIA's without its kernels, and of the unrelated one that pip installs."""
+    (tmp_path / "packages" / "apex").mkdir(parents=True)
+    (tmp_path / "packages" / "apex" / "__init__.py").touch()
+    without, beside = [], []
+    for name, model in {"RMSNorm": {"qk_layernorm": True}, "LayerNorm": FAMILIES["gpt2"]}.items():
+        without.append(make_train_job(tmp_path / "without" / name, model=model, train_iters=1))
+        train(without[-1])
+        job = make_train_job(tmp_path / "beside" / name, model=model, train_iters=1)
+        beside.append(tmp_path / f"{name}.json")
+        beside[-1].write_text(job.model_dump_json())
+    path = os.pathsep.join([str(tmp_path / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN_ALL, *beside],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for job in without:
+        assert contents(job.work) == contents(tmp_path / "beside" / job.work.parent.name / "work")
 
 
 def test_what_needs_transformer_engine_is_refused_with_a_gpu_alone(make_train_job, tmp_path):
