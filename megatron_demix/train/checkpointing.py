@@ -3,7 +3,8 @@
     work/iter_0000500/{.metadata, __0_0.distcp, ..., common.pt, metadata.json, checksums.json}
     work/latest_checkpointed_iteration.txt
 
-Two runs that do the same work write the same bytes: no path, time or random id gets into a checkpoint.
+Two runs that do the same work write the same bytes: no path, time or random id gets into a checkpoint. What data-parallel ranks
+all hold is shared out over them: each writes, and reads, its part.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import pickle
 import queue
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -78,12 +85,7 @@ class Checkpoints:
         target = self._folder(iteration)
         unfinished = target.with_name(f".unfinished-{target.name}")
         with self._writing(target, unfinished):
-            dist_checkpointing.save(
-                self._state(iteration),
-                str(unfinished),
-                TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-                content_metadata=_CONTENT,
-            )
+            _write(self._state(iteration), unfinished)
             if self._rank == 0:
                 _forget_where_and_when(unfinished / METADATA)
             torch.distributed.barrier()
@@ -184,7 +186,7 @@ class Checkpoints:
             if not same_layout:
                 del state["rng_state"]
             try:
-                loaded = dist_checkpointing.load(state, str(folder))
+                loaded = _read(state, folder)
             except (CheckpointException, CheckpointingException) as e:
                 raise IncompatibleInputs(f"run {self._job.name}: cannot resume from {folder}: {_first_line(e)}") from e
             self._model.load_state_dict(loaded["model"], strict=True)
@@ -229,6 +231,7 @@ class Checkpoints:
 def load_weights(model: GPTModel, folder: Path, *, vocab_size: int | None = None) -> None:
     """Load the weights of a checkpoint, saved at any layout, into this rank's GPTModel (without wrappers).
 
+    All ranks call it together. Replicas share the reading of one checkpoint, or each reads one of its own.
     folder: anything checkpoint.layout.find_checkpoint accepts. The checkpoint has to hold this model's tensors, no more and no
     fewer. vocab_size: where given, an embedding that was padded otherwise is accepted if it has that many rows.
     Raises IncompatibleInputs naming the first tensor that does not fit, CorruptInput for metadata that is damaged or unsafe.
@@ -241,7 +244,7 @@ def load_weights(model: GPTModel, folder: Path, *, vocab_size: int | None = None
     if misfit := _misfit(_global_shapes(wanted), shapes, vocab_size):
         raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {misfit}.")
     try:
-        loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
+        loaded = _read({"model": wanted}, path)["model"]
     except (CheckpointException, CheckpointingException) as e:
         raise CorruptInput(f"checkpoint {path}: cannot be loaded: {_first_line(e)}.") from e
     model.load_state_dict(loaded, strict=False)  # not strict for the extra states; all else has been compared
@@ -281,7 +284,38 @@ def _misfit(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...
 
 
 def _with_group(metadata: dict[str, Any]) -> dict[str, Any]:
-    return metadata | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return metadata | {"dp_cp_group": _replicas()}
+
+
+def _replicas() -> torch.distributed.ProcessGroup:
+    """The ranks that hold the same tensors as this one."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    """Save what all ranks hold. Of what replicas share each writes a part, which follows from names and sizes."""
+    strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    if _replicas().size() > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, _replicas())
+    with _numpy_product():
+        dist_checkpointing.save(state, str(folder), strategy, content_metadata=_CONTENT)
+
+
+def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Load what all ranks ask for. Where all read one folder, each replica reads a part and sends it to the others."""
+    strategy: Any = TorchDistLoadShardedStrategy()
+    if _replicas().size() > 1:
+        folders: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(folders, str(folder))
+        if len(set(folders)) == 1:
+            strategy = FullyParallelLoadStrategyWrapper(strategy, _replicas())
+    with _numpy_product():
+        return dist_checkpointing.load(state, str(folder), strategy)
+
+
+def _numpy_product() -> AbstractContextManager[Any]:
+    """megatron.core 0.15 multiplies sizes, to share out the work, with a function that numpy 2 no longer has."""
+    return nullcontext() if hasattr(np, "product") else mock.patch.object(np, "product", np.prod, create=True)
 
 
 def _seed_results_queue() -> None:

@@ -2,7 +2,8 @@
 
 torchrun run_train_jobs.py PLAN.json:
 {"jobs": [job, ...], "stop": {job name: iteration}, "live": {job name: folder}, "slow": job name}
-stop: the job is stopped by a signal in that iteration, then resumed. live: afterwards, each rank writes its live tensors there.
+stop: the job is stopped by a signal in that iteration, then resumed. live: afterwards, each rank loads the weights and writes
+its live tensors there, and how many numbers it has read for them.
 slow: in this job rank 3 sleeps in each step.
 """
 
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from megatron_demix.errors import Incomplete
@@ -77,15 +79,36 @@ def _write_live_tensors(job: TrainJob, folder: Path) -> None:
     import torch
 
     with cpu_compat():
+        from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
         from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
 
+        rank, read = os.environ["RANK"], 0
+        load_part = TorchDistLoadShardedStrategy.load
+
+        def counted(strategy, part, *arguments, **named):
+            nonlocal read
+            loaded = load_part(strategy, part, *arguments, **named)
+            read += sum(value.numel() for value in _values(loaded) if isinstance(value, torch.Tensor))
+            return loaded
+
         initialize_parallel(job.parallel, seed=99, timeout_s=60)
         model = build_model(job.model, job.train, job.parallel, job.vocab_size)
-        load_weights(model, job.work)
+        with mock.patch.object(TorchDistLoadShardedStrategy, "load", counted):
+            load_weights(model, job.work)
         live = [(t.key, t.global_shape, t.global_offset, t.box_shape, t.tensor.clone()) for t in live_tensors(model)]
-        torch.save(live, folder / f"live_{os.environ['RANK']}.pt")
+        torch.save(live, folder / f"live_{rank}.pt")
+        (folder / f"read_{rank}.json").write_text(json.dumps(read))
         destroy_parallel()
+
+
+def _values(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, dict | list):
+        for value in nested.values() if isinstance(nested, dict) else nested:
+            yield from _values(value)
+    else:
+        yield nested
 
 
 if __name__ == "__main__":

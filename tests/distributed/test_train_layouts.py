@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from dist_checkpoints import bits, read_checkpoint
 
 from megatron_demix.artifact import hash_file
 from megatron_demix.checkpoint.reader import is_model_key
+from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
@@ -59,31 +61,30 @@ def runs(tmp_path_factory, make_train_job):
     for name, parallel in LAYOUTS.items():
         own = settings | ({"recompute_granularity": "full"} if name == "tp2dp2" else {})
         jobs[name] = make_train_job(folder / name, name=name, parallel=parallel, **common | {"train": own})
-    jobs["sharded_optimizer"] = make_train_job(
-        folder / "sharded_optimizer",
-        name="sharded_optimizer",
-        parallel={"data": 4},
-        **common | {"train": settings | {"use_distributed_optimizer": True}},
-    )
+    sharded = common | {"train": settings | {"use_distributed_optimizer": True}}
+    for name in ("sharded_optimizer", "undisturbed", "grown"):
+        jobs[name] = make_train_job(folder / name, name=name, parallel={"data": 4}, **sharded)
+    train(jobs["grown"].model_copy(update={"parallel": jobs["reference"].parallel, "train_iters": 3}))
     moe = {"num_experts": 4, "moe_ffn_hidden_size": 32}
     jobs["experts"] = make_train_job(
         folder / "experts", name="experts", parallel={"data": 4, "expert": 2}, model=moe, train_iters=ITERATIONS
     )
     live = folder / "live"
-    live.mkdir()
+    for name in ("tp2pp2", "sharded_optimizer"):
+        (live / name).mkdir(parents=True)
     spread = [job for name, job in jobs.items() if name != "reference"]
     plan = {
         "jobs": [job.model_dump(mode="json") for job in spread],
         "stop": {"pp2dp2": 4, "sharded_optimizer": 4, "experts": 4},
-        "live": {"tp2pp2": str(live)},
+        "live": {name: str(live / name) for name in ("tp2pp2", "sharded_optimizer")},
         "slow": "tp2dp2",
     }
     return jobs, live, torchrun(plan, folder)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "sharded_optimizer"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "sharded_optimizer", "grown"])
 def test_layouts_have_the_loss_curve_of_one_rank(runs, name):
-    """Three of them were stopped and resumed on the way. float32: only the order of additions differs."""
+    """Some of them were stopped and resumed on the way, one begun on one rank. float32: only the order of additions differs."""
     jobs = runs[0]
     assert losses_of(jobs[name]) == pytest.approx(losses_of(jobs["reference"]), abs=2e-5)
     assert [p.name for p in jobs[name].work.glob("iter_*")] == [f"iter_{ITERATIONS:07d}"]
@@ -101,12 +102,13 @@ def test_experts_train_when_spread_over_ranks(runs):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_tp2_pp2_resumes_at_one_rank_with_its_optimizer(runs, tmp_path):
-    """From iteration 6 of TP2 x PP2, four more on one rank, against ten on one rank."""
+@pytest.mark.parametrize("name", ["tp2pp2", "sharded_optimizer"])
+def test_a_layout_resumes_at_one_rank_with_its_optimizer(runs, tmp_path, name):
+    """From iteration 6 of four ranks, four more on one rank, against ten on one rank."""
     jobs = runs[0]
     one_rank = jobs["reference"].parallel
-    resumed = jobs["tp2pp2"].model_copy(update={"work": tmp_path / "resumed", "parallel": one_rank})
-    shutil.copytree(jobs["tp2pp2"].work, resumed.work)
+    resumed = jobs[name].model_copy(update={"work": tmp_path / "resumed", "parallel": one_rank})
+    shutil.copytree(jobs[name].work, resumed.work)
     reference = jobs["reference"].model_copy(update={"work": tmp_path / "reference"})
     shutil.copytree(jobs["reference"].work, reference.work)
     for job in (resumed, reference):
@@ -116,7 +118,8 @@ def test_tp2_pp2_resumes_at_one_rank_with_its_optimizer(runs, tmp_path):
     assert losses_of(resumed)[-1] < losses_of(resumed)[ITERATIONS - 1] - 0.02
 
 
-def test_live_tensors_of_all_ranks_tile_the_checkpoint(runs):
+@pytest.mark.parametrize("name", ["tp2pp2", "sharded_optimizer"])
+def test_live_tensors_of_all_ranks_tile_the_checkpoint(runs, name):
     """Every element of every stored parameter is held by some rank, at the place its offset says, and nothing else is."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader
@@ -124,7 +127,7 @@ def test_live_tensors_of_all_ranks_tile_the_checkpoint(runs):
     from megatron_demix.train.compat import cpu_compat
 
     jobs, live, _ = runs
-    folder = jobs["tp2pp2"].work / f"iter_{ITERATIONS:07d}"
+    folder = jobs[name].work / f"iter_{ITERATIONS:07d}"
     with cpu_compat():
         from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
@@ -144,7 +147,7 @@ def test_live_tensors_of_all_ranks_tile_the_checkpoint(runs):
     assert set(whole) == {k for k in stored if is_model_key(k) and "_extra_state" not in k}
     seen = {key: torch.zeros(tensor.shape, dtype=torch.int32) for key, tensor in whole.items()}
     for rank in range(4):
-        for key, shape, offset, box_shape, tensor in torch.load(live / f"live_{rank}.pt"):
+        for key, shape, offset, box_shape, tensor in torch.load(live / name / f"live_{rank}.pt"):
             box = tuple(slice(o, o + n) for o, n in zip(offset, box_shape, strict=True))
             assert shape == tuple(whole[key].shape)
             assert torch.equal(whole[key][box], tensor.view(box_shape)), (rank, key)
@@ -164,11 +167,42 @@ def test_a_launch_of_the_wrong_size_is_refused(tmp_path, make_train_job):
     assert "error (rank 0): run tiny: needs 2 ranks; start it with torchrun" in process.stderr
 
 
-def test_equal_runs_at_a_layout_write_equal_bytes(runs, tmp_path):
-    """The data of equal weights is stored once however many ranks hold it: checksums.json agrees with the files."""
+def test_equal_runs_at_a_layout_write_equal_bytes(runs):
+    """However many ranks hold the weights, one of them was stopped and resumed; checksums.json agrees with the files."""
     jobs = runs[0]
     for name in ("tp2pp2", "pp2dp2", "sharded_optimizer", "experts"):
         folder = jobs[name].work / f"iter_{ITERATIONS:07d}"
         facts = json.loads((folder / "checksums.json").read_text())
         assert {p.name for p in folder.iterdir()} == set(facts) | {"checksums.json"}
         assert all(hash_file(folder / file) == fact["blake2b"] for file, fact in facts.items())
+    stopped, undisturbed = (
+        json.loads((jobs[name].work / f"iter_{ITERATIONS:07d}" / "checksums.json").read_text())
+        for name in ("sharded_optimizer", "undisturbed")
+    )
+    assert stopped == undisturbed
+
+
+def test_replicas_share_the_writing_and_the_reading(runs):
+    """Each of four ranks writes about a quarter of what all hold, and asks for a part of the weights that no other reads."""
+    jobs, live, _ = runs
+    folder = jobs["sharded_optimizer"].work / f"iter_{ITERATIONS:07d}"
+    written = [path.stat().st_size for path in sorted(folder.glob("*.distcp"))]
+    assert len(written) == 4
+    assert max(written) < 1.5 * min(written)
+    stored = read_checkpoint(folder)
+    read = [json.loads((live / "sharded_optimizer" / f"read_{rank}.json").read_text()) for rank in range(4)]
+    assert sum(read) == sum(tensor.numel() for key, tensor in stored.items() if is_model_key(key))
+    assert max(read) < sum(read) / 2
+
+
+def test_what_replicas_wrote_together_merges_with_what_one_rank_wrote(runs, tmp_path):
+    jobs = runs[0]
+    parts = {"four": jobs["sharded_optimizer"].work, "one": jobs["reference"].work}
+    mixtures = {"four": {"four": 1.0}, "one": {"one": 1.0}, "mean": {"four": 0.5, "one": 0.5}}
+    merge_checkpoints(parts, mixtures, tmp_path, progress=False, verify="full")
+    merged = {name: read_checkpoint(tmp_path / name / "release") for name in mixtures}
+    for name, work in parts.items():
+        stored = read_checkpoint(work / f"iter_{ITERATIONS:07d}")
+        assert all(bits(stored[key]) == bits(tensor) for key, tensor in merged[name].items())
+    for key, mean in merged["mean"].items():
+        assert bits(mean) == bits((0.5 * merged["four"][key]) + (0.5 * merged["one"][key]))
