@@ -15,6 +15,7 @@ manifest) and, written last, P.blend.json, the manifest. In mode args: P.args.tx
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +25,15 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_demix import native
-from megatron_demix.artifact import fingerprint
+from megatron_demix.artifact import fingerprint, only_maker
 from megatron_demix.data.pool import Domain, OpenPool, Pool, Source, open_pool
 from megatron_demix.data.quota import OnShortfall, feasible_max_shares, quotas
 from megatron_demix.data.source_digest import fingerprint_sources
-from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.errors import ConfigError, IncompatibleInputs, storage_errors
 from megatron_demix.mixture import Mixture, apportion
 
 Mode = Literal["view", "materialise", "args"]
+HASH_NOTES = ".source_hashes"
 MODES: tuple[Mode, ...] = ("view", "materialise", "args")
 
 __all__ = ["BlendPlan", "Pool", "Source", "build_blend", "feasible_max_shares", "plan_blend"]
@@ -183,7 +185,8 @@ def build_blend(
     pool_cache: a folder where views of one pool share its .bin. index_cache: the run's --data-cache-path, searched for stale
     indexes. worker: (i, n), one of n processes that write a materialised blend together, on any machines with one file
     system; the last to finish publishes, the others get a manifest whose "files" is empty. remember_hashes: note each source's
-    hash in a hidden file beside it, and believe such notes; see fingerprint_sources.
+    hash in a hidden file beside it, or where that cannot be in a hidden folder beside `output`, and believe such notes; without
+    it all lie in that folder, which a call that is not a worker's removes in the end.
 
     Raises MixtureError, ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError; then nothing at `output`
     has changed.
@@ -201,13 +204,22 @@ def build_blend(
     opened = open_pool(pool)
     plan = plan_blend(opened, mixture, target_tokens, seed=seed, on_shortfall=on_shortfall, begin=begin, threads=threads)
     sources = [i for i, _ in plan.pool.indexes]
-    hashed = fingerprint_sources(sources, threads=threads, progress=progress, remembered=remember_hashes)
-    manifest = _manifest(plan, hashed, Path(output), mode, on_shortfall)
-    warn_of_stale_indexes(Path(output), index_cache)
-    _warn_of_other_shares(plan, mixture.over(list(pool)), Path(output))
-    return blend_files.write(
-        plan, manifest, Path(output), threads=threads, progress=progress, worker=worker, pool_cache=pool_cache
+    output = Path(output)
+    notes = output.parent / HASH_NOTES
+    with storage_errors(f"writing blend {output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Of several workers one reads the sources, and the others its notes.
+        with only_maker(output.with_name(f"{output.name}.sources")):
+            hashed = fingerprint_sources(sources, threads=threads, progress=progress, beside=remember_hashes, notes=notes)
+    manifest = _manifest(plan, hashed, output, mode, on_shortfall)
+    warn_of_stale_indexes(output, index_cache)
+    _warn_of_other_shares(plan, mixture.over(list(pool)), output)
+    written = blend_files.write(
+        plan, manifest, output, threads=threads, progress=progress, worker=worker, pool_cache=pool_cache
     )
+    if worker is None and not remember_hashes:
+        shutil.rmtree(notes, ignore_errors=True)
+    return written
 
 
 _NOTICEABLE = 0.02

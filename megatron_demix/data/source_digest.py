@@ -1,4 +1,4 @@
-"""Which bytes a source holds: a hash of all of its .bin, taken at the speed of memory once, and remembered beside it."""
+"""Which bytes a source holds: a hash of all of its .bin, taken at the speed of memory once, and noted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix import native
-from megatron_demix.artifact import hash_file, write_json
+from megatron_demix.artifact import fingerprint, hash_file, write_json
 from megatron_demix.errors import CorruptInput, DemixError
 from megatron_demix.indexed.format import bin_path, idx_path
 from megatron_demix.indexed.reader import Index
@@ -23,24 +23,30 @@ _SETTLED_NS = 2_000_000_000
 
 
 def fingerprint_sources(
-    indexes: Sequence[Index], *, threads: int = 1, progress: bool = False, remembered: bool = True
+    indexes: Sequence[Index],
+    *,
+    threads: int = 1,
+    progress: bool = False,
+    beside: bool = False,
+    notes: Path | None = None,
 ) -> list[dict[str, Any]]:
     """What identifies each source: its counts and size, the BLAKE2b digest of its .idx, and the 64-bit hash of all of its .bin
     (csrc/content_hash.hpp: it finds damage and exchanged files, not forgery).
 
-    remembered: a hash that an earlier call left in `.<name>.bin.hash.json` is believed as long as the .bin has the size and the
-    modification time noted there, and new ones are left there where the folder can be written. Raises CorruptInput.
+    A hash that an earlier call noted is believed as long as the .bin has the size and the modification time noted there.
+    beside: notes lie beside each .bin, in `.<name>.bin.hash.json`. notes: a folder for those that do not, or cannot.
+    Raises CorruptInput.
     """
-    known = [_recall(index) if remembered else None for index in indexes]
+    places = [_places(index, beside, notes) for index in indexes]
+    known = [_recall(index, own) for index, own in zip(indexes, places, strict=True)]
     unknown = sum(i.bin_bytes for i, found in zip(indexes, known, strict=True) if found is None)
     facts = []
     with progress_bar("hashing sources", unknown, unit="bytes", enabled=progress and unknown > 0) as advance:
-        for index, found in zip(indexes, known, strict=True):
+        for index, found, own in zip(indexes, known, places, strict=True):
             hashed = found
             if hashed is None:
                 hashed, mtime_ns = hash_bin(bin_path(index.prefix), index.bin_bytes, threads=threads, advance=advance)
-                if remembered:
-                    _remember(index, hashed, mtime_ns)
+                _remember(index, own, hashed, mtime_ns)
             facts.append(
                 {
                     "documents": index.num_sequences,
@@ -53,19 +59,21 @@ def fingerprint_sources(
     return facts
 
 
-def _memory(index: Index) -> Path:
+def _places(index: Index, beside: bool, notes: Path | None) -> list[Path]:
+    """Where a note may lie, the best place first."""
     path = bin_path(index.prefix)
-    return path.with_name(f".{path.name}.hash.json")
+    places = [path.with_name(f".{path.name}.hash.json")] if beside else []
+    return places + ([notes / f"{path.name}-{fingerprint(os.path.realpath(path))}.json"] if notes else [])
 
 
-def _recall(index: Index) -> str | None:
-    try:
-        noted = json.loads(_memory(index).read_text())
-        stat = bin_path(index.prefix).stat()
-        same = (noted["bytes"], noted["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns) and stat.st_size == index.bin_bytes
-        return str(noted["hash64"]) if same else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _recall(index: Index, places: Sequence[Path]) -> str | None:
+    for place in places:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            noted = json.loads(place.read_text())
+            stat = bin_path(index.prefix).stat()
+            if (noted["bytes"], noted["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns) and stat.st_size == index.bin_bytes:
+                return str(noted["hash64"])
+    return None
 
 
 def hash_bin(
@@ -94,10 +102,14 @@ def hash_span(descriptor: int, base: int, size: int, *, threads: int, advance: A
     return f"{total % 2**64:016x}"
 
 
-def _remember(index: Index, hashed: str, mtime_ns: int) -> None:
-    if time.time_ns() - mtime_ns > _SETTLED_NS:
-        with suppress(OSError, DemixError):  # a folder that cannot be written: hashed again the next time
-            write_json(_memory(index), {"bytes": index.bin_bytes, "mtime_ns": mtime_ns, "hash64": hashed})
+def _remember(index: Index, places: Sequence[Path], hashed: str, mtime_ns: int) -> None:
+    if time.time_ns() - mtime_ns <= _SETTLED_NS:
+        return
+    for place in places:
+        with suppress(OSError, DemixError):  # a folder that cannot be written
+            place.parent.mkdir(exist_ok=True)
+            write_json(place, {"bytes": index.bin_bytes, "mtime_ns": mtime_ns, "hash64": hashed})
+            return
 
 
 def _hash_idx(index: Index) -> str:

@@ -136,7 +136,7 @@ def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, 
         opened = open_pool(pool)
         for name, d in manifest["domains"].items():
             indexes = opened.domains[name].indexes
-            hashed = fingerprint_sources(indexes, threads=native.default_threads(), progress=progress, remembered=False)
+            hashed = fingerprint_sources(indexes, threads=native.default_threads(), progress=progress)
             for source, seen, noted in zip(indexes, hashed, d["sources"], strict=True):
                 if seen != {k: v for k, v in noted.items() if k != "prefix"}:
                     return f"not compared: {source.prefix} has changed since"

@@ -1,8 +1,11 @@
 """Verification: reading a blend again finds what has changed."""
 
+import errno
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ from blends import build, flip_last_byte
 
 from megatron_demix import native
 from megatron_demix.artifact import hash_file
+from megatron_demix.data import source_digest
 from megatron_demix.data.pool import Source
 from megatron_demix.data.verify import verify_blend
-from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, VerificationFailed
 from megatron_demix.indexed.reader import read_index
 from megatron_demix.indexed.writer import write_index
 from megatron_demix.mixture import Mixture
@@ -126,6 +130,54 @@ def test_a_source_is_hashed_whole_and_once(pool, tmp_path, monkeypatch):
     build(pool, tmp_path / "d", target=30_000, remember_hashes=True)
     with pytest.raises(VerificationFailed, match="have hash"):
         verify_blend(tmp_path / "d", progress=False)
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_what_cannot_be_noted_beside_a_source_is_noted_beside_the_blend(pool, tmp_path, monkeypatch, remember):
+    """For stages, workers and a second call. Without remember_hashes, as studies build, nothing is left in the end."""
+    for path in (tmp_path / "pool").glob("*.bin"):
+        os.utime(path, ns=(1, 1))
+    hashed, hash_file, write = [], native.hash_file, source_digest.write_json
+
+    def refused(path, value):
+        if path.parent == tmp_path / "pool":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        write(path, value)
+
+    monkeypatch.setattr(source_digest, "write_json", refused)
+    monkeypatch.setattr(native, "hash_file", lambda *a, **o: (hashed.append(a), hash_file(*a, **o))[1])
+    options = {"mode": "materialise", "remember_hashes": remember}
+    for worker in (0, 1, 2):
+        whole = build(pool, tmp_path / "out" / "b", worker=(worker, 3), **options)
+    assert build(pool, tmp_path / "out" / "b", **options) == whole
+    assert len(hashed) == len(pool)
+    hidden = [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+    if remember:
+        build(pool, tmp_path / "out" / "c", target=50_000, **options)
+        assert len(hashed) == len(pool)
+        flip_last_byte(tmp_path / "pool" / "math_0.bin")
+        with pytest.raises(OutputExists):
+            build(pool, tmp_path / "out" / "b", **options)
+        assert len(hashed) == len(pool) + 1
+    else:
+        assert hidden == []
+
+
+def test_workers_do_not_hash_the_same_sources_side_by_side(pool, tmp_path, monkeypatch):
+    for path in (tmp_path / "pool").glob("*.bin"):
+        os.utime(path, ns=(1, 1))
+    hashed, hash_bin = [], source_digest.hash_bin
+
+    def slow(path, size, **options):
+        hashed.append(path)
+        time.sleep(0.1)
+        return hash_bin(path, size, **options)
+
+    monkeypatch.setattr(source_digest, "hash_bin", slow)
+    with ThreadPoolExecutor(3) as threads:
+        options = {"mode": "materialise", "remember_hashes": True}
+        list(threads.map(lambda i: build(pool, tmp_path / "b", worker=(i, 3), **options), range(3)))
+    assert len(hashed) == len(pool)
 
 
 def test_hash_is_of_every_byte(tmp_path):
