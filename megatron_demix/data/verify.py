@@ -13,7 +13,7 @@ from megatron_demix.artifact import hash_file
 from megatron_demix.data.blend import BlendPlan, DomainPlan
 from megatron_demix.data.blend_data import DOMAINS_SUFFIX
 from megatron_demix.data.blend_files import manifest_path, read_manifest
-from megatron_demix.data.pool import Domain, Pool, Source, open_pool
+from megatron_demix.data.pool import Pool, Source, open_pool
 from megatron_demix.data.source_digest import fingerprint_sources, hash_span
 from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
 from megatron_demix.indexed.format import bin_path
@@ -28,8 +28,8 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
 
     Checks: sizes, digests, every pointer; documents and tokens of each domain; the content digest (materialised), or the hash
     that each source's .bin had (view). Where the sources still lie where the manifest says, the plan is made again from them
-    and compared document by document, and no document of a view comes back before all others of its domain have come. Returns
-    the counts. Raises VerificationFailed naming the first difference, CorruptInput or ConfigError where there is no blend.
+    and compared document by document. Returns the counts. Raises VerificationFailed naming the first difference, CorruptInput
+    or ConfigError where there is no blend.
     """
     prefix = Path(prefix)
     manifest = read_manifest(prefix)
@@ -109,21 +109,6 @@ def _check_pool(prefix: Path, manifest: dict[str, Any], progress: bool) -> None:
                 base = end
 
 
-def _check_repeats(prefix: Path, domain: Domain, pointers: np.ndarray, expected: dict[str, Any]) -> None:
-    """In a view, one pointer is one document. Epoch after epoch, none may come more often than epochs were begun, times how
-    often the sources have it: they may be views themselves."""
-    begun = -(-(expected["begin"] % expected["available_documents"] + expected["documents"]) // expected["available_documents"])
-    there = [i.pointers[i.lengths > 0] + base for i, base in zip(domain.indexes, domain.bases, strict=True)]
-    known, often = np.unique(np.concatenate(there), return_counts=True)
-    seen, times = np.unique(pointers, return_counts=True)
-    most = begun * often[np.minimum(np.searchsorted(known, seen), len(known) - 1)]
-    if len(wrong := np.flatnonzero(times > most)):
-        raise VerificationFailed(
-            f"blend {prefix}: a document of domain {domain.name!r} comes {times[wrong[0]]} times, expected {most[wrong[0]]} "
-            f"at most in {begun} epochs. Build the blend again."
-        )
-
-
 def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, domain_of: np.ndarray, progress: bool) -> str:
     """ "compared", or why not: the sources are gone or have changed since."""
     pool = Pool(
@@ -154,9 +139,6 @@ def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, 
         )
         for name, d in manifest["domains"].items()
     )
-    if manifest["mode"] == "view":  # written-out documents have no identity of their own
-        for n, (name, d) in enumerate(manifest["domains"].items()):
-            _check_repeats(prefix, opened.domains[name], index.pointers[(domain_of == n) & (index.lengths > 0)], d)
     plan = BlendPlan(opened, manifest["seed"], manifest["target_tokens"], parts, ())
     for first, piece in plan.order().pieces(native.default_threads()):
         here = slice(first, first + len(piece.lengths))
