@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_demix.artifact import hash_file, only_maker, read_json, write_atomic, write_json
+from megatron_demix.artifact import hash_file, only_maker, read_json, sync_path, write_atomic, write_json
 from megatron_demix.data import blend_data
+from megatron_demix.data.prefix import publish_files
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ def _seal(work: Path, name: str, manifest: dict[str, Any]) -> None:
     """Make the blend's files in `work` last, and write the manifest that counts them."""
     facts = {}
     for file in sorted(p for p in work.iterdir() if p.name.startswith(f"{name}.")):
-        with open(file, "rb+") as opened:
-            os.fsync(opened.fileno())
+        sync_path(file)
         suffix = file.name[len(name) :]
         # verify_blend reads the .bin again; its digest here would cost a second pass over it.
         facts[suffix] = {"bytes": file.stat().st_size} | ({} if suffix == ".bin" else {"blake2b": hash_file(file)})
@@ -118,21 +117,9 @@ def _seal(work: Path, name: str, manifest: dict[str, Any]) -> None:
 
 
 def _publish(work: Path, output: Path) -> None:
-    """Rename a sealed blend into place, the manifest last. Killed in between, the next call goes on where it stopped."""
+    """The manifest last."""
     sealed = manifest_path(work / output.name)
-    files = [f"{output.name}{suffix}" for suffix in read_json(sealed)["files"]]
-    left = [name for name in files if (work / name).exists()] + [sealed.name]
-    for name in left:
-        if (output.parent / name).exists():
-            raise OutputExists(
-                f"{output.parent / name} exists, but no finished blend does. Move it away or choose another output; nothing is "
-                "overwritten."
-            )
-    for name in left:
-        os.rename(work / name, output.parent / name)
-    descriptor = os.open(output.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    publish_files(work, output.parent, [*(f"{output.name}{suffix}" for suffix in read_json(sealed)["files"]), sealed.name])
     shutil.rmtree(work)
 
 

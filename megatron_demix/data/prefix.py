@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import read_json, write_json
+from megatron_demix.artifact import read_json, sync_path, write_json
 from megatron_demix.data.outputs import REJECTED
 from megatron_demix.data.parts import remove_parts
 from megatron_demix.errors import CorruptInput, OutputExists
@@ -76,17 +77,24 @@ def unseal(work: Path) -> None:
 
 
 def publish(work: Path, prefix: Path) -> None:
-    """Move what has been sealed to its place. Killed in between, the next call goes on where it stopped."""
-    left = [suffix for suffix in _SUFFIXES if (work / f"{prefix.name}{suffix}").exists()]
-    for suffix in left:
-        if (target := Path(f"{prefix}{suffix}")).exists():
-            raise OutputExists(f"{target} exists. Move it away or choose another output; nothing is overwritten.")
-    for suffix in left:
-        os.rename(work / f"{prefix.name}{suffix}", f"{prefix}{suffix}")
-    descriptor = os.open(prefix.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    """Move what has been sealed to its place."""
+    publish_files(work, prefix.parent, [f"{prefix.name}{suffix}" for suffix in _SUFFIXES])
     _remove(work)
+
+
+def publish_files(work: Path, folder: Path, names: Iterable[str]) -> None:
+    """Rename sealed files into `folder`, those that are there, in this order. Killed in between, the next call goes on where it
+    stopped. Raises OutputExists before any is renamed."""
+    left = [name for name in names if (work / name).exists()]
+    for name in left:
+        if (folder / name).exists():
+            raise OutputExists(
+                f"{folder / name} exists, but the rest of it does not. Move it away or choose another output; nothing is "
+                "overwritten."
+            )
+    for name in left:
+        os.rename(work / name, folder / name)
+    sync_path(folder)
 
 
 def _remove(work: Path) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_foreign_file_at_the_target_is_kept(pool, tmp_path):
     (tmp_path / "b.bin").write_bytes(b"mine")
-    with pytest.raises(OutputExists, match=r"b\.bin exists, but no finished blend does"):
+    with pytest.raises(OutputExists, match=r"b\.bin exists, but the rest of it does not"):
         build(pool, tmp_path / "b")
     assert (tmp_path / "b.bin").read_bytes() == b"mine"
 
