@@ -12,6 +12,7 @@ from typing import IO
 from megatron_demix.errors import Incomplete
 
 _POLL_S = 0.2
+_SILENT_S = 5.0
 logger = logging.getLogger(__name__)
 
 
@@ -19,9 +20,11 @@ def take_lock(file: IO, holder: str, *, wait_s: float = math.inf, shared: bool =
     """Lock an open file, for this process and those that inherit it. A lock it has already becomes the one asked for.
 
     shared: together with others that ask for a shared one. Raises Incomplete, which names `holder`, where others have it for
-    longer than `wait_s`. Where the file system has no locks (Lustre mounted without flock) there is a warning instead.
+    longer than `wait_s`. A wait of more than seconds is said, in a warning. Where the file system has no locks (Lustre mounted
+    without flock) there is a warning instead of a lock.
     """
     deadline = time.monotonic() + wait_s
+    silent_until = time.monotonic() + _SILENT_S
     while True:
         try:
             return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -29,6 +32,9 @@ def take_lock(file: IO, holder: str, *, wait_s: float = math.inf, shared: bool =
             if time.monotonic() >= deadline:
                 waited = f" after {wait_s:g} s" if wait_s >= 1 else ""
                 raise Incomplete(f"{holder}: still running{waited}. Let it finish or stop it, then run again.") from None
+            if time.monotonic() >= silent_until:
+                logger.warning("waiting for %s ...", holder)
+                silent_until = math.inf
             time.sleep(_POLL_S)
         except OSError as e:
             where = Path(file.name).parent

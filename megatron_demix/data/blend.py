@@ -172,6 +172,7 @@ def build_blend(
     index_cache: Path | None = None,
     worker: tuple[int, int] | None = None,
     remember_hashes: bool = False,
+    label: str | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -186,7 +187,8 @@ def build_blend(
     indexes. worker: (i, n), one of n processes that write a materialised blend together, on any machines with one file
     system; the last to finish publishes, the others get a manifest whose "files" is empty. remember_hashes: note each source's
     hash in a hidden file beside it, or where that cannot be in a hidden folder beside `output`, and believe such notes; without
-    it all lie in that folder, which a call that is not a worker's removes in the end.
+    it all lie in that folder, which a call that is not a worker's removes in the end. label: what warnings call it,
+    where it will not stay at `output`.
 
     Raises MixtureError, ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError; then nothing at `output`
     has changed.
@@ -209,11 +211,11 @@ def build_blend(
     with storage_errors(f"writing blend {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         # Of several workers one reads the sources, and the others its notes.
-        with only_maker(output.with_name(f"{output.name}.sources")):
+        with only_maker(output.with_name(f"{output.name}.hashes")):
             hashed = fingerprint_sources(sources, threads=threads, progress=progress, beside=remember_hashes, notes=notes)
     manifest = _manifest(plan, hashed, output, mode, on_shortfall)
     warn_of_stale_indexes(output, index_cache)
-    _warn_of_other_shares(plan, mixture.over(list(pool)), output)
+    _warn_of_other_shares(plan, mixture.over(list(pool)), label or f"blend {output}")
     written = blend_files.write(
         plan, manifest, output, threads=threads, progress=progress, worker=worker, pool_cache=pool_cache
     )
@@ -226,14 +228,14 @@ _NOTICEABLE = 0.02
 """Of a share, by which it may differ from what was asked for; the report has the same bound."""
 
 
-def _warn_of_other_shares(plan: BlendPlan, asked: Mixture, output: Path) -> None:
+def _warn_of_other_shares(plan: BlendPlan, asked: Mixture, label: str) -> None:
     """Where a domain's documents are long for its part of the budget, or its epochs are limited."""
     given = {p.domain.name: p.tokens / plan.tokens for p in plan.parts}
     off = {n: given.get(n, 0.0) for n, share in asked.items() if abs(given.get(n, 0.0) - share) > _NOTICEABLE * share}
     if off:
         listed = ", ".join(f"{name} {share:.4g} instead of {asked[name]:.4g}" for name, share in off.items())
         warnings.warn(
-            f"blend {output}: the shares of its tokens are not those asked for: {listed}. Documents are whole and epochs "
+            f"{label}: the shares of its tokens are not those asked for: {listed}. Documents are whole and epochs "
             "limited; a larger target, or shorter documents, would come nearer.",
             stacklevel=3,
         )

@@ -46,8 +46,17 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
                 {d.name: Source(tuple(data_stages.prefixes(data[d.name], "train")), d.max_epochs) for d in study.domains}
             )
             shares = _shares(study, name, data, choice)
-            output = folder / BLEND
-            build_blend(pool, shares, target, output, mode=study.final.blend, seed=study.seed, worker=part, progress=False)
+            build_blend(
+                pool,
+                shares,
+                target,
+                folder / BLEND,
+                mode=study.final.blend,
+                seed=study.seed,
+                worker=part,
+                label=f"blend/{name}",
+                progress=False,
+            )
 
         settings = {
             "mixture": name,

@@ -178,8 +178,10 @@ def test_shares_that_are_not_those_asked_for_are_named(pool, tmp_path):
     """One document dwarfs its domain's part of the budget: it comes whole, or not at all."""
     pool["math"] = Source((make_indexed(tmp_path / "m", [30_000]),))
     message = "shares of its tokens are not those asked for: .*math 0.* instead of 0.3"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=f"^blend {tmp_path / 'b'}: the {message}"):
         report = build(pool, tmp_path / "b")
+    with pytest.warns(UserWarning, match=f"^blend/found: the {message}"):
+        build(pool, tmp_path / "c", label="blend/found")
     assert report["domains"]["math"]["tokens"] / report["tokens"] > 0.4
     table = [line.split() for line in blend_table(report).splitlines()]
     shares = {row[0]: (float(row[1]), float(row[2])) for row in table[1:4]}

@@ -1,0 +1,23 @@
+"""Who waits for a lock says so, once, and not before it matters."""
+
+import fcntl
+import logging
+import threading
+
+import pytest
+
+from megatron_demix import locks
+from megatron_demix.errors import Incomplete
+
+
+def test_a_long_wait_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "_POLL_S", 0.01)
+    monkeypatch.setattr(locks, "_SILENT_S", 0.1)
+    with open(tmp_path / "lock", "w") as held, open(tmp_path / "lock") as wanted:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Incomplete, match="the other one: still running"):
+            locks.take_lock(wanted, "the other one", wait_s=0.05)
+        assert caplog.messages == []
+        threading.Timer(0.5, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+        locks.take_lock(wanted, "the other one")
+    assert caplog.record_tuples == [("megatron_demix.locks", logging.WARNING, "waiting for the other one ...")]
