@@ -3,7 +3,8 @@
 
 Writes PREFIX_<key>_document.bin/.idx (PREFIX_<key>_sentence with --split-sentences) for each JSON key. Inputs are JSON Lines
 (.jsonl, .json, .ndjson; also .gz and .zst), Parquet, plain text, folders of them, or globs. Interrupted, the same command goes
-on where it stopped; finished, it says so and changes nothing. The output does not depend on --workers and --partitions.
+on where it stopped; finished, it prints the same counts and changes nothing. The output does not depend on --workers and
+--partitions.
 
 On several machines with one disk, each runs the same command with a --partition of its own, in a SLURM array for example:
     preprocess_data.py ... --partitions 16 --partition $SLURM_ARRAY_TASK_ID
