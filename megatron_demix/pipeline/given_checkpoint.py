@@ -51,6 +51,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     which their archives promise that tell weights apart."""
     checkpoint = Checkpoint(folder, read_ahead=False)
     tensors = checkpoint.model_tensors
+    checkpoint.touch_frames(chunk for info in tensors.values() for chunk in info.chunks)
     chunks = [
         [key, info.dtype, info.shape, chunk.offset, chunk.shape, checkpoint.payload(info, chunk).crc]
         for key, info in sorted(tensors.items())

@@ -117,7 +117,9 @@ def test_light_stages_and_kinds_override(stages):
 def test_containers_and_set_up(stages):
     setup = "module load cuda\nsource env/bin/activate"
     text = render(stages, "base.base", container="nvcr.io#nvidia/nemo:26.04", mounts=["/data:/data", "/runs"], setup=setup)
-    assert "    --container-image='nvcr.io#nvidia/nemo:26.04' --container-mounts=/data:/data,/runs \\\n    python3 -P -m" in text
+    assert (
+        "    --container-image='nvcr.io#nvidia/nemo:26.04' --container-mounts=/data:/data,/runs \\\n    python3 -P -m" in text
+    )
     assert f"\n{setup}\n" in text
     last = Scripts(SlurmSpec(container="image", setup=setup), "s", RUN, Path("/studies")).of_conclusion()
     assert "container" not in last
