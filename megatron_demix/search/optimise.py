@@ -18,6 +18,9 @@ from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 
 _ELITE = 64
+_STAGES = 16
+_STRENGTH, _NARROWER = (20.0, 2000.0), 1.5
+"""How concentrated draws of the first stage are around the best, and by what factor more so those of each further one."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +126,29 @@ def choose_mixture(
     )
 
 
-def best_candidates(space: SearchSpace, goal: Objective, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`num` candidate merge weights_MD and their objective's means_M: half over the whole space, half around its best.
+def best_candidates(
+    space: SearchSpace, goal: Objective, num: int, seed: int, *, known_MD: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`num` candidate merge weights_MD and their objective's means_M: half over the whole space, half around the best, in
+    stages that draw closer and closer. known_MD: further candidates, with which the search begins.
 
-    In many dimensions no candidate drawn over the whole space comes near the optimum; those around the best ones do.
+    A stage draws around the best so far and around midpoints between them: in many dimensions hardly any single draw is a step
+    forward, and a midpoint has less of each one's chance in it.
     """
-    wide_MD = sample_candidates(space, num - num // 2, seed)
-    wide_M = goal.means(space.shares(wide_MD))
-    elite_MD = wide_MD[np.argsort(wide_M, kind="stable")[:_ELITE]]
-    near_MD = sample_around(space, elite_MD, num // 2, seed + 1)
-    return np.concatenate([wide_MD, near_MD]), np.concatenate([wide_M, goal.means(space.shares(near_MD))])
+    rng = np.random.default_rng(seed)
+    each = num // 2 // _STAGES
+    weights_MD = sample_candidates(space, num - _STAGES * each, seed)
+    if known_MD is not None:
+        weights_MD = np.concatenate([known_MD, weights_MD])
+    values_M = goal.means(space.shares(weights_MD))
+    for stage in range(_STAGES):
+        elite_MD = weights_MD[np.argsort(values_M, kind="stable")[:_ELITE]]
+        centres_MD = np.concatenate([elite_MD, (elite_MD + rng.permutation(elite_MD)) / 2])
+        strength = (_STRENGTH[0] * _NARROWER**stage, _STRENGTH[1] * _NARROWER**stage)
+        near_MD = sample_around(space, centres_MD, each, seed + 1 + stage, strength=strength)
+        weights_MD = np.concatenate([weights_MD, near_MD])
+        values_M = np.concatenate([values_M, goal.means(space.shares(near_MD))])
+    return weights_MD, values_M
 
 
 def pareto_front(

@@ -66,7 +66,8 @@ def optimum_distribution(
     aim: Aim = "mean",
     higher_is_better: Collection[str] = (),
 ) -> OptimumDistribution:
-    """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew.
+    """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew, the choice
+    among the candidates.
 
     All surrogates must know the same proxies, which are resampled together: IncompatibleInputs otherwise. Proxies that lack
     the same scores are resampled among themselves, so that a score that few have is not lost in a sample.
@@ -77,13 +78,14 @@ def optimum_distribution(
         raise IncompatibleInputs(
             f"surrogates were fitted on different numbers of proxies ({sizes}); fit all of them on the same ones."
         )
-    pair_2D = space.shares(np.stack([[choice.weights[name] for name in space.domains], space.centre_D]))
+    chosen_1D = np.array([[choice.weights[name] for name in space.domains]])
+    pair_2D = space.shares(np.concatenate([chosen_1D, space.centre_D[None]]))
     rng = np.random.default_rng(seed)
     alike = _alike(np.stack([np.isfinite(surrogates[name].scores_M) for name in goal.weights], axis=1))
     optima, regrets, gains = [], [], []
     for b in range(num):
         again = goal.refit(np.concatenate([rows[rng.integers(len(rows), size=len(rows))] for rows in alike]))
-        weights_MD, values_M = best_candidates(space, again, candidates, seed + b)
+        weights_MD, values_M = best_candidates(space, again, candidates, seed + b, known_MD=chosen_1D)
         best = np.argsort(values_M, kind="stable")[:top]
         optima.append(space.shares(weights_MD[best].mean(axis=0)))
         chosen, natural = again.means(pair_2D)

@@ -9,7 +9,7 @@ from megatron_demix.search.objective import Objective, _Ranks
 from megatron_demix.search.optimise import choose_mixture, pareto_front, propose
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate, fit_surrogate
+from megatron_demix.search.surrogate import Scale, Surrogate, fit_surrogate
 from megatron_demix.search.uncertainty import optimum_distribution
 
 DOMAINS = ("general", "code", "math")
@@ -48,6 +48,55 @@ def test_the_known_optimum_is_found(free) -> None:
         sum(OBJECTIVE[n] * v[0] for n, v in losses(np.array([list(m.values())])).items()) for m in (choice.shares, NATURAL)
     )
     assert gain == pytest.approx(natural - best, abs=0.02)
+
+
+class Logs:
+    """-sum of importances_D x log(share), which is least at these shares themselves; a refit draws other importances."""
+
+    def __init__(self, importances_D: np.ndarray, drawn: list[np.ndarray]) -> None:
+        self.importances_D, self.drawn = importances_D, drawn
+
+    def mean(self, shares_ND: np.ndarray) -> np.ndarray:
+        return -np.log(shares_ND) @ self.importances_D
+
+    def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean(shares_ND), np.full(len(shares_ND), 0.1)
+
+    def refit(self, shares_MD: np.ndarray, scores_M: np.ndarray, *, tune: bool) -> "Logs":
+        other_D = self.importances_D * np.exp(np.random.default_rng(len(self.drawn)).normal(0, 0.2, len(self.importances_D)))
+        self.drawn.append(other_D / other_D.sum())
+        return Logs(self.drawn[-1], self.drawn)
+
+
+@pytest.mark.parametrize("cap", [1.0, 0.06])
+@pytest.mark.parametrize("num", [5, 24])
+def test_however_many_domains_the_optimum_is_found_and_what_it_loses_on_other_proxies(num, cap) -> None:
+    names = [f"d{i}" for i in range(num)]
+    cap *= 24 / num
+    natural = Mixture.uniform(names)
+    space = SearchSpace(natural, natural, 0.1, dict.fromkeys(names, cap) if cap < 1 else {})
+    importances_D = 0.2 / num + 0.8 * np.random.default_rng(1).dirichlet(np.ones(num))
+
+    def least(logs: Logs) -> float:
+        low, high = 1.0, 1e6
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if np.minimum(middle * logs.importances_D, cap).sum() < 1 else (low, middle)
+        return float(logs.mean(np.minimum(low * logs.importances_D, cap)[None])[0])
+
+    logs, measured_MD = Logs(importances_D, []), space.shares(sample_mixtures(space, 20, 1))
+    surrogates = {"loss": Surrogate("logs", ((1.0, logs),), measured_MD, logs.mean(measured_MD), {}, Scale(False, 0, 1), 1.0)}
+    choice = choose_mixture(space, surrogates, {"loss": 1}, candidates=50_000)
+    assert space.feasible(np.array([list(choice.weights.values())])).all()
+    possible = logs.mean(space.shares(space.centre_D[None]))[0] - least(logs)
+    assert choice.expected_gain[0] > 0.98 * possible
+
+    spread = optimum_distribution(space, surrogates, {"loss": 1}, choice, num=6, candidates=20_000)
+    shares_1D = np.array([list(choice.shares.values())])
+    others = [Logs(drawn_D, []) for drawn_D in logs.drawn]
+    regrets_B = np.array([other.mean(shares_1D)[0] - least(other) for other in others])
+    assert (spread.regrets_B <= regrets_B + 1e-9).all()
+    assert spread.expected_regret > 0.8 * regrets_B.mean()
 
 
 def test_caps_bind_the_choice_exactly_where_the_optimum_lies_beyond_them() -> None:
