@@ -44,11 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     fit = commands.add_parser("fit", help="learn scores from measured mixtures and predict those of others")
-    fit.add_argument(
-        "--mixtures", type=Path, required=True, help="CSV of measured mixtures (shares; weights if nothing was anchored)"
-    )
+    fit.add_argument("--mixtures", type=Path, required=True, help="CSV of measured mixtures, as actual shares")
     fit.add_argument("--scores", type=Path, required=True, help="CSV of their scores")
-    fit.add_argument("--predict", type=Path, required=True, help="CSV of mixtures to predict")
+    fit.add_argument("--predict", type=Path, required=True, help="CSV of mixtures to predict, as actual shares")
     fit.add_argument("--output", type=Path, required=True, help="CSV: each score and <score>_std at the mixtures to predict")
     fit.add_argument("--surrogate", default="auto", choices=SURROGATES)
     fit.add_argument("--seed", type=int, default=0)
@@ -82,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 def _sample(args: argparse.Namespace) -> None:
     from megatron_demix.search.sample import distinct, sample_mixtures
     from megatron_demix.search.space_file import load_space
-    from megatron_demix.search.tables import Table
+    from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table
 
     check_at_least("--num", args.num, 1)
     check_at_least("--seed", args.seed, 0)
@@ -91,9 +89,9 @@ def _sample(args: argparse.Namespace) -> None:
     if (num := len(distinct(weights_MD))) < args.num:
         _notice(f"{num} of {args.num} mixtures {'are' if num > 1 else 'is'} distinct: the bounds leave no others.")
     ids = tuple(f"mix_{m}" for m in range(args.num))
-    Table(args.output, "id", ids, space.domains, weights_MD).write(args.output)
+    Table(args.output, MERGE_WEIGHTS, ids, space.domains, weights_MD).write(args.output)
     if args.shares:
-        Table(args.shares, "id", ids, space.domains, space.shares(weights_MD)).write(args.shares)
+        Table(args.shares, SHARES, ids, space.domains, space.shares(weights_MD)).write(args.shares)
 
 
 def _fit(args: argparse.Namespace) -> None:
@@ -110,7 +108,7 @@ def _choose(args: argparse.Namespace) -> None:
     from megatron_demix.errors import ConfigError
     from megatron_demix.search.from_tables import choose_from_tables, parse_objective
     from megatron_demix.search.space_file import load_space
-    from megatron_demix.search.tables import Table
+    from megatron_demix.search.tables import MERGE_WEIGHTS, Table
 
     for flag, least in (("candidates", 100), ("top", 1), ("bootstraps", 0), ("propose", 0), ("seed", 0)):
         check_at_least(f"--{flag}", getattr(args, flag), least)
@@ -135,7 +133,8 @@ def _choose(args: argparse.Namespace) -> None:
         notice=_notice,
     )
     if args.next:
-        Table(args.next, "id", tuple(f"next_{m}" for m in range(args.propose)), space.domains, further_MD).write(args.next)
+        ids = tuple(f"next_{m}" for m in range(args.propose))
+        Table(args.next, MERGE_WEIGHTS, ids, space.domains, further_MD).write(args.next)
     write_json(args.output, report)
 
 

@@ -79,7 +79,8 @@ def _normalized(row: np.ndarray, name: str, shown: Mapping[str, float], normaliz
 
 def read_weights(path: Path) -> dict[str, dict[str, float]]:
     """Mixtures of a weights.jsonl, one {"name": ..., "weights": {component: weight}} a line; or of a CSV file (.csv) as
-    search_mixture.py writes it, an id and then a column a component. Raises ConfigError."""
+    search_mixture.py writes it, an id and then a column a component. Raises ConfigError, also of one that says in its first
+    cell that it holds shares."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -128,6 +129,11 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str, dict[str, float
             name, *values = row
             if columns is None:
                 columns = values
+                if name.strip() == "shares":
+                    raise ConfigError(
+                        f"{where}: the first cell, 'shares', says that these are actual data shares; expected merge weights. "
+                        "Give the file that search_mixture.py sample wrote as --output."
+                    )
                 if repeated := {column for column in columns if columns.count(column) > 1}:
                     raise ConfigError(f"{where}: column {min(repeated)!r} is given twice. Keep one of them.")
                 continue

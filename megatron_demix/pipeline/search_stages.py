@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import write_json
+from megatron_demix.artifact import read_json, write_json
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
@@ -24,7 +24,7 @@ from megatron_demix.pipeline.scoring import (
     scores_proxies,
 )
 from megatron_demix.pipeline.stage import Stage, unique
-from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates, usable_objective
+from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study.search import MIN_PROXIES
 from megatron_demix.study.study import Study
@@ -180,12 +180,13 @@ def _fit(
     settings = {
         **search.model_dump(include={"objective", "aim", "surrogate", "candidates"}),
         "proxy_score": proxy_score_of(study),
-        **(search.model_dump(include={"top", "bootstraps"}) if last else {"num": search.rounds[number], "stop": search.stop}),
+        **({} if last else {"num": search.rounds[number], "stop": search.stop}),
+        **(search.model_dump(include={"top", "bootstraps"}) if last or search.stop is not None else {}),
         **_space_settings(study),
     }
 
     def make(folder: Path) -> None:
-        from megatron_demix.search.objective import Objective
+        from megatron_demix.search.objective import Objective, usable_objective
         from megatron_demix.search.optimise import propose
         from megatron_demix.search.outcome import outcome
 
@@ -215,6 +216,10 @@ def _fit(
                 **aims,
             )
             write_json(folder / CHOICE, found)
+        elif search.stop is not None and proposals and not read_json(proposals[-1].folder / MIXTURES):
+            # Nothing was measured since: deciding anew, with another seed, could only begin the rounds again by chance.
+            facts["spread"] = read_json(proposals[-1].folder / FIT)["spread"]
+            write_json(folder / MIXTURES, [])
         else:
             proposed_MD = propose(space, surrogates, objective, num=search.rounds[number], candidates=search.candidates, **aims)
             if search.stop is not None:

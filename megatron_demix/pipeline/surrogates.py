@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.artifact import read_json
-from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.evaluate.ensemble import FOLDER, Ensemble
 from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import Score, ScoreTable
@@ -21,7 +20,7 @@ from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES, horizon_line
 from megatron_demix.search.proxy_score import Centroid, part_of_merged, stacked
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate, fit_surrogate
+from megatron_demix.search.surrogate import Surrogate, fit_surrogate, is_constant
 from megatron_demix.study.search import ProxyScore
 from megatron_demix.study.study import Study
 
@@ -117,7 +116,7 @@ def fit_surrogates(
         measured_M = np.isfinite(values_M)
         if not measured_M.any():
             continue  # what only this study measures, before it has any proxies
-        if np.ptp(values_M[measured_M]) <= 1e-12 * max(1.0, np.abs(values_M[measured_M]).max()):
+        if is_constant(values_M[measured_M]):
             constant[name] = float(values_M[measured_M][0])
             continue
         only = {} if measured_M.all() else {"measured_M": measured_M}
@@ -150,18 +149,6 @@ def _of_earlier(earlier: Earlier) -> _Measured:
 def _mixture(entry: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """Its shares, so that those of two studies can be compared."""
     return tuple(sorted((name, round(share, 9)) for name, share in entry["shares"].items() if share))
-
-
-def usable_objective(objective: Mapping[str, float], constant: Mapping[str, float]) -> dict[str, float]:
-    """The objective without the scores that are the same for every proxy, which prefer no mixture."""
-    usable = {name: weight for name, weight in objective.items() if name not in constant}
-    if not any(usable.values()):
-        seen = ", ".join(f"{name} is {value:g}" for name, value in constant.items() if objective.get(name))
-        raise IncompatibleInputs(
-            f"search.objective: {seen} for every proxy, so that no mixture can be preferred. Give weight to a finer score (a "
-            "loss, or a task's bits_per_byte); what was measured is kept."
-        )
-    return usable
 
 
 def _centroids(scores: Stage | None) -> dict[str, Centroid]:

@@ -12,13 +12,13 @@ import numpy as np
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import TOLERANCE
 from megatron_demix.search.consistency import rank_consistency
-from megatron_demix.search.objective import Aim
+from megatron_demix.search.objective import Aim, usable_objective
 from megatron_demix.search.optimise import propose
 from megatron_demix.search.outcome import outcome
 from megatron_demix.search.reach import distances, far_off
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate, fit_surrogate
-from megatron_demix.search.tables import Table, as_mixtures
+from megatron_demix.search.surrogate import Surrogate, fit_surrogate, is_constant
+from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtures
 
 Notice = Callable[[str], None]
 
@@ -31,12 +31,16 @@ def fit_tables(
     seed: int = 0,
     notice: Notice = print,
     space: SearchSpace | None = None,
+    spare: Collection[str] = (),
 ) -> dict[str, Surrogate]:
     """A surrogate of every score on the mixtures' rows; with a space, they are merge weights and are turned into its shares.
 
-    notice is told where rounded mixtures were divided by their sum, and which family each score got.
-    Raises MixtureError (a row is no mixture), IncompatibleInputs (ids or domains differ, missing scores).
+    A score that is the same for all mixtures is left out, and so is one of `spare` that some mixtures lack. notice is told so,
+    where rounded mixtures were divided by their sum, and which family each score got.
+    Raises MixtureError (a row is no mixture), IncompatibleInputs (ids or domains differ, missing scores, none to fit; shares
+    where merge weights are expected, or the reverse).
     """
+    mixtures.check_holds(SHARES if space is None else MERGE_WEIGHTS)
     shares_MD = _mixtures(mixtures, mixtures.columns, mixtures.path, notice)
     if space is not None:
         mixtures.select(mixtures.ids, space.domains, other=Path("the domains file"))
@@ -44,13 +48,35 @@ def fit_tables(
     known = set(mixtures.ids)
     if extra := [name for name in scores.ids if name not in known]:
         raise IncompatibleInputs(f"{scores.path}: id {extra[0]!r} has no mixture in {mixtures.path} ({len(extra)} such).")
-    scores_MT = scores.select(mixtures.ids, scores.columns, other=mixtures.path)
     surrogates = {}
-    for t, name in enumerate(scores.columns):
-        surrogates[name] = fit_surrogate(shares_MD, scores_MT[:, t], kind, seed=seed, name=name)
+    for name, values_M in _usable_scores(scores, mixtures, spare, notice).items():
+        surrogates[name] = fit_surrogate(shares_MD, values_M, kind, seed=seed, name=name)
         error = surrogates[name].cross_validation
         notice(f"{name}: {surrogates[name].kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
     return surrogates
+
+
+def _usable_scores(scores: Table, mixtures: Table, spare: Collection[str], notice: Notice) -> dict[str, np.ndarray]:
+    """values_M of each score that there is something to learn from, in the order of the mixtures."""
+    scores_MT = scores.select(mixtures.ids, scores.columns, other=mixtures.path)
+    usable = {}
+    for name, values_M in zip(scores.columns, scores_MT.T, strict=True):
+        if (missing_M := ~np.isfinite(values_M)).any():
+            seen = f"{scores.path}: {name} of {mixtures.ids[missing_M.argmax()]!r} is missing ({missing_M.sum()} such)"
+            if name not in spare:
+                raise IncompatibleInputs(
+                    f"{seen}. A missing score is never filled in: evaluate the proxy again, or leave it out of both tables."
+                )
+            notice(f"{seen}; nothing aims at it, so the score is left out.")
+        elif is_constant(values_M):
+            notice(f"{scores.path}: {name} is {values_M[0]:g} for every mixture: nothing to learn, so the score is left out.")
+        else:
+            usable[name] = values_M
+    if not usable:
+        raise IncompatibleInputs(
+            f"{scores.path}: no score tells the mixtures apart. Use a finer one (a loss instead of an accuracy)."
+        )
+    return usable
 
 
 def _mixtures(table: Table, columns: Sequence[str], other: Path, notice: Notice) -> np.ndarray:
@@ -69,6 +95,7 @@ def predict_scores(
     mixtures: Table, scores: Table, wanted: Table, *, kind: str = "auto", seed: int = 0, notice: Notice = print
 ) -> Table:
     """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured. Raises as fit_tables does."""
+    wanted.check_holds(SHARES)
     wanted_ND = _mixtures(wanted, mixtures.columns, mixtures.path, notice)
     columns: dict[str, np.ndarray] = {}
     surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice)
@@ -82,7 +109,8 @@ def predict_scores(
         )
     for name, surrogate in surrogates.items():
         columns[name], columns[f"{name}_std"] = surrogate.predict(wanted_ND)
-    return Table(wanted.path, wanted.id_name, wanted.ids, tuple(columns), np.stack(list(columns.values()), axis=1))
+    id_name = "id" if wanted.id_name == SHARES else wanted.id_name  # these are scores
+    return Table(wanted.path, id_name, wanted.ids, tuple(columns), np.stack(list(columns.values()), axis=1))
 
 
 def choose_from_tables(
@@ -102,8 +130,19 @@ def choose_from_tables(
     notice: Notice = print,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """mixture.json (search/outcome.py) for measured merge weights, and next_round x D merge weights to try next."""
-    surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice, space=space)
-    aims: dict[str, Any] = {"aim": aim, "higher_is_better": higher_is_better, "candidates": candidates, "seed": seed}
+    spare = [name for name in scores.columns if not objective.get(name)]
+    surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice, space=space, spare=spare)
+    left_out = [name for name in scores.columns if name not in surrogates]
+    constant = {name: float(scores.column(name)[0]) for name in left_out if objective.get(name)}
+    objective = usable_objective(
+        {name: weight for name, weight in objective.items() if weight or name not in left_out}, constant
+    )
+    aims: dict[str, Any] = {
+        "aim": aim,
+        "higher_is_better": set(higher_is_better) - set(left_out),
+        "candidates": candidates,
+        "seed": seed,
+    }
     report = outcome(space, surrogates, objective, top=top, bootstraps=bootstraps, **aims)
     nearest, usual = report["distance"]["nearest"], report["distance"]["usual"]
     if far_off(nearest, usual):

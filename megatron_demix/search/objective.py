@@ -8,13 +8,28 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_demix.errors import MixtureError
+from megatron_demix.errors import IncompatibleInputs, MixtureError
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 
 Aim = Literal["mean", "worst", "percentile_rank"]
 _RANKED = 4096
+
+
+def usable_objective(objective: Mapping[str, float], constant: Mapping[str, float]) -> dict[str, float]:
+    """The objective without the scores that are the same for every proxy, which prefer no mixture. constant: their values.
+
+    Raises IncompatibleInputs if no other has a weight.
+    """
+    usable = {name: weight for name, weight in objective.items() if name not in constant}
+    seen = ", ".join(f"{name} is {value:g}" for name, value in constant.items() if objective.get(name))
+    if seen and not any(usable.values()):
+        raise IncompatibleInputs(
+            f"objective: {seen} for every proxy, so that no mixture can be preferred. Give weight to a finer score (a loss, or "
+            "a task's bits_per_byte); what was measured is kept."
+        )
+    return usable
 
 
 class Objective:

@@ -186,11 +186,16 @@ def _check(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) ->
                 f"({int(bad_M.sum())} of {len(bad_M)} such). "
                 "A missing score is never filled in: evaluate the proxy again, or leave it out."
             )
-    if np.ptp(scores_M) <= 1e-12 * max(1.0, float(np.abs(scores_M).max())):
+    if is_constant(scores_M):
         raise IncompatibleInputs(
             f"{name}: all {len(scores_M)} scores are {scores_M[0]:g}: nothing to learn. Drop the score from the objective, or "
             "use a finer one (a loss instead of an accuracy)."
         )
+
+
+def is_constant(scores_M: np.ndarray) -> bool:
+    """Whether all scores are the same, but for rounding: there is nothing to learn from them. False where one is NaN."""
+    return bool(np.ptp(scores_M) <= 1e-12 * max(1.0, float(np.abs(scores_M).max())))
 
 
 def _candidates(kind: str) -> list[str]:

@@ -13,6 +13,8 @@ import numpy as np
 from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, MixtureError
 
+MERGE_WEIGHTS, SHARES = "merge_weights", "shares"
+"""The header of the id column where a table holds mixtures as the one or the other. Tables of others may say anything."""
 ROUNDING = 0.02
 """Mixtures printed with few digits miss 1 by less than this; a larger gap is a mistake."""
 
@@ -61,6 +63,17 @@ class Table:
         for name, row in zip(self.ids, self.values_MC, strict=True):
             writer.writerow([name, *("" if np.isnan(value) else repr(float(value)) for value in row)])
         write_atomic(Path(path), text.getvalue())
+
+    def check_holds(self, what: str) -> None:
+        """Raises IncompatibleInputs if the header says that these mixtures are shares where `what` is merge weights, or the
+        reverse."""
+        if self.id_name in (MERGE_WEIGHTS, SHARES) and self.id_name != what:
+            is_, expected = ("merge weights", "actual shares") if what == SHARES else ("actual shares", "merge weights")
+            raise IncompatibleInputs(
+                f"{self.path}: its first cell, {self.id_name!r}, says that it holds {is_}; expected {expected}. `sample` "
+                "writes both (--output: merge weights, --shares: actual shares). Where no component saw an anchor they are the "
+                f"same: write {what!r} there."
+            )
 
     def column(self, name: str) -> np.ndarray:
         """values_M of one column. Raises IncompatibleInputs listing the columns there are."""

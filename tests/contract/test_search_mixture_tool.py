@@ -65,16 +65,94 @@ def test_fit_refuses_what_does_not_match_and_writes_nothing(study: Path) -> None
     done = fit(study)
     assert done.returncode == 3
     assert "id 'stray' has no mixture" in done.stderr
-    (study / "scores.csv").write_text("\n".join([*rows[:5], rows[5].split(",")[0] + ",,2", *rows[6:]]) + "\n")
+    unmeasured = rows[5].split(",")[0]
+    (study / "scores.csv").write_text("\n".join([*rows[:5], f"{unmeasured},0.5,", *rows[6:]]) + "\n")
     done = fit(study)
     assert done.returncode == 3
-    assert "math_loss: score of proxy" in done.stderr
+    assert f"scores.csv: x of '{unmeasured}' is missing (1 such)" in done.stderr
+    assert "out of fold" not in done.stderr, "nothing was fitted before"
     wanted = (study / "wanted.csv").read_text().replace("law", "lore")
     (study / "wanted.csv").write_text(wanted)
     done = fit(study)
     assert done.returncode == 3
     assert "column 'lore' is not in" in done.stderr
     assert not (study / "predicted.csv").exists()
+
+
+def test_fit_leaves_out_a_score_that_is_the_same_everywhere(study: Path) -> None:
+    table = Table.read(study / "scores.csv")
+    values_MT = np.column_stack([np.zeros(40), table.values_MC])
+    Table(study, "index", table.ids, ("gsm", *table.columns), values_MT).write(study / "scores.csv")
+    done = fit(study)
+    assert done.returncode == 0, done.stderr
+    assert "gsm is 0 for every mixture: nothing to learn, so the score is left out" in done.stderr
+    assert Table.read(study / "predicted.csv").columns == ("math_loss", "math_loss_std", "x", "x_std")
+    Table(study, "index", table.ids, ("gsm",), values_MT[:, :1]).write(study / "scores.csv")
+    done = fit(study)
+    assert done.returncode == 3
+    assert "no score tells the mixtures apart" in done.stderr
+
+
+def test_weights_and_shares_are_not_taken_for_one_another(study: Path) -> None:
+    (study / "domains.yaml").write_text(
+        "domains: {code: {tokens: 3B}, math: {tokens: 1B}, law: {tokens: 1B}}\ntarget_tokens: 1B\n"
+        "anchor: {mixture: uniform, share: 0.5}\n"
+    )
+    weights, shares, scores, out = (study / f"{name}.csv" for name in ("weights", "shares", "few", "out"))
+    done = call("sample", "--domains", study / "domains.yaml", "--num", 12, "--output", weights, "--shares", shares)
+    assert done.returncode == 0, done.stderr
+    assert weights.read_text().startswith("merge_weights,code,math,law\n")
+    assert shares.read_text().startswith("shares,code,math,law\n")
+    table = Table.read(shares)
+    Table(study, "shares", table.ids, ("loss",), table.values_MC[:, :1]).write(scores)
+    more = ("--scores", scores, "--output", out, "--surrogate", "ridge")
+    aim = ("--domains", study / "domains.yaml", "--objective", "loss=1", "--candidates", 500, "--bootstraps", 0)
+    for command, expected in (
+        (("fit", "--mixtures", weights, "--predict", shares), "holds merge weights; expected actual shares"),
+        (("fit", "--mixtures", shares, "--predict", weights), "holds merge weights; expected actual shares"),
+        (("choose", "--mixtures", shares, *aim), "holds actual shares; expected merge weights"),
+    ):
+        done = call(*command, *more)
+        assert done.returncode == 3, command
+        assert expected in done.stderr
+        assert not out.exists()
+    assert call("fit", "--mixtures", shares, "--predict", shares, *more).returncode == 0
+    assert out.read_text().startswith("id,loss,loss_std\n"), "predictions are no shares"
+    proposed = ("--propose", 2, "--next", study / "next.csv")
+    assert call("choose", "--mixtures", weights, *aim, *more, *proposed).returncode == 0
+    assert (study / "next.csv").read_text().startswith("merge_weights,")
+
+
+def test_choose_goes_on_without_scores_that_nothing_can_be_learned_from(study: Path) -> None:
+    (study / "domains.yaml").write_text(
+        "domains: {code: {tokens: 3B}, math: {tokens: 1B}, law: {tokens: 1B}}\ntarget_tokens: 1B\n"
+    )
+    table = Table.read(study / "scores.csv")
+    gaps_M = np.where(np.arange(40) == 7, np.nan, table.values_MC[:, 1])
+    values_MT = np.column_stack([table.values_MC[:, 0], np.zeros(40), gaps_M])
+    Table(study, "id", table.ids, ("math_loss", "gsm", "late"), values_MT).write(study / "scores.csv")
+
+    def choose(*objective: str) -> subprocess.CompletedProcess:
+        return call("choose", "--domains", study / "domains.yaml", "--mixtures", study / "mixtures.csv", "--scores",
+                    study / "scores.csv", "--surrogate", "ridge", "--candidates", 500, "--bootstraps", 0, "--output",
+                    study / "mixture.json", "--higher-is-better", "gsm", "late", "--objective", *objective)  # fmt: skip
+
+    done = choose("math_loss=1", "gsm=2", "late=0")
+    assert done.returncode == 0, done.stderr
+    assert "gsm is 0 for every mixture" in done.stderr
+    assert f"late of '{table.ids[7]}' is missing (1 such); nothing aims at it" in done.stderr
+    report = json.loads((study / "mixture.json").read_text())
+    assert set(report["predicted"]) == {"math_loss"}
+    assert report["weights"]["math"] > 0.8
+    done = choose("gsm=1")
+    assert done.returncode == 3
+    assert "objective: gsm is 0 for every proxy" in done.stderr
+    done = choose("math_loss=1", "late=1")
+    assert done.returncode == 3
+    assert "A missing score is never filled in" in done.stderr
+    done = choose("gsm=0")
+    assert done.returncode == 4
+    assert "objective: all weights are 0" in done.stderr
 
 
 def test_sample_writes_weights_and_shares(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The README's commands for one's own checkpoints and data, run as they stand there, on small files."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -59,24 +60,19 @@ def test_searching(place):
         "domains: {code: {tokens: 30B, max_epochs: 4}, math: {tokens: 10B, max_epochs: 4}}\n"
         "target_tokens: 50B\nanchor: {mixture: uniform, share: 0.5}\n"
     )
-    candidates = ["id,code,math"] + [f"c{i},{i / 10},{1 - i / 10}" for i in range(3, 8)]
-    (place / "candidates.csv").write_text("\n".join(candidates) + "\n")
     block = re.search(r"python tools/search_mixture\.py sample .*", README)
     assert block
     sample = block[0].replace("python", sys.executable, 1).replace("--num 64", "--num 16")
     subprocess.run(sample.split(), cwd=place, check=True, timeout=400)
     header, *rows = [line.split(",") for line in (place / "shares.csv").read_text().splitlines()]
-    assert header[1:] == ["code", "math"]
-    losses = [(i, 2 - float(code) + 0.5 * float(code) ** 2) for i, code, _ in rows]
-    (place / "scores.csv").write_text("id,loss\n" + "".join(f"{i},{loss:.6f}\n" for i, loss in losses))
-    (place / "proxies.csv").write_text((place / "scores.csv").read_text())
-    (place / "references.csv").write_text("id,loss\n" + "".join(f"{i},{loss + 0.3:.6f}\n" for i, loss in losses))
-    (place / "again.csv").write_text("id,loss\n" + "".join(f"{i},{loss + 0.301:.6f}\n" for i, loss in losses))
+    assert header == ["shares", "code", "math"]
+    losses = [(i, -math.log(float(code)), -math.log(float(maths))) for i, code, maths in rows]
+    for name, more in (("scores", 0.0), ("proxies", 0.0), ("references", 0.3), ("again", 0.301)):
+        lines = [f"{i},{code + more:.6f},{maths + more:.6f}" for i, code, maths in losses]
+        (place / f"{name}.csv").write_text("\n".join(["id,code,math", *lines]) + "\n")
     run_block("Search with your own scores", place, **{"--num 64": "--num 16"})
-    predicted = [line.split(",") for line in (place / "predicted.csv").read_text().splitlines()]
-    assert predicted[0] == ["id", "loss", "loss_std"]
-    best = {row[0]: float(row[1]) for row in predicted[1:]}
-    assert best["c7"] == pytest.approx(2 - 0.7 + 0.5 * 0.49, abs=0.01)
+    # -2 log(code) - log(math) is least at two to one.
+    assert json.loads((place / "mixture.json").read_text())["weights"]["code"] == pytest.approx(2 / 3, abs=0.03)
     assert len(rows) == 16
     assert json.loads((place / "report.json").read_text())
 

@@ -15,6 +15,7 @@ from megatron_demix.merge.weights import read_weights, weight_matrix
             '\ufeff{"name": "mix_0", "weights": {"code": 0.25, "math": 0.75}}\r\n{"name": "b", "weights": {"code": 1}}',
         ),
         ("w.csv", "id,code,math\nmix_0,0.25,0.75\nb,1,0\n"),
+        ("w.csv", "merge_weights,code,math\nmix_0,0.25,0.75\nb,1,0\n"),
         ("w.csv", '\ufeffid, "code", math\r\n\r\n"mix_0", 0.25, "0.75"\r\nb,1,0\r\n'),
     ],
 )
@@ -34,6 +35,11 @@ def test_both_forms(tmp_path, name, text):
         ("w.csv", "id,code\na,1\na,1\n", r"mixture 'a' appears twice"),
         ("w.csv", "id,code\n../a,1\n", r"'../a' cannot name an output folder"),
         ("w.csv", "", r"holds no mixtures"),
+        (
+            "w.csv",
+            "shares,code\na,1\n",
+            r"line 1: the first cell, 'shares', says that .* actual data shares; expected merge weights",
+        ),
         ("w.csv", "id,code,math,code\na,1,0,0\n", r"line 1: column 'code' is given twice"),
         ("w.csv", 'id,code\n"a,1\n', r"line 2: not CSV"),
         ("w.jsonl", '{"name": "a", "weights": {"code": 0.5, "math": 0.5, "code": 1}}', r"line 1: 'code' is given twice"),

@@ -12,6 +12,7 @@ from megatron_demix.artifact import publish, read_json, write_json
 from megatron_demix.cli import main
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.pipeline import search_stages
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.reporting import write_report
 from megatron_demix.pipeline.task_inputs import check_tasks
@@ -145,6 +146,25 @@ def test_rounds_that_would_win_nothing_stay_empty(study_path):
     assert ScoreTable.read(scores.work / "scores.json").rows == {}
 
 
+def test_once_a_round_is_empty_all_later_ones_are(study_path, monkeypatch):
+    spreads = iter([{"enough": True, "expected_regret": 0.1, "expected_gain": 2.0}, {"enough": False}])
+    monkeypatch.setattr(search_stages, "_spread_so_far", lambda *of: next(spreads))
+    dag = searched(study_path, "search.stop=0.05", "search.rounds=[24, 8, 8, 8]")
+    assert [len(read_json(r.proposal.folder / "mixtures.json")) for r in dag.rounds] == [24, 0, 0, 0]
+    told = [read_json(r.fit.folder / "fit.json").get("spread", {}).get("expected_gain") for r in dag.rounds]
+    assert told == [2.0, 2.0, 2.0, None]
+
+
+def test_what_decides_whether_a_round_stays_empty_is_in_its_key(study_path):
+    def key(*overrides: str) -> str:
+        dag = build_dag(load_study(study_path, list(overrides)), study_path, study_path.parent / "run")
+        return dag.rounds[0].fit.key
+
+    stop = "search.stop=0.05"
+    assert len({key(stop), key(stop, "search.bootstraps=20"), key(stop, "search.top=8")}) == 3
+    assert key() == key("search.bootstraps=20") == key("search.top=8")
+
+
 def test_a_space_without_mixtures_names_the_setting(study_path):
     with pytest.raises(MixtureError, match=r"'math': min_share asks for 0\.8, but max_epochs x its tokens .* allow a share of"):
         searched(study_path, "domains.2.min_share=0.8", "domains.2.max_epochs=0.1")
@@ -197,7 +217,7 @@ def test_a_task_is_an_objective(with_tasks):
 
 
 def test_nothing_to_prefer(with_tasks):
-    with pytest.raises(IncompatibleInputs, match=r"search.objective: sums/exact_match is 0 for every proxy.*bits_per_byte"):
+    with pytest.raises(IncompatibleInputs, match=r"objective: sums/exact_match is 0 for every proxy.*bits_per_byte"):
         searched(with_tasks, TASKS, "search.objective={sums/exact_match: 1}", tasks={"sums/exact_match": lambda shares: 0.0})
 
 
