@@ -24,8 +24,8 @@ from merge_inputs import model_shapes, write_component
 from megatron_demix import native
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.merge.named import OPTIONS, make_method
-from megatron_demix.merge.parts import FusedLayout
+from megatron_demix.merge.logical_tensors import FusedLayout
+from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.merge.sparse import RULES
 

@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_demix.artifact import read_json, write_json
+from megatron_demix.data.encode_blocks import Recipe, Tokenized
 from megatron_demix.data.parts import JOURNAL, Lines, moved
-from megatron_demix.data.recipe import Recipe, Tokenized
 from megatron_demix.errors import storage_errors
 from megatron_demix.indexed.writer import IndexedWriter, Written
 

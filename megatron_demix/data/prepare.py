@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import fingerprint, only_maker, write_json
+from megatron_demix.data.encode_blocks import Recipe, SentenceSplitter, tokenize
 from megatron_demix.data.inputs import BadDocuments, read_blocks, resolve_inputs
 from megatron_demix.data.outputs import Outputs
 from megatron_demix.data.parts import complete_parts, part_folder, remove_parts
 from megatron_demix.data.prefix import finished, is_sealed, publish, seal, unseal
-from megatron_demix.data.recipe import Recipe, SentenceSplitter, tokenize
 from megatron_demix.data.tokenizer import Tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
 from megatron_demix.progress import progress_bar

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from megatron_demix.data.recipe import SentenceSplitter
+from megatron_demix.data.encode_blocks import SentenceSplitter
 from megatron_demix.errors import ConfigError
 
 # Without these, untrained Punkt ends a sentence after each; trained models add little beyond them.

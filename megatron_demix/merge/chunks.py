@@ -7,7 +7,7 @@ import math
 
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.metadata import Shape, TensorInfo
-from megatron_demix.merge.parts import num_stacked
+from megatron_demix.merge.logical_tensors import num_stacked
 
 
 def cut_anew(info: TensorInfo, max_bytes: int) -> list[tuple[Shape, Shape]]:

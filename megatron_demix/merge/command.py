@@ -101,8 +101,8 @@ multislerp and karcher average deltas where --base is given. With --normalize of
 
 
 def _method(arguments: argparse.Namespace) -> Method:
-    from megatron_demix.merge.named import make_method
-    from megatron_demix.merge.parts import FusedLayout
+    from megatron_demix.merge.logical_tensors import FusedLayout
+    from megatron_demix.merge.methods_by_name import make_method
     from megatron_demix.merge.rules import read_rules
 
     options = {name: getattr(arguments, name) for name in ("scale", "density", "gamma", "epsilon", "seed")}

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_demix.checkpoint.common_state import model_arguments
 from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.merge.components import Components
-from megatron_demix.merge.parts import FusedLayout, Partition
+from megatron_demix.merge.logical_tensors import FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
 from megatron_demix.merge.rules import Rule
 from megatron_demix.merge.weights import LARGEST, is_weight

@@ -17,8 +17,8 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.merge.components import Components
+from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout, Partition
 from megatron_demix.merge.methods import BASE, BoundMethod, Method, Recipe, check_scale, fused_layout
-from megatron_demix.merge.parts import UNKNOWN, FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
 from megatron_demix.native import DeltaRules
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError, CorruptInput, MixtureError
 from megatron_demix.merge.components import Components
+from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout, Partition
 from megatron_demix.merge.methods import BASE, BoundMethod, Method, Recipe, fused_layout, with_base
-from megatron_demix.merge.parts import UNKNOWN, FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
 
 _EPSILON = 1e-8  # of multi-SLERP, as in mergekit: added to norms, and the norm of a mean that is no direction

@@ -8,8 +8,8 @@ try:
     from megatron_demix import _core as core  # type: ignore[attr-defined]
 except ImportError as e:
     raise ConfigError(
-        f"the compiled core of megatron_demix cannot be loaded ({e}). Build it with `make`, or `pip install .` where a C++17 "
-        "compiler is installed."
+        f"the compiled core of megatron_demix cannot be loaded ({e}). Build it with `pip install .`, or in a checkout with "
+        "`python setup.py build_ext --inplace`, where a C++17 compiler is installed."
     ) from e
 
 __all__ = ["core"]

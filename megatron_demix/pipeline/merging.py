@@ -23,7 +23,7 @@ def merge_settings(study: Study) -> dict[str, Any]:
 
 def method_of(spec: MergeSpec, base: Path | None, seed: int) -> Method:
     """base: the checkpoint that the components were trained from, where spec.needs_base. seed: of random drops."""
-    from megatron_demix.merge.named import make_method
+    from megatron_demix.merge.methods_by_name import make_method
 
     options = dict(spec.options)
     if spec.rules:

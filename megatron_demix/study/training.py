@@ -203,7 +203,7 @@ class ComponentSpec(Phase):
         return self
 
 
-# The options of each merge method (megatron_demix.merge.named). Random drops take the study's seed.
+# The options of each merge method (megatron_demix.merge.methods_by_name). Random drops take the study's seed.
 
 
 class FinalSpec(Phase):

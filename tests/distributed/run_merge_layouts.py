@@ -52,8 +52,8 @@ def merge_family(root: Path, spec: ModelSpec, layouts: dict[str, ParallelSpec]) 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_demix.merge.engine import merge_checkpoints
-    from megatron_demix.merge.named import make_method
-    from megatron_demix.merge.parts import FusedLayout
+    from megatron_demix.merge.logical_tensors import FusedLayout
+    from megatron_demix.merge.methods_by_name import make_method
     from megatron_demix.merge.proxies import ProxyMerger
     from megatron_demix.train.checkpointing import load_weights
     from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors

@@ -12,7 +12,7 @@ from dist_checkpoints import read_checkpoint
 from merge_models import NAMES, logical_tensors, model, write_components
 
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.named import OPTIONS, make_method
+from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.sparse import RULES
 
 registry = pytest.importorskip("mergekit.merge_methods.registry", reason="needs mergekit 0.1.5")

@@ -19,8 +19,8 @@ from megatron_demix import native
 from megatron_demix.checkpoint import writer
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.named import OPTIONS, make_method
-from megatron_demix.merge.parts import FusedLayout
+from megatron_demix.merge.logical_tensors import FusedLayout
+from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.merge.sparse import RULES
 

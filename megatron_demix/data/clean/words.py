@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from megatron_demix.data.clean.trove import WordTokenizer
-from megatron_demix.data.recipe import SentenceSplitter
+from megatron_demix.data.encode_blocks import SentenceSplitter
 from megatron_demix.data.sentences import punkt
 
 

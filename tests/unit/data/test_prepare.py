@@ -13,9 +13,9 @@ import torch
 
 from megatron_demix.data import inputs as inputs_module
 from megatron_demix.data import recipe
+from megatron_demix.data.encode_blocks import Recipe
 from megatron_demix.data.inputs import read_documents
 from megatron_demix.data.prepare import prepare_domain, preprocess
-from megatron_demix.data.recipe import Recipe
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists
 from megatron_demix.indexed.reader import IndexedReader

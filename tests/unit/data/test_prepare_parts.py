@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from megatron_demix.data import inputs as inputs_module
 from megatron_demix.data import outputs
 from megatron_demix.data import prefix as prefix_module
+from megatron_demix.data.encode_blocks import Recipe
 from megatron_demix.data.inputs import read_blocks
 from megatron_demix.data.prepare import prepare_domain, preprocess
-from megatron_demix.data.recipe import Recipe
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError
 from megatron_demix.study.data import TokenizerSpec

@@ -14,7 +14,7 @@ from megatron_demix.errors import ConfigError, MixtureError, OutputExists
 from megatron_demix.merge.command import main
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.methods import Linear, Recipe
-from megatron_demix.merge.named import make_method
+from megatron_demix.merge.methods_by_name import make_method
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.merge.sparse import Sparse
 

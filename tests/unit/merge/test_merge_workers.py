@@ -17,8 +17,8 @@ from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
 from megatron_demix.merge import engine
 from megatron_demix.merge.command import main
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.named import make_method
-from megatron_demix.merge.parts import FusedLayout
+from megatron_demix.merge.logical_tensors import FusedLayout
+from megatron_demix.merge.methods_by_name import make_method
 
 MIXTURES = {"m": {"a": 0.5, "b": 0.5}, "n": {"a": 0.25, "b": 0.75}}
 

@@ -199,7 +199,7 @@ def test_every_byte_of_ready_made_data_decides_and_is_read_once(study_path, monk
 
 def test_a_domain_goes_on_where_it_was_stopped(study_path, monkeypatch):
     from megatron_demix.data import inputs, outputs
-    from megatron_demix.data.recipe import Recipe
+    from megatron_demix.data.encode_blocks import Recipe
 
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 256)
     monkeypatch.setattr(outputs, "CHECKPOINT_S", 0.0)

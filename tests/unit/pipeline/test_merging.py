@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.merge.methods import Linear
-from megatron_demix.merge.named import OPTIONS
+from megatron_demix.merge.methods_by_name import OPTIONS
 from megatron_demix.merge.rules import Rule
 from megatron_demix.merge.sparse import Sparse
 from megatron_demix.merge.spherical import Spherical

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_demix.errors import ConfigError
+from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout
 from megatron_demix.merge.methods import Linear, Method
-from megatron_demix.merge.parts import UNKNOWN, FusedLayout
 from megatron_demix.merge.sparse import RULES, Sparse
 from megatron_demix.merge.spherical import COEFFICIENTS, Spherical
 

@@ -10,8 +10,8 @@ from merge_models import saved_arguments, write_components
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.merge.engine import merge_checkpoints
-from megatron_demix.merge.named import OPTIONS, make_method
-from megatron_demix.merge.parts import UNKNOWN, FusedLayout, Partition
+from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout, Partition
+from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.spherical import karcher, multislerp
 
 KNOWN = FusedLayout(num_query_groups=2, kv_channels=3, swiglu=True)
