@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_demix.data import encode_blocks
 from megatron_demix.data import inputs as inputs_module
-from megatron_demix.data import recipe
 from megatron_demix.data.encode_blocks import Recipe
 from megatron_demix.data.inputs import read_documents
 from megatron_demix.data.prepare import prepare_domain, preprocess
@@ -113,7 +113,7 @@ def test_as_the_stock_builder_writes_it(corpus, tmp_path):
 def test_what_an_earlier_version_made_is_not_gone_on_with(corpus, tmp_path, monkeypatch):
     """Its tokenizer obeyed a file's truncation, and its blocks of Parquet had other sizes."""
     with monkeypatch.context() as earlier:
-        earlier.setattr(recipe, "FORMAT", recipe.FORMAT - 1)
+        earlier.setattr(encode_blocks, "FORMAT", encode_blocks.FORMAT - 1)
         assert preprocess(corpus, BYTE, tmp_path / "a", part=(0, 2), progress=False) is None
         preprocess(corpus, BYTE, tmp_path / "b", progress=False)
     assert preprocess(corpus, BYTE, tmp_path / "a", part=(1, 2), progress=False) is None
@@ -165,7 +165,7 @@ def test_a_document_of_blanks_has_an_end_of_its_own(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from megatron_demix.data import outputs, prepare, recipe
+from megatron_demix.data import outputs, prepare
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.study.data import TokenizerSpec
 from megatron_demix.data import inputs
