@@ -18,8 +18,8 @@ from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 
 _ELITE = 64
-_STAGES = 16
-_STRENGTH, _NARROWER = (20.0, 2000.0), 1.5
+_STAGES, _CENTRES = 32, 32
+_STRENGTH, _NARROWER = (20.0, 2000.0), 1.25
 """How concentrated draws of the first stage are around the best, and by what factor more so those of each further one."""
 
 
@@ -132,23 +132,25 @@ def best_candidates(
     """`num` candidate merge weights_MD and their objective's means_M: half over the whole space, half around the best, in
     stages that draw closer and closer. known_MD: further candidates, with which the search begins.
 
-    A stage draws around the best so far and around midpoints between them: in many dimensions hardly any single draw is a step
-    forward, and a midpoint has less of each one's chance in it.
+    A stage draws around the best so far and around midpoints between them: in many dimensions each of these has come near the
+    optimum in some directions by chance and not in others, and midpoints even that out.
     """
     rng = np.random.default_rng(seed)
     each = num // 2 // _STAGES
-    weights_MD = sample_candidates(space, num - _STAGES * each, seed)
+    wide_MD = sample_candidates(space, num - _STAGES * each, seed)
     if known_MD is not None:
-        weights_MD = np.concatenate([known_MD, weights_MD])
-    values_M = goal.means(space.shares(weights_MD))
+        wide_MD = np.concatenate([known_MD, wide_MD])
+    drawn = [(wide_MD, goal.means(space.shares(wide_MD)))]
+    best_MD, best_M = drawn[0]
     for stage in range(_STAGES):
-        elite_MD = weights_MD[np.argsort(values_M, kind="stable")[:_ELITE]]
-        centres_MD = np.concatenate([elite_MD, (elite_MD + rng.permutation(elite_MD)) / 2])
+        first = np.argsort(best_M, kind="stable")[:_CENTRES]
+        best_MD, best_M = best_MD[first], best_M[first]
+        centres_MD = np.concatenate([best_MD, (best_MD + rng.permutation(best_MD)) / 2])
         strength = (_STRENGTH[0] * _NARROWER**stage, _STRENGTH[1] * _NARROWER**stage)
         near_MD = sample_around(space, centres_MD, each, seed + 1 + stage, strength=strength)
-        weights_MD = np.concatenate([weights_MD, near_MD])
-        values_M = np.concatenate([values_M, goal.means(space.shares(near_MD))])
-    return weights_MD, values_M
+        drawn.append((near_MD, goal.means(space.shares(near_MD))))
+        best_MD, best_M = np.concatenate([best_MD, near_MD]), np.concatenate([best_M, drawn[-1][1]])
+    return np.concatenate([rows_MD for rows_MD, _ in drawn]), np.concatenate([values_M for _, values_M in drawn])
 
 
 def pareto_front(
