@@ -212,7 +212,7 @@ def test_what_ends_before_node_0_has_begun_is_not_started_for_ever(job):
 @pytest.mark.parametrize("setup", ["true", "set -e; false", "exit 3", "set -u; echo $NOTHING"])
 def test_the_last_job_concludes_whatever_becomes_of_the_set_up(tmp_path, setup):
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\necho "$2" "$VALUE"; exit 7\n')
+    python.write_text('#!/bin/bash\necho "$3" "$VALUE"; exit 7\n')
     python.chmod(0o755)
     spec = SlurmSpec(python=str(python), setup=f"export VALUE=set\n{setup}")
     ended = subprocess.run(["bash"], input=Scripts(spec, "s", RUN, RUN).of_conclusion(), text=True, capture_output=True)
