@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -78,23 +78,6 @@ PROFILES: dict[str, dict[str, SuitePlan]] = {
             costly=False,
         ),
     },
-    "replication": {
-        "text": SuitePlan(
-            Size(2, 48, 4, 64, 8), ((4, 800), (5, 800), (6, 800)), 3e-3, 1e-3, 240, 64, 1_000_000, costly=False, draw=1
-        ),
-        "skills": SuitePlan(
-            Size(2, 64, 4, 64, 8),
-            ((2, 800), (2, 1400), (2, 2000)),
-            3e-3,
-            1.5e-3,
-            400,
-            64,
-            1_000_000,
-            Difficulty(4, 2),
-            costly=False,
-            draw=1,
-        ),
-    },
     "smoke": {
         "text": SuitePlan(Size(1, 16, 2, 32, 4), ((1, 8), (2, 8)), 3e-3, 1e-3, 16, 8, 50_000),
         "skills": SuitePlan(
@@ -107,6 +90,10 @@ PROFILES: dict[str, dict[str, SuitePlan]] = {
             Size(8, 512, 8, 256, 64), ((1, 2000), (1, 6000), (1, 12000)), 6e-4, 3e-4, 3000, 128, 20_000_000, Difficulty(12, 6)
         ),
     },
+}
+PROFILES["replication"] = {
+    name: replace(PROFILES["cpu"][name], bases=bases, costly=False, draw=1)
+    for name, bases in {"text": ((4, 800), (5, 800), (6, 800)), "skills": ((2, 800), (2, 1400), (2, 2000))}.items()
 }
 
 
