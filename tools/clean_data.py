@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.command import exit_code
-from megatron_demix.data.inputs import resolve_inputs
+from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.errors import ConfigError
 from megatron_demix.units import Cut, parse_cut
 

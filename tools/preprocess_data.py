@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 from megatron_demix.command import exit_code
-from megatron_demix.data.prepare import preprocess, resolve_inputs
+from megatron_demix.data.input_files import resolve_inputs
+from megatron_demix.data.prepare import preprocess
 from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.data import TokenizerSpec

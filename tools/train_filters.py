@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_demix.command import exit_code
-from megatron_demix.data.inputs import resolve_inputs
+from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.errors import ConfigError
 
 

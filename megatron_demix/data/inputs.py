@@ -1,15 +1,13 @@
 """Reading text: files of several formats as one ordered stream of blocks, and blocks as batches of documents.
 
 Formats, by file name: .jsonl / .ndjson / .json (one JSON object a line), each also with .gz or .zst; .parquet (one document a
-row); any other file is plain text, one document, but tables and archives, which would be a single senseless one, are refused.
-Reading a block is cheap and sequential; parsing it is the expensive part and
+row); any other file is plain text, one document. Reading a block is cheap and sequential; parsing it is the expensive part and
 may run in another thread.
 """
 
 from __future__ import annotations
 
 import codecs
-import glob
 import gzip
 import json
 import os
@@ -22,6 +20,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from megatron_demix import native
+from megatron_demix.data.input_files import format_of
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput
 
@@ -29,7 +28,6 @@ BLOCK_BYTES = 8 << 20
 _WHOLE = 1 << 62
 """An end that is beyond that of any file."""
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
-_TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z")
 
 BadDocuments = Literal["error", "reject"]
 
@@ -62,79 +60,6 @@ class Documents:
 
     text: TextBatch
     rejected: list[tuple[str, str]] = field(default_factory=list)
-
-
-def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> list[Path]:
-    """Files for patterns (files, folders or globs relative to root), each once, sorted within a pattern.
-
-    Folders, and ** in a glob, are looked through with those that links in them lead to; names that begin with a dot are left
-    out. Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
-    """
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(root) / pattern
-        if path.is_dir():
-            found = [folder / name for folder, names in _folders(path) for name in names]
-        elif path.is_file():
-            found = [path]
-        else:
-            found = _matches(Path(glob.escape(str(root))) / pattern)
-        found = [p for p in found if p.is_file()]
-        if not found:
-            raise ConfigError(f"inputs: {pattern} matches no file (looked in {Path(root).resolve()}). Correct the path.")
-        files.update(dict.fromkeys(sorted(found)))
-    for file in files:
-        _check_format(file)
-        if file.stat().st_size == 0:
-            raise CorruptInput(f"{file} is empty, expected text. Remove it from the inputs, or write it again.")
-    return list(files)
-
-
-def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and all below it, each once although links may lead back to it, with the names of the files there."""
-    seen = set()
-    for path, folders, names in os.walk(top, onerror=_cannot_be_read, followlinks=True):
-        facts = os.stat(path)
-        if (facts.st_dev, facts.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((facts.st_dev, facts.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(path), [name for name in names if not name.startswith(".")]
-
-
-def _cannot_be_read(e: OSError) -> None:
-    raise ConfigError(f"inputs: {e.filename} cannot be read: {e.strerror}. Correct its permissions, or leave it out.") from e
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """What a glob matches. Python's own does not end with every ** where links lead back."""
-    if "**" not in pattern.parts:
-        return [Path(path) for path in glob.glob(str(pattern))]
-    at = pattern.parts.index("**")
-    rest = pattern.parts[at + 1 :] or ("*",)
-    folders = [f for top in _matches(Path(*pattern.parts[:at])) if top.is_dir() for f, _ in _folders(top)]
-    return [path for folder in folders for path in _matches(Path(glob.escape(str(folder)), *rest))]
-
-
-def _format_of(file: Path) -> str:
-    """Its name in lower case, without what says how it is compressed."""
-    return file.name.lower().removesuffix(".gz").removesuffix(".zst")
-
-
-def _check_format(file: Path) -> None:
-    """Raises ConfigError for what would be read as one document of plain text, and is none."""
-    name = _format_of(file)
-    if name.endswith(_TABLES):
-        raise ConfigError(
-            f"inputs: {file} is a table, which would be one document of plain text. Write it as .jsonl (an object a row) or "
-            ".parquet, or leave it out of the pattern."
-        )
-    if name.endswith(_ARCHIVES):
-        raise ConfigError(
-            f"inputs: {file} is an archive or has a compression that is not read. Unpack it (.gz and .zst are read as they "
-            "are), or leave it out of the pattern."
-        )
 
 
 def read_blocks(
@@ -184,7 +109,7 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
 
     Raises CorruptInput naming the file that cannot be read.
     """
-    if _format_of(file).endswith(".parquet"):
+    if format_of(file).endswith(".parquet"):
         for batch, first, _ in _batches(file, json_key, None, BLOCK_BYTES):
             yield from ((row, "row", record) for row, record in enumerate(batch.to_pylist(), first))
         return
@@ -194,10 +119,10 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
 
 def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int) -> Iterator[tuple[Any, Any, int, int, int]]:
     """(kind, data, first line or row, line ends, bytes of the file read so far) of what begins in its bytes [begin, end)."""
-    if _format_of(file).endswith(".parquet"):
+    if format_of(file).endswith(".parquet"):
         yield from _rows(file, json_key, block_bytes, begin, end)
         return
-    name = _format_of(file)
+    name = format_of(file)
     with open(file, "rb") as raw:
         if name == file.name.lower() and name.endswith(_JSON_LINES):
             for data, first, lines, position in _lines_of(raw, block_bytes, begin, end):

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_demix.artifact import fingerprint, only_maker, write_json
 from megatron_demix.data.encode_blocks import Recipe, SentenceSplitter, tokenize
-from megatron_demix.data.inputs import BadDocuments, read_blocks, resolve_inputs
+from megatron_demix.data.inputs import BadDocuments, read_blocks
 from megatron_demix.data.outputs import Outputs
 from megatron_demix.data.parts import complete_parts, part_folder, remove_parts
 from megatron_demix.data.prefix import finished, is_sealed, publish, seal, unseal
@@ -22,7 +22,7 @@ from megatron_demix.units import format_count
 SPLITS = ("train", "valid", "test")
 STATS = "stats.json"
 
-__all__ = ["prepare_domain", "preprocess", "resolve_inputs"]
+__all__ = ["prepare_domain", "preprocess"]
 
 
 def prepare_domain(

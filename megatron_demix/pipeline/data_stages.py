@@ -20,7 +20,7 @@ SPLITS: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test
 
 def resolve(spec: DomainSpec, root: Path) -> list[Path]:
     """A domain's input files: its text, or the .bin and .idx files of its prefixes."""
-    from megatron_demix.data.prepare import resolve_inputs
+    from megatron_demix.data.input_files import resolve_inputs
 
     if spec.prefixes is None:
         return resolve_inputs(spec.inputs, root)
@@ -54,7 +54,7 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
             )
         settings[place] = digests.of([path])
     if spec.contamination:
-        from megatron_demix.data.inputs import resolve_inputs
+        from megatron_demix.data.input_files import resolve_inputs
 
         def digest(files: list[str]) -> str:
             return digests.answer(f"items in {root} of {files}", lambda: digests.of(resolve_inputs(files, root)))

@@ -22,7 +22,8 @@ from megatron_demix.data.clean.cuts import Grades
 from megatron_demix.data.clean.documents import Source
 from megatron_demix.data.clean.plan import Pass, plan
 from megatron_demix.data.clean.scores import Perplexity, Quality
-from megatron_demix.data.inputs import BadDocuments, resolve_inputs
+from megatron_demix.data.input_files import resolve_inputs
+from megatron_demix.data.inputs import BadDocuments
 from megatron_demix.errors import ConfigError, OutputExists, storage_errors
 from megatron_demix.locks import take_lock
 from megatron_demix.process import die_with_parent

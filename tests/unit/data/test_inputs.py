@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_demix import native
 from megatron_demix.data import inputs
-from megatron_demix.data.inputs import read_blocks, read_documents, resolve_inputs
+from megatron_demix.data.input_files import resolve_inputs
+from megatron_demix.data.inputs import read_blocks, read_documents
 from megatron_demix.errors import ConfigError, CorruptInput
 
 TEXTS = ["first", 'with "quotes" \\ and\nnew lines\t', "naïve 你好 🙂\x00\u2028", "", "last"]

@@ -1,0 +1,86 @@
+"""Which files are text to be read: those that patterns name, in order. Tables and archives, which would be one senseless
+document of plain text, are refused."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_demix.errors import ConfigError, CorruptInput
+
+_TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z")
+
+
+def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> list[Path]:
+    """Files for patterns (files, folders or globs relative to root), each once, sorted within a pattern.
+
+    Folders, and ** in a glob, are looked through with those that links in them lead to; names that begin with a dot are left
+    out. Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
+    """
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(root) / pattern
+        if path.is_dir():
+            found = [folder / name for folder, names in _folders(path) for name in names]
+        elif path.is_file():
+            found = [path]
+        else:
+            found = _matches(Path(glob.escape(str(root))) / pattern)
+        found = [p for p in found if p.is_file()]
+        if not found:
+            raise ConfigError(f"inputs: {pattern} matches no file (looked in {Path(root).resolve()}). Correct the path.")
+        files.update(dict.fromkeys(sorted(found)))
+    for file in files:
+        _check_format(file)
+        if file.stat().st_size == 0:
+            raise CorruptInput(f"{file} is empty, expected text. Remove it from the inputs, or write it again.")
+    return list(files)
+
+
+def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, each once although links may lead back to it, with the names of the files there."""
+    seen = set()
+    for path, folders, names in os.walk(top, onerror=_cannot_be_read, followlinks=True):
+        facts = os.stat(path)
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(path), [name for name in names if not name.startswith(".")]
+
+
+def _cannot_be_read(e: OSError) -> None:
+    raise ConfigError(f"inputs: {e.filename} cannot be read: {e.strerror}. Correct its permissions, or leave it out.") from e
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob matches. Python's own does not end with every ** where links lead back."""
+    if "**" not in pattern.parts:
+        return [Path(path) for path in glob.glob(str(pattern))]
+    at = pattern.parts.index("**")
+    rest = pattern.parts[at + 1 :] or ("*",)
+    folders = [f for top in _matches(Path(*pattern.parts[:at])) if top.is_dir() for f, _ in _folders(top)]
+    return [path for folder in folders for path in _matches(Path(glob.escape(str(folder)), *rest))]
+
+
+def format_of(file: Path) -> str:
+    """Its name in lower case, without what says how it is compressed."""
+    return file.name.lower().removesuffix(".gz").removesuffix(".zst")
+
+
+def _check_format(file: Path) -> None:
+    """Raises ConfigError for what would be read as one document of plain text, and is none."""
+    name = format_of(file)
+    if name.endswith(_TABLES):
+        raise ConfigError(
+            f"inputs: {file} is a table, which would be one document of plain text. Write it as .jsonl (an object a row) or "
+            ".parquet, or leave it out of the pattern."
+        )
+    if name.endswith(_ARCHIVES):
+        raise ConfigError(
+            f"inputs: {file} is an archive or has a compression that is not read. Unpack it (.gz and .zst are read as they "
+            "are), or leave it out of the pattern."
+        )
