@@ -14,6 +14,7 @@ CODES = {
     "VerificationFailed": 5,
     "OutputExists": 6,
     "CorruptInput": 7,
+    "UnsafeInput": 7,
     "StageFailed": 8,
     "Diverged": 9,
     "RerunAsked": 16,
