@@ -6,6 +6,8 @@
 #include <array>
 #include <cstring>
 
+#include "streams.hpp"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -194,7 +196,10 @@ std::uint32_t crc32_raw_staggered(std::uint32_t state, const char* const* data, 
         const unsigned char* starts[max_staggered];
         for (std::size_t j = 0; j < num; ++j) starts[j] = reinterpret_cast<const unsigned char*>(data[j]) + j;
         const std::size_t whole = (n - late) / wide_block * wide_block;
-        state = by_vpclmul(state, starts, num, whole);
+        std::uint32_t sum = 0;
+        for (std::size_t j = 0; j < num; j += most_streams)
+            sum ^= by_vpclmul(j ? 0 : state, starts + j, std::min(most_streams, num - j), whole);
+        state = sum;
         first += whole;
     }
 #endif

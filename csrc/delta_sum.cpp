@@ -160,7 +160,7 @@ void DeltaSum::mix(const Block& b, const float* weights, DType out, char* dst, s
         std::memset(sum, 0, n * sizeof(float));
     } else if (!rules_.elect) {
         void* const to_sum[] = {sum};
-        kernels_.one_row[int(DType::f32)][int(DType::f32)](terms_.data(), weights_.data(), int(terms_.size()), to_sum, n, false);
+        kernels_.one_row[int(DType::f32)][int(DType::f32)](nullptr, terms_.data(), weights_.data(), int(terms_.size()), to_sum, n, false);
     } else {
         float *const total = sum + step, *const used = total + step;
         std::memset(sum, 0, 3 * step * sizeof(float));
@@ -172,7 +172,7 @@ void DeltaSum::mix(const Block& b, const float* weights, DType out, char* dst, s
     const void* const sources[] = {base_, sum};
     const float scales[] = {1.0f, rules_.scale};
     void* const to[] = {dst};
-    kernels_.one_row[int(DType::f32)][int(out)](sources, scales, 2, to, n, past_cache);
+    kernels_.one_row[int(DType::f32)][int(out)](nullptr, sources, scales, 2, to, n, past_cache);
 }
 
 }  // namespace demix

@@ -9,13 +9,13 @@
 namespace demix {
 
 // For each of `rows` (1 or row_block) results r: dsts[r][i] = round(sum_k weights[r * K + k] * sources[k][i]) for i < n; K >= 1;
-// addresses of any alignment.
+// addresses of any alignment. before: what the sums start from, of one row alone: [n], or null; it may be dsts[0] itself.
 // Accumulates in float32 with fused multiply-adds in the order of k (the first term is a product, so that -0 survives) and
 // rounds once, to nearest even; NaN results are the canonical quiet NaN. Every instruction set gives the same bits.
 // past_cache: results that nobody reads soon are written past the caches, where each would cost a read of the line it overwrites;
 // all dsts are multiples of 64, and the thread must call stream_fence() (merge_write.hpp) before others may look.
-using WeightedSum = void (*)(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
-                             bool past_cache);
+using WeightedSum = void (*)(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts,
+                             std::size_t n, bool past_cache);
 
 // Results that are summed together: each source element is loaded once for all of them, and they stay in registers.
 inline constexpr int row_block = 4;

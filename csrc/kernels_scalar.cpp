@@ -8,12 +8,12 @@ namespace demix {
 namespace {
 
 template <DType In, DType Out, int Rows>
-void weighted_sum(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
-                  bool /* past_cache */) {
+void weighted_sum(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts,
+                  std::size_t n, bool /* past_cache */) {
     for (int r = 0; r < Rows; ++r, weights += num_sources)
         for (std::size_t i = 0; i < n; ++i) {
-            float sum = weights[0] * load_element<In>(sources[0], i);
-            for (int k = 1; k < num_sources; ++k) sum = std::fma(weights[k], load_element<In>(sources[k], i), sum);
+            float sum = before ? before[i] : weights[0] * load_element<In>(sources[0], i);
+            for (int k = before ? 0 : 1; k < num_sources; ++k) sum = std::fma(weights[k], load_element<In>(sources[k], i), sum);
             store_element<Out>(dsts[r], i, sum);
         }
 }

@@ -9,18 +9,25 @@ template <DType In, int Rows, int Columns>
 struct Sums {
     typename V::Float of[Rows][Columns];
 
-    static inline __attribute__((always_inline)) TARGET Sums at(const void* const* sources, const float* weights, int num_sources,
-                                                                std::size_t i) {
+    static inline __attribute__((always_inline)) TARGET Sums at(const float* before, const void* const* sources, const float* weights,
+                                                                int num_sources, std::size_t i) {
         constexpr std::size_t L = V::lanes;
         Sums sums;
         typename V::Float x[Columns];
+        int k = 0;
+        if (Rows == 1 && before) {
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) x[c] = V::template load<In>(sources[0], i + c * L);
+            for (int c = 0; c < Columns; ++c) sums.of[0][c] = V::template load<DType::f32>(before, i + c * L);
+        } else {
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
+            for (int c = 0; c < Columns; ++c) x[c] = V::template load<In>(sources[0], i + c * L);
 #pragma GCC unroll 8
-            for (int c = 0; c < Columns; ++c) sums.of[r][c] = V::mul(x[c], V::splat(weights[r * num_sources]));
-        for (int k = 1; k < num_sources; ++k) {
+            for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+                for (int c = 0; c < Columns; ++c) sums.of[r][c] = V::mul(x[c], V::splat(weights[r * num_sources]));
+            k = 1;
+        }
+        for (; k < num_sources; ++k) {
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) x[c] = V::template load<In>(sources[k], i + c * L);
 #pragma GCC unroll 8
@@ -36,11 +43,11 @@ struct Sums {
 
 // n elements from i on of `Rows` results, as many columns of vectors at a time as fit. Returns how far it came.
 template <DType In, DType Out, int Rows, int Columns, bool PastCache>
-TARGET std::size_t sum_columns(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t i,
+TARGET std::size_t sum_columns(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t i,
                                std::size_t n) {
     constexpr std::size_t L = V::lanes;
     for (; i + Columns * L <= n; i += Columns * L) {
-        const auto sums = Sums<In, Rows, Columns>::at(sources, weights, num_sources, i);
+        const auto sums = Sums<In, Rows, Columns>::at(before, sources, weights, num_sources, i);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
@@ -52,12 +59,12 @@ TARGET std::size_t sum_columns(const void* const* sources, const float* weights,
 // The same to bf16 with the processor's own convert. Returns 0 if that has met a number it does not treat as the other instruction
 // sets do: then none of the results counts.
 template <DType In, int Rows, int Columns, bool PastCache, class Pairs = V>
-TARGET std::size_t convert_columns(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
+TARGET std::size_t convert_columns(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
     constexpr std::size_t L = V::lanes;
     typename Pairs::Watch watch = Pairs::Watch::begin();
     std::size_t i = 0;
     for (; i + Columns * L <= n; i += Columns * L) {
-        const auto sums = Sums<In, Rows, Columns>::at(sources, weights, num_sources, i);
+        const auto sums = Sums<In, Rows, Columns>::at(before, sources, weights, num_sources, i);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
@@ -70,29 +77,29 @@ TARGET std::size_t convert_columns(const void* const* sources, const float* weig
 }
 
 template <DType In, DType Out, int Rows, int Columns, bool PastCache>
-TARGET void sum_rows(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
+TARGET void sum_rows(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
     std::size_t i = 0;
     if constexpr (V::converts_pairs && Out == DType::bf16)
-        i = convert_columns<In, Rows, Columns, PastCache>(sources, weights, num_sources, dsts, n);
-    i = sum_columns<In, Out, Rows, Columns, PastCache>(sources, weights, num_sources, dsts, i, n);
-    i = sum_columns<In, Out, Rows, 1, false>(sources, weights, num_sources, dsts, i, n);
+        i = convert_columns<In, Rows, Columns, PastCache>(before, sources, weights, num_sources, dsts, n);
+    i = sum_columns<In, Out, Rows, Columns, PastCache>(before, sources, weights, num_sources, dsts, i, n);
+    i = sum_columns<In, Out, Rows, 1, false>(before, sources, weights, num_sources, dsts, i, n);
     for (int r = 0; r < Rows; ++r, weights += num_sources)
         for (std::size_t j = i; j < n; ++j) {
-            float sum = weights[0] * load_element<In>(sources[0], j);
-            for (int k = 1; k < num_sources; ++k) sum = std::fma(weights[k], load_element<In>(sources[k], j), sum);
+            float sum = before ? before[j] : weights[0] * load_element<In>(sources[0], j);
+            for (int k = before ? 0 : 1; k < num_sources; ++k) sum = std::fma(weights[k], load_element<In>(sources[k], j), sum);
             store_element<Out>(dsts[r], j, sum);
         }
 }
 
 template <DType In, DType Out, int Rows>
-TARGET void weighted_sum(const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
+TARGET void weighted_sum(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
                          bool past_cache) {
     // One result by itself: several sums in flight hide the latency of the multiply-add.
     constexpr int rows = std::min(Rows, V::rows), columns = Rows == 1 ? std::max(V::columns, 4) : V::columns;
     constexpr int rows_past = std::min(Rows, V::rows_past), columns_past = V::columns_past;
     const int together = past_cache ? rows_past : rows;
     const auto sum = past_cache ? sum_rows<In, Out, rows_past, columns_past, true> : sum_rows<In, Out, rows, columns, false>;
-    for (int r = 0; r < Rows; r += together) sum(sources, weights + r * num_sources, num_sources, dsts + r, n);
+    for (int r = 0; r < Rows; r += together) sum(before, sources, weights + r * num_sources, num_sources, dsts + r, n);
 }
 
 template <DType In>

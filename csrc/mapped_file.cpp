@@ -30,7 +30,7 @@ using Watch = MappedFile::Watch;
 std::atomic<Watch*> all{nullptr};
 std::mutex changing;
 struct sigaction others;
-std::uintptr_t page_bytes;
+const std::uintptr_t page_bytes = std::uintptr_t(::sysconf(_SC_PAGESIZE));
 
 void on_bus_error(int signal, siginfo_t* info, void* context) {
     const int saved = errno;
@@ -56,7 +56,6 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
 }
 
 void install_handler() {
-    page_bytes = std::uintptr_t(::sysconf(_SC_PAGESIZE));
     struct sigaction ours {};
     ours.sa_sigaction = on_bus_error;
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -83,11 +82,33 @@ Watch* watch(const MappedFile* file) {
     return map;
 }
 
+// A map of a file that begins at a place of its own modulo 256 MiB, in steps of the 2 MiB that pages of that size need. Zen finds
+// lines in its first-level cache by a hash of an address's bits 12 to 27: of files that lie at equal bits, the same positions get
+// into one another's way, and a sum over them takes twice as long.
+void* map_at_place(int descriptor, std::size_t bytes, unsigned place) {
+    constexpr std::uintptr_t step = 2 << 20, span = step * MappedFile::places;
+    const std::size_t whole = (bytes + page_bytes - 1) / page_bytes * page_bytes;
+    void* const reserved = ::mmap(nullptr, whole + span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED) return ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, descriptor, 0);  // a limit on address space
+    const auto begin = reinterpret_cast<std::uintptr_t>(reserved);
+    const std::uintptr_t before = (std::uintptr_t(place) * step - begin) % span;
+    void* const data = ::mmap(reinterpret_cast<void*>(begin + before), bytes, PROT_READ, MAP_SHARED | MAP_FIXED, descriptor, 0);
+    const int error = errno;
+    if (data == MAP_FAILED) {
+        ::munmap(reserved, whole + span);
+    } else {
+        if (before) ::munmap(reserved, before);
+        ::munmap(reinterpret_cast<void*>(begin + before + whole), span - before);
+    }
+    errno = error;
+    return data;
+}
+
 [[noreturn]] void fail(int error, const std::string& path) { throw std::system_error(error, std::generic_category(), path); }
 
 }  // namespace
 
-MappedFile::MappedFile(const std::string& path) {
+MappedFile::MappedFile(const std::string& path, unsigned place) {
     // Not blocking: a pipe that nobody writes to would be waited for.
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (descriptor < 0) fail(errno, path);
@@ -96,7 +117,7 @@ MappedFile::MappedFile(const std::string& path) {
     int error = ::fstat(descriptor, &status) ? errno : 0;
     if (!error && !S_ISREG(status.st_mode)) error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
     if (!error && status.st_size) {
-        data = ::mmap(nullptr, std::size_t(status.st_size), PROT_READ, MAP_SHARED, descriptor, 0);
+        data = map_at_place(descriptor, std::size_t(status.st_size), place % places);
         if (data == MAP_FAILED) error = errno;
     }
     ::close(descriptor);  // the map keeps the file

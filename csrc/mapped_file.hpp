@@ -13,7 +13,8 @@ namespace demix {
 class MappedFile {
 public:
     // Throws std::system_error, for all but regular files too. An empty file has no bytes and no data.
-    explicit MappedFile(const std::string& path);
+    // place: files that are read side by side at the same positions should have different ones, modulo `places`.
+    explicit MappedFile(const std::string& path, unsigned place = 0);
     ~MappedFile();
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;
@@ -30,6 +31,7 @@ public:
     void touch(const std::vector<std::size_t>& at, int threads) const;
 
     struct Watch;
+    static constexpr unsigned places = 128;
 
 private:
     const char* data_ = nullptr;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "streams.hpp"
+
 namespace demix {
 namespace {
 
@@ -80,11 +82,27 @@ void MixtureSum::operator()(const WeightSet& set, DType in, DType out, const std
                 terms_.resize(b.sources.size());
                 for (std::size_t j = 0; j < terms_.size(); ++j)
                     terms_[j] = widen ? wide_.get(0) + step * std::size_t(b.sources[j]) : narrow_[b.sources[j]];
-                const auto& kernels = b.count == 1 ? kernels_.one_row : kernels_.row_block;
-                kernels[int(read_as)][int(out)](terms_.data(), b.weights.data(), int(terms_.size()), dsts, n, i >= head);
+                sum(b, read_as, out, dsts, n, i >= head);
             }
         }
     }
+}
+
+// The block's sums of terms_. One mixture's may be made in groups of sources, whose sums stay in the cache in float32; for more
+// mixtures the sources are in the cache already.
+void MixtureSum::sum(const Block& b, DType in, DType out, void* const* dsts, std::size_t n, bool past_cache) {
+    const auto& kernels = b.count == 1 ? kernels_.one_row[int(in)] : kernels_.row_block[int(in)];
+    const std::size_t num = terms_.size();
+    std::size_t k = 0;
+    const float* before = nullptr;
+    if (b.count == 1 && num > most_streams) {
+        void* const partial[] = {sums_.get(n)};
+        for (; k + most_streams < num; k += most_streams) {
+            kernels[int(DType::f32)](before, terms_.data() + k, b.weights.data() + k, int(most_streams), partial, n, false);
+            before = sums_.get(n);
+        }
+    }
+    kernels[int(out)](before, terms_.data() + k, b.weights.data() + k, int(num - k), dsts, n, past_cache);
 }
 
 }  // namespace demix

@@ -39,8 +39,10 @@ public:
                     std::size_t count, bool past_cache);
 
 private:
+    void sum(const Block& b, DType in, DType out, void* const* dsts, std::size_t n, bool past_cache);
+
     const Kernels& kernels_;
-    Buffer<float> wide_;
+    Buffer<float> wide_, sums_;
     std::vector<const void*> narrow_, terms_;
 };
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ _TAIL = 1 << 10
 """Bytes at the end of an archive that hold its directory, and its last small entries."""
 
 
+_PLACES = count()
+"""Checkpoints that are opened one after another are summed side by side."""
+
+
 class _Item(NamedTuple):
     """What messages call a chunk: written out only where there is one."""
 
@@ -60,6 +65,7 @@ class Checkpoint:
         self.location: CheckpointDir = find_checkpoint(path)
         self.metadata: CheckpointMetadata = read_metadata(self.location.path)
         self._read_ahead = read_ahead
+        self._place = next(_PLACES)
         self._files: dict[str, MappedFile] = {}
 
     @property
@@ -149,7 +155,7 @@ class Checkpoint:
         if name not in self._files:
             path = self.location.path / name
             try:
-                file = MappedFile(path)
+                file = MappedFile(path, self._place)
             except OSError as e:
                 raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
             if not self._read_ahead:

@@ -126,7 +126,7 @@ void random_case() {
             std::memcpy(expected.data, terms[0], n * item_in);
         else {
             void* const to_expected[] = {expected.data};
-            scalar_kernels().one_row[int(in)][int(out)](terms.data(), factors.data(), int(terms.size()), to_expected, n, false);
+            scalar_kernels().one_row[int(in)][int(out)](nullptr, terms.data(), factors.data(), int(terms.size()), to_expected, n, false);
         }
         CHECK(std::memcmp(expected.data, to[m], n * item_out) == 0);
     }

@@ -99,7 +99,7 @@ void random_checksums() {
 
 void random_plan() {
     const DType in = DType(draw(0, 2)), out = DType(draw(0, 2));
-    const int dims = int(draw(1, 4)), num_sources = int(draw(1, 5)), num_mixtures = int(draw(1, 5));
+    const int dims = int(draw(1, 4)), num_sources = int(draw(0, 4) ? draw(1, 5) : draw(6, 20)), num_mixtures = int(draw(1, 5));
     std::vector<std::int64_t> shape;
     std::int64_t elements = 1;
     for (int d = 0; d < dims; ++d) shape.push_back(draw(1, dims == 1 ? 5000 : 17)), elements *= shape[d];

@@ -84,6 +84,25 @@ def test_instruction_sets_agree_bit_for_bit(dtype, monkeypatch):
     assert len(found) == len(DTYPES)
 
 
+@pytest.mark.parametrize("num", [8, 9, 17, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_sources_have_the_bits_of_one_sum_in_their_order(dtype, num, isa, monkeypatch):
+    """One mixture of more than eight sources is summed in groups; what four mixtures share, source by source."""
+    sources = random_sources(dtype, 5003, num)
+    sources[0][: len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64).to(sources[0].dtype)
+    sources[0][len(EDGES) : len(EDGES) + 3] = sources[-1][len(EDGES) : len(EDGES) + 3] = -0.0
+    weights = np.random.default_rng(num).dirichlet(np.ones(num), 4)
+    for out in DTYPES:
+        together = merge(sources, weights, out)
+        alone = [merge(sources, [row], out, check=True)[0] for row in weights]
+        monkeypatch.setenv("MEGATRON_DEMIX_ISA", "scalar")
+        plain = merge(sources, weights, out)
+        monkeypatch.setenv("MEGATRON_DEMIX_ISA", isa)
+        for a, b, c in zip(together, alone, plain, strict=True):
+            assert a.view(torch.uint8).numpy().tobytes() == b.view(torch.uint8).numpy().tobytes()
+            assert a.view(torch.uint8).numpy().tobytes() == c.view(torch.uint8).numpy().tobytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_hot_copies_every_bit_pattern(dtype, isa):
     width = torch.int32 if dtype == "float32" else torch.int16

@@ -60,3 +60,27 @@ def test_reserving_keeps_what_is_there(tmp_path):
             native.reserve(file, 1 << 62)
     finally:
         os.close(file)
+
+
+PLACES = """
+import resource, sys
+from pathlib import Path
+from megatron_demix.native import MappedFile
+
+if sys.argv[2] == "limited":
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+files = [MappedFile(Path(sys.argv[1]), place) for place in (0, 1, 5, 129)]
+print(*(file.data.ctypes.data % (256 << 20) // (2 << 20) for file in files))
+assert all(file.data.tobytes() == b"elements" * 1000 for file in files)
+"""
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("none", "0 1 5 1"), ("limited", None)])
+def test_a_map_begins_at_its_place(tmp_path, limit, expected):
+    """Where a limit on address space leaves no room to choose, a file is mapped anywhere."""
+    path = tmp_path / "x"
+    path.write_bytes(b"elements" * 1000)
+    done = subprocess.run([sys.executable, "-c", PLACES, path, limit], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert expected is None or done.stdout.strip() == expected
