@@ -22,7 +22,7 @@ from megatron_demix.checkpoint.run_config import RUN_CONFIG, merged_run_config
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, metadata_files, place
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError, VerificationFailed, storage_errors
 from megatron_demix.merge.chunks import cut_anew
-from megatron_demix.merge.components import Components
+from megatron_demix.merge.components import Components, without_collector
 from megatron_demix.merge.methods import BoundMethod, Linear, Method
 from megatron_demix.merge.oracle_methods import Oracle, make_oracle
 from megatron_demix.merge.plan import Box, BytePlan
@@ -40,6 +40,7 @@ _MAX_MEMORY = 256 << 20
 _TILES, _LARGEST_TILE, _SMALLEST_TILE = 2 << 20, 1 << 20, 64 << 10
 
 
+@without_collector()
 def merge_checkpoints(
     components: Mapping[str, Path],
     mixtures: Mapping[str, Mapping[str, float]],

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
-from megatron_demix.merge.components import MERGEABLE, Components
+from megatron_demix.merge.components import MERGEABLE, Components, without_collector
 from megatron_demix.merge.device import DeviceMerge, Staged
 from megatron_demix.merge.methods import Linear, Method, Recipe
 from megatron_demix.merge.plan import Box, BytePlan
@@ -27,6 +27,7 @@ class ProxyMerger:
     (tied embeddings) are given once. Elements are accumulated in float32 and rounded once to the parameter's type.
     """
 
+    @without_collector()
     def __init__(
         self,
         components: Mapping[str, Path],
