@@ -11,7 +11,7 @@ code 75). --suites text and --suites skills may run side by side. --profile smok
 The second repeats the first with other bases, other mixtures and other seeds of every run, without the rows that take most
 components (the anchor of one domain and the pairs). See "Again" below.
 
-Fixed before the run (what comes out is in results/rank_consistency.json and docs/DECISIONS.md):
+Fixed before the run (what comes out is in results/rank_consistency.json and docs/EVIDENCE.md):
 
   Pilot     four mixtures, to choose sizes. Recalling one of 5 pairs and reversing letters were tried as skills and never rose
             above chance in 2,000 steps; they were left out.
