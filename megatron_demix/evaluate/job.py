@@ -262,6 +262,8 @@ def _collect(job: EvaluateJob, suite: Suite | None) -> None:
     rows = _finished_rows(job.work)
     table = ScoreTable([*(Score(name, "bits/byte", "lower") for name in job.domains), *(suite.scores if suite else ())])
     table.rows = {name: rows[name]["scores"] for name in job.models}
+    for score in table.scores:
+        table.column(score.name)
     if suite:
         write_json(job.work / NOTES, {name: rows[name]["notes"] for name in job.models})
     table.write(job.work / SCORES)

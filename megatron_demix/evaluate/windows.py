@@ -34,8 +34,8 @@ def read_windows(
     """Whole windows with about num_tokens targets in all (at least one window), spread evenly over a domain's documents.
 
     The documents are laid end to end; the windows begin at equal distances, so that few tokens still see the whole split.
-    Where the split holds no more than num_tokens, every token after the first is scored once. Raises CorruptInput if it holds
-    less than one window, IncompatibleInputs if an id exceeds the vocabulary.
+    Where the split holds no more than num_tokens, no token is scored twice, and fewer than seq_length are left out between the
+    windows. Raises CorruptInput if it holds less than one window, IncompatibleInputs if an id exceeds the vocabulary.
     """
     stream = _Stream([IndexedReader(prefix) for prefix in prefixes])
     num_windows = min(max(1, num_tokens // seq_length), (stream.num_tokens - 1) // seq_length)

@@ -47,6 +47,7 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
     if not study.evaluate.tasks:
         return TaskInputs()
     from megatron_demix.evaluate.tasks import suite
+    from megatron_demix.evaluate.tasks.records import with_labels
 
     def scored(split_of: Any) -> ScoredTasks:
         specs, found = [], []
@@ -56,7 +57,7 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
 
             def digest(spec: TaskSpec = spec, split: str = split) -> str:
                 files, shots = suite.task_files(spec, split)
-                return digests.of([*files, *shots])
+                return digests.of(with_labels([*files, *shots]))
 
             found.append(digests.answer(f"task {spec.model_dump_json()}", digest))
             specs.append(spec)

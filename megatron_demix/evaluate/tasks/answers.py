@@ -52,15 +52,13 @@ def normalised(formula: str) -> str:
     formula = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", formula)
     formula = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", formula)
     formula = re.sub(r"\^\{?\\circ\}?|\\degree|\\?\$|\\?%", "", formula)
-    formula = re.sub(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}", lambda m: m[1] if _only_text(formula, m[0]) else "", formula)
+    if only_text := re.fullmatch(r"\s*\\(?:text|mbox|mathrm)\{([^{}]*)\}\s*\.?\s*", formula):
+        formula = only_text[1]
+    # A unit: text that ends the formula, behind a number. Any other text may be what tells two answers apart.
+    formula = re.sub(r"(?:(?<=\d)|(?<=\d\}))\s*\\(?:text|mbox)\{[^{}]*\}\s*(?=\.?\s*$)", "", formula)
     formula = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", formula)
     formula = re.sub(r"\s+", "", formula).rstrip(".")
     return re.sub(r"^(-?)0?\.(?=\d)", r"\g<1>0.", formula)
-
-
-def _only_text(formula: str, part: str) -> bool:
-    """Text that is the whole answer, as in \\text{east}; beside a number it is a unit."""
-    return formula.strip() == part
 
 
 @dataclass(frozen=True)

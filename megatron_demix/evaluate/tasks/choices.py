@@ -33,6 +33,8 @@ class Choices:
 
     def _share_right(self, cost_R: np.ndarray, first_I: np.ndarray) -> float:
         """Of questions whose cheapest answer, the first of equals, is the gold one."""
+        if np.isnan(cost_R).any():
+            return math.nan
         cheapest_I = np.minimum.reduceat(cost_R, first_I)
         is_cheapest_R = cost_R == np.repeat(cheapest_I, self.num_options_I)
         place_R = np.where(is_cheapest_R, np.arange(len(cost_R)), len(cost_R))

@@ -91,8 +91,8 @@ def find_files(path: Path, split: str, task: str, *, by_subject: bool = False) -
     if not found:
         what = "holds no" if path.is_dir() else "does not exist; expected a file or a folder of"
         raise ConfigError(f"task {task!r}: {path} {what} {', '.join(_SUFFIXES)} files. Correct its `path`.")
-    words = {p: set(re.split(r"[^a-z]+", str(p.relative_to(path)).lower())) for p in found}
-    named = any(names & words[p] for p in found for names in SPLITS.values())
+    words = {p: _split_words(p.relative_to(path)) for p in found}
+    named = any(words.values())
     chosen = [p for p in found if SPLITS[split] & words[p]] if named else found
     if not chosen:
         raise ConfigError(
@@ -106,6 +106,12 @@ def find_files(path: Path, split: str, task: str, *, by_subject: bool = False) -
             "file, or the folder of one variant, as `path`."
         )
     return chosen
+
+
+def _split_words(path: Path) -> set[str]:
+    """Of the file's name, or of the innermost folder whose name has any: one that holds several splits may name them all."""
+    known = set().union(*SPLITS.values())
+    return next((w for part in reversed(path.parts) if (w := known & set(re.split(r"[^a-z]+", part.lower())))), set())
 
 
 def read_records(files: Sequence[Path], format: str, expected: Sequence[str]) -> Iterator[Record]:
@@ -127,6 +133,11 @@ def read_records(files: Sequence[Path], format: str, expected: Sequence[str]) ->
             yield Record(place, format, expected, fields)
         if labels is not None and number != len(labels):
             raise CorruptInput(f"{_labels_file(file)}: {len(labels)} labels, but {file.name} has {number} records.")
+
+
+def with_labels(files: Sequence[Path]) -> list[Path]:
+    """The files, and those with their labels: all that decides what read_records gives."""
+    return [*files, *(beside for beside in map(_labels_file, files) if beside.is_file())]
 
 
 def _labels_file(file: Path) -> Path:

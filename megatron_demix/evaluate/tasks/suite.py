@@ -242,8 +242,14 @@ class _EncodedTask:
             num_options_I=np.array([len(mine) for mine in options]),
             gold_I=np.array(gold),
             answer_bytes_R=np.array(answer_bytes),
-            gold_bytes=sum(len(mine[g][1].encode()) for mine, g in zip(options, gold, strict=True)),
+            gold_bytes=self._gold_bytes((np.cumsum([0, *map(len, options[:-1])], dtype=np.int64) + gold).tolist()),
         )
+
+    def _gold_bytes(self, rows: Sequence[int]) -> int:
+        """What the tokens that are scored stand for: less than the answer where that is too long for the model, more where
+        blanks have moved to it from the context."""
+        pieces, requests = self._codec.pieces, self._requests[0]
+        return max(1, sum(len(pieces[token]) for row in rows for token in requests[row].continuation))
 
     @property
     def answer_tokens(self) -> list[int]:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import socket
+import threading
 import time
 from decimal import Decimal
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from task_files import HUMANEVAL, MBPP, write_all
 
 from megatron_demix.errors import ConfigError, StageFailed
 from megatron_demix.evaluate import job
-from megatron_demix.evaluate.tasks import answers, sandbox
+from megatron_demix.evaluate.tasks import answers, confine, sandbox
 from megatron_demix.evaluate.tasks.answers import Judge, Judgement, boxed, final_number, normalised
 from megatron_demix.evaluate.tasks.sandbox import run_python
 from megatron_demix.evaluate.tasks.suite import read_task
@@ -312,3 +313,50 @@ def test_a_program_may_write_where_it_stands():
 def test_many_side_by_side():
     programs = [HUMANEVAL[0]["prompt"] + HUMANEVAL[0]["canonical_solution"], "1 / 0", "pass"]
     assert [o.passed for o in sandbox.run_all(programs, timeout_s=20, workers=3)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "main", ["print(f(int(input())))", "import unittest; unittest.main()", "import sys; sys.exit(f(0))", "raise SystemExit"]
+)
+def test_what_an_answer_does_as_a_script_does_not_count(main):
+    program = f"def f(x):\n    return x\n\nif __name__ == '__main__':\n    {main}\n\nassert f(1) == 1\n"
+    assert run_python(program, timeout_s=20).passed
+
+
+def test_an_answer_is_a_module_that_can_be_found():
+    """Dataclasses and pickles look for the module of a class."""
+    program = """from __future__ import annotations
+import dataclasses, pickle
+
+@dataclasses.dataclass
+class Point:
+    x: int
+
+assert pickle.loads(pickle.dumps(Point(1))) == Point(1)
+"""
+    assert run_python(program, timeout_s=20).passed
+
+
+def test_the_users_other_threads_are_none_of_a_programs_processes():
+    end, before = threading.Event(), confine.tasks_of_user()
+    threads = [threading.Thread(target=end.wait) for _ in range(20)]
+    try:
+        for thread in threads:
+            thread.start()
+        assert confine.tasks_of_user() >= before + 15
+    finally:
+        end.set()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"2\text{ or }3", "23"),
+        (r"2\text{ and }3", "23"),
+        (r"\text{A}, \text{B}", r"\text{C}, \text{D}"),
+        (r"5\text{ cm}^2", "5^2"),
+        (r"\mathrm{i}2", "2"),
+    ],
+)
+def test_text_that_is_no_unit_tells_answers_apart(one, other):
+    assert normalised(one) != normalised(other)

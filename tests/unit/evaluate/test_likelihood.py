@@ -10,6 +10,7 @@ from task_files import ARC, write_all, write_lines
 from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.evaluate.likelihood import Likelihood, Request, likelihoods
 from megatron_demix.evaluate.tasks import suite
+from megatron_demix.evaluate.tasks.choices import Choices
 from megatron_demix.study.data import TokenizerSpec
 from megatron_demix.study.search import TaskSpec
 
@@ -113,3 +114,17 @@ def test_texts_become_requests():
     assert num_cut == 1
     with pytest.raises(ValueError, match="one token or more"):
         Request((), (1,))
+
+
+def test_bytes_are_those_of_the_tokens_that_are_scored(tmp_path):
+    """Of an answer that is too long for the model only the end is scored."""
+    file = write_lines(tmp_path / "g.jsonl", [{"question": "q", "answer": "x" * n + "#### 7"} for n in (10, 500)])
+    task = suite.read_task(TaskSpec(name="g", format="gsm8k", path=file, scores=["bits_per_byte"]), "test")
+    ready = suite.Suite([task], load_tokenizer(TokenizerSpec(type="byte")), max_tokens=100)
+    assert ready.texts["g"].tokens_R.tolist() == [17, 100]
+    assert ready.texts["g"].choices.gold_bytes == 117
+
+
+def test_a_model_that_gives_no_numbers_has_no_accuracy():
+    choices = Choices(np.array([2, 2]), np.array([0, 1]), np.ones(4), 4)
+    assert math.isnan(choices.scores(np.array([1, 2, np.nan, 1]))["acc"])

@@ -1,10 +1,13 @@
 """The score table never turns a missing score into a number."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_demix.errors import CorruptInput
+from megatron_demix.evaluate import job
 from megatron_demix.evaluate.scores import Score, ScoreTable
 
 
@@ -37,3 +40,10 @@ def test_not_a_table(tmp_path):
     (tmp_path / "scores.json").write_text('{"rows": 3}')
     with pytest.raises(CorruptInput, match="not a score table"):
         ScoreTable.read(tmp_path / "scores.json")
+
+
+def test_a_score_that_is_no_number_is_named_before_anything_is_published(tmp_path):
+    row = {"model": "m", "scores": {"code": math.nan}, "notes": {}}
+    (tmp_path / "rows-all-0.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(CorruptInput, match="'code' of model 'm' is nan"):
+        job._collect(SimpleNamespace(work=tmp_path, domains={"code": []}, models=["m"]), None)

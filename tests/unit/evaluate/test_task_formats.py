@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from task_files import ARC, ARC_ARCHIVE, GSM8K, HELLASWAG, MBPP, PIQA, write_all, write_lines, write_parquet
+from task_files import ARC, ARC_ARCHIVE, GSM8K, HELLASWAG, MATH, MBPP, PIQA, write_all, write_lines, write_parquet
 
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.tasks.formats import FORMATS
+from megatron_demix.evaluate.tasks.records import with_labels
 from megatron_demix.evaluate.tasks.suite import final_split, read_task, search_split, share_items
 from megatron_demix.study.search import TASK_SCORES, TaskSpec
 
@@ -165,3 +166,19 @@ def test_variants_of_a_data_set_are_not_mixed(tmp_path):
     for part in range(2):
         write_parquet(tmp_path / "parts" / f"test-0000{part}-of-00002.parquet", GSM8K)
     assert len(read(tmp_path / "parts", "gsm8k").items) == 2 * len(GSM8K)
+
+
+def test_a_folder_that_is_named_after_two_splits_mixes_none(tmp_path):
+    for split in ("train", "test"):
+        write_lines(tmp_path / "math-train-test" / f"{split}.jsonl", [{**MATH[0], "problem": split}] * 2)
+    task = read_task(TaskSpec(name="m", format="math", path=tmp_path, num_shots=1), "test")
+    assert [item.options[0][0] for item in task.items] == ["Problem:\ntest\n\nSolution:"] * 2
+    assert task.header.startswith("Problem:\ntrain\n")
+
+
+def test_labels_beside_a_file_belong_to_what_is_read(tmp_path):
+    """A stage's key holds the digests of these files."""
+    file = write_lines(tmp_path / "valid.jsonl", PIQA)
+    assert with_labels([file]) == [file]
+    (tmp_path / "valid-labels.lst").write_text("0\n1\n")
+    assert with_labels([file]) == [file, tmp_path / "valid-labels.lst"]
