@@ -67,10 +67,12 @@ struct Stream {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Devices this process can use; 0 where there is no driver.
+// Devices this process can use, or less than 0: what CUDA says against it, as -cudaError_t.
 EXPORT int demix_cuda_device_count() {
     int count = 0;
-    return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    static_cast<void>(cudaGetLastError());
+    return error == cudaSuccess ? count : -int(error);
 }
 
 EXPORT const char* demix_cuda_error(int code) { return cudaGetErrorString(cudaError_t(code)); }

@@ -146,10 +146,12 @@ if torch.cuda.is_available():
     import numpy
     from megatron_demix.merge import cuda
     facts["merge"] = "absent"
-    if cuda.available():
+    if cuda.available() and cuda.runs_on(ones.device):
         out = torch.zeros(64, device="cuda")
         cuda.weighted_sum([ones[0, :64].float(), 2 * ones[0, :64].float()], [out], numpy.array([[.25, .75]], numpy.float32))
         facts["merge"] = "works" if bool((out == 1.75).all()) else "broken"
+    else:
+        facts["why"] = cuda.why_not() or "switched off by MEGATRON_DEMIX_CUDA, or not built for this GPU"
 print(json.dumps(facts))
 """
 
@@ -181,7 +183,7 @@ def _devices() -> Iterator[Finding]:
     from megatron_demix.merge.cuda import LIBRARY
 
     built = LIBRARY.is_file()
-    found = "built; no device to try it on" if built else "not built"
+    found = "built; " + (facts.get("why") or "no device to try it on") if built else "not built"
     yield Finding("CUDA merge", "installed" if built else "absent", found, purpose, "" if built else "build where nvcc is")
 
 

@@ -22,6 +22,7 @@ from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
+from megatron_demix.merge.grid import Grid
 
 MERGEABLE = ("float32", "bfloat16", "float16")
 
@@ -52,6 +53,7 @@ class Components:
         self.names = list(paths)
         self.checkpoints = [Checkpoint(Path(path), read_ahead=False) for path in paths.values()]
         self._payloads: dict[tuple[int, str, tuple[int, ...]], Payload] = {}
+        self._grids: dict[str, list[Grid]] = {}
         self._extents: dict[tuple[int, str], tuple[list[int], int]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.copied: dict[str, TensorInfo] = {}
@@ -81,6 +83,12 @@ class Components:
     def infos(self, key: str) -> list[TensorInfo]:
         """[K] the tensor in each component."""
         return [tensors[key] for tensors in self._tensors]
+
+    def grids(self, key: str) -> list[Grid]:
+        """[K] how each component cuts a tensor; made once, since a merge in batches has a plan for each of them."""
+        if key not in self._grids:
+            self._grids[key] = [Grid(info) for info in self.infos(key)]
+        return self._grids[key]
 
     def payload(self, k: int, info: TensorInfo, index: int) -> Payload:
         """The elements of chunk `index` of a tensor of component k; read once."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SOURCES = 64
+_INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 
 LIBRARY = Path(__file__).parents[1] / "libmerge_cuda.so"
 _DTYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
@@ -42,12 +43,22 @@ def available() -> bool:
     wanted = os.environ.get("MEGATRON_DEMIX_CUDA", "auto")
     if wanted == "0":
         return False
-    library = _library()
-    works = library is not None and library.demix_cuda_device_count() > 0
-    if wanted == "1" and not works:
-        why = "no CUDA device is visible" if library else f"{LIBRARY} was not built"
+    if wanted == "1" and (why := why_not()):
         raise ConfigError(f"MEGATRON_DEMIX_CUDA is 1, but {why}. Build where nvcc is and run where a GPU is, or unset it.")
-    return works
+    return why_not() is None
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot run here, or None if they can."""
+    library = _library()
+    if library is None:
+        return f"{LIBRARY} was not built"
+    count = library.demix_cuda_device_count()
+    if count == -_INSUFFICIENT_DRIVER:
+        return "no NVIDIA driver is loaded, or it is older than the CUDA that the kernels were built with"
+    if count < 0:
+        return f"CUDA says of this machine: {library.demix_cuda_error(-count).decode()}"
+    return None if count else "no CUDA device is visible"
 
 
 def runs_on(device: torch.device) -> bool:

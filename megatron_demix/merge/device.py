@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class DeviceMerge:
-    """The choice for one set of live tensors, made in its first merge, which also compares the GPU's bits with the CPU's.
+    """The choice for one set of live tensors, made in the first merge that sums, with the GPU's bits compared with the CPU's.
 
     Components that fit are kept on the device. Those that do not are streamed where that is measured to be faster than the CPU
     (which sends one result over the bus instead of K sources). MEGATRON_DEMIX_CUDA=0 is the CPU always, 1 the device always.
@@ -29,7 +29,7 @@ class DeviceMerge:
     def __init__(self, components: Components, live: Sequence[LiveTensor], threads: int | None, *, allowed: bool) -> None:
         """allowed: whether the sum is one that the kernels make. Raises ConfigError where CUDA is asked for and not there."""
         self._method: ResidentComponents | StreamedComponents | None = None
-        self._chosen = False
+        self._compared = self._chosen = False
         device = _one_device(live)
         if device is None or not allowed or len(components.checkpoints) > cuda.MAX_SOURCES or not cuda.available():
             return
@@ -42,38 +42,36 @@ class DeviceMerge:
             self._method = StreamedComponents(components, live, threads, device)
 
     def merge(
-        self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]], on_cpu: Callable[[], list[list[Staged]]]
+        self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]], on_cpu: Callable[[bool], list[list[Staged]]]
     ) -> bool:
         """Write mixture m into models[m], contiguous tensors, and return True; or False if this is the CPU's to do.
 
-        on_cpu: makes the same results for comparison. Raises VerificationFailed.
+        on_cpu: makes the same results, in page-locked memory if they are to be moved fast. Raises VerificationFailed.
         """
         if self._method is None:
             return False
-        if self._chosen:
-            self._method.merge(weights_MK, models)
+        self._method.merge(weights_MK, models)
+        # Mixtures of one component are copies: they say nothing of the kernels, nor of what K sources over the bus cost.
+        summed = len(weights_MK[0]) == 1 or bool((np.count_nonzero(weights_MK, axis=1) > 1).any())
+        if self._chosen or (self._compared and not summed):
             return True
-        device_s = self._timed(weights_MK, models)
-        started = time.perf_counter()
-        expected = on_cpu()
-        cpu_s = time.perf_counter() - started
-        for tensors, results in zip(models, expected, strict=True):
+        may_be_the_cpus = isinstance(self._method, StreamedComponents) and not cuda.required()
+        for tensors, results in zip(models, on_cpu(may_be_the_cpus), strict=True):
             for tensor, result in zip(tensors, results, strict=True):
                 _compare(tensor, result.written)
-        # A second run, for the first one also made the buffers.
-        if isinstance(self._method, StreamedComponents) and not cuda.required() and cpu_s < device_s:
-            device_s = self._timed(weights_MK, models)
-            if cpu_s < device_s:
+        self._compared, self._chosen = True, summed
+        if summed and may_be_the_cpus:
+            # Both for the second time, when their buffers exist, and until the results are where they belong.
+            method = self._method
+            if self._seconds(lambda: finish(on_cpu(True))) < self._seconds(lambda: method.merge(weights_MK, models)):
                 self._method = None
-        self._chosen = True
         return True
 
-    def _timed(self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]]) -> float:
+    def _seconds(self, run: Callable[[], object]) -> float:
         import torch
 
-        assert self._method is not None
         started = time.perf_counter()
-        self._method.merge(weights_MK, models)
+        run()
         torch.cuda.synchronize(self._device)
         return time.perf_counter() - started
 
@@ -81,14 +79,14 @@ class DeviceMerge:
 class Staged:
     """Where the CPU writes a parameter: the parameter itself, or (on a GPU, or not contiguous) a copy that is then moved."""
 
-    def __init__(self, target: torch.Tensor) -> None:
+    def __init__(self, target: torch.Tensor, *, pinned: bool) -> None:
         self._target = target
         direct = target.device.type == "cpu" and target.is_contiguous()
         self.written = target
         if not direct:
             import torch
 
-            self.written = torch.empty(target.shape, dtype=target.dtype, pin_memory=target.device.type == "cuda")
+            self.written = torch.empty(target.shape, dtype=target.dtype, pin_memory=pinned and target.device.type == "cuda")
 
     @property
     def address(self) -> int:
@@ -97,6 +95,11 @@ class Staged:
     def finish(self) -> None:
         if self.written is not self._target:
             self._target.copy_(self.written)
+
+
+def finish(staged: Sequence[Sequence[Staged]]) -> None:
+    for result in (result for results in staged for result in results):
+        result.finish()
 
 
 def _one_device(live: Sequence[LiveTensor]) -> torch.device | None:

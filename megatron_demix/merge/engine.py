@@ -40,7 +40,6 @@ _MAX_MEMORY = 256 << 20
 _TILES, _LARGEST_TILE, _SMALLEST_TILE = 2 << 20, 1 << 20, 64 << 10
 
 
-@without_collector()
 def merge_checkpoints(
     components: Mapping[str, Path],
     mixtures: Mapping[str, Mapping[str, float]],
@@ -85,47 +84,48 @@ def merge_checkpoints(
         raise ConfigError(f"max_chunk is {max_chunk} bytes, expected at least 1.")
     if worker is not None and not 0 <= worker[0] < worker[1]:
         raise ConfigError(f"worker is {worker[0]} of {worker[1]}, expected 0 <= worker < number of workers.")
-    method = method or Linear()
-    parts = Components(method.sources(components))
-    weights_MK = weight_matrix(mixtures, list(components), normalize)
-    method.check_names(list(mixtures))
-    output = Path(output)
-    targets = [resolved(output if into_output else output / name) for name in mixtures]
-    _check_outside(targets, parts)
-    job = _Job(parts, layout, method.bind(parts), max_chunk)
-    provenances = [
-        job.provenance(name, row, normalize) | dict((said or {}).get(name, {}))
-        for name, row in zip(mixtures, weights_MK, strict=True)
-    ]
-    todo = [m for m, target in enumerate(targets) if not job.is_published(target, provenances[m])]
-    job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
-    threads = threads or default_threads()
-    per_pass = _outputs_per_pass(job, threads, max_memory)
-    if not dry_run:
-        with storage_errors(f"writing {output}"):
-            for parent in {target.parent for target in targets}:
-                parent.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(parent)
-    _check_place(targets[0].parent, job, len(todo))  # with what the leftovers took
-    if dry_run:
-        return [targets[m] for m in todo]
-    if todo:
-        plan = job.plan
-        parts.start_read_ahead()
-        job.method.prepare(plan, threads)
-    for start in range(0, len(todo), per_pass):
-        group = todo[start : start + per_pass]
-        _merge_group(
-            job,
-            [job.output(targets[m], provenances[m], worker) for m in group],
-            weights_MK[group],
-            [provenances[m] for m in group],
-            threads,
-            _tile_bytes(len(group), threads, max_memory),
-            verify,
-            progress,
-        )
-    return [target for m, target in enumerate(targets) if m not in todo or target.exists()]
+    with without_collector():
+        method = method or Linear()
+        parts = Components(method.sources(components))
+        weights_MK = weight_matrix(mixtures, list(components), normalize)
+        method.check_names(list(mixtures))
+        output = Path(output)
+        targets = [resolved(output if into_output else output / name) for name in mixtures]
+        _check_outside(targets, parts)
+        job = _Job(parts, layout, method.bind(parts), max_chunk)
+        provenances = [
+            job.provenance(name, row, normalize) | dict((said or {}).get(name, {}))
+            for name, row in zip(mixtures, weights_MK, strict=True)
+        ]
+        todo = [m for m, target in enumerate(targets) if not job.is_published(target, provenances[m])]
+        job.take(worker, [job.output(targets[m], provenances[m], worker) for m in todo])
+        threads = threads or default_threads()
+        per_pass = _outputs_per_pass(job, threads, max_memory)
+        if not dry_run:
+            with storage_errors(f"writing {output}"):
+                for parent in {target.parent for target in targets}:
+                    parent.mkdir(parents=True, exist_ok=True)
+                    remove_leftovers(parent)
+        _check_place(targets[0].parent, job, len(todo))  # with what the leftovers took
+        if dry_run:
+            return [targets[m] for m in todo]
+        if todo:
+            plan = job.plan
+            parts.start_read_ahead()
+            job.method.prepare(plan, threads)
+        for start in range(0, len(todo), per_pass):
+            group = todo[start : start + per_pass]
+            _merge_group(
+                job,
+                [job.output(targets[m], provenances[m], worker) for m in group],
+                weights_MK[group],
+                [provenances[m] for m in group],
+                threads,
+                _tile_bytes(len(group), threads, max_memory),
+                verify,
+                progress,
+            )
+        return [target for m, target in enumerate(targets) if m not in todo or target.exists()]
 
 
 class _Job:

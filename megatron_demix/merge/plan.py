@@ -21,6 +21,7 @@ from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.metadata import Chunk, Shape, TensorInfo
 from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.components import Components
+from megatron_demix.merge.grid import Grid
 from megatron_demix.merge.logical_tensors import Cut, Part, Partition
 from megatron_demix.native import MergePlan, crc32, default_threads
 
@@ -76,7 +77,6 @@ class BytePlan:
         self.native = MergePlan(len(components.checkpoints))
         self.boxes: list[Box] = []
         self.parts: set[int] = set()
-        self._grids: dict[str, list[_Grid]] = {}
         self._records: dict[tuple[int, str, int], int] = {}
         self._chunks: list[tuple[int, str, Chunk]] = []
         self._crcs: list[int] = []
@@ -88,7 +88,7 @@ class BytePlan:
         num_elements = math.prod(box.shape)
         regions: list[_Region] = []
         if num_elements:
-            grids = self._grids_of(box.key)
+            grids = self.components.grids(box.key)
             for cut in self._cuts(box):
                 self.parts.add(cut.part)
                 for lo, hi in _cells(cut.lo, cut.hi, grids):
@@ -116,7 +116,7 @@ class BytePlan:
         target = self.native.add_target(shape or (1,), infos[0].dtype, infos[0].dtype)
         if not math.prod(shape):
             return target
-        grids = self._grids_of(part.key)
+        grids = self.components.grids(part.key)
         for offset, size, first_row in part.boxes():
             hi = tuple(o + n for o, n in zip(offset, size, strict=True))
             shift = list(offset)
@@ -127,11 +127,6 @@ class BytePlan:
                 r.lo, r.hi, r.strides = [0], [1], [(1,)] * len(infos)
             self._add_regions(target, regions)
         return target
-
-    def _grids_of(self, key: str) -> list[_Grid]:
-        if key not in self._grids:
-            self._grids[key] = [_Grid(info) for info in self.components.infos(key)]
-        return self._grids[key]
 
     def _cuts(self, box: Box) -> list[Cut]:
         if self.partition is None:
@@ -186,7 +181,7 @@ class BytePlan:
                     return True
         return False
 
-    def _region(self, infos: Sequence[TensorInfo], grids: Sequence[_Grid], lo: Shape, hi: Shape, shift: Shape) -> _Region:
+    def _region(self, infos: Sequence[TensorInfo], grids: Sequence[Grid], lo: Shape, hi: Shape, shift: Shape) -> _Region:
         """The region [lo, hi) of the tensor; target coordinates are the tensor's less `shift`."""
         region = _Region([a - o for a, o in zip(lo, shift, strict=True)], [b - o for b, o in zip(hi, shift, strict=True)])
         for k, (info, grid) in enumerate(zip(infos, grids, strict=True)):
@@ -213,34 +208,7 @@ class BytePlan:
         return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides
 
 
-class _Grid:
-    """A tensor's chunks, for finding the one that holds a box."""
-
-    def __init__(self, info: TensorInfo) -> None:
-        dims = len(info.shape)
-        self.lo = np.array([c.offset for c in info.chunks], np.int64).reshape(len(info.chunks), dims)
-        self.hi = self.lo + np.array([c.shape for c in info.chunks], np.int64).reshape(len(info.chunks), dims)
-        self._exactly = {
-            (lo, hi): i
-            for i, (lo, hi) in enumerate(zip(map(tuple, self.lo.tolist()), map(tuple, self.hi.tolist()), strict=True))
-        }
-
-    def holding(self, lo: Shape, hi: Shape) -> int | None:
-        if (found := self._exactly.get((lo, hi))) is not None:
-            return found
-        inside = ((self.lo <= np.array(lo, np.int64)) & (self.hi >= np.array(hi, np.int64))).all(axis=1)
-        holders = np.flatnonzero(inside)
-        return int(holders[0]) if holders.size else None
-
-    def cuts(self, axis: int, lo: int, hi: int, touching: np.ndarray) -> set[int]:
-        edges = np.concatenate([self.lo[touching, axis], self.hi[touching, axis]])
-        return set(edges[(edges > lo) & (edges < hi)].tolist())
-
-    def touching(self, lo: Sequence[int], hi: Sequence[int]) -> np.ndarray:
-        return np.asarray(((self.lo < np.array(hi, np.int64)) & (self.hi > np.array(lo, np.int64))).all(axis=1))
-
-
-def _cells(lo: Shape, hi: Shape, grids: Sequence[_Grid]) -> list[tuple[Shape, Shape]]:
+def _cells(lo: Shape, hi: Shape, grids: Sequence[Grid]) -> list[tuple[Shape, Shape]]:
     """A box of a tensor cut wherever a chunk of any component ends: (lo, hi) in the tensor's coordinates, in order."""
     if all(grid.holding(lo, hi) is not None for grid in grids):
         return [(lo, hi)]

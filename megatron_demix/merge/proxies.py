@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.merge.components import MERGEABLE, Components, without_collector
-from megatron_demix.merge.device import DeviceMerge, Staged
+from megatron_demix.merge.device import DeviceMerge, Staged, finish
 from megatron_demix.merge.methods import Linear, Method, Recipe
 from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.weights import Normalize, weight_matrix
@@ -27,7 +28,6 @@ class ProxyMerger:
     (tied embeddings) are given once. Elements are accumulated in float32 and rounded once to the parameter's type.
     """
 
-    @without_collector()
     def __init__(
         self,
         components: Mapping[str, Path],
@@ -40,16 +40,17 @@ class ProxyMerger:
 
         Raises IncompatibleInputs where a parameter is not in the components, or has another shape.
         """
-        method = method or Linear()
-        self._names = list(components)
-        self.components = Components(method.sources(components))
-        self._method = method.bind(self.components)
-        self._plan = BytePlan(self.components, self._method.partition)
-        self._threads = threads
-        self._live = list(live)
-        self._device: DeviceMerge | None = None  # chosen in the first merge
-        for tensor in self._live:
-            self._plan.add(self._box(tensor))
+        with without_collector():
+            method = method or Linear()
+            self._names = list(components)
+            self.components = Components(method.sources(components))
+            self._method = method.bind(self.components)
+            self._plan = BytePlan(self.components, self._method.partition)
+            self._threads = threads
+            self._live = list(live)
+            self._device: DeviceMerge | None = None  # chosen in the first merge
+            for tensor in self._live:
+                self._plan.add(self._box(tensor))
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +83,7 @@ class ProxyMerger:
         pattern = [(t.tensor.shape, t.tensor.dtype, t.tensor.device) for t in self._live]
         if len(models) != len(mixtures) or any([(t.shape, t.dtype, t.device) for t in model] != pattern for model in targets):
             raise ValueError(f"{len(mixtures)} mixtures need as many models, with tensors like the live ones in their order")
+        contiguous = all(tensor.is_contiguous() for model in targets for tensor in model)
         if self._device is None:
             self.components.start_read_ahead()
             damaged = self._plan.damaged(self._threads)
@@ -92,19 +94,16 @@ class ProxyMerger:
             recipe = self._method.recipe(weights_MK, list(mixtures))
             # Coefficients that differ between tensors, and deltas, are the CPU's work: the device sums whole parameters.
             linear = self._method.partition is None and recipe.deltas is None
-            self._device = DeviceMerge(self.components, self._live, self._threads, allowed=linear)
+            self._device = DeviceMerge(self.components, self._live, self._threads, allowed=linear and contiguous)
         else:
             recipe = self._method.recipe(weights_MK, list(mixtures))
-        contiguous = all(tensor.is_contiguous() for model in targets for tensor in model)
-        if not contiguous or not self._device.merge(recipe.weights_SMK[0], targets, lambda: self._on_cpu(recipe, targets)):
-            for tensors in self._on_cpu(recipe, targets):
-                for staged in tensors:
-                    staged.finish()
+        if not contiguous or not self._device.merge(recipe.weights_SMK[0], targets, partial(self._on_cpu, recipe, targets)):
+            finish(self._on_cpu(recipe, targets, True))
         self.components.check_still_there()
 
-    def _on_cpu(self, recipe: Recipe, targets: Sequence[Sequence[torch.Tensor]]) -> list[list[Staged]]:
+    def _on_cpu(self, recipe: Recipe, targets: Sequence[Sequence[torch.Tensor]], pinned: bool) -> list[list[Staged]]:
         """[M][T] the results, where the CPU can write them."""
-        staged = [[Staged(tensor) for tensor in model] for model in targets]
+        staged = [[Staged(tensor, pinned=pinned) for tensor in model] for model in targets]
         addresses_TM = np.array([[s.address for s in model] for model in staged], np.int64).reshape(len(staged), -1).T
         self._plan.native.run(recipe.weights_SMK, deltas=recipe.deltas, addresses_TM=addresses_TM, threads=self._threads)
         return staged

@@ -21,6 +21,7 @@ _LOCK_WAIT_S = 30
 def main() -> int:
     die_with_parent()
     warnings.filterwarnings("ignore")  # megatron.core warns about every package it can do without
+    warnings.filterwarnings("default", module=r"megatron_demix\.")
     path = Path(sys.argv[1])
     held = open(path.with_suffix(".lock"), "a+")  # noqa: SIM115  # as long as this process works
     try:

@@ -33,5 +33,5 @@ def test_every_step_runs(benchmark, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_measured(benchmark, tmp_path, capsys, monkeypatch):
     assert benchmark.main(["--output", str(tmp_path / "results")]) == 2
-    assert "no CUDA device is visible to torch; nothing was measured" in capsys.readouterr().err
+    assert "no CUDA device is visible to torch. Nothing was measured" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()

@@ -16,17 +16,19 @@ from megatron_demix.merge import cuda
 from megatron_demix.native import MergePlan
 
 DTYPES = ["float32", "bfloat16", "float16"]
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not cuda.available(), reason="needs a CUDA device and kernels")]
 
 
 def test_asking_for_what_is_not_there(monkeypatch):
     monkeypatch.setenv("MEGATRON_DEMIX_CUDA", "0")
     assert not cuda.available()
     monkeypatch.setenv("MEGATRON_DEMIX_CUDA", "1")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and cuda.LIBRARY.is_file():
         assert cuda.available()
     else:
-        with pytest.raises(ConfigError, match=r"MEGATRON_DEMIX_CUDA is 1, but (no CUDA device is visible|.* was not built)"):
+        with pytest.raises(
+            ConfigError, match=r"MEGATRON_DEMIX_CUDA is 1, but (no CUDA device|no NVIDIA driver|.* was not built)"
+        ):
             cuda.available()
     monkeypatch.delenv("MEGATRON_DEMIX_CUDA")
     if not torch.cuda.is_available():
@@ -131,3 +133,28 @@ def test_other_settings_build_the_kernels_again(tmp_path):
     assert first.count("code=compute_") == 1
     assert "arch=compute_80,code=compute_80" in first  # whatever the order, for all between and above
     assert "code=sm_75" in second
+
+
+OLD_DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int* version) { return *version = 9000, 0; }
+int cuGetProcAddress_v2(const char* name, void** found, int version, unsigned long flags, int* status) {
+    *found = strcmp(name, "cuInit") ? strcmp(name, "cuDriverGetVersion") ? 0 : (void*)cuDriverGetVersion : (void*)cuInit;
+    return *found ? 0 : 500;
+}
+int cuGetProcAddress(const char* name, void** found, int version, unsigned long flags) {
+    return cuGetProcAddress_v2(name, found, version, flags, 0);
+}
+"""
+
+
+@pytest.mark.skipif(not cuda.LIBRARY.is_file() or shutil.which("gcc") is None, reason="needs the kernels' library, and gcc")
+def test_a_driver_that_is_too_old_is_called_so(tmp_path):
+    (tmp_path / "driver.c").write_text(OLD_DRIVER)
+    build = ["gcc", "-w", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(tmp_path / "driver.c")]
+    subprocess.run(build, check=True)
+    asks = "from megatron_demix.merge import cuda; print(cuda.why_not())"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", asks], env=environment, capture_output=True, text=True)
+    assert "older than the CUDA" in done.stdout, done.stderr

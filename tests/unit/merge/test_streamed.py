@@ -8,8 +8,11 @@ import torch
 from dist_checkpoints import bits, parallel_cuts, small_model, write_checkpoint
 
 from megatron_demix.checkpoint.live import LiveTensor
-from megatron_demix.merge import cuda
+from megatron_demix.errors import VerificationFailed
+from megatron_demix.merge import cuda, resident
 from megatron_demix.merge.components import Components
+from megatron_demix.merge.device import Staged
+from megatron_demix.merge.grid import Grid
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.merge.streamed import StreamedComponents, make_batches
 from megatron_demix.native import MergePlan
@@ -19,7 +22,7 @@ WEIGHTS_MK = np.array([[row[k] for k in "abc"] for row in WEIGHTS])
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not cuda.available(), reason="needs a GPU and kernels")]),
 ]
 
 
@@ -94,3 +97,47 @@ def test_no_weight_at_all_is_zero(parts):
         np.zeros((1, 3)), [tensors(model)]
     )
     assert all(not t.tensor.any() for t in model)
+
+
+def test_a_plan_for_each_batch_looks_at_the_chunks_once(parts, monkeypatch):
+    """With experts a tensor has thousands of chunks, and streaming thousands of batches."""
+    made = []
+    init = Grid.__init__
+    monkeypatch.setattr(Grid, "__init__", lambda self, info: (made.append(info.key), init(self, info))[1])
+    assert len(make_batches(Components(parts), live_model(), 256)) > 2 * len(small_model(0))
+    assert sorted(made) == sorted([*small_model(0)] * len(parts))
+
+
+@pytest.mark.parametrize("staged", [1, 3000, 1 << 28])
+def test_what_is_kept_on_a_device_are_the_components(parts, monkeypatch, staged):
+    """However many tensors are put through the buffer at a time."""
+    monkeypatch.setattr(resident, "_STAGED", staged)
+    live = live_model()
+    kept = resident.ResidentComponents(Components(parts), live, 2)
+    for k in range(3):
+        for tensor, sources in zip(live, kept._sources, strict=True):
+            assert bits(sources[k]) == bits(small_model(k)[tensor.key])
+
+
+class WrongSums:
+    """A device that copies, and cannot add."""
+
+    def merge(self, weights_MK, models):
+        for row, tensors in zip(weights_MK, models, strict=True):
+            source = small_model(int(np.argmax(row)))
+            for tensor, key in zip(tensors, small_model(0), strict=True):
+                tensor.copy_(source[key])
+
+
+def test_a_device_is_compared_with_the_cpu_in_a_merge_that_sums(parts, monkeypatch):
+    """Mixtures of one component come first in a study: they are copies, and no kernel runs."""
+    monkeypatch.setattr(
+        Staged, "__init__", lambda self, target, pinned: vars(self).update(_target=target, written=target.clone())
+    )
+    merger = ProxyMerger(parts, live_model())
+    merger.merge({"a": 1.0})
+    merger._device._method = WrongSums()
+    for name in "abc":
+        merger.merge({name: 1.0})
+    with pytest.raises(VerificationFailed, match="differ"):
+        merger.merge({"a": 0.5, "b": 0.5})
