@@ -5,6 +5,7 @@ The same model, data order, schedule and seeds as the trainer of this project: o
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shlex
 from collections.abc import Iterable, Mapping
@@ -195,8 +196,10 @@ def _model(model: ModelSpec, *, transformer_engine: bool) -> Flags:
         flags |= {"rotary-base": model.rotary_base, "rotary-percent": 1.0, "use-rope-scaling": model.use_rope_scaling}
         flags |= {"rope-scaling-factor": model.rope_scaling_factor} if model.use_rope_scaling else {}
     if not transformer_engine:  # fused kernels that come with apex
-        names = ("masked-softmax-fusion", "gradient-accumulation-fusion", "persist-layer-norm", "rope-fusion")
-        flags |= {f"no-{name}": True for name in names}
+        flags |= {f"no-{name}": True for name in ("masked-softmax-fusion", "persist-layer-norm", "rope-fusion")}
+    # With Transformer Engine, too: the output layer is megatron.core's own, whose fused gradients are a kernel of apex.
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        flags |= {"no-gradient-accumulation-fusion": True}
     if model.num_experts is not None:
         flags |= {
             "num-experts": model.num_experts,

@@ -73,6 +73,16 @@ def test_every_option_exists_in_every_supported_version_and_has_an_owner(tmp_pat
         assert not written - set(stock.OWNED) - free
 
 
+@pytest.mark.parametrize("transformer_engine", [True, False])
+def test_gradients_are_fused_only_with_apex_s_kernel(tmp_path, monkeypatch, transformer_engine):
+    """With Transformer Engine, too, the output layer is megatron.core's own, which asks for it."""
+    option, job = "no-gradient-accumulation-fusion", stock_run("dense", tmp_path)
+    assert option in flags(job, transformer_engine=transformer_engine)
+    (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert option not in flags(job, transformer_engine=transformer_engine)
+
+
 def test_options_that_contradict_exist_somewhere():
     known = {*OPTIONS["all"], *(o for options in OPTIONS["only"].values() for o in options)}
     assert not set(stock.OWNED) - known
