@@ -76,7 +76,8 @@ class DivergenceGuard:
         self._settings, self._name = settings, name
         self._recent: deque[float] = deque(maxlen=settings.loss_spike_window)
         self._spikes = 0
-        for loss in past_losses[-(settings.loss_spike_window + settings.loss_spike_patience) :]:
+        # All of them: what is a spike follows from the reference, which spikes do not enter, and so from all that came before.
+        for loss in past_losses:
             self._see(loss)
 
     def check(self, iteration: int, loss: float, grad_norm: float) -> None:

@@ -64,3 +64,17 @@ def test_lasting_spikes_stop_short_ones_do_not():
     resumed = DivergenceGuard(settings, "r", losses)
     with pytest.raises(Diverged, match=r"for 3 iterations, to 9.0000 at iteration 14"):
         resumed.check(14, 9.0, 1.0)
+
+
+def test_a_resumed_guard_remembers_all_that_was_no_spike():
+    """Short spikes stay out of the reference; a guard that begins among them would take them in."""
+    settings = TrainSpec(**SIZES, loss_spike_window=4, loss_spike_factor=1.5, loss_spike_patience=3)
+    past = [2.0] * 4 + [3.2, 3.2, 2.0] * 4
+    guards = [DivergenceGuard(settings, "r", []), DivergenceGuard(settings, "r", past)]
+    for i, loss in enumerate(past, start=1):
+        guards[0].check(i, loss, 1.0)
+    for guard in guards:
+        guard.check(17, 3.5, 1.0)
+        guard.check(18, 3.5, 1.0)
+        with pytest.raises(Diverged, match=r"recent median 2.0000 for 3 iterations"):
+            guard.check(19, 3.5, 1.0)
