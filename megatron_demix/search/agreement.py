@@ -55,14 +55,16 @@ def pairwise_accuracy(proxy_M: np.ndarray, reference_M: np.ndarray, counts_BM: n
 
 
 def top_spearman(proxy_M: np.ndarray, reference_M: np.ndarray, counts_BM: np.ndarray) -> np.ndarray:
-    """Spearman's rho among the best 25 % by the references; NaN where those are fewer than 3 (below 12 mixtures)."""
+    """Spearman's rho among the best 25 % by the references, and those that are equal to the last of them; NaN where those are
+    fewer than 3 (below 12 mixtures)."""
     best = np.argsort(reference_M, kind="stable")
     sorted_BM = counts_BM[:, best]
     count = int(counts_BM[0].sum() * _TOP_SHARE)
     if count < _TOP_AT_LEAST:
         return np.full(len(counts_BM), np.nan)
     before_BM = np.cumsum(sorted_BM, axis=1) - sorted_BM
-    return spearman(proxy_M[best], reference_M[best], np.clip(count - before_BM, 0, sorted_BM))
+    last_B1 = np.where((before_BM < count) & (sorted_BM > 0), reference_M[best], -np.inf).max(axis=1, keepdims=True)
+    return spearman(proxy_M[best], reference_M[best], sorted_BM * (reference_M[best] <= last_B1))
 
 
 def recovery(proxy_M: np.ndarray, reference_M: np.ndarray, counts_BM: np.ndarray) -> np.ndarray:
@@ -77,10 +79,12 @@ def recovery(proxy_M: np.ndarray, reference_M: np.ndarray, counts_BM: np.ndarray
 
 
 def regret(proxy_M: np.ndarray, reference_M: np.ndarray, counts_BM: np.ndarray) -> np.ndarray:
-    """What picking the proxies' best mixture costs: its reference score less the best reference score, in the score's unit."""
+    """What picking the proxies' best mixture costs: its reference score less the best reference score, in the score's unit.
+    Among several that the proxies call best, any is picked alike."""
     drawn_BM = counts_BM > 0
-    picked_B = np.where(drawn_BM, proxy_M, np.inf).argmin(axis=1)
-    return reference_M[picked_B] - np.where(drawn_BM, reference_M, np.inf).min(axis=1)
+    best_BM = counts_BM * (proxy_M == np.where(drawn_BM, proxy_M, np.inf).min(axis=1, keepdims=True))
+    picked_B = (best_BM @ reference_M) / best_BM.sum(axis=1)
+    return picked_B - np.where(drawn_BM, reference_M, np.inf).min(axis=1)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {

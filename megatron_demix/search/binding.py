@@ -39,23 +39,30 @@ def binding(space: SearchSpace, weights: Mixture) -> list[Binding]:
     found = [bound for d, name in enumerate(space.domains) for bound in _of_domain(space, d, name, float(shares_D[d]))]
     for label, group in space.groups.items():
         total = float(sum(shares_D[space.domains.index(name)] for name in group.domains))
-        if group.highest < 1 and total > group.highest - NEAR:
+        near = _near(group.lowest, group.highest)
+        if group.highest < 1 and total > group.highest - near:
             found.append(Binding("group", label, "at most", group.highest, total))
-        if group.lowest > 0 and total < group.lowest + NEAR:
+        if group.lowest > 0 and total < group.lowest + near:
             found.append(Binding("group", label, "at least", group.lowest, total))
     if space.max_kl is not None and (distance := float(space.kl(weights_D[None])[0])) > 0.98 * space.max_kl:
         found.append(Binding("max_kl", "", "at most", space.max_kl, distance))
     return found
 
 
+def _near(low: float, high: float) -> float:
+    """Between bounds that are close together a share at one is not at the other, unless they are the same."""
+    return min(NEAR, 0.05 * (high - low)) or NEAR
+
+
 def _of_domain(space: SearchSpace, d: int, name: str, share: float) -> Iterator[Binding]:
     low, high = map(float, space.bounds_D2[d])
-    if high < 1 and share > high - NEAR:
+    near = _near(low, high)
+    if high < 1 and share > high - near:
         if space.epoch_caps.get(name, 1.0) <= high:
             yield Binding("max_epochs", name, "at most", high, share)
         elif space.max_shares.get(name, 1.0) <= high:
             yield Binding("max_share", name, "at most", high, share)
         else:
             yield Binding("anchor", name, "at most", high, share)
-    if low > 0 and share < low + NEAR:
+    if low > 0 and share < low + near:
         yield Binding("min_share" if space.min_shares.get(name, 0.0) >= low else "anchor", name, "at least", low, share)

@@ -21,6 +21,8 @@ from megatron_demix.search.surrogate import Surrogate, fit_surrogate, is_constan
 from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtures
 
 Notice = Callable[[str], None]
+_LITTLE_SKILL = 0.1
+"""Part of a score's variance that is predicted out of fold. Of searches without any signal nine in ten are below it."""
 
 
 def fit_tables(
@@ -52,7 +54,13 @@ def fit_tables(
     for name, values_M in _usable_scores(scores, mixtures, spare, notice).items():
         surrogates[name] = fit_surrogate(shares_MD, values_M, kind, seed=seed, name=name)
         error = surrogates[name].cross_validation
+        skill = 1 - error["rmse"] ** 2 / float(np.var(values_M, ddof=1))
         notice(f"{name}: {surrogates[name].kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
+        if skill < _LITTLE_SKILL:
+            notice(
+                f"{name}: the surrogate is hardly better than the mean at what it has not seen. A mixture chosen by it, its "
+                "gain and how often it wins may be noise: measure more mixtures, or more finely."
+            )
     return surrogates
 
 
@@ -97,6 +105,11 @@ def predict_scores(
     """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured. Raises as fit_tables does."""
     wanted.check_holds(SHARES)
     wanted_ND = _mixtures(wanted, mixtures.columns, mixtures.path, notice)
+    if clash := sorted(name for name in scores.columns if f"{name}_std" in scores.columns):
+        raise IncompatibleInputs(
+            f"{scores.path}: {clash[0] + '_std'!r} is a score, and the name of the predicted deviation of {clash[0]!r}. Rename "
+            "or drop one of them."
+        )
     columns: dict[str, np.ndarray] = {}
     surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice)
     nearest_N, usual = distances(surrogates, wanted_ND)

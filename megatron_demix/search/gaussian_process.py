@@ -10,7 +10,8 @@ import numpy as np
 
 _EXPONENT = 0.3
 _PART = 8192
-_STEPS, _WARM_STEPS = 200, 40
+_STEPS, _POLISHING = 200, 20
+_LEAST_SPREAD = 1e-2
 _TUNED, _POLISHED = 256, 1024
 """Length scales are found on at most the first number of proxies, spread over all, because a step's cost grows with the cube of
 their number; up to the second number, a few more steps then see all of them."""
@@ -32,19 +33,21 @@ class GaussianProcess:
             return
         some = np.linspace(0, len(scores_M) - 1, _TUNED).astype(int)
         self._fit(shares_MD[some], scores_M[some], kernel, _lbfgs(_STEPS))
-        polish = _lbfgs(_WARM_STEPS // 2) if len(scores_M) <= _POLISHED else None
+        polish = _lbfgs(_POLISHING) if len(scores_M) <= _POLISHED else None
         self._fit(shares_MD, scores_M, self._model.kernel_, polish)
 
     def refit(self, shares_MD: np.ndarray, scores_M: np.ndarray, *, tune: bool) -> GaussianProcess:
         again = GaussianProcess()
-        # So many proxies fix the scales whether a fold of them is there or not.
-        tune = tune and len(scores_M) <= _TUNED
-        again._fit(shares_MD, scores_M, self._model.kernel_, _lbfgs(_WARM_STEPS) if tune else None)
+        if tune and len(scores_M) <= _TUNED:
+            again.fit(shares_MD, scores_M)
+        else:  # so many proxies fix the scales whether a fold of them is there or not
+            again._fit(shares_MD, scores_M, self._model.kernel_, None)
         return again
 
     def _fit(self, shares_MD: np.ndarray, scores_M: np.ndarray, kernel: Any, optimizer: Callable | None) -> None:
         inputs_MD = shares_MD**_EXPONENT
-        self._centre_D, self._spread_D = inputs_MD.mean(axis=0), inputs_MD.std(axis=0) + 1e-9
+        # The digits of a share that never varies are no distance.
+        self._centre_D, self._spread_D = inputs_MD.mean(axis=0), np.maximum(inputs_MD.std(axis=0), _LEAST_SPREAD)
         with warnings.catch_warnings():
             # A scale at its bound means that a domain does not matter to this score: expected, not a problem.
             warnings.simplefilter("ignore")

@@ -13,6 +13,10 @@ class _Law(ABC):
     _sign = 1.0
     _parameters: np.ndarray
     _std: float
+    _lowest: float
+    _highest: float
+    """An exponential of few proxies explodes where there are none: predictions reach as far beyond the scores as these lie
+    apart, and are less sure by what they are cut."""
 
     @abstractmethod
     def _curve(self, parameters: np.ndarray, shares_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +42,9 @@ class _Law(ABC):
 
     def refit(self, shares_MD: np.ndarray, scores_M: np.ndarray, *, tune: bool) -> _Law:
         again = type(self)()
+        if tune:
+            again.fit(shares_MD, scores_M)
+            return again
         again._sign = self._sign
         _, again._parameters = self._solve(shares_MD, self._sign * scores_M, self._parameters)
         again._measure_noise(shares_MD, scores_M)
@@ -64,14 +71,21 @@ class _Law(ABC):
         return float(solved.cost), solved.x
 
     def _measure_noise(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> None:
+        reach = float(np.ptp(scores_M))
+        self._lowest, self._highest = float(scores_M.min()) - reach, float(scores_M.max()) + reach
         degrees = max(len(scores_M) - len(self._parameters), len(scores_M) // 4, 1)
         self._std = float(np.sqrt(np.square(scores_M - self.mean(shares_MD)).sum() / degrees)) + 1e-9
 
-    def mean(self, shares_ND: np.ndarray) -> np.ndarray:
+    def _unbounded(self, shares_ND: np.ndarray) -> np.ndarray:
         return self._sign * (self._parameters[0] + self._curve(self._parameters[1:], shares_ND)[0])
 
+    def mean(self, shares_ND: np.ndarray) -> np.ndarray:
+        return np.clip(self._unbounded(shares_ND), self._lowest, self._highest)
+
     def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.mean(shares_ND), np.full(len(shares_ND), self._std)
+        curve_N = self._unbounded(shares_ND)
+        mean_N = np.clip(curve_N, self._lowest, self._highest)
+        return mean_N, self._std + np.minimum(np.abs(curve_N - mean_N), self._highest - self._lowest)
 
 
 class LogLinear(_Law):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_demix.search.sample import distinct
 from megatron_demix.search.surrogate import Surrogate
 
 _MOST = 0.9
@@ -21,7 +22,7 @@ def distances(surrogates: Mapping[str, Surrogate], shares_ND: np.ndarray) -> tup
 
     first = next(iter(surrogates.values()))
     has_M = np.any([np.isfinite(surrogate.scores_M) for surrogate in surrogates.values()], axis=0)
-    measured = KDTree(first.shares_MD[has_M])
+    measured = KDTree(distinct(first.shares_MD[has_M]))
     among_M2, _ = measured.query(measured.data, k=2, p=1)
     nearest_N, _ = measured.query(np.pad(shares_ND, ((0, 0), (0, first.num_dropped))), p=1)
     return nearest_N / 2, float(np.quantile(among_M2[:, 1] / 2, _MOST))

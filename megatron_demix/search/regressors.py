@@ -20,7 +20,8 @@ class Regressor(Protocol):
     def fit(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> None: ...
 
     def refit(self, shares_MD: np.ndarray, scores_M: np.ndarray, *, tune: bool) -> Regressor:
-        """The same family on other proxies: hyperparameters start from this fit's, and are tuned again or kept."""
+        """The same family on other proxies. tune: nothing of this fit has a part in it, but for hyperparameters that so many
+        proxies fix without any few of them; otherwise hyperparameters are kept."""
         ...
 
     def mean(self, shares_ND: np.ndarray) -> np.ndarray: ...

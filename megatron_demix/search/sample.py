@@ -206,13 +206,18 @@ def _i_optimal(pool_MD: np.ndarray, chosen_MD: np.ndarray, num: int) -> np.ndarr
     inverse_FF = np.linalg.inv(first_MF.T @ first_MF + 1e-3 * moment_FF + 1e-9 * np.eye(len(moment_FF)))
     taken_M, kind_M = _kinds(pool_MD, chosen_MD)
     picked: list[int] = []
+    pulled_MF = features_MF @ inverse_FF
+    spread_MF = pulled_MF @ moment_FF
     for _ in range(min(num, len(np.unique(kind_M[~taken_M])))):
-        pulled_MF = features_MF @ inverse_FF
-        gain_M = ((pulled_MF @ moment_FF) * pulled_MF).sum(axis=1) / (1 + (pulled_MF * features_MF).sum(axis=1))
+        gain_M = (spread_MF * pulled_MF).sum(axis=1) / (1 + (pulled_MF * features_MF).sum(axis=1))
         picked.append(int(np.where(taken_M, -np.inf, gain_M).argmax()))
         taken_M |= kind_M == kind_M[picked[-1]]
-        pull_F = pulled_MF[picked[-1]]
-        inverse_FF -= np.outer(pull_F, pull_F) / (1 + features_MF[picked[-1]] @ pull_F)
+        # The inverse changes by one rank, and so does what is made of it.
+        pull_F, lost_F = pulled_MF[picked[-1]].copy(), spread_MF[picked[-1]].copy()
+        reach_M = features_MF @ pull_F
+        reach_M /= 1 + reach_M[picked[-1]]
+        pulled_MF -= np.outer(reach_M, pull_F)
+        spread_MF -= np.outer(reach_M, lost_F)
     return pool_MD[picked]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.search.regressors import REGRESSORS, Regressor
+from megatron_demix.search.sample import SAME, distinct
 from megatron_demix.study.search import MIN_PROXIES
 
 KINDS = ("auto", *REGRESSORS, "stack")
@@ -143,7 +144,7 @@ def fit_surrogate(
     _check(shares_MD, scores_M, kind, name)
     scale = Scale.of(scores_M)
     standard_M = scale.to_standard(scores_M)
-    folds_M = _folds(len(scores_M), seed)
+    folds_M = _folds(shares_MD, seed)
     fitted: dict[str, Regressor] = {}
     trials: list[_Trial] = []
     for candidate in _candidates(kind):
@@ -174,10 +175,10 @@ def _check(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) ->
         raise IncompatibleInputs(
             f"{name}: {shares_MD.shape} shares do not go with {scores_M.shape} scores; expected (M, D) and (M,)."
         )
-    if len(scores_M) < MIN_PROXIES:
+    if (num := len(distinct(shares_MD))) < MIN_PROXIES:
         raise IncompatibleInputs(
-            f"{name}: {len(scores_M)} proxies are too few for a surrogate, expected at least {MIN_PROXIES}. "
-            "Evaluate more mixtures."
+            f"{name}: {num} proxies{' of different mixtures' if num < len(scores_M) else ''} are too few for a surrogate, "
+            f"expected at least {MIN_PROXIES}. Evaluate more mixtures."
         )
     for what, bad_M in (("shares", ~np.isfinite(shares_MD).all(axis=1)), ("score", ~np.isfinite(scores_M))):
         if bad_M.any():
@@ -204,10 +205,14 @@ def _candidates(kind: str) -> list[str]:
     return [name for name in REGRESSORS if name != "lightgbm"]
 
 
-def _folds(num: int, seed: int) -> np.ndarray:
-    """The fold of each proxy: a seeded shuffle into equal parts."""
+def _folds(shares_MD: np.ndarray, seed: int) -> np.ndarray:
+    """The fold of each proxy: a seeded shuffle of the mixtures into equal parts. Proxies of one mixture (trained with other
+    seeds, say) are in one: each would tell what the others score."""
+    _, first, kind_M = np.unique(np.round(shares_MD / SAME), axis=0, return_index=True, return_inverse=True)
+    num = len(first)
     folds = min(num // 2, _FOLDS_SMALL) if num < _SMALL else _FOLDS
-    return np.random.default_rng(seed).permutation(num) % folds
+    in_order = np.argsort(np.argsort(first))  # mixtures by their first proxy, so that folds are the rows' where none repeats
+    return (np.random.default_rng(seed).permutation(num) % folds)[in_order[kind_M.ravel()]]
 
 
 def _cross_validate(

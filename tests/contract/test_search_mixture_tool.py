@@ -79,6 +79,20 @@ def test_fit_refuses_what_does_not_match_and_writes_nothing(study: Path) -> None
     assert not (study / "predicted.csv").exists()
 
 
+def test_fit_refuses_a_score_that_is_named_as_another_ones_deviation(study: Path) -> None:
+    (study / "scores.csv").write_text((study / "scores.csv").read_text().replace(",x\n", ",math_loss_std\n"))
+    done = fit(study)
+    assert done.returncode == 3
+    assert "'math_loss_std' is a score, and the name of the predicted deviation of 'math_loss'" in done.stderr
+
+
+def test_fit_says_where_it_has_learned_next_to_nothing(study: Path) -> None:
+    table = Table.read(study / "scores.csv")
+    noise_MT = np.random.default_rng(1).standard_normal(table.values_MC.shape)
+    Table(study, "index", table.ids, table.columns, noise_MT).write(study / "scores.csv")
+    assert "x: the surrogate is hardly better than the mean" in fit(study).stderr
+
+
 def test_fit_leaves_out_a_score_that_is_the_same_everywhere(study: Path) -> None:
     table = Table.read(study / "scores.csv")
     values_MT = np.column_stack([np.zeros(40), table.values_MC])

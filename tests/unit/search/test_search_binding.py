@@ -37,3 +37,14 @@ def test_the_leash_binds_where_the_divergence_is_used_up() -> None:
     far = space.mixture(space.nearest([[0.0, 0.0, 1.0]])[0])
     assert [b.constraint for b in binding(space, far)] == ["max_kl"]
     assert binding(space, NATURAL) == []
+
+
+def test_a_share_between_close_bounds_lies_at_neither() -> None:
+    natural = Mixture({"general": 0.7, "code": 0.2975, "tiny": 0.0025})
+    capped = SearchSpace(natural, natural, 0.0, epoch_caps={"tiny": 0.004})
+    assert binding(capped, Mixture({"general": 0.7, "code": 0.3, "tiny": 0.0})) == []
+    assert [b.of for b in binding(capped, Mixture({"general": 0.7, "code": 0.29601, "tiny": 0.00399}))] == ["tiny"]
+    between = SearchSpace(natural, natural, 0.0, min_shares={"tiny": 0.001}, max_shares={"tiny": 0.004})
+    assert binding(between, natural) == []
+    fixed = SearchSpace(natural, natural, 0.0, min_shares={"tiny": 0.0025}, max_shares={"tiny": 0.0025})
+    assert [b.side for b in binding(fixed, natural)] == ["at most", "at least"]

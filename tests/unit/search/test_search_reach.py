@@ -59,3 +59,11 @@ def test_a_chosen_mixture_beyond_what_was_measured_is_said() -> None:
     report, _ = choose_from_tables(space, wide, scores(wide), {"loss": 1}, **more)
     assert report["distance"]["nearest"] < report["distance"]["usual"]
     assert not [text for text in said if "extrapolated" in text]
+
+
+def test_mixtures_that_were_measured_again_are_no_neighbours() -> None:
+    table = mixtures(0.4)
+    rows_MD = np.repeat(table.values_MC, 3, axis=0)
+    losses_M = 3 - rows_MD[:, 0] + 0.01 * np.random.default_rng(0).standard_normal(len(rows_MD))
+    _, usual = distances({"loss": fit_surrogate(rows_MD, losses_M, "ridge")}, table.values_MC)
+    assert usual == pytest.approx(0.02)

@@ -3,9 +3,10 @@ import pytest
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import Mixture
+from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import KINDS, fit_surrogate
+from megatron_demix.search.surrogate import KINDS, _folds, fit_surrogate
 
 DOMAINS = Mixture({"general": 0.5, "code": 0.3, "math": 0.2})
 SPACE = SearchSpace(DOMAINS, Mixture.uniform(DOMAINS), 0.3)
@@ -138,3 +139,50 @@ def test_an_unknown_kind_names_the_known_ones() -> None:
     shares_MD = mixtures(20, 1)
     with pytest.raises(ConfigError, match="surrogate kind 'forest' is unknown; expected one of auto, gaussian_process"):
         fit_surrogate(shares_MD, loss(shares_MD), "forest")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REGRESSORS if kind != "lightgbm"])
+def test_what_a_fold_is_predicted_by_has_not_seen_it(kind) -> None:
+    shares_MD = mixtures(24, 1)
+    noise_M = np.random.default_rng(0).standard_normal(24)
+    seen, held_out_MD = np.arange(24) % 3 > 0, mixtures(50, 2)
+    whole, alone = REGRESSORS[kind](0), REGRESSORS[kind](0)
+    whole.fit(shares_MD, noise_M)
+    alone.fit(shares_MD[seen], noise_M[seen])
+    again = whole.refit(shares_MD[seen], noise_M[seen], tune=True)
+    np.testing.assert_array_equal(again.mean(held_out_MD), alone.mean(held_out_MD))
+
+
+def test_runs_of_one_mixture_are_in_one_fold() -> None:
+    shares_MD = mixtures(12, 1)
+    folds_M = _folds(np.repeat(shares_MD, 3, axis=0), 0)
+    assert all(len(set(folds_M[3 * k : 3 * k + 3])) == 1 for k in range(12))
+    np.testing.assert_array_equal(folds_M[::3], _folds(shares_MD, 0))
+    with pytest.raises(IncompatibleInputs, match="7 proxies of different mixtures are too few"):
+        fit_surrogate(np.repeat(shares_MD[:7], 3, axis=0), np.arange(21.0))
+
+
+def test_the_digits_of_a_share_that_is_fixed_are_no_distance() -> None:
+    space = SearchSpace(DOMAINS, Mixture.uniform(DOMAINS), 0.0, min_shares={"math": 1 / 3}, max_shares={"math": 1 / 3})
+    shares_MD = sample_mixtures(space, 24, 1)
+    surrogate = fit_surrogate(shares_MD, loss(shares_MD), "gaussian_process")
+    rounded_MD = shares_MD.round(4) / shares_MD.round(4).sum(axis=1, keepdims=True)
+    mean_M, std_M = surrogate.predict(rounded_MD)
+    assert np.sqrt(np.mean((mean_M - loss(shares_MD)) ** 2)) < 2 * surrogate.cross_validation["rmse"] + 1e-3
+    assert std_M.max() < 0.1 * np.ptp(loss(shares_MD))
+
+
+@pytest.mark.parametrize(("num", "domains", "seed"), [(8, 4, 6), (8, 4, 2), (12, 7, 2)])
+def test_a_law_of_few_proxies_does_not_explode(num, domains, seed) -> None:
+    names = [f"d{d}" for d in range(domains)]
+    space = SearchSpace(Mixture.proportional({n: 1.0 + d for d, n in enumerate(names)}), Mixture.uniform(names), 0.0)
+    rng = np.random.default_rng(seed)
+    shares_MD, everywhere_MD = sample_mixtures(space, num, seed), sample_mixtures(space, 400, seed + 99)
+    gains_D = rng.dirichlet(np.ones(domains))
+    scores_M = 3 - shares_MD**0.5 @ gains_D + 0.1 * rng.standard_normal(num)
+    for kind in ("log_linear", "power_law"):
+        mean_N, std_N = fit_surrogate(shares_MD, scores_M, kind).predict(everywhere_MD)
+        assert np.isfinite(mean_N).all()
+        assert np.isfinite(std_N).all()
+        assert mean_N.min() > scores_M.min() - 2.5 * np.ptp(scores_M)
+        assert mean_N.max() < scores_M.max() + 2.5 * np.ptp(scores_M)
