@@ -1,7 +1,7 @@
 """torchrun with three manners it lacks: it ends with its ranks' exit code, it dies when whoever started it dies, and it gives
 ranks that were asked to stop the time they need to save.
 
-`python -m megatron_demix.launch.ranks [torchrun's own arguments] -m MODULE ARGS`
+`python -m megatron_demix.launch.ranks [torchrun's own arguments] (-m MODULE | SCRIPT) ARGS`
 """
 
 from __future__ import annotations
@@ -10,13 +10,29 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from unittest import mock
 
 from megatron_demix.errors import Incomplete
 from megatron_demix.process import die_with_parent
 
-# torchrun would pass SIGTERM on and kill what still runs 30 s later, in the middle of a large save.
-_TORCHRUN_HANDLES = "SIGINT,SIGHUP,SIGQUIT"
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Whoever sets a handler of SIGTERM meanwhile sets none, and hears of the one there is.
+
+    torchrun would pass SIGTERM on and kill what still runs 30 s later, in the middle of a large save. Its own option
+    --signals-to-handle, which says the same, came with torch 2.9.
+    """
+    set_handler = signal.signal
+
+    def set_others(signum: int, handler: Any) -> Any:
+        return signal.getsignal(signum) if signum == signal.SIGTERM else set_handler(signum, handler)
+
+    with mock.patch.object(signal, "signal", set_others):
+        yield
 
 
 def main() -> int:
@@ -42,7 +58,8 @@ def main() -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
-        run(parse_args([f"--signals-to-handle={_TORCHRUN_HANDLES}", *sys.argv[1:]]))
+        with _keeping_sigterm():
+            run(parse_args(sys.argv[1:]))
     except ChildFailedError as e:
         _, first = e.get_first_failure()
         if asked and first.exitcode == -signal.SIGTERM:  # it was still importing

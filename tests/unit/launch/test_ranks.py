@@ -1,0 +1,46 @@
+"""What launch.ranks changes of torchrun."""
+
+from __future__ import annotations
+
+import signal
+
+from megatron_demix.launch import ranks
+
+
+def test_sigterm_keeps_its_handler_and_other_signals_do_not():
+    def ours(signum, frame):
+        pass
+
+    def torchruns(signum, frame):
+        pass
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGTERM, ours)
+        with ranks._keeping_sigterm():
+            assert signal.signal(signal.SIGTERM, torchruns) is ours
+            assert signal.signal(signal.SIGINT, torchruns) is before[signal.SIGINT]
+        assert signal.getsignal(signal.SIGTERM) is ours
+        assert signal.getsignal(signal.SIGINT) is torchruns
+        signal.signal(signal.SIGTERM, torchruns)
+        assert signal.getsignal(signal.SIGTERM) is torchruns
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_torchrun_is_given_its_arguments_alone(monkeypatch):
+    """Of those that it has had since torch 2.6: --signals-to-handle is newer."""
+    import torch.distributed.run as torchrun
+
+    given = []
+    monkeypatch.setattr(torchrun, "parse_args", lambda words: given.append(words))
+    monkeypatch.setattr(torchrun, "run", lambda arguments: None)
+    monkeypatch.setattr(ranks, "die_with_parent", lambda: None)
+    monkeypatch.setattr("sys.argv", ["ranks", "--standalone", "-m", "module"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert ranks.main() == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert given == [["--standalone", "-m", "module"]]
