@@ -1,4 +1,4 @@
-"""Causal attention by torch's fused kernel: for the local layer spec on a CPU, and for every model that answers with a cache.
+"""Causal attention by torch's fused kernel: for every model without Transformer Engine, and for all that answer with a cache.
 
 megatron.core's own local attention builds the scores, the mask and the probabilities of every head as tensors, and saves and
 restores a generator's state around dropout. Neither it nor Transformer Engine's masks several new tokens behind cached ones.
@@ -52,6 +52,8 @@ class CausalAttention(MegatronModule):
         keys > seq: the first keys - seq are earlier tokens, kept in a cache, which every query sees.
         On a CPU in float32: without bfloat16 instructions the kernel is slower in bfloat16 than with the casts.
         """
+        unknown = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        assert not (given := [name for name, value in unknown.items() if value is not None]), f"{given}: attention is causal"
         dropout = self._dropout if self.training else 0.0
         computed = torch.float32 if on_cpu() else query.dtype
         num_new, num_cached = query.size(0), key.size(0) - query.size(0)

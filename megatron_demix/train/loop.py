@@ -47,7 +47,7 @@ def run(job: TrainJob) -> None:
             guard = DivergenceGuard(job.train, job.name, [row["lm loss"] for row in read_losses(job.work / FILE)])
             while iteration < job.train_iters:
                 watchdog.progress(f"iteration {iteration + 1}")
-                result = stepper.train(data, iteration, stop=bool(stop))
+                result = stepper.train(data, iteration, stop=stop)
                 iteration += 1
                 guard.check(iteration, result.loss, result.grad_norm)
                 row = {

@@ -193,7 +193,8 @@ def _layer_spec(model: ModelSpec, config: TransformerConfig, *, cached: bool) ->
     """A layer with Transformer Engine, or this pipeline stage's layers without it, and the norm after the last one.
 
     Without it all norms are torch's. Left to choose, megatron.core takes what can be imported: apex's, which have no RMSNorm,
-    need a GPU and may be missing in a package of that name, or Transformer Engine's, which need a GPU, too.
+    need a GPU and may be missing in a package of that name, or Transformer Engine's, which need a GPU, too. And attention is
+    train.attention's: megatron.core's own keeps every layer's scores, which grow with the square of the sequence.
     """
     te = use_transformer_engine(model)
     if te:
@@ -207,7 +208,7 @@ def _layer_spec(model: ModelSpec, config: TransformerConfig, *, cached: bool) ->
             qk_layernorm=model.qk_layernorm,
             normalization="RMSNorm",  # asks for torch's norms; which one is made follows the configuration
         )
-    if cached or on_cpu():
+    if cached or not te:
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
     return layer if te else TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), WrappedTorchNorm)
 

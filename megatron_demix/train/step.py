@@ -22,6 +22,7 @@ from megatron_demix.train.compat import on_cpu
 from megatron_demix.train.data import Batch, micro_batches, num_micro_batches
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.stragglers import StepClock
+from megatron_demix.train.watch import StopRequest
 
 
 def data_parallel(job: TrainJob, model: GPTModel, clock: StepClock) -> DistributedDataParallel:
@@ -79,19 +80,22 @@ class Stepper:
         # Embedding and loss are on the outer stages; the others are fed by their neighbours.
         self._reads_data = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
 
-    def train(self, dataset: torch.utils.data.Dataset, iteration: int, *, stop: bool) -> StepResult:
-        """Iteration number `iteration` (from 0). The weights are left alone if the loss is not finite."""
+    def train(self, dataset: torch.utils.data.Dataset, iteration: int, *, stop: StopRequest | bool) -> StepResult:
+        """Iteration number `iteration` (from 0). The weights are left alone if the loss is not finite.
+
+        stop: a request is looked at when the passes are done, so that one that comes during them costs no further step.
+        """
         self._clock.start()
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         first_sample = iteration * self._job.train.global_batch_size
-        loss, stop = self._agree(self._run(dataset, first_sample, forward_only=False), stop)
+        loss, stopped = self._agree(self._run(dataset, first_sample, forward_only=False), stop)
         learning_rate = self._schedule.get_lr({})
         if not math.isfinite(loss):
-            return StepResult(loss, math.nan, learning_rate, stop)
+            return StepResult(loss, math.nan, learning_rate, stopped)
         _, grad_norm, _ = self._optimizer.step()
         self._schedule.step(increment=self._job.train.global_batch_size)
-        return StepResult(loss, float(grad_norm), learning_rate, stop)
+        return StepResult(loss, float(grad_norm), learning_rate, stopped)
 
     def evaluate(self, dataset: torch.utils.data.Dataset) -> float:
         """Mean loss over the first eval_iters global batches."""
@@ -118,15 +122,16 @@ class Stepper:
             return torch.zeros(2, dtype=torch.float64, device=self._device)
         return torch.stack(sums).sum(0)
 
-    def _agree(self, sums: torch.Tensor, stop: bool) -> tuple[float, bool]:
+    def _agree(self, sums: torch.Tensor, stop: StopRequest | bool) -> tuple[float, bool]:
         """Mean loss over all ranks, and whether any rank asks to stop, in one collective."""
+        stopped = bool(stop)  # read once: a signal may come at any time
         if self._job.parallel.world_size > 1:
             # Tensor parallel ranks hold the same sums: each is added that many times to both, and the mean is the same.
-            message = torch.cat([sums, sums.new_tensor([float(stop)])])
+            message = torch.cat([sums, sums.new_tensor([float(stopped)])])
             torch.distributed.all_reduce(message)
-            sums, stop = message[:2], bool(message[2] > 0)
+            sums, stopped = message[:2], bool(message[2] > 0)
         total, num_tokens = sums.tolist()
-        return total / num_tokens, stop
+        return total / num_tokens, stopped
 
 
 def _endless() -> Iterator[None]:
