@@ -43,6 +43,7 @@ from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
 from megatron_demix.train.common_state import (
+    blend_without_paths,
     changed_settings,
     megatron_args,
     rng_state,
@@ -77,6 +78,7 @@ class Checkpoints:
     ) -> None:
         """model: the GPTModel without wrappers."""
         self._job, self._model, self._optimizer, self._schedule = job, model, optimizer, schedule
+        self._blend = blend_without_paths(job)
         self._rank, self._num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def save(self, iteration: int) -> Path:
@@ -160,7 +162,7 @@ class Checkpoints:
         """What a checkpoint holds, under the names Megatron-LM uses."""
         model = self._model.sharded_state_dict(metadata=_with_group(_CONTENT))
         state = {
-            "args": megatron_args(self._job, iteration),
+            "args": megatron_args(self._job, iteration, self._blend),
             "checkpoint_version": 3.0,
             "iteration": iteration,
             "num_floating_point_operations_so_far": 0,
@@ -179,8 +181,14 @@ class Checkpoints:
             saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
             if said := changed_settings(saved, state["args"]):
                 raise IncompatibleInputs(
-                    f"run {self._job.name}: {folder} was trained with {said}. Resuming it would be neither run: choose another "
-                    "folder."
+                    f"run {self._job.name}: {folder} was trained with {said}. Resuming it would be neither run: set that back, "
+                    f"choose another folder, or delete {self._job.work} to train again from the start."
+                )
+            if saved.train_iters != self._job.train_iters and self._rank == 0:
+                logger.warning(
+                    "run %s: %s was trained with train_iters %s, and goes on with %s. A source that is read for more than one "
+                    "epoch is in another order from here on: samples it has seen may come again early, others late or never.",
+                    *(self._job.name, folder, saved.train_iters, self._job.train_iters),
                 )
             same_layout = same_rng_layout(saved, state["args"])
             if not same_layout:
@@ -197,12 +205,18 @@ class Checkpoints:
             set_rng_state(loaded["rng_state"][0])
 
     def _checksums(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and digest of every file, as a Manifest holds them. Each rank reads, and makes durable, its share."""
+        """Size and digest of every file, as a Manifest holds them. Each rank reads, and makes durable, its share.
+
+        Shares of what all ranks see together: another node's view of a network file system may lag, and each would leave out
+        other files.
+        """
         mine = {}
-        for path in sorted(folder.iterdir())[self._rank :: self._num_ranks]:
+        seen = set().union(*self._gather([path.name for path in folder.iterdir()]))
+        for name in sorted(seen)[self._rank :: self._num_ranks]:
+            path = folder / name
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            mine[path.name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
+            mine[name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
         return dict(sorted((name, facts) for part in self._gather(mine) for name, facts in part.items()))
 
     def _problem(self, folder: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,21 @@ _LAYOUT = {
     "micro_batch_size",
     "padded_vocab_size",  # its rows beyond the vocabulary follow the layout
 }
+_SINCE = {"lr_warmup_fraction", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "demix_blend"}
+"""Compared only with checkpoints that say them: earlier versions saved none, and Megatron-LM not all."""
 _RNG_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 
-def megatron_args(job: TrainJob, iteration: int) -> Namespace:
-    """What Megatron-LM looks up in a checkpoint's saved arguments: it checks the shapes and takes the counters from here."""
+def blend_without_paths(job: TrainJob) -> list[tuple[float, int]]:
+    """(share, bytes of the .bin) of each source that is drawn from: the same wherever the data lies."""
+    return [(weight, Path(f"{prefix}.bin").stat().st_size) for prefix, weight in job.blend if weight > 0]
+
+
+def megatron_args(job: TrainJob, iteration: int, blend: list[tuple[float, int]]) -> Namespace:
+    """What Megatron-LM looks up in a checkpoint's saved arguments: it checks the shapes and takes the counters from here.
+
+    blend: as of blend_without_paths. Megatron-LM does not know it, and passes it over.
+    """
     model, parallel, train = job.model, job.parallel, job.train
     return Namespace(
         **model_arguments(model, train),
@@ -58,6 +69,11 @@ def megatron_args(job: TrainJob, iteration: int) -> Namespace:
         adam_beta2=train.adam_beta2,
         adam_eps=train.adam_eps,
         clip_grad=train.clip_grad,
+        lr_warmup_fraction=train.lr_warmup_fraction,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        demix_blend=blend,
         iteration=iteration,
         consumed_train_samples=iteration * train.global_batch_size,
         skipped_train_samples=0,
@@ -70,9 +86,19 @@ def changed_settings(saved: Namespace, now: Namespace) -> str:
     changed = {
         name: (getattr(saved, name, None), value)
         for name, value in vars(now).items()
-        if name not in _COUNTERS | _LAYOUT and getattr(saved, name, None) != value
+        if name not in _COUNTERS | _LAYOUT
+        and getattr(saved, name, None) != value
+        and not (name in _SINCE and getattr(saved, name, None) is None)
     }
-    return ", ".join(f"{name} {before} (now {after})" for name, (before, after) in changed.items())
+    said = {name: f"{name} {before} (now {after})" for name, (before, after) in changed.items()}
+    if "demix_blend" in changed:
+        before, after = map(_in_words, changed["demix_blend"])
+        said["demix_blend"] = f"a blend of {before} (now {after})"
+    return ", ".join(said.values())
+
+
+def _in_words(blend: list[tuple[float, int]]) -> str:
+    return " + ".join(f"{weight:g} x {num_bytes} bytes" for weight, num_bytes in blend)
 
 
 def same_rng_layout(saved: Namespace, now: Namespace) -> bool:

@@ -1,5 +1,9 @@
-"""Training samples: a blend of Megatron data sets through megatron.core's own builder, in an order that depends only on the
-seed and the batch size, never on the layout."""
+"""Training samples: a blend of Megatron data sets through megatron.core's own builder, in an order that never depends on
+the layout.
+
+It follows from the seed and from the number of samples asked for, train_iters x global_batch_size: megatron.core shuffles a
+source over all the epochs it needs. While none is read for more than one, a longer run begins with the samples of a shorter.
+"""
 
 from __future__ import annotations
 

@@ -128,11 +128,13 @@ def test_checkpoints_on_the_way_stay_and_a_run_may_end_before_its_schedule(tmp_p
         make_train_job(tmp_path, train_iters=5, schedule_iters=4)
 
 
-def test_a_run_that_goes_on_to_more_iterations_follows_their_schedule(tmp_path, make_train_job):
+def test_a_run_that_goes_on_to_more_iterations_follows_their_schedule(tmp_path, make_train_job, caplog):
     style = {"lr_decay_style": "linear"}
     train(make_train_job(tmp_path, train=style, train_iters=4))
     longer = make_train_job(tmp_path, train=style, train_iters=8)
+    assert "train_iters" not in caplog.text
     train(longer)
+    assert "iter_0000004 was trained with train_iters 4, and goes on with 8. A source that is read for more than" in caplog.text
     rates = [row["learning-rate"] for row in read_losses(longer.work / "losses.jsonl")]
     assert rates == pytest.approx([3e-3 * (1 - n / 4) for n in range(4)] + [3e-3 * (1 - n / 8) for n in range(4, 8)])
 
@@ -367,6 +369,108 @@ def test_another_job_does_not_resume_this_one(tmp_path, make_train_job):
     said = r"iter_0000003 was trained with num_layers 2 \(now 3\), lr 0.003 \(now 0.001\). Resuming it would be neither run"
     with pytest.raises(IncompatibleInputs, match=said):
         train(other)
+
+
+def test_settings_that_no_weight_shows_are_compared_too(tmp_path, make_train_job, byte_corpus, monkeypatch):
+    with cpu_compat():
+        from megatron_demix.train import checkpointing
+    job = make_train_job(tmp_path, train_iters=3)
+    train(job)
+    bytes_a, bytes_b = (Path(f"{byte_corpus[name]}.bin").stat().st_size for name in "ab")
+    changes = {
+        f"a blend of 0.75 x {bytes_a} bytes + 0.25 x {bytes_b} bytes (now 1 x {bytes_a} bytes)": {
+            "blend": [(byte_corpus["a"], 1.0), (byte_corpus["b"], 0.0)]
+        },
+        "lr_warmup_fraction 0.01 (now 0.5)": {"train": {"lr_warmup_fraction": 0.5}},
+        "hidden_dropout 0.0 (now 0.1)": {"model": {"hidden_dropout": 0.1}},
+        "attention_dropout 0.0 (now 0.1)": {"model": {"attention_dropout": 0.1}},
+        "moe_aux_loss_coeff 0.01 (now 0.5)": {"model": {"moe_aux_loss_coeff": 0.5}},
+    }
+    advice = f"set that back, choose another folder, or delete {job.work} to train again from the start."
+    for said, change in changes.items():
+        with pytest.raises(
+            IncompatibleInputs, match=re.escape(f"was trained with {said}. Resuming") + ".*" + re.escape(advice)
+        ):
+            train(make_train_job(tmp_path, train_iters=3, **change))
+
+    moved = tmp_path / "moved"
+    for suffix in (".idx", ".bin"):
+        shutil.copy(f"{byte_corpus['a']}{suffix}", f"{moved}{suffix}")
+    train(make_train_job(tmp_path, train_iters=3, blend=[(moved, 0.75), (byte_corpus["b"], 0.25)]))
+
+    changed = checkpointing.changed_settings
+
+    def changed_since_earlier_version(saved, now):
+        for name in ("lr_warmup_fraction", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "demix_blend"):
+            delattr(saved, name)
+        return changed(saved, now)
+
+    monkeypatch.setattr(checkpointing, "changed_settings", changed_since_earlier_version)
+    train(make_train_job(tmp_path, train_iters=3, train={"lr_warmup_fraction": 0.5}))
+
+
+def test_a_signal_during_a_step_stops_after_it(tmp_path, make_train_job):
+    import signal
+
+    with cpu_compat():
+        from megatron_demix.train import step
+    forward, passes = step._forward_step, []
+
+    def forward_and_signal(*arguments):
+        passes.append(None)
+        if len(passes) == 10:  # of four in a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*arguments)
+
+    with (
+        mock.patch.object(step, "_forward_step", forward_and_signal),
+        pytest.raises(Incomplete, match="stopped by SIGTERM after iteration 3 of 6"),
+    ):
+        train(make_train_job(tmp_path))
+
+
+def test_without_transformer_engine_attention_is_ours_on_a_gpu_too(tmp_path, make_train_job, monkeypatch):
+    """megatron.core's own keeps every score."""
+    from types import SimpleNamespace
+
+    with cpu_compat():
+        from megatron_demix.train import model
+        from megatron_demix.train.attention import CausalAttention
+
+        monkeypatch.setattr(model, "on_cpu", lambda: False)
+        monkeypatch.setattr(model, "get_num_layers_to_build", lambda config: config.num_layers)
+        spec = make_train_job(tmp_path, model={"transformer_impl": "local"}).model
+        block = model._layer_spec(spec, SimpleNamespace(num_layers=2), cached=False)
+    assert [s.submodules.self_attention.submodules.core_attention for s in block.layer_specs] == [CausalAttention] * 2
+
+
+def test_our_attention_refuses_what_it_would_not_look_at():
+    import torch
+
+    with cpu_compat():
+        from megatron_demix.train.attention import CausalAttention
+    attention = object.__new__(CausalAttention)
+    x = torch.zeros(3, 1, 2, 4)
+    for name in ("attention_mask", "attention_bias", "packed_seq_params"):
+        with pytest.raises(AssertionError, match=name):
+            CausalAttention.forward(attention, x, x, x, **{"attention_mask": None} | {name: x})
+
+
+def test_checksums_have_the_files_that_a_rank_does_not_see_yet(tmp_path, monkeypatch):
+    """On a network file system another node's listing may lag. Here rank 1's does."""
+    with cpu_compat():
+        from megatron_demix.train.checkpointing import Checkpoints
+    for name in "abcd":
+        (tmp_path / name).write_text(name)
+    listings = [list("abcd"), list("bcd")]
+    found = {}
+    for rank, listing in enumerate(listings):
+        checkpoints = object.__new__(Checkpoints)
+        checkpoints._rank, checkpoints._num_ranks = rank, 2
+        monkeypatch.setattr(Path, "iterdir", lambda self, listing=listing: (self / name for name in listing))
+        monkeypatch.setattr(checkpoints, "_gather", lambda mine: listings if isinstance(mine, list) else [mine])
+        found |= checkpoints._checksums(tmp_path)
+    assert sorted(found) == list("abcd")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
