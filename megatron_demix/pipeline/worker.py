@@ -29,10 +29,14 @@ def main() -> int:
         take_lock(held, f"another process that works on {path}", wait_s=_LOCK_WAIT_S, shared=True)
         job = read_json(path)
         if job["kind"] == "train":
+            from megatron_demix.train.derived import order_kernels
             from megatron_demix.train.job import TrainJob
-            from megatron_demix.train.trainer import train
 
-            train(TrainJob.model_validate(job))
+            run = TrainJob.model_validate(job)
+            order_kernels(run.parallel)
+            from megatron_demix.train.trainer import train  # which imports torch
+
+            train(run)
         elif job["kind"] == "megatron_lm":
             from megatron_demix.train.megatron_lm.run import StockJob, run_rank
 

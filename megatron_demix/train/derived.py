@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,14 @@ def padded_vocab_size(model: ModelSpec, parallel: ParallelSpec, vocab_size: int)
         return rows
     multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tensor)
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def order_kernels(parallel: ParallelSpec) -> None:
+    """To be called before torch is imported: where tensor or context parallel ranks talk beside their matrix products, a GPU is
+    to begin kernels in the order they were given to it, on devices before Blackwell. Otherwise a product that was to hide the
+    talk may begin first and take the whole device. The user's own choice stays."""
+    if parallel.tensor > 1 or parallel.context > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def ffn_hidden_size(model: ModelSpec) -> int:

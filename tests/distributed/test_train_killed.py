@@ -18,6 +18,7 @@ from megatron_demix.artifact import hash_file
 from megatron_demix.errors import Incomplete
 from megatron_demix.launch.stage import is_being_made, stage_lock, start_ranks
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study.training import ParallelSpec
 from megatron_demix.train.trainer import train
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_component.py"
@@ -121,6 +122,42 @@ def test_ranks_run_what_is_installed(tmp_path, make_train_job, monkeypatch, rank
         stage.job.write_text(job.model_dump_json())
         process = start_ranks(stage, threads_per_rank=1, lock=lock)
     assert process.wait(TIME_LIMIT_S) == 0, stage.log.read_text()
+
+
+def test_the_tool_s_ranks_end_with_torchrun_and_keep_their_folder_until_then(tmp_path, make_train_job):
+    heartbeat, path = tmp_path / "heartbeat.json", tmp_path / "job.json"
+    job = make_train_job(tmp_path, parallel={"data": 2}, train_iters=100_000, heartbeat=heartbeat)
+    path.write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", TOOL, "--job", path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    ranks: list[int] = []
+    try:
+        wait_for_iteration(heartbeat, 2)
+        ranks = [pid for pid in processes(str(TOOL), str(path)) if pid != torchrun.pid]
+        assert len(ranks) == 2
+        with held(ranks):  # as if they saved
+            torchrun.kill()
+            torchrun.wait()
+            # The same command, with less patience.
+            impatient = (
+                f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); import train_component as tool; "
+                f"tool._LOCK_WAIT_S = 1; sys.argv = ['tool', '--job', {str(path)!r}]; sys.exit(tool.main())"
+            )
+            path.write_text(job.model_copy(update={"parallel": ParallelSpec()}).model_dump_json())
+            second = subprocess.run(
+                [sys.executable, "-c", impatient], env=environment, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert second.returncode == Incomplete.exit_code, second.stderr
+            assert f"another run that writes into {job.work}: still running after 1 s" in second.stderr
+        deadline = time.monotonic() + TIME_LIMIT_S
+        while (left := processes(str(TOOL), str(path))) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left == []
+    finally:
+        for pid in (torchrun.pid, *ranks):
+            kill(pid)
+        torchrun.wait()
 
 
 def test_ranks_that_outlive_torchrun_keep_their_stage(tmp_path, make_train_job, monkeypatch):
