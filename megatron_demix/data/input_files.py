@@ -14,7 +14,8 @@ _TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", "
 
 
 def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> list[Path]:
-    """Files for patterns (files, folders or globs relative to root), each once, sorted within a pattern.
+    """Files for patterns (files, folders or globs relative to root), sorted within a pattern, each once: of the names of one
+    file, which links and different ways to write a path give it, the first.
 
     Folders, and ** in a glob, are looked through with those that links in them lead to; names that begin with a dot are left
     out. Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
@@ -32,11 +33,14 @@ def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> li
         if not found:
             raise ConfigError(f"inputs: {pattern} matches no file (looked in {Path(root).resolve()}). Correct the path.")
         files.update(dict.fromkeys(sorted(found)))
+    once: dict[tuple[int, int], Path] = {}
     for file in files:
         _check_format(file)
-        if file.stat().st_size == 0:
+        facts = file.stat()
+        if facts.st_size == 0:
             raise CorruptInput(f"{file} is empty, expected text. Remove it from the inputs, or write it again.")
-    return list(files)
+        once.setdefault((facts.st_dev, facts.st_ino), file)
+    return list(once.values())
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:

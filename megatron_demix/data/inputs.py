@@ -105,13 +105,14 @@ def read_documents(
 
 def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[int, str, Any]]:
     """(line or row, kind, item) of one file's documents, for text_of: kind "json" is a line's bytes, "text" the file's bytes,
-    "row" a dictionary with every column of a Parquet file. json_key: the column that must be there.
+    "row" a dictionary with every column of a Parquet file, in which a string that is not UTF-8 is its bytes. json_key: the
+    column that must be there.
 
     Raises CorruptInput naming the file that cannot be read.
     """
     if format_of(file).endswith(".parquet"):
         for batch, first, _ in _batches(file, json_key, None, BLOCK_BYTES):
-            yield from ((row, "row", record) for row, record in enumerate(batch.to_pylist(), first))
+            yield from ((row, "row", record) for row, record in enumerate(_records(batch), first))
         return
     for block in read_blocks([file]):
         yield from ((line, block.kind, item) for line, item in _items(block))
@@ -133,7 +134,7 @@ def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int
             for data, first, lines in _lines(_decompressed(raw, file), block_bytes):
                 yield "json", data if first > 1 else data.removeprefix(codecs.BOM_UTF8), first, lines, raw.tell()
         else:
-            yield "text", _decompressed(raw, file).read(), 1, 0, raw.tell()
+            yield "text", _decompressed(raw, file).read().removeprefix(codecs.BOM_UTF8), 1, 0, raw.tell()
 
 
 def _lines_of(raw: IO[bytes], block_bytes: int, begin: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
@@ -283,19 +284,56 @@ def _halves(batch: Any, column: str | None, block_bytes: int) -> Iterator[Any]:
     yield from _halves(batch.slice(middle), column, block_bytes)
 
 
+def _records(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch. Arrow does not look whether its strings are UTF-8: those that are not stay bytes."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = {name: batch.column(name) for name in batch.schema.names}
+        return [{name: _value(column[row]) for name, column in columns.items()} for row in range(len(batch))]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as e:
+        return e.object
+
+
 def parse(block: Block, *, json_key: str = "text", on_bad_document: BadDocuments = "error") -> Documents:
     """The documents of a block.
 
-    An empty document is always rejected. A line that is not UTF-8, not a JSON object, or has no string under json_key raises
-    CorruptInput, or is rejected with the same reason.
+    An empty document is always rejected. A line or row that is not UTF-8, not a JSON object, or has no string under json_key
+    raises CorruptInput, or is rejected with the same reason.
     """
-    scanned = native.scan_json_lines(block.data, json_key, block.num_lines) if block.kind == "json" else None
+    scanned = None
+    if block.kind == "json":
+        scanned = native.scan_json_lines(block.data, json_key, block.num_lines)
+    elif block.kind == "column":
+        scanned = _scan_column(block.data)
     if scanned is None:
         return _parse_one_by_one(block, json_key, on_bad_document)
     content, offsets, lines = scanned
     empty = np.diff(offsets) == 0
     rejected = [(f"{block.file.name}:{block.first + n}", "empty") for n in lines[empty].tolist()]
     return Documents(TextBatch(content, np.append(offsets[:-1][~empty], offsets[-1])), rejected)
+
+
+def _scan_column(strings: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """What native.scan_json_lines gives, of an Arrow array and where its text lies; None if a string is not UTF-8."""
+    import pyarrow as pa
+
+    try:
+        strings.validate(full=True)
+    except pa.ArrowInvalid:
+        return None
+    strings = strings.cast(pa.large_string())
+    if strings.null_count:
+        strings = strings.fill_null("")
+    _, places, text = strings.buffers()
+    offsets = np.frombuffer(places, np.int64, len(strings) + 1, 8 * strings.offset)
+    content = np.frombuffer(text or b"", np.uint8)[offsets[0] : offsets[-1]]
+    return content, offsets - offsets[0], np.arange(len(strings))
 
 
 def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments) -> Documents:
@@ -337,7 +375,7 @@ def _items(block: Block) -> Iterator[tuple[int, Any]]:
             if line and not line.isspace():
                 yield block.first + offset, line
     elif block.kind == "column":
-        yield from enumerate(block.data.to_pylist(), block.first)
+        yield from enumerate(map(_value, block.data), block.first)
     else:
         yield block.first, block.data
 
@@ -350,16 +388,18 @@ def text_of(item: Any, kind: str, json_key: str) -> bytes:
     """The text of one document as UTF-8, b"" for a missing value of a column. Raises ValueError with what is wrong."""
     if kind == "row":
         item, kind = item[json_key], "column"
-    if kind == "column":
+    if kind == "column" and not isinstance(item, bytes):
         return b"" if item is None else item.encode()
     try:
         text = item.decode("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8 (byte 0x{item[e.start]:02x} at offset {e.start})") from e
-    if kind == "text":
+    if kind != "json":
         return item
     try:
-        value = json.loads(text)
+        # Only the text counts. Python refuses integers of more than 4300 digits, the quick path does not: whether a document is
+        # kept would depend on what else is in its block.
+        value = json.loads(text, parse_int=lambda _: 0)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg} at column {e.colno})") from e
     except RecursionError as e:

@@ -68,7 +68,11 @@ def _items(file: Path, keys: list[str]) -> Iterator[str]:
             if not isinstance(record, dict) or (missing := [k for k in keys if k not in record]):
                 raise CorruptInput(f"{file}:{line}: no key {missing[0]!r}; correct the file or the keys of the tasks.")
             record = [record[k] for k in keys]
-        yield "\n".join(_strings(record))
+        try:
+            text = "\n".join(_strings(record))
+        except UnicodeDecodeError as e:
+            raise CorruptInput(f"{file}:{line}: not UTF-8 ({e.reason} at offset {e.start}); correct the file.") from e
+        yield text
 
 
 def _strings(value: Any) -> Iterator[str]:

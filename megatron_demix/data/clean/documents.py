@@ -74,7 +74,8 @@ def _document(source: Source, line: int, kind: str, item: Any) -> tuple[Document
         document.text = text_of(item, kind, source.json_key).decode()
         about["record"] = _record(item, kind)
     except ValueError as e:
-        document.text = item.decode(errors="replace") if isinstance(item, bytes) else document.text
+        raw = item[source.json_key] if kind == "row" else item
+        document.text = raw.decode(errors="replace") if isinstance(raw, bytes) else document.text
         return document, str(e)
     return document, None if document.text else EMPTY
 

@@ -180,6 +180,26 @@ def test_what_is_no_document_ends_the_run_or_is_listed(tmp_path):
     assert "a field that cannot be written as JSON" in listed[2]["removed"]["why"]
 
 
+def test_rows_that_are_not_utf8(tmp_path):
+    """In the text or in another field."""
+    raw = pa.array([b"good", b"a\xff", b"fine"])
+    bad = pa.StringArray.from_buffers(3, *raw.buffers()[1:])
+    pq.write_table(pa.table({"text": bad, "by": bad[::-1].take([2, 0, 1])}), tmp_path / "a.parquet")
+    with pytest.raises(CorruptInput, match=r"a\.parquet:2: not UTF-8 \(byte 0xff at offset 1\)"):
+        clean({"x": [tmp_path / "a.parquet"]}, tmp_path / "out", NOTHING)
+    clean({"x": [tmp_path / "a.parquet"]}, tmp_path / "out", NOTHING, on_bad_document="reject")
+    assert records(tmp_path / "out/x") == [{"text": "good", "by": "good"}]
+    listed = records(tmp_path / "out/removed/unreadable/x")
+    assert [(r["text"], r["removed"]["document"]) for r in listed] == [("a\ufffd", "a.parquet:2"), ("fine", "a.parquet:3")]
+
+
+def test_a_task_that_is_not_utf8(tmp_path):
+    (tmp_path / "task.txt").write_bytes(b"a\xff")
+    spec = {"contamination": {"tasks": {"t": [str(tmp_path / "task.txt")]}}}
+    with pytest.raises(CorruptInput, match=r"task\.txt:1: not UTF-8"):
+        clean({"x": write(tmp_path / "a.jsonl", TOPICS)}, tmp_path / "out", spec)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A language model of prose, and a classifier of prose (high) against code (low)."""

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -22,6 +23,14 @@ TEXTS = ["first", 'with "quotes" \\ and\nnew lines\t', "naïve 你好 🙂\x00\u
 
 def documents(files, **options):
     return [t for batch in read_documents(files, **options) for t in batch.text.strings()]
+
+
+def write_bad_row(file):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    raw = pa.array([b"good", b"a\xff", None, "ß".encode()])
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(4, *raw.buffers()[1:], raw.buffers()[0])}), file)
 
 
 def write_all_formats(folder):
@@ -67,6 +76,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(codecs.BOM_UTF8 + lines))
     assert documents([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]) == ["one", "two"] * 2
+    (tmp_path / "c.txt").write_bytes(codecs.BOM_UTF8 + b"three")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(codecs.BOM_UTF8 + b"four"))
+    assert documents([tmp_path / "c.txt", tmp_path / "d.txt.gz"]) == ["three", "four"]
     parts = [read_blocks([tmp_path / "a.jsonl"], part=(i, 2), block_bytes=1) for i in range(2)]
     assert b"".join(block.data for part in parts for block in part) == lines
 
@@ -127,6 +139,40 @@ def test_a_parquet_document_larger_than_a_block(tmp_path, monkeypatch):
     assert documents([tmp_path / "a.parquet"]) == texts
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_rows_without_text(tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for texts in (["a", None, "", "ß", None], [None, None], ["", ""], []):
+        pq.write_table(pa.table({"text": pa.array(texts, getattr(pa, kind)())}), tmp_path / "a.parquet")
+        batches = list(read_documents([tmp_path / "a.parquet"]))
+        assert [t for b in batches for t in b.text.strings()] == [t for t in texts if t]
+        missing = [(f"a.parquet:{row}", "empty") for row, t in enumerate(texts, 1) if not t]
+        assert [r for b in batches for r in b.rejected] == missing
+
+
+def test_a_slice_of_a_column(tmp_path):
+    import pyarrow as pa
+
+    column = pa.array(["zero", "one", None, "", "two", "three"])[1:5]
+    batch = inputs.parse(inputs.Block(0, tmp_path / "a.parquet", "column", column, 5, 0))
+    assert batch.text.strings() == ["one", "two"]
+    assert [place for place, _ in batch.rejected] == ["a.parquet:6", "a.parquet:7"]
+
+
+def test_a_row_that_is_not_utf8(tmp_path):
+    """Arrow takes any bytes for strings."""
+    write_bad_row(tmp_path / "a.parquet")
+    with pytest.raises(
+        CorruptInput, match=r"a\.parquet:2: not UTF-8 \(byte 0xff at offset 1\)\. Correct the file, or have such"
+    ):
+        documents([tmp_path / "a.parquet"])
+    (batch,) = read_documents([tmp_path / "a.parquet"], on_bad_document="reject")
+    assert batch.text.strings() == ["good", "ß"]
+    assert batch.rejected == [("a.parquet:2", "not UTF-8 (byte 0xff at offset 1)"), ("a.parquet:3", "empty")]
+
+
 BAD_LINES = [
     (b'{"text": "a\xff"}', "not UTF-8 (byte 0xff at offset 11)"),
     (b'{"text": "a"', "not JSON (Expecting ',' delimiter at column 13)"),
@@ -155,6 +201,13 @@ def test_bad_lines(tmp_path, line, reason):
     assert len(batch.rejected) == 1
     assert batch.rejected[0][0] == "x.jsonl:3"
     assert reason in batch.rejected[0][1]
+
+
+@pytest.mark.parametrize("neighbour", [b"", b'{"text": "b", "n": NaN}\n'], ids=["alone", "with NaN"])
+def test_whether_a_document_is_kept_depends_on_no_other(tmp_path, neighbour):
+    """The quick path takes a block without NaN, and Python's json reads no integer of more than 4300 digits by itself."""
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n" + neighbour)
+    assert documents([tmp_path / "x.jsonl"])[0] == "a"
 
 
 json_values = st.recursive(
@@ -236,10 +289,19 @@ def test_folders_follow_links_and_leave_out_what_is_hidden(tmp_path, pattern):
     (root / "d" / "linked").symlink_to(tmp_path / "elsewhere")
     for loop in ("back", "sub/back", "sub/back_too"):
         (root / "d" / loop).symlink_to(root / "d")
-    (root / "d" / "f.jsonl").symlink_to(tmp_path / "elsewhere" / "deep" / "e.jsonl")
+    (tmp_path / "g.jsonl").write_text("x")
+    (root / "d" / "f.jsonl").symlink_to(tmp_path / "g.jsonl")
     found = [str(p.relative_to(root)) for p in resolve_inputs([pattern], root)]
     assert found == ["d/a.jsonl", "d/f.jsonl", "d/linked/deep/e.jsonl", "d/sub/b.jsonl"]
     assert [str(p.relative_to(root)) for p in resolve_inputs(["d/.cache/*"], root)] == ["d/.cache/c.jsonl"]
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text("x")
+    (tmp_path / "d" / "latest.jsonl").symlink_to("a.jsonl")
+    assert resolve_inputs(["d", tmp_path / "d", "d/../d/a.jsonl"]) == [Path("d/a.jsonl")]
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
