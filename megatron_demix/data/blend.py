@@ -26,10 +26,11 @@ import numpy as np
 
 from megatron_demix import native
 from megatron_demix.artifact import fingerprint, only_maker
+from megatron_demix.data import blend_files
 from megatron_demix.data.pool import Domain, OpenPool, Pool, Source, open_pool
 from megatron_demix.data.quota import OnShortfall, feasible_max_shares, quotas
 from megatron_demix.data.source_digest import fingerprint_sources
-from megatron_demix.errors import ConfigError, IncompatibleInputs, storage_errors
+from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError, storage_errors
 from megatron_demix.mixture import Mixture, apportion
 
 Mode = Literal["view", "materialise", "args"]
@@ -130,10 +131,13 @@ def plan_blend(
     taken = {name: tokens for name, (_, tokens) in used_before.items()}
     planned = quotas(pool.domains, mixture, target_tokens, on_shortfall, taken=taken)
     start = {name: used_before.get(name, (0, 0))[0] for name in planned}
-    below = {
-        name: pool.domains[name].stream(seed).advance(start[name], quota, pool.domains[name].tokens, threads=threads)
-        for name, quota in planned.items()
-    }
+    try:
+        below = {
+            name: pool.domains[name].stream(seed).advance(start[name], quota, pool.domains[name].tokens, threads=threads)
+            for name, quota in planned.items()
+        }
+    finally:
+        pool.check_still_there()
     chosen = {name: (documents, tokens) for name, (documents, tokens, _) in below.items()}
     missing = sum(planned.values()) - sum(tokens for _, tokens in chosen.values())
     # Largest remainder, in documents: who is owed most of its next document gets it, until the total is reached.
@@ -146,6 +150,11 @@ def plan_blend(
         missing -= next_length
     shares = mixture.over(list(pool.domains))
     requested = dict(zip(shares, apportion(target_tokens, list(shares.values())), strict=True))
+    if not any(documents for documents, _ in chosen.values()):
+        raise MixtureError(
+            f"a blend of {target_tokens:,} tokens would hold none (on_shortfall=cap): its domains, {', '.join(planned)}, have "
+            "no tokens left within their max_epochs. Leave it out, raise max_epochs, or give it other domains."
+        )
     used = pool.only(n for n in planned if chosen[n][0])
     parts = tuple(DomainPlan(d, shares[n], requested[n], planned[n], start[n], *chosen[n]) for n, d in used.domains.items())
     dropped = tuple(n for n in pool.domains if n not in used.domains)
@@ -193,7 +202,6 @@ def build_blend(
     Raises MixtureError, ConfigError, IncompatibleInputs, CorruptInput, OutputExists, StorageError; then nothing at `output`
     has changed.
     """
-    from megatron_demix.data import blend_files
     from megatron_demix.data.stale import warn_of_stale_indexes
 
     if worker is not None and (mode != "materialise" or not 0 <= worker[0] < worker[1]):
@@ -245,8 +253,8 @@ def _manifest(
     plan: BlendPlan, hashed: Sequence[Mapping[str, Any]], output: Path, mode: Mode, on_shortfall: OnShortfall
 ) -> dict[str, Any]:
     """What the blend is. hashed: what identifies each source, in the pool's order. No time and no absolute path: two runs of
-    one study give the same bytes."""
-    sources = iter(hashed)
+    one study give the same bytes. Only the key of mode args depends on where the data lies, since that is what it gives."""
+    sources, folder = iter(hashed), os.path.realpath(output.parent)
     domains = {
         p.domain.name: {
             "share": p.share,
@@ -259,7 +267,7 @@ def _manifest(
             "max_epochs": p.domain.max_epochs,
             "available_tokens": p.domain.tokens,
             "available_documents": p.domain.documents,
-            "sources": [{"prefix": os.path.relpath(i.prefix, output.parent), **next(sources)} for i in p.domain.indexes],
+            "sources": [{"prefix": os.path.relpath(_real(i.prefix), folder), **next(sources)} for i in p.domain.indexes],
         }
         for p in plan.parts
     }
@@ -270,9 +278,13 @@ def _manifest(
         "target_tokens": plan.target_tokens,
         "domains": domains,
     }
+    paths = {}
+    if mode == "args":
+        planned = {p.domain.name: p.planned for p in plan.parts}
+        paths = {"paths": blend_files.megatron_words(planned, plan.pool.domains)}
     return {
         "kind": "blend",
-        "key": fingerprint(identity | {"domains": [[n, d | {"sources": _contents(d)}] for n, d in domains.items()]}),
+        "key": fingerprint(identity | paths | {"domains": [[n, d | {"sources": _contents(d)}] for n, d in domains.items()]}),
         "unit": "tokens",
         "tokens": plan.tokens,
         "documents": plan.documents,
@@ -281,6 +293,11 @@ def _manifest(
         "tokenizer": plan.pool.tokenizer,
         "dropped_domains": list(plan.dropped),
     } | identity
+
+
+def _real(prefix: Path) -> Path:
+    """With no link among its folders: the relative path between two of them is as many folders up and down as it says."""
+    return Path(os.path.realpath(prefix.parent), prefix.name)
 
 
 def _contents(domain: Mapping[str, Any]) -> list[dict[str, Any]]:

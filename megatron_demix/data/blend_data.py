@@ -1,8 +1,9 @@
 """The data of a view or a materialised blend, written piece by piece into a working folder.
 
-The folder holds, besides the blend's own files: plan.idx (the documents in their order, as an index over the pool),
-plan.domains.npy and plan.json (written last: the plan is whole), and one shard-<n>.json for each finished shard of the .bin.
-A killed run goes on from what is there; several machines may write shards of one blend side by side.
+The folder holds, besides the blend's own files: plan-idx (the documents in their order, as an index over the pool),
+plan-domains (an .npy) and plan-facts (JSON, written last: the plan is whole), which are no blend's own files whatever its name
+is, and one shard-<n>.json for each finished shard of the .bin. A killed run goes on from what is there; several machines may
+write shards of one blend side by side.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_demix.data.blend import BlendPlan, OrderPiece
 
 DOMAINS_SUFFIX = ".domains.npy"
+PLAN_INDEX, PLAN_DOMAINS, PLAN_FACTS = "plan-idx", "plan-domains", "plan-facts"
 # A shard is the smallest number of whole steps that reaches its size.
 SHARD_BYTES = 256 << 20
 SHARD_STEP_DOCUMENTS = 1 << 14
@@ -38,15 +40,15 @@ _COPIED_BYTES = 8 << 20
 
 
 def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
-    """Choose the order of the documents, once. Returns what plan.json says: evenness, and the number of shards."""
-    facts_path = work / "plan.json"
+    """Choose the order of the documents, once. Returns what plan-facts says: evenness, and the number of shards."""
+    facts_path = work / PLAN_FACTS
     if facts_path.is_file():
         return read_json(facts_path)
     order = plan.order()
     longest = 0
     with (
-        open(work / "plan.idx", "wb", 0) as index,
-        open(work / f"plan{DOMAINS_SUFFIX}", "wb", 0) as owners,
+        open(work / PLAN_INDEX, "wb", 0) as index,
+        open(work / PLAN_DOMAINS, "wb", 0) as owners,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
     ):
         index.write(header(plan.pool.dtype, plan.documents, plan.documents + 1))
@@ -63,8 +65,9 @@ def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
         while written:
             written.popleft().result()
         targets.finish()
+    plan.pool.check_still_there()
     drift = dict(zip((p.domain.name for p in plan.parts), order.drift, strict=True))
-    lengths, _ = map_index(work / "plan.idx", plan.documents)
+    lengths, _ = map_index(work / PLAN_INDEX, plan.documents)
     facts = {
         "shards": sum(1 for _ in shards(lengths, plan.pool.dtype.itemsize)),
         "evenness": {
@@ -79,7 +82,7 @@ def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Targets:
-    """The open plan.idx and plan.domains.npy (its data from byte `owners_at` on), filled piece by piece."""
+    """The open plan-idx and plan-domains (its data from byte `owners_at` on), filled piece by piece."""
 
     index: int
     owners: int
@@ -127,7 +130,7 @@ def shards(lengths: np.ndarray, item_bytes: int) -> Iterator[tuple[int, int, int
 
 def finish_view(plan: BlendPlan, work: Path, name: str, pool_id: str, cache: Path | None, *, progress: bool) -> dict[str, Any]:
     """The pool as the view's .bin, and the plan as its .idx. cache: a folder where views of one pool share its .bin."""
-    facts = read_json(work / "plan.json")
+    facts = read_json(work / PLAN_FACTS)
     target = bin_path(work / name)
     with progress_bar(f"pooling {name}", plan.pool.num_bytes, unit="bytes", enabled=progress) as advance:
         if cache is None:
@@ -143,8 +146,8 @@ def finish_view(plan: BlendPlan, work: Path, name: str, pool_id: str, cache: Pat
                 )
             target.unlink(missing_ok=True)
             _link(shared, target)
-    _take(work / "plan.idx", work / f"{name}.idx")
-    _take(work / f"plan{DOMAINS_SUFFIX}", work / f"{name}{DOMAINS_SUFFIX}")
+    _take(work / PLAN_INDEX, work / f"{name}.idx")
+    _take(work / PLAN_DOMAINS, work / f"{name}{DOMAINS_SUFFIX}")
     return {"evenness": facts["evenness"]}
 
 
@@ -211,7 +214,7 @@ def _copy_range(source: int, out: int, some: int, at: int, to: int) -> int:
 def write_shards(plan: BlendPlan, work: Path, name: str, worker: tuple[int, int], *, threads: int, progress: bool) -> None:
     """Write every n-th shard of the .bin from the i-th on, worker = (i, n); finished ones are left alone."""
     item = plan.pool.dtype.itemsize
-    lengths, pointers = map_index(work / "plan.idx", plan.documents)
+    lengths, pointers = map_index(work / PLAN_INDEX, plan.documents)
     pool = plan.pool.contents()
     todo = list(enumerate(shards(lengths, item)))[worker[0] :: worker[1]]
     total = sum(tokens for _, (*_, tokens) in todo)
@@ -238,12 +241,12 @@ def write_shards(plan: BlendPlan, work: Path, name: str, worker: tuple[int, int]
 
 def finish_materialised(plan: BlendPlan, work: Path, name: str) -> dict[str, Any] | None:
     """The .idx, once all shards are written; None while some are missing."""
-    facts = read_json(work / "plan.json")
+    facts = read_json(work / PLAN_FACTS)
     markers = [work / f"shard-{number}.json" for number in range(facts["shards"])]
     if not all(marker.is_file() for marker in markers):
         return None
     content = sum(int(read_json(marker)["content"], 16) for marker in markers) % 2**64
-    lengths, _ = map_index(work / "plan.idx", plan.documents)
+    lengths, _ = map_index(work / PLAN_INDEX, plan.documents)
     write_index(work / f"{name}.idx", plan.pool.dtype, lengths)
-    _take(work / f"plan{DOMAINS_SUFFIX}", work / f"{name}{DOMAINS_SUFFIX}")
+    _take(work / PLAN_DOMAINS, work / f"{name}{DOMAINS_SUFFIX}")
     return {"content": f"{content:016x}", "evenness": facts["evenness"]}

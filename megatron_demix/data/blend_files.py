@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from megatron_demix.data.pool import Domain
 
 MANIFEST_SUFFIX = ".blend.json"
+_DATA = (".bin", blend_data.DOMAINS_SUFFIX, ".idx")
+_SUFFIXES = {"view": _DATA, "materialise": _DATA, "args": (".args.json", ".args.txt")}
+"""Of a blend's own files, by mode: beside them in the working folder may lie others that begin with its name."""
 
 
 def manifest_path(prefix: Path | str) -> Path:
@@ -108,9 +111,9 @@ def _is_sealed(work: Path, output: Path) -> bool:
 def _seal(work: Path, name: str, manifest: dict[str, Any]) -> None:
     """Make the blend's files in `work` last, and write the manifest that counts them."""
     facts = {}
-    for file in sorted(p for p in work.iterdir() if p.name.startswith(f"{name}.")):
+    for suffix in _SUFFIXES[manifest["mode"]]:
+        file = work / f"{name}{suffix}"
         sync_path(file)
-        suffix = file.name[len(name) :]
         # verify_blend reads the .bin again; its digest here would cost a second pass over it.
         facts[suffix] = {"bytes": file.stat().st_size} | ({} if suffix == ".bin" else {"blake2b": hash_file(file)})
     write_json(manifest_path(work / name), manifest | {"files": facts})

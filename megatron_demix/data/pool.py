@@ -95,7 +95,8 @@ class Domain:
     @property
     def most_tokens(self) -> int:
         """The tokens a blend may take: one epoch times max_epochs, rounded down."""
-        return math.floor(self.tokens * Fraction(self.max_epochs))
+        # As it was written: 1.2 as a binary number is a little less, and 1,000 tokens would be 1,199.
+        return math.floor(self.tokens * Fraction(str(self.max_epochs)))
 
     def stream(self, seed: int) -> native.DocumentStream:
         """Its documents in the order that (seed, domain name) alone decides."""
@@ -127,6 +128,11 @@ class OpenPool:
     @property
     def num_bytes(self) -> int:
         return sum(i.bin_bytes for i, _ in self.indexes)
+
+    def check_still_there(self) -> None:
+        """Raises CorruptInput if an index has become shorter, or its disk has failed, while documents were chosen by it."""
+        for index, _ in self.indexes:
+            index.check_still_there()
 
     def contents(self) -> PoolBytes:
         """Raises CorruptInput."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from megatron_demix.data.blend_data import DOMAINS_SUFFIX
 from megatron_demix.data.blend_files import manifest_path, read_manifest
 from megatron_demix.data.pool import Pool, Source, open_pool
 from megatron_demix.data.source_digest import fingerprint_sources, hash_span
-from megatron_demix.errors import ConfigError, CorruptInput, VerificationFailed
+from megatron_demix.errors import ConfigError, DemixError, VerificationFailed
 from megatron_demix.indexed.format import bin_path
 from megatron_demix.indexed.reader import Index, read_index
 from megatron_demix.progress import progress_bar
 
-_BATCH = 4096
+_BATCH_DOCUMENTS = 4096
+_BATCH_TOKENS = 1 << 22
 
 
 def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
     names = list(manifest["domains"])
     if len(domain_of) != index.num_documents or (len(domain_of) and int(domain_of.max()) >= len(names)):
         raise VerificationFailed(f"{prefix}{DOMAINS_SUFFIX}: {len(domain_of)} entries for {index.num_documents} documents.")
-    counted, content = _recount(prefix, domain_of, len(names), progress)
+    counted, content = _recount(prefix, index, domain_of, len(names), progress)
     for n, name in enumerate(names):
         expected = manifest["domains"][name]
         if counted[n] != (expected["documents"], expected["tokens"]):
@@ -60,6 +62,7 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
             f"blend {prefix}: content digest {content:016x}, expected {manifest['content']}: tokens changed since it was built."
         )
     sources = _compare_with_sources(prefix, manifest, index, domain_of, progress)
+    index.check_still_there()
     return {
         "documents": index.num_documents,
         "tokens": index.num_tokens,
@@ -68,7 +71,9 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
     }
 
 
-def _recount(prefix: Path, domain_of: np.ndarray, num_domains: int, progress: bool) -> tuple[list[tuple[int, int]], int]:
+def _recount(
+    prefix: Path, index: Index, domain_of: np.ndarray, num_domains: int, progress: bool
+) -> tuple[list[tuple[int, int]], int]:
     """Documents and tokens of each domain, and the content digest, as the stock reader sees them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core warns about every package it can do without
@@ -78,8 +83,8 @@ def _recount(prefix: Path, domain_of: np.ndarray, num_domains: int, progress: bo
     documents, tokens = np.zeros(num_domains, np.int64), np.zeros(num_domains, np.int64)
     content = 0
     with progress_bar(f"verifying {prefix.name}", len(dataset), unit="documents", enabled=progress) as advance:
-        for start in range(0, len(dataset), _BATCH):
-            batch = [dataset[i] for i in range(start, min(start + _BATCH, len(dataset)))]
+        for start, end in _batches(index.lengths):
+            batch = [dataset[i] for i in range(start, end)]
             lengths = np.array([len(document) for document in batch], np.int64)
             owner = domain_of[start : start + len(batch)]
             documents += np.bincount(owner, minlength=num_domains)
@@ -89,6 +94,16 @@ def _recount(prefix: Path, domain_of: np.ndarray, num_domains: int, progress: bo
             content += int(native.hash_documents(joined, offsets, start, step=1).sum(dtype=np.uint64))
             advance(len(batch))
     return list(zip(documents.tolist(), tokens.tolist(), strict=True)), content % 2**64
+
+
+def _batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """[begin, end) of the documents that are held at once: many short ones, few long ones."""
+    begin = 0
+    while begin < len(lengths):
+        tokens = np.cumsum(lengths[begin : begin + _BATCH_DOCUMENTS], dtype=np.int64)
+        end = begin + max(1, int(np.searchsorted(tokens, _BATCH_TOKENS, side="right")))
+        yield begin, end
+        begin = end
 
 
 def _check_pool(prefix: Path, manifest: dict[str, Any], progress: bool) -> None:
@@ -125,7 +140,7 @@ def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, 
             for source, seen, noted in zip(indexes, hashed, d["sources"], strict=True):
                 if seen != {k: v for k, v in noted.items() if k != "prefix"}:
                     return f"not compared: {source.prefix} has changed since"
-    except CorruptInput as e:
+    except DemixError as e:  # they fitted together when the blend was built
         return f"not compared: {e}"
     parts = tuple(
         DomainPlan(
@@ -141,6 +156,7 @@ def _compare_with_sources(prefix: Path, manifest: dict[str, Any], index: Index, 
     )
     plan = BlendPlan(opened, manifest["seed"], manifest["target_tokens"], parts, ())
     for first, piece in plan.order().pieces(native.default_threads()):
+        opened.check_still_there()
         here = slice(first, first + len(piece.lengths))
         same = np.array_equal(piece.lengths, index.lengths[here]) and np.array_equal(piece.owners, domain_of[here])
         if manifest["mode"] == "view":

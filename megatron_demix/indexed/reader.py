@@ -29,6 +29,16 @@ class Index:
     bin_bytes: int
     is_view: bool
     """True where pointers repeat, permute or leave gaps: tools that rebuild pointers from lengths would corrupt it."""
+    file: native.MappedFile | None = None
+    """What the arrays are views of. It keeps no descriptor, so that thousands can be open at once."""
+
+    def check_still_there(self) -> None:
+        """Raises CorruptInput if zeros have been read in the place of what was there."""
+        if self.file is not None and self.file.lost:
+            raise CorruptInput(
+                f"{idx_path(self.prefix)} became shorter, or its disk failed, while it was read. Copy it again from its "
+                "source, and leave it alone while it is used."
+            )
 
     @property
     def num_sequences(self) -> int:
@@ -57,10 +67,11 @@ def read_index(prefix: Path | str) -> Index:
             hint = f" Did you mean {str(prefix)[:-4]}?" if str(prefix).endswith((".bin", ".idx")) else ""
             raise CorruptInput(f"{path} does not exist. An indexed data set is a prefix with a .bin and an .idx file.{hint}")
     try:
-        raw = np.memmap(idx, np.uint8, mode="r") if idx.stat().st_size else np.empty(0, np.uint8)
+        file = native.MappedFile(idx)
         bin_bytes = data.stat().st_size
     except OSError as e:
         raise CorruptInput(f"{idx} cannot be read: {e.strerror}.") from e
+    raw = file.data
     facts = native.check_index(raw, bin_bytes)
     if facts.problem:
         raise CorruptInput(f"{idx}: {_explain(facts, bin_bytes)} Copy it again from its source, or prepare the data again.")
@@ -69,7 +80,9 @@ def read_index(prefix: Path | str) -> Index:
     pointers = np.frombuffer(raw, "<i8", sequences, HEADER_BYTES + 4 * sequences)
     documents = np.frombuffer(raw, "<i8", boundaries, HEADER_BYTES + 12 * sequences)
     dtype = DTYPES[facts.dtype_code]
-    return Index(Path(prefix), dtype, lengths, pointers, documents, facts.tokens, bin_bytes, not facts.end_to_end)
+    index = Index(Path(prefix), dtype, lengths, pointers, documents, facts.tokens, bin_bytes, not facts.end_to_end, file)
+    index.check_still_there()
+    return index
 
 
 def _explain(facts: native.IndexCheck, bin_bytes: int) -> str:
@@ -119,6 +132,7 @@ class IndexedReader:
         if not 0 <= number < self.index.num_sequences:
             raise IndexError(f"sequence {number} of {self.index.num_sequences} in {self.index.prefix}")
         pointer, length = int(self.index.pointers[number]), int(self.index.lengths[number])
+        self.index.check_still_there()
         return np.frombuffer(self._bytes, self.index.dtype, length, pointer)
 
     def tokens(self, document: int, start: int = 0, count: int | None = None) -> np.ndarray:
@@ -126,6 +140,7 @@ class IndexedReader:
         if not 0 <= document < self.index.num_documents:
             raise IndexError(f"document {document} of {self.index.num_documents} in {self.index.prefix}")
         first, last = int(self.index.documents[document]), int(self.index.documents[document + 1])
+        self.index.check_still_there()
         if last == first + 1:
             whole = self.sequence(first)
         else:

@@ -120,6 +120,17 @@ def test_bytes_depend_on_seed_and_data_only(pool, tmp_path):
     assert (tmp_path / "x" / "b.idx").read_bytes() != (tmp_path / "z" / "b.idx").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["plan", "plan-idx", "shard-0"])
+def test_an_output_may_have_any_name(pool, tmp_path, name):
+    """Also one that files of the working folder begin with."""
+    report = build(pool, tmp_path / "b" / name, mode="materialise")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        f"{name}{suffix}" for suffix in (".bin", ".blend.json", ".domains.npy", ".idx")
+    ]
+    assert list(report["files"]) == [".bin", ".domains.npy", ".idx"]
+    assert verify_blend(tmp_path / "b" / name, progress=False)["sources"] == "compared"
+
+
 def test_zero_weight_is_dropped_and_said(pool, tmp_path):
     report = build(pool, tmp_path / "b", mixture=Mixture({"code": 0.4, "prose": 0.6, "math": 0}))
     assert report["dropped_domains"] == ["math"]
@@ -141,6 +152,23 @@ def test_views_share_a_pool(pool, tmp_path):
     shared.write_bytes(b"short")
     with pytest.raises(CorruptInput, match=r"has 5 bytes, expected .* Delete it to have it made anew"):
         build(pool, tmp_path / "d", pool_cache=tmp_path / "cache")
+
+
+def test_epochs_are_a_decimal_number(tmp_path):
+    """1.2 is a little less as a binary number."""
+    pool = {"a": Source((make_indexed(tmp_path / "a", [1] * 1000),), 1.2)}
+    assert build(pool, tmp_path / "b", target=1200, mixture=Mixture({"a": 1}))["tokens"] == 1200
+
+
+def test_a_stage_that_a_cap_leaves_nothing(pool, tmp_path):
+    from megatron_demix.data.curriculum import Stage, build_curriculum
+
+    stages = [Stage(Mixture({"math": 1}), 10**6), Stage(Mixture({"math": 1}), 500)]
+    with pytest.raises(
+        MixtureError, match=r"stage 2 of 2: a blend of 500 tokens would hold none .*: its domains, math, have no"
+    ):
+        build_curriculum(pool, stages, tmp_path / "c", seed=3, on_shortfall="cap", progress=False)
+    assert not list(tmp_path.glob("c*"))
 
 
 def test_curriculum(pool, tmp_path):

@@ -13,7 +13,7 @@ from indexed_data import make_pool
 from megatron_demix.data.blend import Pool, Source
 from megatron_demix.data.blend_files import read_manifest
 from megatron_demix.data.verify import verify_blend
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, OutputExists
 from megatron_demix.mixture import Mixture
 
 ROOT = Path(__file__).parents[3]
@@ -46,6 +46,20 @@ def test_args_mode(tmp_path):
     blank = make_pool(tmp_path / "a blank", {"code": [10]})
     with pytest.raises(ConfigError, match=r"code_0' has a blank in it, at which Megatron's --data-args-path would cut it"):
         build(blank, tmp_path / "b", target=5, mixture=Mixture({"code": 1}), mode="args")
+
+
+@pytest.mark.parametrize("changed", ["prefixes", "valid", "test"])
+def test_arguments_with_other_paths_are_another_blend(tmp_path, changed):
+    """The same bytes that lie elsewhere are the same data for a view, but not for arguments, which are paths."""
+    for folder in ("here", "there"):
+        make_pool(tmp_path / folder, {"code": [10] * 30})
+    sources = dict.fromkeys(("prefixes", "valid", "test"), (tmp_path / "here" / "code_0",))
+    other = sources | {changed: (tmp_path / "there" / "code_0",)}
+    options = {"target": 100, "mixture": Mixture({"code": 1}), "mode": "args"}
+    once = build({"code": Source(**sources)}, tmp_path / "a", **options)
+    assert build({"code": Source(**sources)}, tmp_path / "a", **options) == once
+    with pytest.raises(OutputExists, match="it was built from other data or settings"):
+        build({"code": Source(**other)}, tmp_path / "a", **options)
 
 
 def test_stock_builder_takes_the_arguments(pool, tmp_path):

@@ -10,7 +10,7 @@ from blends import build
 from indexed_data import make_indexed
 
 from megatron_demix import native
-from megatron_demix.data import blend_data
+from megatron_demix.data import blend, blend_data
 from megatron_demix.data.blend import Source, feasible_max_shares
 from megatron_demix.data.blend_report import blend_table
 from megatron_demix.data.pool import Pool
@@ -84,6 +84,19 @@ def test_a_source_that_becomes_shorter_before_it_is_read(pool, tmp_path, monkeyp
     monkeypatch.setattr(blend_data, "write_shards", after_it_was_cut)
     with pytest.raises(CorruptInput, match=rf"code_0\.bin has {left:,} bytes, but had .* when the blend began"):
         build(pool, tmp_path / "b", mode="materialise")
+
+
+def test_an_index_that_becomes_shorter_while_documents_are_chosen(pool, tmp_path, monkeypatch):
+    real = blend.quotas
+
+    def after_it_was_cut(*arguments, **options):
+        os.truncate(tmp_path / "pool" / "math_0.idx", 0)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(blend, "quotas", after_it_was_cut)
+    with pytest.raises(CorruptInput, match=r"math_0\.idx became shorter"):
+        build(pool, tmp_path / "b")
+    assert not list(tmp_path.glob("b.*"))
 
 
 def test_more_documents_than_megatron_can_number(tmp_path):

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from blends import build, flip_last_byte
+from indexed_data import make_indexed
 
 from megatron_demix import native
 from megatron_demix.artifact import hash_file
-from megatron_demix.data import source_digest
+from megatron_demix.data import source_digest, verify
 from megatron_demix.data.pool import Source
 from megatron_demix.data.verify import verify_blend
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, VerificationFailed
@@ -96,6 +97,35 @@ def test_verify_says_when_sources_are_gone_or_changed(pool, tmp_path):
     assert "has changed since" in verify_blend(tmp_path / "b", progress=False)["sources"]
     (tmp_path / "pool" / "math_0.bin").unlink()
     assert "does not exist" in verify_blend(tmp_path / "b", progress=False)["sources"]
+
+
+@pytest.mark.parametrize("vocab_size", [50_000, 100_000])
+def test_verify_says_when_sources_no_longer_make_a_pool(pool, tmp_path, vocab_size):
+    """Empty, or of another dtype than the others."""
+    build(pool, tmp_path / "b")
+    make_indexed(tmp_path / "pool" / "math_0", [] if vocab_size == 50_000 else [1], vocab_size=vocab_size)
+    assert "not compared: " in verify_blend(tmp_path / "b", progress=False)["sources"]
+
+
+def test_sources_are_found_from_behind_a_link(pool, tmp_path):
+    (tmp_path / "deep" / "er" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "real")
+    build(pool, tmp_path / "link" / "b")
+    for folder in ("link", "deep/er/real"):
+        assert verify_blend(tmp_path / folder / "b", progress=False)["sources"] == "compared"
+
+
+@pytest.mark.parametrize("mode", ["view", "materialise"])
+def test_verify_holds_few_long_documents_at_once(pool, tmp_path, monkeypatch, mode):
+    held, hash_documents = [], native.hash_documents
+    monkeypatch.setattr(
+        native, "hash_documents", lambda data, *a, **o: (held.append(len(data)), hash_documents(data, *a, **o))[1]
+    )
+    monkeypatch.setattr(verify, "_BATCH_TOKENS", 150)  # fewer than some of its documents have
+    report = build(pool, tmp_path / "b", mode=mode)
+    assert verify_blend(tmp_path / "b", progress=False)["sources"] == "compared"
+    assert sum(held) == 2 * report["tokens"]
+    assert max(held) < 2 * 200
 
 
 def test_verify_needs_a_blend(pool, tmp_path):

@@ -1,5 +1,6 @@
 """The .idx reader believes nothing: every way a file can be wrong has its own message."""
 
+import os
 import struct
 
 import numpy as np
@@ -67,6 +68,22 @@ def test_a_view_knows_that_it_is_one(prefix, tmp_path):
     view, whole = IndexedReader(tmp_path / "view"), IndexedReader(prefix)
     assert view.index.is_view
     assert [view.tokens(i).tolist() for i in range(3)] == [whole.tokens(i).tolist() for i in (2, 0, 2)]
+
+
+def test_an_index_keeps_no_descriptor(prefix):
+    """Else a pool of a thousand prefixes is more than a process may have open."""
+    before = os.listdir("/proc/self/fd")
+    index = read_index(prefix)
+    assert os.listdir("/proc/self/fd") == before
+    assert index.num_documents == 4
+
+
+def test_an_index_that_becomes_shorter_while_it_is_read(prefix):
+    reader = IndexedReader(prefix)
+    os.truncate(f"{prefix}.idx", 0)
+    for use in (lambda: reader.sequence(1), lambda: reader.tokens(1), reader.index.check_still_there):
+        with pytest.raises(CorruptInput, match=r"data\.idx became shorter, or its disk failed, while it was read"):
+            use()
 
 
 def test_empty_data_set(tmp_path):
