@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from unittest import mock
 
 from megatron_demix.errors import Incomplete
 from megatron_demix.process import die_with_parent
@@ -31,8 +30,11 @@ def _keeping_sigterm() -> Iterator[None]:
     def set_others(signum: int, handler: Any) -> Any:
         return signal.getsignal(signum) if signum == signal.SIGTERM else set_handler(signum, handler)
 
-    with mock.patch.object(signal, "signal", set_others):
+    signal.signal = set_others  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        signal.signal = set_handler
 
 
 def main() -> int:
