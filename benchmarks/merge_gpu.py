@@ -107,17 +107,8 @@ def drawn_weights(num_mixtures: int, num_components: int) -> np.ndarray:
 def run_tests() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "tests/unit/merge",
-            f"--junitxml={report}",
-            "-p",
-            "no:cacheprovider",
-        ]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/unit/merge"]
+        command += [f"--junitxml={report}", "-p", "no:cacheprovider"]
         code = subprocess.run(command, cwd=HERE.parent).returncode
         root = ElementTree.parse(report).getroot() if report.exists() else None
         suite = None if root is None else root.find("testsuite")

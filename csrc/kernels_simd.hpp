@@ -43,8 +43,8 @@ struct Sums {
 
 // n elements from i on of `Rows` results, as many columns of vectors at a time as fit. Returns how far it came.
 template <DType In, DType Out, int Rows, int Columns, bool PastCache>
-TARGET std::size_t sum_columns(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t i,
-                               std::size_t n) {
+TARGET std::size_t sum_columns(const float* before, const void* const* sources, const float* weights, int num_sources,
+                               void* const* dsts, std::size_t i, std::size_t n) {
     constexpr std::size_t L = V::lanes;
     for (; i + Columns * L <= n; i += Columns * L) {
         const auto sums = Sums<In, Rows, Columns>::at(before, sources, weights, num_sources, i);
@@ -59,7 +59,8 @@ TARGET std::size_t sum_columns(const float* before, const void* const* sources, 
 // The same to bf16 with the processor's own convert. Returns 0 if that has met a number it does not treat as the other instruction
 // sets do: then none of the results counts.
 template <DType In, int Rows, int Columns, bool PastCache, class Pairs = V>
-TARGET std::size_t convert_columns(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
+TARGET std::size_t convert_columns(const float* before, const void* const* sources, const float* weights, int num_sources,
+                                   void* const* dsts, std::size_t n) {
     constexpr std::size_t L = V::lanes;
     typename Pairs::Watch watch = Pairs::Watch::begin();
     std::size_t i = 0;
@@ -77,7 +78,8 @@ TARGET std::size_t convert_columns(const float* before, const void* const* sourc
 }
 
 template <DType In, DType Out, int Rows, int Columns, bool PastCache>
-TARGET void sum_rows(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n) {
+TARGET void sum_rows(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts,
+                     std::size_t n) {
     std::size_t i = 0;
     if constexpr (V::converts_pairs && Out == DType::bf16)
         i = convert_columns<In, Rows, Columns, PastCache>(before, sources, weights, num_sources, dsts, n);
@@ -92,8 +94,8 @@ TARGET void sum_rows(const float* before, const void* const* sources, const floa
 }
 
 template <DType In, DType Out, int Rows>
-TARGET void weighted_sum(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts, std::size_t n,
-                         bool past_cache) {
+TARGET void weighted_sum(const float* before, const void* const* sources, const float* weights, int num_sources, void* const* dsts,
+                         std::size_t n, bool past_cache) {
     // One result by itself: several sums in flight hide the latency of the multiply-add.
     constexpr int rows = std::min(Rows, V::rows), columns = Rows == 1 ? std::max(V::columns, 4) : V::columns;
     constexpr int rows_past = std::min(Rows, V::rows_past), columns_past = V::columns_past;

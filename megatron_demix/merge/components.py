@@ -30,7 +30,7 @@ MERGEABLE = ("float32", "bfloat16", "float16")
 @contextmanager
 def without_collector() -> Iterator[None]:
     """No search for reference cycles meanwhile: nothing that is made of chunks has any, and where there are tens of thousands
-    of them (experts), looking through all of it again and again is a third of the work."""
+    of them (experts), looking through all of it again and again takes long."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -22,7 +22,7 @@ from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtur
 
 Notice = Callable[[str], None]
 _LITTLE_SKILL = 0.1
-"""Part of a score's variance that is predicted out of fold. Of searches without any signal nine in ten are below it."""
+"""Part of a score's variance that is predicted out of fold; noise alone has about 0."""
 
 
 def fit_tables(

@@ -1,0 +1,256 @@
+"""What a run leaves to be resumed, and what resuming accepts; on one rank, in this process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from train_runs import FAMILIES, contents
+
+from megatron_demix.artifact import read_json
+from megatron_demix.errors import ConfigError, IncompatibleInputs, Incomplete, StorageError
+from megatron_demix.train.compat import cpu_compat
+from megatron_demix.train.losses import read_losses
+from megatron_demix.train.trainer import train
+
+
+def stop_in_iteration(number: int):
+    """Send this process SIGUSR1 when step `number` (from 1) begins."""
+    import signal
+
+    with cpu_compat():
+        from megatron_demix.train.step import Stepper
+    step = Stepper.train
+
+    def train_and_signal(self, dataset, iteration, *, stop):
+        if iteration == number - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, dataset, iteration, stop=stop or iteration == number - 1)
+
+    return mock.patch.object(Stepper, "train", train_and_signal)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path, make_train_job, family, precision):
+    """Loss, optimizer, generators (dropout), data order: everything. Also that the loss falls."""
+    options = {"model": FAMILIES[family], "train": {"precision": precision, "lr": 1e-2}, "train_iters": 8}
+    whole = make_train_job(tmp_path / "whole", **options)
+    train(whole)
+    parts = make_train_job(tmp_path / "parts", **options)
+    with stop_in_iteration(4), pytest.raises(Incomplete, match=r"stopped by SIGUSR1 after iteration 4 of 8, saved in"):
+        train(parts)
+    train(parts)
+    assert contents(whole.work) == contents(parts.work)
+    assert sorted(p.name for p in whole.work.iterdir()) == ["iter_0000008", "latest_checkpointed_iteration.txt", "losses.jsonl"]
+    losses = [row["lm loss"] for row in read_losses(whole.work / "losses.jsonl")]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_checkpoints_hold_what_megatron_lm_looks_up_and_no_paths(tmp_path, make_train_job):
+    from megatron.core import dist_checkpointing
+
+    job = make_train_job(tmp_path, valid={"b": tmp_path / "nowhere"}, train_iters=2)
+    with pytest.raises(ConfigError, match=r"nowhere.idx is missing; the blend names the prefix"):
+        train(job)
+    train(job.model_copy(update={"valid": {}}))
+    folder = job.work / "iter_0000002"
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    assert common["iteration"] == 2
+    assert common["args"].consumed_train_samples == 16
+    assert common["args"].padded_vocab_size == 384
+    assert common["checkpoint_version"] == 3.0
+    assert read_json(folder / "metadata.json")["sharded_backend"] == "torch_dist"
+    for path in folder.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, make_train_job, caplog):
+    whole = make_train_job(tmp_path / "whole")
+    train(whole)
+    job = make_train_job(tmp_path / "damaged")
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    newest = job.work / "iter_0000005"
+    assert sorted(p.name for p in job.work.glob("iter_*")) == ["iter_0000003", "iter_0000005"]
+    shard = newest / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    train(job)
+    assert f"checkpoint {newest} is damaged: {shard} has other bytes than when it was published" in caplog.text
+    assert contents(job.work) == contents(whole.work)
+    train(job)  # finished: nothing to do
+    assert contents(job.work) == contents(whole.work)
+
+
+def test_checkpoints_on_the_way_stay_and_a_run_may_end_before_its_schedule(tmp_path, make_train_job):
+    style = {"lr_decay_style": "linear", "save_interval": 4}
+    whole = make_train_job(tmp_path / "whole", train=style, train_iters=5, schedule_iters=10, keep=[1, 3])
+    train(whole)
+    assert sorted(p.name for p in whole.work.glob("iter_*")) == ["iter_0000001", "iter_0000003", "iter_0000005"]
+    assert (whole.work / "latest_checkpointed_iteration.txt").read_text() == "5"
+    rates = [row["learning-rate"] for row in read_losses(whole.work / "losses.jsonl")]
+    assert rates == pytest.approx([3e-3 * (1 - n / 10) for n in range(5)])
+    stopped = make_train_job(tmp_path / "stopped", train=style, train_iters=5, schedule_iters=10, keep=[1, 3])
+    with stop_in_iteration(4), pytest.raises(Incomplete):
+        train(stopped)
+    train(stopped)
+    assert contents(stopped.work) == contents(whole.work)
+    with pytest.raises(ValueError, match="schedule_iters 4 is below train_iters 5"):
+        make_train_job(tmp_path, train_iters=5, schedule_iters=4)
+
+
+def test_a_run_that_goes_on_to_more_iterations_follows_their_schedule(tmp_path, make_train_job, caplog):
+    style = {"lr_decay_style": "linear"}
+    train(make_train_job(tmp_path, train=style, train_iters=4))
+    longer = make_train_job(tmp_path, train=style, train_iters=8)
+    assert "train_iters" not in caplog.text
+    train(longer)
+    assert "iter_0000004 was trained with train_iters 4, and goes on with 8. A source that is read for more than" in caplog.text
+    rates = [row["learning-rate"] for row in read_losses(longer.work / "losses.jsonl")]
+    assert rates == pytest.approx([3e-3 * (1 - n / 4) for n in range(4)] + [3e-3 * (1 - n / 8) for n in range(4, 8)])
+
+
+def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path, make_train_job, caplog):
+    job = make_train_job(tmp_path, train={"save_interval": 1, "keep_checkpoints": 3})
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    assert sorted(p.name for p in job.work.glob("iter_*")) == ["iter_0000003", "iter_0000004", "iter_0000005"]
+    for number in (4, 5):
+        (job.work / f"iter_000000{number}" / "metadata.json").unlink()
+    train(job)
+    assert caplog.text.count("is damaged") == 2
+    assert [p.name for p in job.work.glob("iter_*")] == ["iter_0000006"]
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, make_train_job):
+    import torch
+
+    job = make_train_job(tmp_path)
+    with stop_in_iteration(3), pytest.raises(Incomplete):
+        train(job)
+    before = contents(job.work)
+    # /dev/full in place of the file: every write fails with ENOSPC, as on a full disk. Newer cores write no common.pt.
+    files = [".distcp", *(["common.pt"] if (job.work / "iter_0000003" / "common.pt").exists() else [])]
+    for name in files:
+        with full_disk_for(name), pytest.raises(StorageError, match=r"writing .*iter_0000006: .*Free space or choose another"):
+            train(job)
+        assert contents(job.work) | {"losses.jsonl": before["losses.jsonl"]} == before  # it may be ahead of the checkpoint
+        assert not torch.distributed.is_initialized()
+    train(job)
+    whole = make_train_job(tmp_path / "whole")
+    train(whole)
+    assert contents(job.work) == contents(whole.work)
+
+
+@contextmanager
+def full_disk_for(suffix: str):
+    """Files of megatron.core's that end so are written to /dev/full."""
+    import torch
+
+    def full(path, mode="r", *args, **kwargs):
+        return open("/dev/full" if str(path).endswith(suffix) and "w" in mode else path, mode, *args, **kwargs)
+
+    def full_save(value, path, *args, save=torch.save, **kwargs):
+        return save(value, "/dev/full" if str(path).endswith(suffix) else path, *args, **kwargs)
+
+    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async.open"
+    with mock.patch(writer, full, create=True), mock.patch("torch.save", full_save):
+        yield
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, make_train_job):
+    job = make_train_job(tmp_path, train_iters=3)
+    train(job)
+    with pytest.raises(ConfigError, match=r"holds a checkpoint of iteration 3, beyond train_iters 2. Choose another folder"):
+        train(job.model_copy(update={"train_iters": 2}))
+
+
+def test_another_job_does_not_resume_this_one(tmp_path, make_train_job):
+    train(make_train_job(tmp_path, train_iters=3))
+    other = make_train_job(tmp_path, train={"lr": 1e-3}, model={"num_layers": 3})
+    said = r"iter_0000003 was trained with num_layers 2 \(now 3\), lr 0.003 \(now 0.001\). Resuming it would be neither run"
+    with pytest.raises(IncompatibleInputs, match=said):
+        train(other)
+
+
+def test_settings_that_no_weight_shows_are_compared_too(tmp_path, make_train_job, byte_corpus, monkeypatch):
+    with cpu_compat():
+        from megatron_demix.train import checkpointing
+    job = make_train_job(tmp_path, train_iters=3)
+    train(job)
+    bytes_a, bytes_b = (Path(f"{byte_corpus[name]}.bin").stat().st_size for name in "ab")
+    changes = {
+        f"a blend of 0.75 x {bytes_a} bytes + 0.25 x {bytes_b} bytes (now 1 x {bytes_a} bytes)": {
+            "blend": [(byte_corpus["a"], 1.0), (byte_corpus["b"], 0.0)]
+        },
+        "lr_warmup_fraction 0.01 (now 0.5)": {"train": {"lr_warmup_fraction": 0.5}},
+        "hidden_dropout 0.0 (now 0.1)": {"model": {"hidden_dropout": 0.1}},
+        "attention_dropout 0.0 (now 0.1)": {"model": {"attention_dropout": 0.1}},
+        "moe_aux_loss_coeff 0.01 (now 0.5)": {"model": {"moe_aux_loss_coeff": 0.5}},
+    }
+    advice = f"set that back, choose another folder, or delete {job.work} to train again from the start."
+    for said, change in changes.items():
+        with pytest.raises(
+            IncompatibleInputs, match=re.escape(f"was trained with {said}. Resuming") + ".*" + re.escape(advice)
+        ):
+            train(make_train_job(tmp_path, train_iters=3, **change))
+
+    moved = tmp_path / "moved"
+    for suffix in (".idx", ".bin"):
+        shutil.copy(f"{byte_corpus['a']}{suffix}", f"{moved}{suffix}")
+    train(make_train_job(tmp_path, train_iters=3, blend=[(moved, 0.75), (byte_corpus["b"], 0.25)]))
+
+    changed = checkpointing.changed_settings
+
+    def changed_since_earlier_version(saved, now):
+        for name in ("lr_warmup_fraction", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "demix_blend"):
+            delattr(saved, name)
+        return changed(saved, now)
+
+    monkeypatch.setattr(checkpointing, "changed_settings", changed_since_earlier_version)
+    train(make_train_job(tmp_path, train_iters=3, train={"lr_warmup_fraction": 0.5}))
+
+
+def test_a_signal_during_a_step_stops_after_it(tmp_path, make_train_job):
+    import signal
+
+    with cpu_compat():
+        from megatron_demix.train import step
+    forward, passes = step._forward_step, []
+
+    def forward_and_signal(*arguments):
+        passes.append(None)
+        if len(passes) == 10:  # of four in a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*arguments)
+
+    with (
+        mock.patch.object(step, "_forward_step", forward_and_signal),
+        pytest.raises(Incomplete, match="stopped by SIGTERM after iteration 3 of 6"),
+    ):
+        train(make_train_job(tmp_path))
+
+
+def test_checksums_have_the_files_that_a_rank_does_not_see_yet(tmp_path, monkeypatch):
+    """On a network file system another node's listing may lag. Here rank 1's does."""
+    with cpu_compat():
+        from megatron_demix.train.checkpointing import Checkpoints
+    for name in "abcd":
+        (tmp_path / name).write_text(name)
+    listings = [list("abcd"), list("bcd")]
+    found = {}
+    for rank, listing in enumerate(listings):
+        checkpoints = object.__new__(Checkpoints)
+        checkpoints._rank, checkpoints._num_ranks = rank, 2
+        monkeypatch.setattr(Path, "iterdir", lambda self, listing=listing: (self / name for name in listing))
+        monkeypatch.setattr(checkpoints, "_gather", lambda mine: listings if isinstance(mine, list) else [mine])
+        found |= checkpoints._checksums(tmp_path)
+    assert sorted(found) == list("abcd")
