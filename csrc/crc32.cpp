@@ -139,6 +139,8 @@ VPCLMUL std::uint32_t by_vpclmul(std::uint32_t state, const unsigned char* const
     std::size_t at = 0;
     for (; at + wide_block <= n; at += wide_block) {
         if (at) a = fold(a, k), b = fold(b, k), c = fold(c, k), d = fold(d, k);
+        // Load instructions of its own for each buffer: see streams.hpp.
+#pragma GCC unroll 8
         for (std::size_t j = 0; j < num; ++j) {
             const unsigned char* p = data[j] + at;
             add(a, p), add(b, p + 32), add(c, p + 64), add(d, p + 96);

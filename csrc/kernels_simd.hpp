@@ -27,6 +27,8 @@ struct Sums {
                 for (int c = 0; c < Columns; ++c) sums.of[r][c] = V::mul(x[c], V::splat(weights[r * num_sources]));
             k = 1;
         }
+        // Load instructions of its own for each source: see streams.hpp.
+#pragma GCC unroll 8
         for (; k < num_sources; ++k) {
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) x[c] = V::template load<In>(sources[k], i + c * L);
