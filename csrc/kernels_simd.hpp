@@ -9,6 +9,19 @@ template <DType In, int Rows, int Columns>
 struct Sums {
     typename V::Float of[Rows][Columns];
 
+    // weights: of this source in the first row, and num_sources further in each other one.
+    inline __attribute__((always_inline)) TARGET void add(const void* source, const float* weights, int num_sources, std::size_t i) {
+        typename V::Float x[Columns];
+#pragma GCC unroll 8
+        for (int c = 0; c < Columns; ++c) x[c] = V::template load<In>(source, i + c * V::lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const typename V::Float w = V::splat(weights[r * num_sources]);
+#pragma GCC unroll 8
+            for (int c = 0; c < Columns; ++c) of[r][c] = V::fma(x[c], w, of[r][c]);
+        }
+    }
+
     static inline __attribute__((always_inline)) TARGET Sums at(const float* before, const void* const* sources, const float* weights,
                                                                 int num_sources, std::size_t i) {
         constexpr std::size_t L = V::lanes;
@@ -27,17 +40,12 @@ struct Sums {
                 for (int c = 0; c < Columns; ++c) sums.of[r][c] = V::mul(x[c], V::splat(weights[r * num_sources]));
             k = 1;
         }
-        // Load instructions of its own for each source: see streams.hpp.
+        // One result's sources come from the memory: load instructions of its own for each (streams.hpp).
+        if constexpr (Rows == 1) {
 #pragma GCC unroll 8
-        for (; k < num_sources; ++k) {
-#pragma GCC unroll 8
-            for (int c = 0; c < Columns; ++c) x[c] = V::template load<In>(sources[k], i + c * L);
-#pragma GCC unroll 8
-            for (int r = 0; r < Rows; ++r) {
-                const typename V::Float w = V::splat(weights[r * num_sources + k]);
-#pragma GCC unroll 8
-                for (int c = 0; c < Columns; ++c) sums.of[r][c] = V::fma(x[c], w, sums.of[r][c]);
-            }
+            for (; k < num_sources; ++k) sums.add(sources[k], weights + k, num_sources, i);
+        } else {
+            for (; k < num_sources; ++k) sums.add(sources[k], weights + k, num_sources, i);
         }
         return sums;
     }
