@@ -96,16 +96,16 @@ void bind_merge(py::module_& m) {
           },
           py::arg("contiguous_buffer"));
     py::class_<MappedFile>(m, "MappedFile", py::buffer_protocol())
-        .def(py::init([](const std::string& path, unsigned place, bool keep_open) {
+        .def(py::init([](const std::string& path, unsigned place) {
                  try {
-                     return std::make_unique<MappedFile>(path, place, keep_open);
+                     return std::make_unique<MappedFile>(path, place);
                  } catch (const std::system_error& e) {
                      errno = e.code().value();
                      PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
                      throw py::error_already_set();
                  }
              }),
-             py::arg("path"), py::arg("place"), py::arg("keep_open"))
+             py::arg("path"), py::arg("place"))
         .def_buffer([](MappedFile& file) {
             return py::buffer_info(const_cast<char*>(file.data()), 1, py::format_descriptor<std::uint8_t>::format(), 1,
                                    {py::ssize_t(file.bytes())}, {1}, true);

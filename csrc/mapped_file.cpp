@@ -3,15 +3,11 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
-#include <cstring>
-#include <iterator>
-#include <map>
 #include <mutex>
 #include <system_error>
 
@@ -24,7 +20,6 @@ struct MappedFile::Watch {
     std::atomic<std::uintptr_t> begin{0}, end{0};
     std::atomic<bool> lost{false};
     bool used = true;
-    int descriptor = -1;
     Watch* next = nullptr;
 };
 
@@ -34,7 +29,6 @@ using Watch = MappedFile::Watch;
 
 std::atomic<Watch*> all{nullptr};
 std::mutex changing;
-std::map<std::uintptr_t, Watch*> open_files;  // by the address they are mapped from
 struct sigaction others;
 const std::uintptr_t page_bytes = std::uintptr_t(::sysconf(_SC_PAGESIZE));
 
@@ -69,13 +63,7 @@ void install_handler() {
     ::sigaction(SIGBUS, &ours, &others);
 }
 
-// Checkpoints may have more files than a process may open, and what is written needs some, too.
-bool may_stay_open(int descriptor) {
-    struct rlimit limit;
-    return ::getrlimit(RLIMIT_NOFILE, &limit) == 0 && rlim_t(descriptor) < limit.rlim_cur / 4;
-}
-
-Watch* watch(const MappedFile* file, int descriptor) {
+Watch* watch(const MappedFile* file) {
     const std::lock_guard<std::mutex> lock(changing);
     static const bool installed = (install_handler(), true);
     (void)installed;
@@ -91,8 +79,6 @@ Watch* watch(const MappedFile* file, int descriptor) {
     const auto begin = reinterpret_cast<std::uintptr_t>(file->data());
     map->begin.store(begin);
     map->end.store((begin + file->bytes() + page_bytes - 1) / page_bytes * page_bytes, std::memory_order_release);
-    map->descriptor = descriptor;
-    if (descriptor >= 0) open_files[begin] = map;
     return map;
 }
 
@@ -122,7 +108,7 @@ void* map_at_place(int descriptor, std::size_t bytes, unsigned place) {
 
 }  // namespace
 
-MappedFile::MappedFile(const std::string& path, unsigned place, bool keep_open) {
+MappedFile::MappedFile(const std::string& path, unsigned place) {
     // Not blocking: a pipe that nobody writes to would be waited for.
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (descriptor < 0) fail(errno, path);
@@ -134,13 +120,12 @@ MappedFile::MappedFile(const std::string& path, unsigned place, bool keep_open) 
         data = map_at_place(descriptor, std::size_t(status.st_size), place % places);
         if (data == MAP_FAILED) error = errno;
     }
-    const bool open = keep_open && !error && data && may_stay_open(descriptor);
-    if (!open) ::close(descriptor);  // the map keeps the file
+    ::close(descriptor);  // the map keeps the file
     if (error) fail(error, path);
     if (!data) return;
     data_ = static_cast<const char*>(data);
     bytes_ = std::size_t(status.st_size);
-    watch_ = watch(this, open ? descriptor : -1);
+    watch_ = watch(this);
 }
 
 MappedFile::~MappedFile() {
@@ -148,35 +133,11 @@ MappedFile::~MappedFile() {
         const std::lock_guard<std::mutex> lock(changing);
         watch_->end.store(0);
         watch_->used = false;
-        if (watch_->descriptor >= 0) open_files.erase(watch_->begin.load()), ::close(watch_->descriptor);
     }
     if (data_) ::munmap(const_cast<char*>(data_), bytes_);
 }
 
 bool MappedFile::lost() const { return watch_ && watch_->lost.load(); }
-
-Watch* MappedFile::open_at(const void* at) {
-    const auto address = reinterpret_cast<std::uintptr_t>(at);
-    const std::lock_guard<std::mutex> lock(changing);
-    auto after = open_files.upper_bound(address);
-    if (after == open_files.begin()) return nullptr;
-    Watch* const file = std::prev(after)->second;
-    return address < file->end.load() ? file : nullptr;
-}
-
-void MappedFile::copy(Watch* file, const char* at, std::size_t n, char* to) {
-    auto from = off_t(reinterpret_cast<std::uintptr_t>(at) - file->begin.load());
-    while (n) {
-        const ssize_t got = ::pread(file->descriptor, to, n, from);
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) {
-            std::memset(to, 0, n);
-            file->lost.store(true);
-            return;
-        }
-        to += got, from += got, n -= std::size_t(got);
-    }
-}
 
 void MappedFile::expect_scattered_reads(bool scattered) const {
     if (data_) ::madvise(const_cast<char*>(data_), bytes_, scattered ? MADV_RANDOM : MADV_NORMAL);

@@ -13,9 +13,8 @@ namespace demix {
 class MappedFile {
 public:
     // Throws std::system_error, for all but regular files too. An empty file has no bytes and no data.
-    // place: files that are read side by side at the same positions should have different ones, modulo `places`. keep_open: for
-    // copy(), as long as the process may open many more files.
-    explicit MappedFile(const std::string& path, unsigned place = 0, bool keep_open = false);
+    // place: files that are read side by side at the same positions should have different ones, modulo `places`.
+    explicit MappedFile(const std::string& path, unsigned place = 0);
     ~MappedFile();
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;
@@ -31,14 +30,7 @@ public:
     // Have the pages of these bytes in memory on return, as many at a time as there are threads: each of them waits for the disk.
     void touch(const std::vector<std::size_t>& at, int threads) const;
 
-    // What is known of a file by the addresses it is mapped at.
     struct Watch;
-    // The open file that an address is mapped from, or null. Valid as long as the map is there.
-    static Watch* open_at(const void* at);
-    // n bytes from an address on, which is mapped from `file`: the way to read what is read once, since the first touch of a map's
-    // pages costs more than copying them to a near cache. What cannot be read is zeros, and the file lost.
-    static void copy(Watch* file, const char* at, std::size_t n, char* to);
-
     static constexpr unsigned places = 128;
 
 private:

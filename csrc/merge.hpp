@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "dtype.hpp"
-#include "mapped_file.hpp"
 
 namespace demix {
 
@@ -23,7 +22,6 @@ struct Record {
     const char* base;
     std::uint64_t bytes;
     std::uint32_t crc;
-    MappedFile::Watch* file;  // null: it is read where it lies
 };
 
 struct Region {

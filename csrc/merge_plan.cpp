@@ -12,7 +12,7 @@ std::uint64_t Target::elements() const {
 }
 
 int MergePlan::add_record(const void* base, std::uint64_t bytes, std::uint32_t crc) {
-    records_.push_back({static_cast<const char*>(base), bytes, crc, MappedFile::open_at(base)});
+    records_.push_back({static_cast<const char*>(base), bytes, crc});
     return int(records_.size()) - 1;
 }
 

@@ -9,12 +9,9 @@
 namespace demix {
 namespace {
 
-// Elements in work at a time. Their sources must stay in a second-level cache of 512 KiB (of 1 MiB in float32) from when they are
-// copied until they are summed; but long pieces are copied faster.
-std::int64_t block_of(std::size_t num_sources) { return std::clamp<std::int64_t>((256 << 10) / std::int64_t(num_sources), 4096, 32768); }
-
-// Bytes of a run from which on a copy of it costs less than its pages' first touch.
-constexpr std::size_t least_copied = 16 << 10;
+// Elements in work at a time. Their sources must stay in half of a 1 MiB second-level cache between their CRC and their sum, also
+// where two threads share it; but every source is a stream of its own to the memory, and long pieces of few streams are faster.
+std::int64_t block_of(std::size_t num_sources) { return std::clamp<std::int64_t>((128 << 10) / std::int64_t(num_sources), 2048, 16384); }
 
 }  // namespace
 
@@ -33,7 +30,7 @@ Tiling make_tiling(const Target& t, std::size_t tile_bytes) {
 TileWorker::TileWorker(Execution& execution)
     : x_(execution), num_mixtures_(execution.settings.num_mixtures), to_files_(execution.to.addresses.empty()),
       block_(block_of(execution.plan.num_sources())), sum_(execution.kernels),
-      sources_here_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
+      gathered_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
     if (execution.settings.deltas) delta_sum_ = std::make_unique<DeltaSum>(*execution.settings.deltas, execution.kernels);
 }
 
@@ -108,8 +105,7 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
             const int k = set.read[j];
             const std::int64_t stride = r.strides[std::size_t(k) * t.dims + t.dims - 1];
             const char* at = sources_[k] + i * stride * std::int64_t(in);
-            views_[k] = contiguous(k) ? bring(r, k, sources_[k] + std::size_t(i) * in, std::size_t(count) * in, std::size_t(n) * in)
-                                      : gather(k, at, stride, in, count);
+            views_[k] = contiguous(k) ? sources_[k] + std::size_t(i) * in : gather(k, at, stride, in, count);
             if (x_.check && !contiguous(k)) check_scattered(r, k, at, stride, in, count);
             if (x_.check && contiguous(k) && !together) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
             if (together) checked_[j] = views_[k];
@@ -150,16 +146,8 @@ void TileWorker::check_scattered(const Region& r, int k, const char* at, std::in
         x_.check->add(r.records[k], crc32_raw(0, at, item), item, at + item);
 }
 
-const char* TileWorker::bring(const Region& r, int k, const char* at, std::size_t bytes, std::size_t run_bytes) {
-    MappedFile::Watch* const file = to_files_ ? x_.plan.records()[std::size_t(r.records[std::size_t(k)])].file : nullptr;
-    if (!file || run_bytes < least_copied) return at;
-    char* const to = sources_here_[k].get(std::size_t(block_) * 4);
-    MappedFile::copy(file, at, bytes, to);
-    return to;
-}
-
 const char* TileWorker::gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n) {
-    char* to = sources_here_[k].get(block_ * 4);
+    char* to = gathered_[k].get(block_ * 4);
     for (std::int64_t i = 0; i < n; ++i, at += stride * std::int64_t(item)) std::memcpy(to + i * item, at, item);
     return to;
 }

@@ -55,8 +55,6 @@ private:
     void run(const Target& t, const Region& r, std::int64_t to, std::int64_t n, std::int64_t index);
     void write(const Target& t, std::int64_t target_index, std::uint64_t offset, std::size_t bytes);
     void check_scattered(const Region& r, int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n);
-    // Where `bytes` of source k's run can be read.
-    const char* bring(const Region& r, int k, const char* at, std::size_t bytes, std::size_t run_bytes);
     const char* gather(int k, const char* at, std::int64_t stride, std::size_t item, std::int64_t n);
 
     Execution& x_;
@@ -66,7 +64,7 @@ private:
     MixtureSum sum_;
     std::unique_ptr<DeltaSum> delta_sum_;  // takes the place of sum_ where the elements are deltas under a rule
     Buffer<char> tile_buffer_;
-    std::vector<Buffer<char>> sources_here_;  // [K] of the elements in work, where they are not read where they lie
+    std::vector<Buffer<char>> gathered_;    // [K]
     std::vector<char*> outs_, outs_here_;   // [M] where the tile lies, and where the elements in work go
     std::vector<const char*> sources_, views_, checked_;  // [K], [K], [read]
     std::vector<std::uint32_t> crcs_;

@@ -155,7 +155,7 @@ class Checkpoint:
         if name not in self._files:
             path = self.location.path / name
             try:
-                file = MappedFile(path, self._place, keep_open=True)
+                file = MappedFile(path, self._place)
             except OSError as e:
                 raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
             if not self._read_ahead:

@@ -16,10 +16,9 @@ class MappedFile:
     """A file's `data`, uint8, mapped for as long as an array of it is there. If it is cut short, or its disk fails, while it is
     read: zeros from there on, and `lost`, not the end of the process (csrc/mapped_file.hpp)."""
 
-    def __init__(self, path: Path, place: int = 0, *, keep_open: bool = False) -> None:
-        """place: files that are read side by side, at the same positions, should have different ones. keep_open: merges that read
-        it once need not map all of its pages; as long as few files are open. Raises OSError."""
-        self._file = core.MappedFile(os.fsencode(path), place, keep_open)
+    def __init__(self, path: Path, place: int = 0) -> None:
+        """place: files that are read side by side, at the same positions, should have different ones. Raises OSError."""
+        self._file = core.MappedFile(os.fsencode(path), place)
         self.data: np.ndarray = np.frombuffer(self._file, np.uint8)
 
     @property

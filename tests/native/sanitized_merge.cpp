@@ -18,7 +18,6 @@
 #include "crc32.hpp"
 #include "delta_sum.hpp"
 #include "kernels.hpp"
-#include "mapped_file.hpp"
 #include "merge.hpp"
 #include "pickle_scan.hpp"
 #include "tensor_statistics.hpp"
@@ -58,19 +57,6 @@ struct Bytes {  // exactly n bytes, at an odd address if asked
     std::size_t shift, n;
     Bytes(std::size_t n, bool odd) : memory(new char[n + odd]), shift(odd), n(n) {}
     char* data() { return memory.get() + shift; }
-};
-
-struct TemporaryMap {  // a file that ends with these bytes, mapped
-    std::unique_ptr<MappedFile> file;
-    std::size_t before;
-    TemporaryMap(Bytes& bytes, std::size_t before, int place) : before(before) {
-        char path[] = "/tmp/sanitized_merge_XXXXXX";
-        const int descriptor = ::mkstemp(path);
-        CHECK(::pwrite(descriptor, bytes.data(), bytes.n, off_t(before)) == ssize_t(bytes.n));
-        file = std::make_unique<MappedFile>(path, unsigned(place), draw(0, 3) != 0);
-        ::close(descriptor), ::unlink(path);
-    }
-    const char* data() const { return file->data() + before; }
 };
 
 // Inner products and order statistics of a plan's one target against plain loops.
@@ -123,8 +109,6 @@ void random_plan() {
     plan.add_target(shape, in, out);
     // Each source is one record with the whole target, its dimensions permuted; the target is cut into regions by random lines.
     std::vector<std::unique_ptr<Bytes>> sources;
-    std::vector<std::unique_ptr<TemporaryMap>> files;
-    std::vector<std::uint32_t> crcs;
     std::vector<std::vector<std::int64_t>> strides;
     for (int k = 0; k < num_sources; ++k) {
         sources.push_back(std::make_unique<Bytes>(std::size_t(elements) * size_in, draw(0, 1)));
@@ -142,7 +126,7 @@ void random_plan() {
         std::int64_t step = 1;
         for (int i = dims - 1; i >= 0; --i) view[order[i]] = step, step *= shape[order[i]];
         strides.push_back(view);
-        crcs.push_back(plain_crc(reinterpret_cast<unsigned char*>(p), sources.back()->n));
+        plan.add_record(p, sources.back()->n, plain_crc(reinterpret_cast<unsigned char*>(p), sources.back()->n));
     }
     // Bytes that are not those whose CRC was promised, at one place of any sources, and the same damage in each.
     std::vector<bool> damaged(num_sources, false);
@@ -150,11 +134,6 @@ void random_plan() {
     const char damage = char(draw(1, 7));
     for (int k = 0; k < num_sources; ++k)
         if (draw(0, 3) == 0) damaged[k] = true, sources[k]->data()[place] ^= damage;
-    const bool from_files = draw(0, 1);
-    for (int k = 0; k < num_sources; ++k) {
-        if (from_files) files.push_back(std::make_unique<TemporaryMap>(*sources[k], std::size_t(draw(0, 9000)), k));
-        plan.add_record(from_files ? files.back()->data() : sources[k]->data(), sources[k]->n, crcs[k]);
-    }
     std::vector<std::vector<std::int64_t>> edges(dims);
     for (int d = 0; d < dims; ++d) {
         std::set<std::int64_t> cuts = {0, shape[d]};

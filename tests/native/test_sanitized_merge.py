@@ -14,7 +14,6 @@ SOURCES = [
     "merge_sum.cpp",
     "merge_write.cpp",
     "read_ahead.cpp",
-    "mapped_file.cpp",
     "delta_sum.cpp",
     "delta_kernels.cpp",
     "row_reader.cpp",

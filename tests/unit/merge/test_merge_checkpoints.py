@@ -134,36 +134,6 @@ def test_bytes_do_not_depend_on_how_sources_are_read(tmp_path, max_memory):
     assert torch.equal(merged, (a * 0.5 + b * 0.5).bfloat16())
 
 
-FEW_OPEN_FILES = """
-import os, resource, sys
-from pathlib import Path
-from megatron_demix import native
-from megatron_demix.checkpoint import reader
-from megatron_demix.merge.engine import merge_checkpoints
-
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
-folder = Path(sys.argv[1])
-parts = {name: folder / name for name in "ab"}
-before = len(os.listdir("/proc/self/fd"))
-maps = [native.MappedFile(next(path.glob("*.distcp")), keep_open=True) for path in parts.values()]
-print(len(os.listdir("/proc/self/fd")) - before)
-merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, folder / sys.argv[2], progress=False)
-"""
-
-
-def test_bytes_do_not_depend_on_how_many_files_may_be_open(tmp_path):
-    """Files that stay open are copied piece by piece, others are read where they are mapped."""
-    for seed, name in enumerate("ab"):
-        large(tmp_path / name, seed)
-    kept = []
-    for limit in ("1024", "12"):
-        done = subprocess.run([sys.executable, "-c", FEW_OPEN_FILES, tmp_path, limit], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        kept.append(int(done.stdout))
-    assert kept == [2, 0]
-    assert files_of(tmp_path / "1024" / "m") == files_of(tmp_path / "12" / "m")
-
-
 def test_a_component_cut_short_while_it_is_merged(tmp_path, monkeypatch):
     parts = {name: large(tmp_path / name, seed) for seed, name in enumerate("ab")}
     (file,) = parts["b"].glob("*.distcp")
@@ -552,9 +522,9 @@ def test_an_argument_that_only_one_component_has_is_compared_too(tmp_path, chang
 
 
 def test_strided_sources_whose_runs_end_with_a_single_element(tmp_path):
-    """Of a block of elements, that is: 32768 of them are in work at a time."""
+    """Of a block of elements, that is: 16384 of them are in work at a time."""
     whole = {
-        name: {"w": small_model(seed)["embedding.word_embeddings.weight"].flatten().repeat(1000)[: 3 * 32769].view(3, -1)}
+        name: {"w": small_model(seed)["embedding.word_embeddings.weight"].flatten().repeat(500)[: 3 * 16385].view(3, -1)}
         for seed, name in enumerate("ab")
     }
     parts = {name: write_checkpoint(tmp_path / name, tensors, transposed=["w"]) for name, tensors in whole.items()}
