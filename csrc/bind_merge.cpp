@@ -46,6 +46,7 @@ py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uin
     Outcome outcome;
     {
         py::gil_scoped_release release;
+        const MergePlan::Call call(plan);
         outcome = plan.run(settings, to);
     }
     py::list damaged, not_finite;
@@ -85,7 +86,8 @@ void bind_merge(py::module_& m) {
              py::arg("offsets"), py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"),
              py::arg("check_sources"), py::arg("deltas"))
         .def("done_bytes", &MergePlan::done_bytes)
-        .def("cancel", &MergePlan::cancel);
+        .def("begin", &MergePlan::begin)
+        .def("end", &MergePlan::end, py::call_guard<py::gil_scoped_release>());
     m.attr("buffers_per_thread") = buffers_per_thread;
     m.def("crc32",
           [](const py::buffer& buffer) {

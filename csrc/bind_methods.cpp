@@ -27,14 +27,16 @@ void bind_methods(py::module_& m) {
         .def_readwrite("target", &DeltaRules::target)
         .def("set_tensors", [](DeltaRules& r, const MergePlan& plan) { r.tensors = &plan; }, py::keep_alive<1, 2>());
     m.def("gram",
-          [](const MergePlan& plan, bool from_base, int threads, const std::string& isa) {
+          [](MergePlan& plan, bool from_base, int threads, const std::string& isa) {
               py::gil_scoped_release release;
+              const MergePlan::Call call(plan);
               return gram(plan, from_base, threads, kernels(isa));
           },
           py::arg("plan"), py::arg("from_base"), py::arg("threads"), py::arg("isa"));
     m.def("delta_magnitudes",
-          [](const MergePlan& plan, const std::vector<std::int64_t>& ranks, int num_ranks, int threads, const std::string& isa) {
+          [](MergePlan& plan, const std::vector<std::int64_t>& ranks, int num_ranks, int threads, const std::string& isa) {
               py::gil_scoped_release release;
+              const MergePlan::Call call(plan);
               return delta_magnitudes(plan, ranks, num_ranks, threads, kernels(isa));
           },
           py::arg("plan"), py::arg("ranks"), py::arg("num_ranks"), py::arg("threads"), py::arg("isa"));

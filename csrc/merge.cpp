@@ -11,6 +11,18 @@
 
 namespace demix {
 
+void MergePlan::count(int more) {
+    const std::lock_guard<std::mutex> lock(counting_);
+    calls_ += more;
+    if (!calls_) none_.notify_all();
+}
+
+void MergePlan::end() {
+    cancel();
+    std::unique_lock<std::mutex> lock(counting_);
+    none_.wait(lock, [&] { return calls_ == 0; });
+}
+
 Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
     const std::size_t num_results = targets_.size() * std::size_t(settings.num_mixtures);
     const bool to_files = to.addresses.empty();
@@ -30,7 +42,6 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
         x.first_tile.push_back(x.first_tile.back() + x.tilings.back().num_tiles);
     }
     done_bytes_.store(0);
-    cancelled_.store(false);
 
     const auto work = [&] {
         const IeeeArithmetic exact;

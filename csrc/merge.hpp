@@ -6,7 +6,9 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -95,11 +97,30 @@ public:
 
     // For another thread, while run() works: bytes of targets finished (all mixtures together), and a request to stop.
     std::uint64_t done_bytes() const { return done_bytes_.load(std::memory_order_relaxed); }
+    // begin() takes it back, for whoever calls run() or looks at the plan's elements after it.
     void cancel() { cancelled_.store(true); }
+    void begin() { cancelled_.store(false); }
+    // Lasts as long as a call that looks at the plan's elements; end() cancels such calls, and returns when there is none.
+    class Call {
+    public:
+        explicit Call(MergePlan& plan) : plan_(plan) { plan_.count(1); }
+        Call(const Call&) = delete;
+        Call& operator=(const Call&) = delete;
+        ~Call() { plan_.count(-1); }
+
+    private:
+        MergePlan& plan_;
+    };
+    void end();
     bool cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
 
 private:
+    void count(int more);
+
     int num_sources_;
+    std::mutex counting_;
+    std::condition_variable none_;
+    int calls_ = 0;
     std::vector<Record> records_;
     std::vector<Target> targets_;
     std::atomic<std::uint64_t> done_bytes_{0};

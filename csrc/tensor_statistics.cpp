@@ -102,7 +102,7 @@ public:
         std::vector<std::uint32_t> bins(num_ranks);
         std::vector<std::int64_t> within(num_ranks);  // the rank among those of its bin
         trailing_.assign(std::size_t(num_ranks) << trailing_bits, 0);
-        for (int q = 0; q < num_ranks; ++q) bins[q] = find(leading_.data(), ranks[q], &within[q]);
+        for (int q = 0; q < num_ranks; ++q) bins[q] = find(leading_.data(), 0xffff, ranks[q], &within[q]);
         walk(t, k, [&](std::uint32_t magnitude) {
             for (int q = 0; q < num_ranks; ++q)
                 if (magnitude >> trailing_bits == bins[q]) ++trailing_[(std::size_t(q) << trailing_bits) + (magnitude & mask)];
@@ -110,7 +110,7 @@ public:
         if (plan_.cancelled()) return;
         for (int q = 0; q < num_ranks; ++q) {
             std::int64_t rest = 0;
-            out[q] = bins[q] << trailing_bits | find(&trailing_[std::size_t(q) << trailing_bits], within[q], &rest);
+            out[q] = bins[q] << trailing_bits | find(&trailing_[std::size_t(q) << trailing_bits], mask, within[q], &rest);
         }
     }
 
@@ -118,9 +118,10 @@ private:
     static constexpr int trailing_bits = 15;
     static constexpr std::uint32_t mask = (1u << trailing_bits) - 1;
 
-    static std::uint32_t find(const std::int64_t* counts, std::int64_t rank, std::int64_t* within) {
+    // The bin of a rank, at most `last`: a file that is changed meanwhile has other counts when it is read again.
+    static std::uint32_t find(const std::int64_t* counts, std::uint32_t last, std::int64_t rank, std::int64_t* within) {
         std::uint32_t bin = 0;
-        while (rank >= counts[bin] && bin < 0xffff) rank -= counts[bin++];
+        while (rank >= counts[bin] && bin < last) rank -= counts[bin++];
         *within = rank;
         return bin;
     }

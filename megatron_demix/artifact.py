@@ -14,7 +14,7 @@ import platform
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,11 +55,14 @@ def temporary_beside(path: Path) -> Path:
 @cache
 def _here() -> str:
     """Names the processes whose numbers mean something to this one: containers and machines may share a host name."""
+    machine = b""
+    with suppress(OSError):  # not every container has one
+        machine = Path("/etc/machine-id").read_bytes()
     try:
-        machine, namespace = Path("/etc/machine-id").read_bytes(), os.stat("/proc/self/ns/pid").st_ino
+        namespace = str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
-        machine, namespace = b"", 0
-    return f"{platform.node()}-{hashlib.sha256(b'%b %d' % (machine, namespace)).hexdigest()[:6]}"
+        namespace = secrets.token_hex(8)  # then nobody can tell: a name that nobody else has
+    return f"{platform.node()}-{hashlib.sha256(machine + f' {namespace}'.encode()).hexdigest()[:6]}"
 
 
 def is_temporary(path: Path) -> bool:

@@ -17,6 +17,12 @@ from megatron_demix.errors import MixtureError
 TOLERANCE = 1e-6
 
 
+def tokens_of_epochs(tokens: float, max_epochs: float) -> int:
+    """The most tokens that a blend takes of a domain."""
+    # As it was written: 1.2 as a binary number is a little less, and 1,000 tokens would be 1,199.
+    return math.floor(Fraction(tokens) * Fraction(str(max_epochs)))
+
+
 class Mixture(Mapping[str, float]):
     """Weights by domain name: finite, non-negative, summing to 1 within TOLERANCE (then divided by their exact sum).
 

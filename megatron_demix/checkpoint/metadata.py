@@ -196,6 +196,6 @@ def _location(info: Inert, key: str, path: Path) -> Location:
     file, position, length = info["relative_path"], info["offset"], info["length"]
     if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
         raise CorruptInput(f"{path}: {key!r} lies in {shown(file)}, expected a file of the checkpoint's own folder.")
-    if not (isinstance(position, int) and isinstance(length, int) and 0 <= position < 1 << 62 and 0 <= length < 1 << 62):
+    if not (isinstance(position, int) and isinstance(length, int) and 0 <= position < 1 << 62 and 0 < length < 1 << 62):
         raise CorruptInput(f"{path}: {key!r} lies at bytes {shown(position)}+{shown(length)} of {file}.")
     return Location(file, position, length)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Output:
         self.target = Path(target)
         self._described_in = described_in
         self._shared = shared_key is not None
-        work = self.target.with_name(f".{self.target.name}.work-{shared_key}")
+        work = self.target.with_name(f"{_work(self.target)}{shared_key}")
         self.temporary = work if self._shared else temporary_beside(self.target)
         self.folder = self.temporary / folder
         self.descriptors: dict[str, int] = {}
@@ -159,7 +160,11 @@ class Output:
             return
         with storage_errors(f"writing {self.target}"):
             for file, path in self._written.items():
-                os.rename(path, self.folder / file)
+                try:
+                    os.rename(path, self.folder / file)
+                except FileNotFoundError:  # who sealed the same work took it for left over: it is not finished, then
+                    del self._crcs[file]
+                    continue
                 write_json(self._record(file), {"crcs": self._crcs[file]})
             self._written = {}
 
@@ -195,8 +200,8 @@ class Output:
             (self.temporary / TRACKER).write_text(tracker)
             for path in (*self.folder.iterdir(), self.folder, *self.temporary.iterdir(), self.temporary):
                 # A file that another process is still writing, for a second time, is of no use to anyone.
-                if self._shared and path.is_file() and is_temporary(path):
-                    path.unlink()
+                if self._shared and is_temporary(path):
+                    path.unlink(missing_ok=True)
                 elif path.name not in sizes and not path.name.endswith(_RECORD):
                     sync_path(path)
 
@@ -214,6 +219,8 @@ class Output:
                     raise OutputExists(f"{self.target} has appeared meanwhile. Nothing was published.") from e
                 raise
             sync_path(self.target.parent)
+            for path in self.target.parent.glob(f"{escape(_work(self.target))}*"):
+                shutil.rmtree(path, ignore_errors=True)  # shared work that was given up: there is nothing left to make
 
     def discard(self) -> None:
         """Remove what this process made; what others finished stays for the next attempt."""
@@ -233,6 +240,10 @@ class Output:
             if descriptor >= 0:
                 os.close(descriptor)
         self.descriptors, self.direct = {}, {}
+
+
+def _work(target: Path) -> str:
+    return f".{target.name}.work-"
 
 
 def _sizes(placements: Sequence[Placement]) -> dict[str, int]:

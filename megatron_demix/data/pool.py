@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.indexed.format import bin_path
 from megatron_demix.indexed.reader import Index, read_index
+from megatron_demix.mixture import tokens_of_epochs
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ class Domain:
 
     @property
     def most_tokens(self) -> int:
-        """The tokens a blend may take: one epoch times max_epochs, rounded down."""
-        # As it was written: 1.2 as a binary number is a little less, and 1,000 tokens would be 1,199.
-        return math.floor(self.tokens * Fraction(str(self.max_epochs)))
+        """The tokens a blend may take."""
+        return tokens_of_epochs(self.tokens, self.max_epochs)
 
     def stream(self, seed: int) -> native.DocumentStream:
         """Its documents in the order that (seed, domain name) alone decides."""

@@ -138,15 +138,21 @@ def train_tokenizer(
     write_json(output / META, meta | ({"file": file.name} if file else {}))
 
 
+def source_files(type: str, model: Path) -> list[Path]:
+    """What a tokenizer is copied from: its file, and those beside it that count. Raises ConfigError."""
+    source = vocabularies.find_file(type, model)
+    beside = [source.parent / name for name in ("tokenizer_config.json", f"{source.name}.json")]
+    return [source, *(file for file in beside if file.is_file())]
+
+
 def _copy(spec: TokenizerSpec, output: Path) -> Path | None:
     if spec.model is None:
         return None
-    source = vocabularies.find_file(spec.type, spec.model)
+    source, *beside = source_files(spec.type, spec.model)
     target = output / (source.name if spec.type == "tiktoken" else vocabularies.FILE_NAMES[spec.type])
     shutil.copyfile(source, target)
-    for sidecar in ("tokenizer_config.json", f"{source.name}.json"):
-        if (source.parent / sidecar).is_file():
-            shutil.copyfile(source.parent / sidecar, output / sidecar)
+    for file in beside:
+        shutil.copyfile(file, output / file.name)
     return target
 
 

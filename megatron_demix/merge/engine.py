@@ -18,6 +18,7 @@ from megatron_demix.artifact import fingerprint, remove_leftovers
 from megatron_demix.checkpoint.common_state import merged_common_state
 from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.checkpoint.output import Output, is_published, resolved
+from megatron_demix.checkpoint.pickles import write_pickle
 from megatron_demix.checkpoint.run_config import RUN_CONFIG, merged_run_config
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem, metadata_files, place
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError, VerificationFailed, storage_errors
@@ -153,7 +154,10 @@ class _Job:
 
     def output(self, target: Path, provenance: Mapping[str, Any], worker: tuple[int, int] | None) -> Output:
         return Output(
-            target, self.folder, PROVENANCE, shared_key=None if worker is None else fingerprint(_identity(provenance))
+            target,
+            self.folder,
+            PROVENANCE,
+            shared_key=None if worker is None else fingerprint({"folder": self.folder, **_identity(provenance)}),
         )
 
     def is_published(self, target: Path, provenance: Mapping[str, Any]) -> bool:
@@ -199,7 +203,7 @@ class _Job:
         """Plain facts that do not depend on when, where or by how many threads the merge was made."""
         carried = {file: blake2b(data, digest_size=16).hexdigest() for file, data in self.carried.items()}
         return {
-            "format": 2,
+            "format": 3,
             "software": f"megatron_demix {__version__}",
             "mixture": name,
             "method": self.method.describe(name),
@@ -211,10 +215,24 @@ class _Job:
                 for k, part in enumerate(self.parts.names)
             },
             "order": self.parts.names,  # sums, random streams and what is copied depend on it
-            "copied_from_first": sorted({p.item.key for p in self.placements if isinstance(p.item, CopiedItem)}),
+            "copied_from_first": sorted({item.key for item in self._copied}),
+            "copied_digest": self._copied_digest,
             "left_out": self.left_out,
             **({"carried": carried} if carried else {}),
         }
+
+    @property
+    def _copied(self) -> list[CopiedItem]:
+        return [p.item for p in self.placements if isinstance(p.item, CopiedItem)]
+
+    @cached_property
+    def _copied_digest(self) -> str:
+        """Of what no weights decide: the common state, and the items copied from the first component."""
+        hashed = blake2b(write_pickle(dict(self.common)), digest_size=16)
+        for item in self._copied:
+            hashed.update(f"{item.key} {item.offset} {len(item.data)}".encode())
+            hashed.update(item.data)
+        return hashed.hexdigest()
 
     def _digest(self, k: int) -> str:
         if not hasattr(self, "_digests"):

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import numpy as np
@@ -131,7 +131,7 @@ class MergePlan:
             check_sources,
             deltas.native if deltas else None,
         )
-        outcome = self._watched(arguments, progress or (lambda done: None))
+        outcome = self._stoppable(self._plan.run, *arguments, progress=progress)
         if outcome["error"]:
             raise OSError(outcome["error"], os.strerror(outcome["error"]), f"target {outcome['failed_target']}")
         return outcome
@@ -153,43 +153,35 @@ class MergePlan:
         )
         return np.array(found, np.uint32).reshape(num_targets, self.num_sources - 1, num_ranks)
 
-    def _stoppable(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call into the core from a thread of its own, so that an interrupt stops it."""
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(function, *arguments)
-            try:
-                return future.result()
-            except BaseException:
-                self._plan.cancel()
-                raise
-
-    def _watched(self, arguments: tuple, progress: Callable[[int], None]) -> dict[str, Any]:
-        outcome: dict[str, Any] = {}
+    def _stoppable(self, function: Callable[..., Any], *arguments: Any, progress: Callable[[int], None] | None = None) -> Any:
+        """Call into the core from a thread of its own, so that an interrupt stops it. It has ended on return, whatever happens:
+        it writes to files and memory that are closed and freed then."""
+        result: Future[Any] = Future()
 
         def work() -> None:
             try:
-                outcome.update(self._plan.run(*arguments))
-            except BaseException as e:  # handed to the waiting thread below
-                outcome["exception"] = e
+                result.set_result(function(*arguments))
+            except BaseException as e:
+                result.set_exception(e)
 
+        self._plan.begin()
         worker = threading.Thread(target=work)
         try:
             worker.start()
         except RuntimeError:  # a limit lets no thread start: then nothing can interrupt it
-            return self._plan.run(*arguments)
+            return function(*arguments)
         try:
-            alive = True
-            while alive:
+            while worker.is_alive():
                 worker.join(0.1)
-                alive = worker.is_alive()
-                progress(self._plan.done_bytes())
+                if progress:
+                    progress(self._plan.done_bytes())
         except BaseException:
-            self._plan.cancel()
-            worker.join()
+            try:
+                self._plan.end()
+            finally:
+                self._plan.end()  # where a second interrupt came before the first one
             raise
-        if "exception" in outcome:
-            raise outcome["exception"]
-        return outcome
+        return result.result()
 
 
 class DeltaRules:

@@ -22,6 +22,7 @@ from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study.data import DomainSpec
 from megatron_demix.study.load import load_study
 from megatron_demix.study.study import Study
+from megatron_demix.study.unused import without_unused
 from megatron_demix.train.megatron_lm.checkout import Checkout
 
 PARTS = {
@@ -92,7 +93,11 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: Absen
     as far as absent_inputs says that this is one.
     """
     digests = InputDigests(run / "cache" / "input_digests.json", absent=absent_inputs)
-    dag = _wired(study, study_path.resolve(), run, digests, ())
+    try:
+        dag = _wired(study, study_path.resolve(), run, digests, ())
+    except BaseException:  # Ctrl-C, too: reading a large corpus takes hours
+        digests.keep()
+        raise
     if dag.study.trainer.backend == "megatron_lm" and absent_inputs == "refused":
         assert dag.study.trainer.checkout is not None
         Checkout.open(dag.study.trainer.checkout).script(dag.study.trainer.script)
@@ -104,7 +109,7 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     """naming: the studies that name this one as an earlier one, directly or through others."""
     root = path.parent
     study = with_rows_of_base(with_base(study, root, digests), root, digests)
-    study = study.model_copy(update={"trainer": study.trainer.under(root)})
+    study = without_unused(study.model_copy(update={"trainer": study.trainer.under(root)}))
     before = _earlier_dags(study, path, run, digests, naming)
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
     inputs = {d.name: _inputs(d, root, digests) for d in study.domains}

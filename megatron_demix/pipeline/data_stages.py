@@ -46,7 +46,8 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
     json_keys = {d.name: d.json_key for d in study.domains}
     settings = spec.model_dump(mode="json", exclude={"perplexity": {"model", "sentencepiece"}, "quality": {"model"}})
     settings |= {"revision": REVISION, "on_bad_document": study.prepare.on_bad_document}
-    settings |= {"inputs": {name: [json_keys[name], digests.of(files)] for name, files in texts.items()}}
+    # In the study's order: of one text in several domains, the first one keeps its own.
+    settings |= {"inputs": [[name, json_keys[name], digests.of(files)] for name, files in texts.items()]}
     for place, path in spec.models():
         if not path.is_file() and digests.absent == "refused":
             raise ConfigError(
@@ -108,10 +109,12 @@ def tokenizer(
         settings["domains"] = [d.name for d in samples]
         needs = (cleaned,)
     elif spec.type == "bpe":
-        settings["inputs"] = {d.name: digests.of(inputs[d.name]) for d in samples}
+        settings["inputs"] = {d.name: [d.json_key, digests.of(inputs[d.name])] for d in samples}
         settings["on_bad_document"] = study.prepare.on_bad_document
     elif spec.model:
-        settings["model"] = digests.answer(f"tokenizer {model}", lambda: digests.of(_files_of(model)))
+        from megatron_demix.data.tokenizer import source_files
+
+        settings["model"] = digests.answer(f"tokenizer {model}", lambda: digests.of(source_files(spec.type, model)))
 
     def make(folder: Path) -> None:
         from megatron_demix.data.tokenizer import train_tokenizer
@@ -121,10 +124,6 @@ def tokenizer(
         train_tokenizer(spec, texts, folder, json_key=keys, on_bad_document=study.prepare.on_bad_document)
 
     return Stage(f"tokenizer/{spec.type}", run, settings, needs, make)
-
-
-def _files_of(model: Path) -> list[Path]:
-    return sorted(model.iterdir()) if model.is_dir() else [model]
 
 
 def domain(
@@ -170,11 +169,13 @@ def domain(
                 raise
             raise ConfigError(f"domain {spec.name!r}, {_left_by_cleaning(spec.name, cleaned)}: {e}") from e
 
-    def describe(folder: Path) -> None:
-        write_json(folder / STATS, _stats_of_prefixes(spec, inputs))
-
     if spec.prefixes is not None:
-        return Stage(f"data/{spec.name}", run, settings, needs, describe)
+        given = _given_prefixes(spec, inputs)
+
+        def describe(folder: Path) -> None:
+            write_json(folder / STATS, _stats_of_prefixes(given))
+
+        return Stage(f"data/{spec.name}", run, settings, needs, describe, stands_for=given)
     return Stage(f"data/{spec.name}", run, settings, needs, prepare, make_part=prepare)
 
 
@@ -185,15 +186,18 @@ def _left_by_cleaning(name: str, cleaned: Stage) -> str:
     return f"of which cleaning (prepare.clean) kept {kept} of {entry['documents']} documents, see {account}"
 
 
-def _stats_of_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, Any]:
+def _given_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, list[Path]]:
+    """By split, of files as resolve() gives them."""
+    prefixes = iter([file.with_suffix("").resolve() for file in files if file.suffix == ".idx"])
+    return {split: [next(prefixes) for _ in (spec.prefixes or {})[split]] if files else [] for split in SPLITS}
+
+
+def _stats_of_prefixes(prefixes: Mapping[str, list[Path]]) -> dict[str, Any]:
     from megatron_demix.indexed.reader import read_index
 
-    prefixes = iter([file.with_suffix("") for file in files if file.suffix == ".idx"])
-    stats: dict[str, Any] = {"splits": {}, "prefixes": {}}
-    for split in SPLITS:
-        own = [next(prefixes) for _ in (spec.prefixes or {})[split]]
+    stats: dict[str, Any] = {"splits": {}}
+    for split, own in prefixes.items():
         indexes = [read_index(prefix) for prefix in own]
-        stats["prefixes"][split] = [str(prefix.resolve()) for prefix in own]
         stats["splits"][split] = {
             "documents": sum(i.num_documents for i in indexes),
             "tokens": sum(int(i.lengths.sum()) for i in indexes),
@@ -203,8 +207,7 @@ def _stats_of_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, Any]:
 
 def prefixes(data: Stage, split: str) -> list[Path]:
     """Indexed prefixes of one split of a finished data stage."""
-    given = read_json(data.folder / STATS).get("prefixes")
-    return [Path(p) for p in given[split]] if given else [data.folder / split]
+    return list(data.stands_for[split]) if isinstance(data.stands_for, Mapping) else [data.folder / split]
 
 
 def tokens(data: Mapping[str, Stage], split: str) -> dict[str, int]:

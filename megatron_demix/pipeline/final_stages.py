@@ -34,8 +34,7 @@ def _shares(study: Study, name: str, data: Mapping[str, Stage], choice: Stage) -
 
 def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) -> dict[str, Stage]:
     """One indexed data set per final mixture, as large as the final run needs."""
-    # One token more than the samples hold: a sample's last target is the token after it.
-    target = train_stages.num_tokens(study, "final") + 1
+    target = train_stages.blend_tokens(study)
 
     def blend(name: str) -> Stage:
         def make(folder: Path, part: tuple[int, int] | None = None) -> None:

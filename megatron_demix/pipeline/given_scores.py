@@ -39,7 +39,9 @@ def given_scores(dag: Dag, checkpoints: Mapping[str, Path], *, final: bool) -> S
     Raises ConfigError or CorruptInput for what is no checkpoint, IncompatibleInputs for one of another model.
     """
     digests = InputDigests(dag.run / "cache" / "input_digests.json")
-    stages = {name: train_stages.given(dag.study, f"evaluate/{name}", p, dag.run, digests) for name, p in checkpoints.items()}
+    stages = {
+        name: train_stages.given(dag.study, f"evaluate/given/{name}", p, dag.run, digests) for name, p in checkpoints.items()
+    }
     digests.save()
 
     def models() -> dict[str, Any]:

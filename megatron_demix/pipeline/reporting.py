@@ -91,13 +91,14 @@ def _tasks(dag: Dag) -> dict[str, Task]:
 def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:
     from megatron_demix.report.data import Domain
 
-    done = {name: stage for name, stage in dag.data.items() if stage.done()}
-    total = sum(data_stages.tokens(done, "train").values())
+    if not all(stage.done() for stage in dag.data.values()):
+        return []  # shares of some would be no shares
+    total = sum(data_stages.tokens(dag.data, "train").values())
     rows = []
-    for name, stage in done.items():
+    for name, stage in dag.data.items():
         train = read_json(stage.folder / data_stages.STATS)["splits"]["train"]
         share = train["tokens"] / total
-        rows.append(Domain(name, train["documents"], train["tokens"], train.get("bytes", 0), share, epochs.get(name)))
+        rows.append(Domain(name, train["documents"], train["tokens"], train.get("bytes"), share, epochs.get(name)))
     return rows
 
 
@@ -240,5 +241,12 @@ def _timings(dag: Dag) -> dict[str, float]:
     """Wall-clock seconds of each stage of this study, from the last time it was made."""
     stages: dict[str, Stage] = {s.key: s for s in dag.all}
     log = dag.run / "metrics.jsonl"
-    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    return {stages[e["key"]].name: e["wall_s"] for e in entries if e["event"] == "stage" and e["key"] in stages}
+    seconds = {}
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut short by a full disk, or two machines wrote at once
+        if isinstance(entry, dict) and entry.get("event") == "stage" and entry.get("key") in stages:
+            seconds[stages[entry["key"]].name] = entry["wall_s"]
+    return seconds

@@ -95,7 +95,7 @@ def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
     from megatron_demix.search.space import epoch_caps
 
     tokens = data_stages.tokens(data, "train")
-    budget = train_stages.num_tokens(study, "final")
+    budget = train_stages.blend_tokens(study)
     caps = epoch_caps(tokens, {d.name: d.max_epochs for d in study.domains}, budget)
     return _space(study, tokens, _anchor(study), max_kl=study.search.max_kl, epoch_caps=caps)
 

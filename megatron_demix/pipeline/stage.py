@@ -4,7 +4,7 @@ DAG is known, and can be shown, before anything runs."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,8 @@ class Stage:
         finds there, and gives the same bytes if that is nothing. Only a scheduler starts parts, as processes of their own.
     judge: looks at the filled folder before it is published, and raises where it is not what it has to be.
     script: what the ranks run, where that is a command of its own, as a shell script.
-    stands_for: the user's checkpoint that it is, where that lies now; the artifact says where it lay when that was made.
+    stands_for: the user's own checkpoint or indexed data (prefixes by split) that it is, where that lies now: it may have been
+        moved since the artifact was made.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Stage:
     make_part: Callable[[Path, tuple[int, int]], None] | None = None
     judge: Callable[[Path], None] = lambda folder: None
     script: Callable[[], str] | None = None
-    stands_for: Path | None = None
+    stands_for: Path | Mapping[str, Sequence[Path]] | None = None
 
     @cached_property
     def key(self) -> str:

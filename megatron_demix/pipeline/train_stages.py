@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_demix.artifact import read_json, write_json
+from megatron_demix.artifact import hash_file, read_json, write_json
 from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture, actual_shares
@@ -80,6 +80,11 @@ def num_tokens(study: Study, phase: PhaseName) -> int:
     return num_iterations(study, phase) * study.train.global_batch_size * study.train.seq_length
 
 
+def blend_tokens(study: Study) -> int:
+    """Tokens of the final run's data: one more than its samples hold, since a sample's last target is the token after it."""
+    return num_tokens(study, "final") + 1
+
+
 def training_settings(study: Study, phase: PhaseName, seed: int) -> dict[str, Any]:
     """What decides the result of a training run, apart from its data and its start."""
     settings: dict[str, Any] = {
@@ -91,7 +96,9 @@ def training_settings(study: Study, phase: PhaseName, seed: int) -> dict[str, An
     if keep := _kept_before_the_last(study, phase):
         settings["kept"] = [*keep, num_iterations(study, phase)]
     if stock := _stock(study):
-        settings["trainer"] = {"backend": stock.backend, "script": stock.script.name, "args": own_arguments(stock.args)}
+        own = stock.script.is_absolute() and stock.script.is_file()  # not one of the checkout
+        script = hash_file(stock.script) if own else stock.script.name
+        settings["trainer"] = {"backend": stock.backend, "script": script, "args": own_arguments(stock.args)}
     return settings
 
 
@@ -233,7 +240,7 @@ def checkpoint_of(stage: Stage, iteration: int | None = None) -> Path:
     """The checkpoint a finished stage stands for: one that trains, averages, or was given. iteration: a kept one before it."""
     if iteration is not None:
         return stage.folder / iteration_folder(iteration)
-    if stage.stands_for is not None:
+    if isinstance(stage.stands_for, Path):
         return stage.stands_for
     pointer = stage.folder / POINTER
     return stage.folder / read_json(pointer)["checkpoint"] if pointer.is_file() else stage.folder

@@ -128,7 +128,7 @@ def _bars(data: ReportData, colours: Mapping[str, str]) -> list[Bar]:
         rows.append(("natural", "in proportion to the tokens there are", natural))
     if names:
         rows.append(("uniform", "", dict.fromkeys(names, 1 / len(names))))
-    if data.choice:
+    if data.choice and data.proxies == "merged":
         rows.append(("merge weights", "of the components in the found mixture's proxy", data.choice.weights))
     return [Bar(label, note, [(n, m.get(n, 0.0), colours[n]) for n in names]) for label, note, m in rows]
 

@@ -50,7 +50,7 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
             "mixture looks better there than it is (evaluate.tasks, final_split)."
         )
     found += [
-        f"Of the {task.answers} answers to {name} that proxies generated, {task.endless} did not end by themselves and "
+        f"Of the {task.answers} answers to {name} that models gave in the search, {task.endless} did not end by themselves and "
         f"{task.stopped} had to be stopped when they were run or compared; the latter count as wrong."
         for name, task in data.tasks.items()
         if task.endless or task.stopped
@@ -103,8 +103,8 @@ def not_measured(data: ReportData, verdict: Verdict) -> list[str]:
         items.append("Whether the found mixture is better than any other: no final run is finished.")
     else:
         items.append(
-            "Noise other than the final runs' seeds: base and components were trained once, and the validation and test "
-            "documents were drawn once."
+            f"Noise other than the final runs' seeds: base and {'components' if data.proxies == 'merged' else 'proxies'} were "
+            "trained once, and the validation and test documents were drawn once."
         )
     items.append(
         f"Whether the {data.kind_of_proxies} proxies rank mixtures as models trained on them for the final budget would: no "

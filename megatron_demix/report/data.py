@@ -25,7 +25,8 @@ class Domain:
     name: str
     documents: int
     tokens: int
-    bytes: int
+    bytes: int | None
+    """Of text. None where it came tokenized."""
     natural_share: float
     epochs: float | None = None
     """How often the final run repeats it at the found mixture."""

@@ -82,7 +82,7 @@ def render(figure: Figure, label: str, tips: Mapping[str, Sequence[str]] | None 
 def _add_tips(root: ET.Element, tips: Mapping[str, Sequence[str]]) -> None:
     for group in root.iter(f"{{{_SVG}}}g"):
         texts = tips.get(group.get("id", ""))
-        if texts is None:
+        if not texts:
             continue
         marks = list(group.iter(f"{{{_SVG}}}use")) or [group]
         for mark, text in zip(marks, texts, strict=True):

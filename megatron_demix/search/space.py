@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_demix.errors import MixtureError
-from megatron_demix.mixture import Mixture
+from megatron_demix.mixture import Mixture, tokens_of_epochs
 from megatron_demix.search.waterfill import GRID, ceil_to_grid, floor_to_grid, waterfill
 
 TOLERANCE = 1e-9
@@ -27,14 +27,16 @@ class Group:
 def epoch_caps(tokens: Mapping[str, float], max_epochs: Mapping[str, float], target_tokens: float) -> dict[str, float]:
     """The largest actual share of each domain: max_epochs x available tokens / final budget, at most 1.
 
-    A domain absent from max_epochs has no cap. Raises MixtureError on a budget or a size that is not positive.
+    In whole tokens, as the blend counts that is built of it. A domain absent from max_epochs has no cap. Raises MixtureError on
+    a budget or a size that is not positive.
     """
     if target_tokens <= 0:
         raise MixtureError(f"target tokens are {target_tokens}, expected > 0: the final run's budget.")
     for name, count in tokens.items():
         if count <= 0:
             raise MixtureError(f"domain {name!r} has {count} tokens, expected > 0. Drop it, or prepare its data.")
-    return {name: min(1.0, max_epochs.get(name, np.inf) * count / target_tokens) for name, count in tokens.items()}
+    caps = dict.fromkeys(tokens, 1.0)
+    return caps | {name: min(1.0, tokens_of_epochs(tokens[name], most) / target_tokens) for name, most in max_epochs.items()}
 
 
 def _root(grows: Callable[[float], float]) -> float:

@@ -27,7 +27,7 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
     path = Path(path)
     try:
         data = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:  # a date that is none is a ValueError
         raise ConfigError(f"study {path}: cannot be read: {e}") from e
     if not isinstance(data, dict):
         raise ConfigError(f"study {path}: expected a mapping with name, domains, model, ...; found {type(data).__name__}.")
@@ -65,7 +65,9 @@ def _override(data: dict, text: str) -> None:
     node: Any = data
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}  # a section that is empty, or not there
+            node = node[int(part) if isinstance(node, list) else part]
         node[int(last) if isinstance(node, list) else last] = load_yaml(value)
     except (ValueError, IndexError, TypeError, AttributeError) as e:
         raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e

@@ -36,7 +36,7 @@ def _by_name(mixed: Any) -> Iterable[tuple[str, dict[str, float]]]:
 
 class Study(Section):
     name: Name
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=1 << 31)
     tokenizer: TokenizerSpec = TokenizerSpec()
     prepare: PrepareSpec = PrepareSpec()
     domains: list[DomainSpec] = Field(min_length=2)
@@ -99,6 +99,7 @@ class Study(Section):
                 Mixture(spec, label=f"study {self.name!r}: {what}")
         self._check_bounds()
         self._check_mixed_components()
+        self._check_learning_rates()
         self._check_extrapolation()
         self._check_budgets()
         batch = self.train.micro_batch_size * self.parallel.data
@@ -181,6 +182,21 @@ class Study(Section):
         if (most := math.fsum(high.values())) < 1 - TOLERANCE:
             listed = ", ".join(f"{name} {share:g}" for name, share in high.items())
             raise ValueError(f"domains: the largest shares (max_share, groups' highest) sum to {most:g}, below 1: {listed}")
+
+        free = [d.name for d in self.domains if d.max_share - d.min_share > TOLERANCE]
+        if len(names := self.domain_names) > 1 and len(free) < 2:
+            raise ValueError(
+                f"domains: min_share and max_share leave one mixture of {', '.join(names)}, so there is nothing to search for"
+            )
+
+    def _check_learning_rates(self) -> None:
+        phases = ("base", "component", "final") if self.base.tokens else ("component", "final")
+        for name in phases:
+            train = self.phase(name)  # type: ignore[arg-type]
+            if train.min_lr > train.lr and train.lr_decay_style != "constant":
+                raise ValueError(
+                    f"{name}: min_lr {train.min_lr:g} is above lr {train.lr:g}; set {name}.min_lr, or train.min_lr"
+                )
 
     def _check_mixed_components(self) -> None:
         if self.component.mixed is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -15,9 +16,28 @@ _CPUS = ("--exclusive", "--cpus-per-", "-c")
 _OVERRIDES = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction")
 
 
+class _Unused(NamedTuple):
+    place: str
+    section: BaseModel
+    key: str
+    why: str
+
+    @property
+    def default(self) -> Any:
+        return type(self.section).model_fields[self.key].get_default(call_default_factory=True)
+
+
+def without_unused(study: Study) -> Study:
+    """The study with the defaults of such settings in their places, so that they change no key of what is made."""
+    settled = study.model_copy(deep=True)
+    for one in list(_unused(settled)):
+        object.__setattr__(one.section, one.key, one.default)  # sections are frozen, and this copy is nobody's yet
+    return settled
+
+
 def warnings_of(study: Study) -> list[str]:
     """One line for each such setting, with why; and for what is probably not what was meant."""
-    found = [f"{place} has no effect: {why}" for place, why in _unused(study)]
+    found = [f"{one.place}.{one.key} has no effect: {one.why}" for one in _unused(study)]
     if study.evaluate.losses and study.evaluate.tokens_per_domain < study.train.seq_length:
         found.append(
             f"evaluate.tokens_per_domain is {study.evaluate.tokens_per_domain}, but one window holds train.seq_length = "
@@ -44,8 +64,8 @@ def _without_cpus(study: Study) -> Iterator[str]:
             )
 
 
-def _unused(study: Study) -> Iterator[tuple[str, str]]:
-    """(place, why). What is its default counts as not given."""
+def _unused(study: Study) -> Iterator[_Unused]:
+    """What is its default counts as not given."""
     yield from _of_text(study)
     yield from _of_models(study)
     yield from _of_training(study)
@@ -57,7 +77,7 @@ def _unused(study: Study) -> Iterator[tuple[str, str]]:
             yield from _given("launch.slurm", launch.slurm, ("mounts",), "there is no launch.slurm.container")
 
 
-def _of_text(study: Study) -> Iterator[tuple[str, str]]:
+def _of_text(study: Study) -> Iterator[_Unused]:
     if study.tokenizer.type != "bpe":
         why = f"a tokenizer of type {study.tokenizer.type} is not trained"
         yield from _given("tokenizer", study.tokenizer, ("train_vocab_size", "train_bytes"), why)
@@ -69,7 +89,7 @@ def _of_text(study: Study) -> Iterator[tuple[str, str]]:
         yield from _given("prepare", study.prepare, ("clean", "split", "on_bad_document"), why)
 
 
-def _of_models(study: Study) -> Iterator[tuple[str, str]]:
+def _of_models(study: Study) -> Iterator[_Unused]:
     model = study.model
     if model.position_embedding_type != "rope":
         why = f"model.position_embedding_type is {model.position_embedding_type}"
@@ -83,7 +103,7 @@ def _of_models(study: Study) -> Iterator[tuple[str, str]]:
         yield from _given("parallel", study.parallel, ("sequence_parallel",), "parallel.tensor is 1")
 
 
-def _of_training(study: Study) -> Iterator[tuple[str, str]]:
+def _of_training(study: Study) -> Iterator[_Unused]:
     why = "a study evaluates when a model is trained (evaluate), and not before"
     yield from _given("train", study.train, ("eval_interval", "eval_iters"), why)
     if study.trainer.backend == "megatron_core":
@@ -98,7 +118,7 @@ def _of_training(study: Study) -> Iterator[tuple[str, str]]:
         yield from _given("train", study.train, ("min_lr",), "the learning rate stays constant")
 
 
-def _of_search(study: Study) -> Iterator[tuple[str, str]]:
+def _of_search(study: Study) -> Iterator[_Unused]:
     search, component = study.search, study.component
     if search.proxies == "trained":
         why = "search.proxies is trained, so that there are no components, and nothing is merged"
@@ -106,7 +126,7 @@ def _of_search(study: Study) -> Iterator[tuple[str, str]]:
         yield from _given("merge", study.merge, tuple(type(study.merge).model_fields), why)
     elif not component.anchor.share:
         yield from _given("component.anchor", component.anchor, ("mixture",), "component.anchor.share is 0")
-    if len(search.rounds) == 1:
+    if len(search.rounds) == 1 and not search.earlier:
         yield from _given("search", search, ("stop",), "there is one round")
     if not study.evaluate.losses:
         yield from _given("evaluate", study.evaluate, ("tokens_per_domain",), "evaluate.losses is empty")
@@ -117,7 +137,8 @@ def _of_search(study: Study) -> Iterator[tuple[str, str]]:
             )
 
 
-def _given(place: str, section: BaseModel, keys: tuple[str, ...], why: str) -> Iterator[tuple[str, str]]:
+def _given(place: str, section: BaseModel, keys: tuple[str, ...], why: str) -> Iterator[_Unused]:
     for key in keys:
-        if getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True):
-            yield f"{place}.{key}", why
+        one = _Unused(place, section, key, why)
+        if getattr(section, key) != one.default:
+            yield one

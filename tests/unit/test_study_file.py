@@ -197,6 +197,7 @@ def test_each_mistake_is_named(load, change, message):
             ["search.groups={g: {domains: [code]}, h: {domains: [math, code]}}"],
             r"search\.groups: 'code' is in 'g' and in 'h'; expected once",
         ),
+        (["domains.0.min_share=0.6", "domains.0.max_share=0.6"], "leave one mixture of code, math, so there is nothing to"),
         (["search.groups={g: {domains: [code, math], highest: 0.9}}"], "sum to 0.9, below 1: group g 0.9"),
         (
             ["merge.rules=[{weights: {cod: 1.0}}]"],
@@ -268,9 +269,21 @@ def test_cpus_beside_gpus_may_be_asked_for_in_several_ways(load, more):
 
 
 def test_bounds_and_rules_that_can_be_met(load):
-    fixed = ["domains.0.min_share=0.6", "domains.0.max_share=0.6", "search.groups={g: {domains: [math], lowest: 0.4}}"]
-    assert load(overrides=fixed).domains[0].min_share == 0.6
+    near = ["domains.0.min_share=0.6", "domains.0.max_share=0.7", "search.groups={g: {domains: [math], lowest: 0.3}}"]
+    assert load(overrides=near).domains[0].min_share == 0.6
     load(overrides=["component.mixed=pairs", "merge.rules=[{tensors: 'embedding.*', weights: {code+math: 1}}]"])
+
+
+def test_a_learning_rate_that_decays_upwards_is_refused(load):
+    with pytest.raises(
+        ConfigError, match=r"component: min_lr 0\.001 is above lr 0\.0001; set component\.min_lr, or train\.min_lr"
+    ):
+        load(overrides=["train.lr=0.01", "train.min_lr=1e-3", "component.lr=1e-4"])
+    load(overrides=["train.lr=0.01", "train.min_lr=1e-3", "component.lr=1e-4", "component.lr_decay_style=constant"])
+
+
+def test_an_empty_section_can_be_set(load):
+    assert load(put("prepare", None), overrides=["prepare.workers=3"]).prepare.workers == 3
 
 
 def test_a_mixture_that_does_not_sum_to_one(load):
@@ -293,6 +306,7 @@ def test_all_mistakes_are_named_at_once(load):
         (b"", "expected a mapping .*; found NoneType"),
         (b"- a\n", "found list"),
         (b"a: [", "cannot be read"),
+        (b"name: 2024-13-01\n", "cannot be read: month must be in 1..12"),
         (b"a: 1\nb: {c: 1, d: 2,\n  c: 3}\n", r"(?s)the key 'c' is given twice, first in line 2; keep one of them.*line 3"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],

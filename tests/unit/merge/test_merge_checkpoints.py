@@ -96,6 +96,48 @@ def test_iteration_layout(parts, tmp_path):
         merge_checkpoints(parts, {"n": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
 
 
+def test_other_arguments_are_another_merge(parts, tmp_path):
+    """What no weights decide counts as well: elements may be equal, and the model's function not."""
+    merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    assert merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False) == [tmp_path / "out" / "m"]
+    for path in parts.values():
+        common = torch.load(path / "common.pt", weights_only=False)
+        common["args"].rotary_base = 777
+        torch.save(common, path / "common.pt")
+    with pytest.raises(OutputExists, match=r"made from other inputs or settings"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+
+INTERRUPTED_TWICE = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from megatron_demix.native import MergePlan
+
+num = 1 << 25
+plan = MergePlan(1)
+record = plan.add_record(np.zeros(num, np.float32).view(np.uint8), 0)
+plan.add_region(plan.add_target([num], "float32", "float32"), [0], [num], [record], [0], [[1]])
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.02, 0.01)
+try:
+    plan.run(np.full((1, 1, 1), 0.5), descriptors_TM=np.array([[file]]), offsets_T=[0], threads=1, tile_bytes=1 << 30)
+except KeyboardInterrupt:
+    pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+written = Path("/proc/self/io").read_text()
+time.sleep(0.3)
+assert Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0] == written.split("wchar: ")[1].split()[0]
+"""
+
+
+def test_no_thread_writes_after_a_second_interrupt(tmp_path):
+    """The files that it writes to are closed then, and their numbers may be those of others."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_TWICE, tmp_path / "x"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_payload_checksums_are_right(parts, tmp_path):
     (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
     merged = Checkpoint(path)

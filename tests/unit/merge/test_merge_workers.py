@@ -165,3 +165,19 @@ def engine_ranks():
 def test_numbers_of_workers(parts, tmp_path):
     with pytest.raises(ConfigError, match=r"worker is 2 of 2, expected 0 <= worker < number of workers"):
         merge(parts, tmp_path / "out", (2, 2))
+
+
+def test_layouts_share_no_work(parts, tmp_path):
+    """One worker of two with another layout: what it has made is in nothing that is published, and goes when the other is."""
+    merge(parts, tmp_path / "out", (0, 2))
+    for i in range(2):
+        merge(parts, tmp_path / "out", (i, 2), layout="iter")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["m", "n"]
+    assert sorted(p.name for p in (tmp_path / "out" / "m").iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
+
+
+def test_work_that_was_given_up_goes_when_the_merge_is_made_alone(parts, tmp_path):
+    merge(parts, tmp_path / "out", (0, 2))
+    assert len(list((tmp_path / "out").glob(".*work*"))) == 2
+    merge(parts, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["m", "n"]

@@ -12,7 +12,8 @@ from megatron_demix.cli import _result
 from megatron_demix.errors import ConfigError, CorruptInput, MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import inputs
-from megatron_demix.pipeline.dag import build_dag
+from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.data_stages import prefixes
 from megatron_demix.pipeline.train_stages import _sources, num_iterations, num_tokens
 from megatron_demix.study.load import load_study
 
@@ -68,6 +69,51 @@ def test_where_and_how_fast_it_runs_changes_nothing(study_path):
 )
 def test_a_setting_changes_what_depends_on_it(study_path, override, expected):
     assert changed(study_path, override) == expected
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["tokenizer={type: byte, train_bytes: 5M}", "model.moe_router_topk=1"],
+)
+def test_a_setting_without_effect_changes_nothing(study_path, override):
+    assert changed(study_path, override) == set()
+
+
+def test_an_unused_anchor_changes_nothing(study_path):
+    none = keys(study_path, "component.anchor={share: 0}")
+    assert keys(study_path, "component.anchor={share: 0, mixture: natural}") == none
+
+
+def test_whose_duplicate_stays_depends_on_the_order_of_the_domains(study_path):
+    pair = ["{name: english, inputs: [english.jsonl]}", "{name: code, inputs: [code.jsonl]}"]
+    before = keys(study_path, "prepare.clean={}")
+    after = keys(study_path, "prepare.clean={}", f"domains.0={pair[0]}", f"domains.1={pair[1]}")
+    assert before["clean/text"] != after["clean/text"]
+
+
+def test_a_trained_tokenizer_depends_on_where_the_text_is(study_path):
+    assert "tokenizer" in changed(study_path, "tokenizer={type: bpe, train_vocab_size: 300}")
+    before = keys(study_path, "tokenizer={type: bpe, train_vocab_size: 300}")
+    after = keys(study_path, "tokenizer={type: bpe, train_vocab_size: 300}", "domains.0.json_key=content")
+    assert before["tokenizer/bpe"] != after["tokenizer/bpe"]
+
+
+def test_what_a_tokenizer_is_copied_from_decides_and_nothing_else(study_path):
+    folder = study_path.parent / "tok"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+
+    def key(model: str) -> str:
+        return keys(study_path, f"tokenizer={{type: huggingface, model: {model}}}")["tokenizer/huggingface"]
+
+    of_folder, of_file = key("tok"), key("tok/tokenizer.json")
+    assert of_folder == of_file
+    (folder / "README.md").write_text("words")
+    assert key("tok") == of_folder
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "b"}')
+    assert key("tok") != of_folder
+    assert key("tok/tokenizer.json") != of_file
 
 
 def test_cleaning_is_a_stage_that_text_depends_on(study_path):
@@ -195,6 +241,24 @@ def test_every_byte_of_ready_made_data_decides_and_is_read_once(study_path, monk
     monkeypatch.setattr(inputs, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
     monkeypatch.setattr(inputs, "_digest", lambda path: pytest.fail(f"{path} was read again"))
     assert keys(study_path, ready) == after
+
+
+def test_ready_made_data_is_read_where_it_lies_now(study_path):
+    """Moved, with other data in its former place, it is the same stage, which is done."""
+
+    def ready(prefix: Path) -> Dag:
+        domain = f"domains.0={{name: code, prefixes: {{train: [{prefix}], valid: [{prefix}], test: [{prefix}]}}}}"
+        return build_dag(load_study(study_path, [domain]), study_path, study_path.parent / "run")
+
+    old, new = (make_indexed(study_path.parent / place / "code", [5, 6, 7]) for place in ("old", "new"))
+    first = ready(old)
+    for stage in (first.tokenizer, first.data["code"]):
+        stage.finish()
+    make_indexed(old, [50], seed=1)
+    moved = ready(new).data["code"]
+    assert moved.done()
+    assert prefixes(moved, "train") == [new]
+    assert str(study_path.parent) not in (moved.folder / "stats.json").read_text()
 
 
 def test_a_domain_goes_on_where_it_was_stopped(study_path, monkeypatch):

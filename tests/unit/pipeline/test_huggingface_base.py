@@ -133,10 +133,13 @@ def test_with_experts_the_layers_have_to_be_named(folder):
         "model.num_experts=4",
         "model.moe_router_topk=2",
         "model.moe_ffn_hidden_size=16",
+        "model.moe_aux_loss_coeff=0.001",
     ]
     with pytest.raises(ConfigError, match=r"Set model.transformer_impl to transformer_engine \(GPUs\) or local"):
         dag(folder, *settings)
     assert dag(folder, *settings, "model.transformer_impl=local").study.model.padded_vocab_size == 512
+    with pytest.raises(IncompatibleInputs, match=r"It has model.moe_aux_loss_coeff: 0.001 \(found 0.01\)\. Set"):
+        dag(folder, *settings[:-1])
     with pytest.raises(IncompatibleInputs, match=r"model.num_experts: 4 \(found None\)"):
         dag(folder, "base.huggingface=moe")
 

@@ -3,7 +3,7 @@ import pytest
 from scipy.optimize import minimize
 
 from megatron_demix.errors import MixtureError
-from megatron_demix.mixture import Mixture
+from megatron_demix.mixture import Mixture, apportion, tokens_of_epochs
 from megatron_demix.search.space import Group, SearchSpace, epoch_caps
 
 NATURAL = Mixture({"general": 0.7, "code": 0.2, "math": 0.1})
@@ -13,6 +13,17 @@ UNIFORM = Mixture.uniform(NATURAL)
 def test_epoch_caps_are_epochs_times_tokens_over_the_budget_and_never_above_1() -> None:
     caps = epoch_caps({"code": 30e9, "math": 10e9, "general": 900e9}, {"code": 2, "math": 4}, 100e9)
     assert caps == {"code": 0.6, "math": 0.4, "general": 1.0}
+
+
+def test_a_share_at_its_cap_can_be_built() -> None:
+    """Whatever the sizes: rounded to whole tokens it is no more than max_epochs allow."""
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        tokens, budget = int(draw.integers(1, 90_000)), int(draw.integers(90_000, 10_000_000))
+        epochs = float(draw.choice([1, 1.2, 2.5, 3, 7.1]))
+        cap = epoch_caps({"a": tokens, "b": 1e9}, {"a": epochs}, budget)["a"]
+        if cap < 1:
+            assert apportion(budget, [cap, 1 - cap])[0] <= tokens_of_epochs(tokens, epochs)
 
 
 def test_shares_are_the_anchor_and_the_weights_in_the_anchors_proportion() -> None:
