@@ -26,7 +26,7 @@ using Weights = py::array_t<float, py::array::c_style>;
 // weights_SMK; to_addresses: [T * M] addresses, or [] with descriptors [T * M], direct [T * M] or [], and offsets [T].
 py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uintptr_t>& to_addresses, std::vector<int> descriptors,
              std::vector<int> direct, std::vector<std::uint64_t> offsets, int threads, const std::string& isa, std::size_t tile_bytes,
-             bool check_sources, const DeltaRules* deltas) {
+             bool check_sources, bool shows_cached, const DeltaRules* deltas) {
     if (weights.ndim() != 3 || weights.shape(2) != plan.num_sources()) throw std::invalid_argument("weights must be [sets, M, K]");
     Settings settings;
     settings.num_sets = int(weights.shape(0));
@@ -36,6 +36,7 @@ py::dict run(MergePlan& plan, const Weights& weights, const std::vector<std::uin
     settings.isa = isa;
     settings.tile_bytes = tile_bytes;
     settings.check_sources = check_sources;
+    settings.shows_cached = shows_cached;
     settings.deltas = deltas;
     if (deltas) deltas->check(settings.num_sets, plan);
     Destinations to;
@@ -84,7 +85,7 @@ void bind_merge(py::module_& m) {
              py::arg("records"), py::arg("byte_offsets"), py::arg("strides"), py::arg("index"), py::arg("index_strides"))
         .def("run", &run, py::arg("weights"), py::arg("to_addresses"), py::arg("descriptors"), py::arg("direct"),
              py::arg("offsets"), py::arg("threads"), py::arg("isa"), py::arg("tile_bytes"),
-             py::arg("check_sources"), py::arg("deltas"))
+             py::arg("check_sources"), py::arg("shows_cached"), py::arg("deltas"))
         .def("done_bytes", &MergePlan::done_bytes)
         .def("begin", &MergePlan::begin)
         .def("end", &MergePlan::end, py::call_guard<py::gil_scoped_release>());

@@ -63,6 +63,7 @@ struct Settings {
     std::size_t tile_bytes = 256 << 10;
     const DeltaRules* deltas = nullptr;  // null: plain weighted sums
     bool check_sources = false;  // compare the CRC of every record that is read
+    bool shows_cached = true;    // mincore(2) tells this user which pages of the sources are in memory
 };
 
 struct Outcome {

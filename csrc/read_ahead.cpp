@@ -20,14 +20,14 @@ std::uint64_t extent(const Target& t, const Region& r, std::size_t k) {
     return (last + 1) * item_size(t.in);
 }
 
-void ask(const char* data, std::uint64_t bytes) {
+void ask(const char* data, std::uint64_t bytes, bool shows_cached) {
     static const std::uintptr_t page = std::uintptr_t(::sysconf(_SC_PAGESIZE));
     const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data) / page * page;
     const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes + page - 1) / page * page;
     // The first and last pages may be there because the archive's frame was read.
     unsigned char resident = 1;
     void* const middle = reinterpret_cast<void*>((begin + (end - begin) / 2) / page * page);
-    if (::mincore(middle, page, &resident) || (resident & 1)) return;
+    if (shows_cached && (::mincore(middle, page, &resident) || (resident & 1))) return;
     ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
 }
 
@@ -46,7 +46,7 @@ void read_ahead(const Execution& x, const std::atomic<bool>& finished) {
                     std::this_thread::sleep_for(std::chrono::milliseconds(1));
                 if (finished.load() || x.stop.load() || x.plan.cancelled()) return;
                 for (const int k : read)
-                    if (const std::uint64_t bytes = extent(t, r, std::size_t(k)); at < bytes) ask(r.sources[k] + at, std::min(piece, bytes - at));
+                    if (const std::uint64_t bytes = extent(t, r, std::size_t(k)); at < bytes) ask(r.sources[k] + at, std::min(piece, bytes - at), x.settings.shows_cached);
             }
         }
         before += t.elements() * item_size(t.out);

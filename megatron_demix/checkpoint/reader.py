@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -129,6 +130,17 @@ class Checkpoint:
                     f"{self.location.path / name}: became unreadable while it was read: it was cut short, or its disk failed. "
                     "Copy or save the checkpoint again, and leave it alone while it is in use; nothing was made of it."
                 )
+
+    @property
+    def shows_cached(self) -> bool:
+        """Whether the kernel tells this user which pages of the files are in memory: of those that are theirs, or that they may
+        write. Of others it says that all are."""
+        paths = [self.location.path / name for name in self._files]
+        return all(
+            os.access(path, os.W_OK, effective_ids=True) or path.stat().st_uid == os.geteuid()
+            for path in paths
+            if path.exists()
+        )
 
     def start_read_ahead(self) -> None:
         """From now on items are read whole, one after another."""

@@ -313,6 +313,7 @@ def _merge_group(
                 threads=threads,
                 tile_bytes=tile_bytes,
                 check_sources=True,
+                shows_cached=all(checkpoint.shows_cached for checkpoint in job.parts.checkpoints),
                 progress=_Increments(advance) if progress else None,
             )
         job.parts.check_still_there()

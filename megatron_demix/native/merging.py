@@ -96,6 +96,7 @@ class MergePlan:
         threads: int | None = None,
         tile_bytes: int = 256 << 10,
         check_sources: bool = False,
+        shows_cached: bool = True,
         deltas: DeltaRules | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
@@ -104,7 +105,8 @@ class MergePlan:
         A weight of exactly 0 leaves its source out and a lone weight of 1 copies bits, so a one-hot mixture is its component.
         weights_SMK: a set for each weight_set that regions name. deltas: the sum is base + scale * sum_k weights[k] *
         (source_k - base) thinned by these rules; the last source is the base, and its weight must not be 0.
-        direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
+        shows_cached: whether the kernel tells this user which pages of the sources are in memory (mincore(2)); if not, all are
+        asked for. direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
         so far, about ten times a second.
         Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their CRC, if check_sources],
         "not_finite": [targets that hold NaN or infinity in some mixture, if they went to files]}. Raises OSError when a write
@@ -129,6 +131,7 @@ class MergePlan:
             instruction_set(),
             tile_bytes,
             check_sources,
+            shows_cached,
             deltas.native if deltas else None,
         )
         outcome = self._stoppable(self._plan.run, *arguments, progress=progress)

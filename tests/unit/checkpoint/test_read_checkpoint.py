@@ -546,3 +546,15 @@ def test_two_items_at_the_same_bytes(tmp_path):
 )
 def test_chunks_tile_their_tensor_or_not(shape, boxes, tiles):
     assert tile(shape, tuple(boxes)) is tiles
+
+
+def test_whether_the_kernel_shows_which_pages_are_cached(tmp_path, monkeypatch):
+    """mincore(2) says of other users' files that all are."""
+    checkpoint = Checkpoint(write_checkpoint(tmp_path / "a", small_model(0)))
+    info = next(iter(checkpoint.model_tensors.values()))
+    checkpoint.payload(info, info.chunks[0])
+    assert checkpoint.shows_cached
+    monkeypatch.setattr(os, "access", lambda path, mode, effective_ids: False)
+    assert checkpoint.shows_cached
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert not checkpoint.shows_cached
