@@ -61,7 +61,7 @@ class Texts:
                 "tokens": task.tokens_R.tolist(),
                 "num_options": task.choices.num_options_I.tolist(),
                 "gold": task.choices.gold_I.tolist(),
-                "answer_bytes": task.choices.answer_bytes_R.tolist(),
+                "answer_chars": task.choices.answer_chars_R.tolist(),
                 "gold_bytes": task.choices.gold_bytes,
                 "scores": dict(task.scores),
             }
@@ -81,8 +81,8 @@ class Texts:
 
 
 def _task(data: Mapping[str, Any]) -> TaskText:
-    num_options_I, gold_I, answer_bytes_R = (np.array(data[key]) for key in ("num_options", "gold", "answer_bytes"))
-    choices = Choices(num_options_I, gold_I, answer_bytes_R, data["gold_bytes"])
+    num_options_I, gold_I, answer_chars_R = (np.array(data[key]) for key in ("num_options", "gold", "answer_chars"))
+    choices = Choices(num_options_I, gold_I, answer_chars_R, data["gold_bytes"])
     return TaskText(np.array(data["tokens"]), choices, data["scores"])
 
 

@@ -1,7 +1,7 @@
 """lm-evaluation-harness over a live model: one process scores any number of proxies, merged in place, nothing on disk.
 
 ```python
-model = HarnessModel(LiveModel(stage, vocab_size=..., max_tokens=...), tokenizer)
+model = HarnessModel(LiveModel(stage, vocab_size=..., max_tokens=...), tokenizer, prefix_token_id=bos_token_id(folder))
 for name, weights in mixtures.items():
     merger.merge(weights)  # megatron_demix.merge.proxies.ProxyMerger on live_tensors(stage)
     results[name] = lm_eval.simple_evaluate(model, tasks=["arc_easy"], bootstrap_iters=0)
@@ -13,8 +13,10 @@ Every rank of a model-parallel group makes the same calls and gets the same resu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError
 from megatron_demix.evaluate.generate import generate
 from megatron_demix.evaluate.likelihood import Request, likelihoods
@@ -22,6 +24,7 @@ from megatron_demix.evaluate.tasks.suite import TextCodec, encode
 
 try:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as e:
     raise ConfigError(f"lm-evaluation-harness cannot be imported ({e}): pip install 'megatron-demix[eval]'.") from e
@@ -29,23 +32,45 @@ except ImportError as e:
 if TYPE_CHECKING:
     from megatron_demix.evaluate.live import LiveModel
 
-_MAX_NEW_TOKENS = 256
-"""Of an answer for which a task sets no limit; the harness's own default."""
-_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+def bos_token_id(folder: Path) -> int | None:
+    """The id of the bos_token in the tokenizer_config.json of a Hugging Face folder, None where it names none.
+
+    Raises ConfigError where its tokenizer.json has no such token.
+    """
+    path = folder / "tokenizer_config.json"
+    named = read_json(path).get("bos_token") if path.is_file() else None
+    token = named.get("content") if isinstance(named, dict) else named
+    if token is None:
+        return None
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
+    if found is None:
+        raise ConfigError(f"{path}: names the bos_token {token!r}, which the vocabulary of {folder / 'tokenizer.json'} lacks.")
+    return found
 
 
 class HarnessModel(TemplateLM):
     """An `lm_eval` model. As in the harness's Hugging Face backend with add_bos_token=False are: how pairs are encoded and cut,
     which windows a rolling likelihood has, how answers end. Generation is greedy."""
 
-    def __init__(self, live: LiveModel, codec: TextCodec, *, batch_tokens: int = 16384) -> None:
-        """batch_tokens: how many tokens run at once, about."""
+    def __init__(
+        self, live: LiveModel, codec: TextCodec, *, prefix_token_id: int | None = None, batch_tokens: int = 16384
+    ) -> None:
+        """prefix_token_id: what stands before a text that has no context. Default: end-of-document. The harness's Hugging Face
+        backend takes the tokenizer's BOS where it has one: bos_token_id. batch_tokens: how many tokens run at once, about."""
         super().__init__()
         self._live, self._codec, self._batch_tokens = live, codec, batch_tokens
+        self._prefix_token_id = codec.eod_id if prefix_token_id is None else prefix_token_id
 
     @property
     def eot_token_id(self) -> int:
         return self._codec.eod_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._prefix_token_id
 
     @property
     def max_length(self) -> int:
@@ -92,7 +117,7 @@ class HarnessModel(TemplateLM):
             encoded = [self.tok_encode(requests[i].args[0])[-(self.max_length - limit) :] for i in group]
             found = generate(
                 self._live,
-                [tuple(ids) or (self.eot_token_id,) for ids in encoded],
+                [tuple(ids) or (self.prefix_token_id,) for ids in encoded],
                 pieces=self._codec.pieces,
                 eod_id=self._codec.eod_id,
                 stops=stops,
@@ -105,16 +130,16 @@ class HarnessModel(TemplateLM):
 
     def _settings(self, wanted: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """(stop texts, most new tokens) of a request."""
-        if wanted.get("do_sample") or wanted.get("temperature"):
+        settings = normalize_gen_kwargs(wanted)
+        if settings.get("do_sample"):
             raise ConfigError(
                 f"a task asks for sampling ({wanted}); answers are generated greedily here. Set do_sample: false and "
                 "temperature: 0 in its generation_kwargs."
             )
-        limit = int(next((wanted[key] for key in _LIMITS if wanted.get(key) is not None), _MAX_NEW_TOKENS))
+        limit = settings["max_gen_toks"]
         if limit >= self.max_length:
             raise ConfigError(
                 f"a task asks for {limit} new tokens, but the model reads {self.max_length} with the question. Set "
                 "max_gen_toks in its generation_kwargs."
             )
-        until = wanted.get("until") or []
-        return tuple([until] if isinstance(until, str) else until), limit
+        return tuple(stop for stop in settings["until"] if stop), limit

@@ -70,6 +70,7 @@ class ModelArguments:
     moe_router_topk: int
     moe_ffn_hidden_size: int | None
     moe_router_pre_softmax: bool
+    moe_aux_loss_coeff: float
 
     @property
     def family(self) -> Family:
@@ -115,7 +116,8 @@ class ModelArguments:
             k: True for k in ("qk_layernorm", "add_qkv_bias", "untie_embeddings_and_output_weights") if getattr(self, k)
         }
         if self.num_experts is not None:
-            section |= {k: getattr(self, k) for k in ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")}
+            names = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff")
+            section |= {name: getattr(self, name) for name in names}
             section |= {"moe_router_pre_softmax": True} if self.moe_router_pre_softmax else {}
         return section
 
@@ -144,6 +146,10 @@ def from_huggingface(config: Mapping[str, Any], where: str) -> ModelArguments:
         )
     _refuse_unsupported(config, family, where)
     rotary_base, rope_factor = _rope(config, where)
+    if not rotary_base.is_integer():
+        raise IncompatibleInputs(
+            f"{where}: config.json has rope_theta {rotary_base}; Megatron's --rotary-base takes whole numbers alone."
+        )
     hidden_size, num_heads = _number(config, "hidden_size", where), _number(config, "num_attention_heads", where)
     experts = "num_experts" if "num_experts" in config else "num_local_experts"
     return ModelArguments(
@@ -168,6 +174,7 @@ def from_huggingface(config: Mapping[str, Any], where: str) -> ModelArguments:
         # Megatron either takes the softmax over the chosen experts, which is what normalising their share of a softmax over
         # all of them comes to, or (pre-softmax) does not normalise.
         moe_router_pre_softmax=family.moe and not config.get("norm_topk_prob", False),
+        moe_aux_loss_coeff=_real(config, "router_aux_loss_coef", where, 0.001, least=0.0) if family.moe else 0.0,
     )
 
 
@@ -179,7 +186,9 @@ def to_huggingface(model: ModelArguments, dtype: str) -> dict[str, Any]:
         "model_type": family.model_type,
         "attention_bias": False,
         "attention_dropout": 0.0,
+        "bos_token_id": None,  # said, because a family's defaults (Llama: 1 and 2) are ids of another tokenizer
         "dtype": dtype,
+        "eos_token_id": None,
         "head_dim": model.kv_channels,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
@@ -205,6 +214,7 @@ def to_huggingface(model: ModelArguments, dtype: str) -> dict[str, Any]:
             "norm_topk_prob": not model.moe_router_pre_softmax,
             "num_experts": model.num_experts,
             "num_experts_per_tok": model.moe_router_topk,
+            "router_aux_loss_coef": model.moe_aux_loss_coeff,
         }
     return config
 
@@ -221,6 +231,7 @@ def from_megatron(arguments: Mapping[str, Any], vocab_size: int, where: str) -> 
     get = arguments.get
     num_heads, hidden_size = arguments["num_attention_heads"], arguments["hidden_size"]
     num_experts = get("num_experts")
+    coefficients = get("moe_aux_loss_coeff") or 0.0  # a list where there are several kinds of load balancing
     return ModelArguments(
         num_layers=arguments["num_layers"],
         hidden_size=hidden_size,
@@ -241,6 +252,7 @@ def from_megatron(arguments: Mapping[str, Any], vocab_size: int, where: str) -> 
         moe_router_topk=get("moe_router_topk", 2),
         moe_ffn_hidden_size=(get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"]) if num_experts else None,
         moe_router_pre_softmax=bool(get("moe_router_pre_softmax", False)),
+        moe_aux_loss_coeff=float(coefficients[0] if isinstance(coefficients, (list, tuple)) else coefficients),
     )
 
 
@@ -270,10 +282,12 @@ def _number(config: Mapping[str, Any], name: str, where: str, default: int | Non
     return value
 
 
-def _real(config: Mapping[str, Any], name: str, where: str, default: float | None = None) -> float:
+def _real(
+    config: Mapping[str, Any], name: str, where: str, default: float | None = None, *, least: float = sys.float_info.min
+) -> float:
     value = default if config.get(name) is None else config[name]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{where}: config.json has {name} {value!r}, expected a positive number.")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= sys.float_info.max:
+        raise ConfigError(f"{where}: config.json has {name} {value!r}, expected a positive number{'' if least else ', or 0'}.")
     return float(value)
 
 

@@ -111,7 +111,7 @@ def _model(checkpoint: Checkpoint, saved: dict[str, Any], reference: Path | None
     if saved.keys() >= DESCRIBING:
         # Shapes are compared later; this finds what shapes do not show.
         trained = from_megatron(saved, model.vocab_size, where)
-        free = {"vocab_size", "max_position_embeddings"}
+        free = {"vocab_size", "max_position_embeddings", "moe_aux_loss_coeff"}
         if model.num_experts is None:
             free |= {"moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size"}
         if not model.use_rope_scaling and not trained.use_rope_scaling:

@@ -91,6 +91,11 @@ class HuggingFaceFolder:
                 raise CorruptInput(f"{index}: names {outside[0]!r}, expected names of files beside it. Put the files there.")
             if not named:
                 raise CorruptInput(f"{index}: names no files. Finish the download.")
+            if _ONE not in named and (self.path / _ONE).is_file():
+                raise ConfigError(
+                    f"{self.path}: holds two sets of weights, {_ONE} and the files that {_INDEX} names. Move one of them away, "
+                    "the index with its files."
+                )
             files = [self.path / name for name in named]
             if missing := [f.name for f in files if not f.is_file()]:
                 raise CorruptInput(

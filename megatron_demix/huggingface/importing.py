@@ -25,6 +25,7 @@ from megatron_demix.progress import progress_bar
 
 PROVENANCE = "demix_import.json"
 TransformerImpl = Literal["transformer_engine", "local"]
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def import_folder(
     table = parameters(model, moe_norm=MOE_NORMS[transformer_impl])
     dtypes = _check_tensors(folder, table, model)
     provenance = {
-        "format": 1,
+        "format": 2,  # 1 had no extra states of norms
         "software": f"megatron_demix {__version__}",
         "source": {file.name: hash_file(file) for file in [*folder.files, *companions(source)]},
         "layout": vars(layout) | {"transformer_impl": transformer_impl},
@@ -137,14 +138,23 @@ def _check_tensors(folder: HuggingFaceFolder, table: list[Parameter], model: Mod
             )
         dtypes[parameter.key] = found.pop()
     unknown = {n for n in folder.names - expected if not n.endswith("rotary_emb.inv_freq")}
-    if not model.untie_embeddings_and_output_weights:
-        unknown.discard("lm_head.weight")  # some files repeat the tied embedding
+    if not model.untie_embeddings_and_output_weights and _HEAD in unknown:  # some files repeat the tied embedding
+        if folder.describe(_HEAD) != folder.describe(_EMBEDDING) or not _same_bits(folder.read(_HEAD), folder.read(_EMBEDDING)):
+            raise IncompatibleInputs(
+                f"{folder.path}: config.json ties {_HEAD!r} to {_EMBEDDING!r}, but their weights differ, and transformers 5 "
+                "does not tie them then. Set tie_word_embeddings: false in config.json."
+            )
+        unknown.discard(_HEAD)
     if unknown:
         raise IncompatibleInputs(
             f"{folder.path}: its weights have {len(unknown)} tensors that a {model.family.model_type} model has not, such as "
             f"{sorted(unknown)[0]!r}. Converting without them would give another model."
         )
     return dtypes
+
+
+def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    return np.array_equal(left.view(np.uint8), right.view(np.uint8))
 
 
 def _padded(parameter: Parameter, layout: Layout) -> tuple[int, ...]:

@@ -128,9 +128,12 @@ def split(parameter: Parameter, fused: np.ndarray, model: ModelArguments) -> lis
 
 
 def extra_state_keys(model: ModelArguments) -> list[str]:
-    """Keys of the (empty) extra states that Megatron's layers save beside their weights, and ask for when they load."""
+    """Keys of the (empty) extra states that Transformer Engine's layers ask for when they load, norms from its version 2 on.
+    Megatron's loader stops where one is missing, and passes over those that nobody asks for."""
     layers = ["self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj"]
     per_expert = model.num_experts is not None
+    layers += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if model.qk_layernorm else []
+    layers += ["pre_mlp_layernorm"] if per_expert else []  # elsewhere it is a part of the layer behind it
     mlp = "mlp.experts.experts." if per_expert else "mlp."
 
     def shards(name: str, counts: Shape) -> list[str]:
@@ -139,7 +142,8 @@ def extra_state_keys(model: ModelArguments) -> list[str]:
 
     fc_counts = (model.num_layers, model.num_experts) if model.num_experts else (model.num_layers,)
     keys = [key for name in layers for key in shards(name, (model.num_layers,))]
-    return keys + [key for name in ("linear_fc1", "linear_fc2") for key in shards(mlp + name, fc_counts)]
+    keys += [key for name in ("linear_fc1", "linear_fc2") for key in shards(mlp + name, fc_counts)]
+    return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
 
 
 def stack_shape(parameter: Parameter, model: ModelArguments) -> Shape:

@@ -10,6 +10,8 @@ from megatron_demix.errors import CorruptInput, StageFailed
 from megatron_demix.pipeline.stage import Stage
 
 MOST_ATTEMPTS = 3
+MOST_TIMES = 5
+"""Starts that a time limit may end without anything new."""
 
 
 @dataclass
@@ -19,7 +21,13 @@ class Attempts:
     saved: str = ""
     """Fingerprint of what its earlier attempts had saved when the last one began."""
     number: int = 0
-    """Attempts that began with exactly that saved, those that were asked to stop left out."""
+    """Attempts that began with exactly that saved, less those before the last that were asked to stop."""
+    asked: bool = False
+    """The last one was asked to stop, or pre-empted: nothing is wrong with it."""
+    timed: int = 0
+    """Attempts that began with exactly that saved and were ended by the time limit."""
+    starts: int = 0
+    """Attempts of any kind, so that whoever looks twice sees that there was one in between."""
     failed: str = ""
     """Why it will not be tried again; empty while it will."""
 
@@ -31,16 +39,31 @@ class Attempts:
             return cls()
 
     def begin(self, stage: Stage) -> None:
-        """Count an attempt. Raises StageFailed when MOST_ATTEMPTS in a row have not got any further."""
+        """Count an attempt. Raises StageFailed when MOST_ATTEMPTS (MOST_TIMES, at the time limit) have not got any further."""
         saved = _saved(stage)
-        self.number = self.number + 1 if saved == self.saved else 1
-        self.saved, self.failed = saved, ""
+        if saved != self.saved:
+            self.number = self.timed = 0
+        elif self.asked:
+            self.number -= 1
+        self.number += 1
+        self.starts += 1
+        self.saved, self.failed, self.asked = saved, "", False
+        if self.timed >= MOST_TIMES:
+            raise StageFailed(
+                f"stage {stage.name}: did not get further in {MOST_TIMES} starts of launch.slurm.time; raise it, then "
+                f"`demix resume` goes on. Logs: {stage.log.with_suffix('')}*.log"
+            )
         if self.number > MOST_ATTEMPTS:
             raise StageFailed(
                 f"stage {stage.name}: ended {MOST_ATTEMPTS} times without saving anything new, and is not started again. Look "
                 f"at {stage.log.with_suffix('')}*.log; when the cause is gone, `demix resume` goes on."
             )
         self.write(stage)
+
+    @property
+    def over(self) -> bool:
+        """Whether begin() has raised for it."""
+        return self.number > MOST_ATTEMPTS or self.timed >= MOST_TIMES
 
     def write(self, stage: Stage) -> None:
         stage.log.parent.mkdir(parents=True, exist_ok=True)

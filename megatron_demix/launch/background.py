@@ -82,7 +82,7 @@ def submit(run: Path, arguments: Sequence[str]) -> int:
 def cancel(run: Path) -> int | None:
     """Ask the process that works on the run to save and stop, and wait for it. Returns its id, or None if there is none.
 
-    Raises Incomplete if it is still saving after CANCEL_WAIT_S.
+    Raises Incomplete if it is still saving after CANCEL_WAIT_S, or is of another machine.
     """
     pid = holder(run)
     if pid is None:

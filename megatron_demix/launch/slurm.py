@@ -14,9 +14,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_demix.artifact import fingerprint, read_json, write_atomic, write_json
 from megatron_demix.errors import ConfigError, DemixError, Incomplete, StageFailed
@@ -39,6 +39,25 @@ class NoAnswer(Incomplete):
     """SLURM's controller cannot be reached, or has no time."""
 
 
+class NoSlurm(ConfigError):
+    """SLURM's commands are not on this machine."""
+
+
+_Answer = TypeVar("_Answer")
+
+
+class _Job(NamedTuple):
+    """A job that has not ended, or an element of an array. uid: as text."""
+
+    id: str
+    group: str
+    element: int | None
+    state: str
+    reason: str
+    uid: str
+    user: str
+
+
 class Slurm:
     """The backend for one run. root: the folder that the study's relative inputs start from. started: what submit() starts."""
 
@@ -52,8 +71,18 @@ class Slurm:
     def submit(self) -> dict[str, Any]:
         self._dag.run.mkdir(parents=True, exist_ok=True)
         with only_one(self._dag.run):
-            live = self._jobs()
-            if held := sorted({job for job, _, _, _, reason in live if _is_held(reason)}):
+            try:
+                live = self._jobs()
+            except NoSlurm as e:
+                raise NoSlurm(
+                    f"launch.backend is slurm, but {e} Submit from a login node, or use --set launch.backend=local."
+                ) from e
+            _check_owner(live)
+            if live and not self._scripts.cancelled.exists() and all(job.group != CONCLUDE for job in live):
+                # The last job is submitted last, and waits for the others: what submitted these was broken off.
+                _slurm("scancel", *{job.id for job in live})
+                live = []
+            if held := sorted({job.id for job in live if _is_held(job.reason)}):
                 _slurm("scontrol", "release", *held)
                 said = f"released {_ids(held)}, which SLURM had put back into the queue and held, as a node could not start it"
                 return {"said": said, "jobs": held}
@@ -85,8 +114,9 @@ class Slurm:
         jobs = self._jobs()
         if not jobs:
             return {"said": "nothing is running", "jobs": []}
+        _check_owner(jobs)
         write_atomic(self._scripts.cancelled, "")
-        ids = sorted({job for job, *_ in jobs})
+        ids = sorted({job.id for job in jobs})
         # The batch scripts pass USR1 on to the ranks, which save; TERM would leave them no more than SLURM's KillWait.
         _slurm("scancel", "--state=PENDING", *ids)
         _slurm("scancel", "--signal=USR1", "--batch", *ids, check=False)
@@ -94,7 +124,7 @@ class Slurm:
         while left := self._jobs():
             if time.monotonic() >= deadline:
                 raise Incomplete(
-                    f"jobs {_ids(j for j, *_ in left)} have not ended after {format_duration(CANCEL_WAIT_S)}; they may still "
+                    f"jobs {_ids(j.id for j in left)} have not ended after {format_duration(CANCEL_WAIT_S)}; they may still "
                     "be saving. Try again, or scancel them."
                 )
             # A job that was starting had no one who listened to the signal, and one that was requeued is pending now.
@@ -108,7 +138,7 @@ class Slurm:
         except DemixError:
             return {}
         found: dict[str, Activity] = {}
-        for job, of_group, index, state, reason in self._jobs():
+        for job, of_group, index, state, reason, *_ in self._jobs():
             if of_group == CONCLUDE:
                 found[CONCLUDE] = Activity("running" if state in ("RUNNING", "COMPLETING") else "queued", job)
             if stages := members.get(of_group):
@@ -122,7 +152,8 @@ class Slurm:
         return found
 
     def conclude(self) -> None:
-        """Of the last job: nothing else is under way. Raises StageFailed where submitting again would change nothing."""
+        """Of the last job: nothing else is under way, unless SLURM starts this job a second time. Raises StageFailed where
+        submitting again would change nothing."""
         missing = [s for s in self._stages if not s.done()]
         if not missing:
             from megatron_demix.pipeline.reporting import verdict, write_report
@@ -131,31 +162,33 @@ class Slurm:
             return
         if self._scripts.cancelled.exists():
             raise Incomplete("cancelled; `demix resume` goes on.")
-        if self._progress() == read_json(self._scripts.folder / "progress.json"):
-            self._note_what_never_began()
-        failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
-        possible = _without(missing, failed)
-        if failed and not possible:
-            raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
-        with only_one(self._dag.run):
+        with only_one(self._dag.run, wait_s=CONTROLLER_WAIT_S):
+            live = [job for job in _patiently(self._jobs) if job.state != "COMPLETING"]
+            if any(job.group == CONCLUDE for job in live):
+                print(f"{_ids(job.id for job in live)} work on it: nothing is left for this job to do", flush=True)
+                return
+            if live:  # the start of this job before this one submitted them, and was broken off
+                _patiently(lambda: _slurm("scancel", *{job.id for job in live}))
+            elif self._progress() == read_json(self._scripts.folder / "progress.json"):
+                self._note_what_never_began()
+            failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
+            possible = _without(missing, failed)
+            if failed and not possible:
+                raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
             jobs = self._submit_patiently(possible)
         print(f"{len(missing)} stages are not done: submitted again as {_ids(jobs.values())}", flush=True)
 
     def _submit_patiently(self, stages: Sequence[Stage]) -> dict[str, str]:
-        """Nobody is there to try again when the controller does not answer."""
-        deadline = time.monotonic() + CONTROLLER_WAIT_S
         ceased = False
-        while True:
-            try:
-                if ceased and (begun := {job for job, *_ in self._jobs()}):
-                    _slurm("scancel", *begun, check=False)
-                return self._submit(stages)
-            except NoAnswer as e:
-                if time.monotonic() >= deadline:
-                    raise
-                ceased = True
-                print(f"demix: {e} Trying again.", file=sys.stderr, flush=True)
-                time.sleep(10)
+
+        def submit() -> dict[str, str]:
+            nonlocal ceased
+            if ceased and (begun := {job.id for job in self._jobs()}):
+                _slurm("scancel", *begun, check=False)
+            ceased = True
+            return self._submit(stages)
+
+        return _patiently(submit)
 
     def _note_what_never_began(self) -> None:
         """Of jobs that ended before their stage could keep an account itself: there was no Python, or no container."""
@@ -231,11 +264,8 @@ class Slurm:
         return self._sbatch_file(*options, str(self._scripts.path(g.name)))
 
     def _sbatch_file(self, *arguments: str) -> str:
-        """The job's id."""
-        spec = self._scripts.spec
-        asked = [given for given in (spec, spec.light, *spec.kinds.values()) if given is not None]
-        said = {name for name in _DEFAULTS if any(getattr(given, name.lower(), None) is not None for given in asked)}
-        answer = _slurm("sbatch", "--parsable", *arguments, defaults=[n for n in _DEFAULTS if n not in said])
+        """The job's id. arguments: the last is the script."""
+        answer = _slurm("sbatch", "--parsable", *_defaults(Path(arguments[-1]).read_text()), *arguments)
         return answer.split(";")[0].strip()
 
     def _jobs(self) -> list[_Job]:
@@ -246,22 +276,25 @@ class Slurm:
         return fingerprint([[s.name, s.done(), vars(Attempts.read(s))] for g in self._groups() for s in g.stages])
 
 
-_Job = tuple[str, str, int | None, str, str]
-
-
 def _jobs_of(run: Path, study_name: str) -> list[_Job]:
-    """(job id, group, index in its array, state, reason) of every job of a run that has not ended, but this one."""
-    listed = _slurm("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F\t%K\t%j\t%T\t%r\t%Z")
+    """Every job of a run that has not ended, whoever submitted it, but this one."""
+    listed = _slurm("squeue", "--noheader", "--array", "--format=%F\t%K\t%j\t%T\t%r\t%U\t%u\t%Z")
     jobs: list[_Job] = []
     for line in listed.splitlines():
         if not line or line.startswith("CLUSTER: "):  # how squeue begins what it lists of each of several clusters
             continue
-        job, index, name, state, reason, folder = line.split("\t")
+        job, index, name, state, reason, uid, user, folder = line.split("\t", 7)
         prefix, _, of_group = name.partition(f"{study_name}.")
         if folder != str(run) or prefix or not of_group or job == os.environ.get("SLURM_JOB_ID"):
             continue
-        jobs.append((job, of_group, int(index) if index.isdigit() else None, state, reason))
+        jobs.append(_Job(job, of_group, int(index) if index.isdigit() else None, state, reason, uid, user))
     return jobs
+
+
+def _check_owner(jobs: Sequence[_Job]) -> None:
+    """Raises Incomplete where a job of the run is another person's, who alone can cancel or release it."""
+    if others := [job for job in jobs if job.uid != str(os.getuid())]:
+        raise Incomplete(f"this run's job {others[0].id} belongs to {others[0].user}, who can cancel it.")
 
 
 def refuse_beside_jobs(run: Path, study_name: str) -> None:
@@ -284,14 +317,14 @@ def refuse_beside_jobs(run: Path, study_name: str) -> None:
 
 def _is_worked_on(run: Path, live: Sequence[_Job]) -> Incomplete:
     return Incomplete(
-        f"{run} is already being worked on by the SLURM jobs {_ids(job for job, *_ in live)}: see `demix status`, or "
+        f"{run} is already being worked on by the SLURM jobs {_ids(job.id for job in live)}: see `demix status`, or "
         "`demix cancel` them first."
     )
 
 
 def _is_held(reason: str) -> bool:
     """What SLURM itself holds, such as "launch failed requeued held": it waits for someone to release it."""
-    return "requeue" in reason and "held" in reason
+    return reason == "JobHoldMaxRequeue" or ("requeue" in reason and "held" in reason)
 
 
 def _ids(jobs: Iterable[str]) -> str:
@@ -308,31 +341,61 @@ def _without(stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:
     return [s for s in stages if s.name not in hopeless]
 
 
-_DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "TIME", "RESERVATION", "CONSTRAINT")
-"""Of sbatch's variables those that a person may have set for all jobs. They count where a study says nothing."""
+_DEFAULTS = {
+    "SBATCH_ACCOUNT": ("--account", "-A"),
+    "SBATCH_PARTITION": ("--partition", "-p"),
+    "SBATCH_QOS": ("--qos", "-q"),
+    "SBATCH_TIMELIMIT": ("--time", "-t"),
+    "SBATCH_RESERVATION": ("--reservation", None),
+    "SBATCH_CONSTRAINT": ("--constraint", "-C"),
+}
+"""Of sbatch's variables those that a person may have set for all jobs, and the options that they stand for."""
 _OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
 
-def _environment(defaults: Sequence[str]) -> dict[str, str]:
+def _defaults(script: str) -> list[str]:
+    """A person's defaults as options of sbatch, but for what the script says itself. (As variables they would override it.)"""
+    said = " ".join(re.findall(r"^#SBATCH (.*)", script, re.MULTILINE))
+    options = []
+    for variable, (long, short) in _DEFAULTS.items():
+        says = rf"(^|\s)({long}(?![\w-]){f'|{short}' if short else ''})"
+        if (value := os.environ.get(variable)) and not re.search(says, said):
+            options.append(f"{long}={value}")
+    return options
+
+
+def _environment() -> dict[str, str]:
     """Without what SLURM says of the job that this process is in, which would become the new job's, and without the variables
     that change what is listed or override what a script says."""
-    variables = {f"SBATCH_{'TIMELIMIT' if name == 'TIME' else name}" for name in defaults} | set(_OF_THE_CLUSTER)
     ours = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SCONTROL_")
-    return {name: value for name, value in os.environ.items() if name in variables or not name.startswith(ours)}
+    return {name: value for name, value in os.environ.items() if name in _OF_THE_CLUSTER or not name.startswith(ours)}
 
 
-def _slurm(*command: str, check: bool = True, defaults: Sequence[str] = ()) -> str:
-    """Output of one of SLURM's commands. Raises ConfigError where it is not installed or refuses, NoAnswer where the
-    controller does not answer."""
+def _patiently(ask: Callable[[], _Answer]) -> _Answer:
+    """For a job, where nobody is there to try again when the controller does not answer."""
+    deadline = time.monotonic() + CONTROLLER_WAIT_S
+    while True:
+        try:
+            return ask()
+        except NoAnswer as e:
+            if time.monotonic() >= deadline:
+                raise
+            print(f"demix: {e} Trying again.", file=sys.stderr, flush=True)
+            time.sleep(10)
+
+
+def _slurm(*command: str, check: bool = True) -> str:
+    """Output of one of SLURM's commands. Raises NoSlurm where it is not installed, ConfigError where it refuses, NoAnswer where
+    the controller does not answer."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S, env=_environment(defaults))
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S, env=_environment())
     except FileNotFoundError as e:
-        raise ConfigError(
-            f"launch.backend is slurm, but there is no {command[0]} on this machine. Submit from a login node, or use "
-            "--set launch.backend=local."
-        ) from e
+        raise NoSlurm(f"there is no {command[0]} on this machine.") from e
     except subprocess.TimeoutExpired as e:
-        raise NoAnswer(f"{command[0]} has not answered within {_COMMAND_LIMIT_S} s; try again.") from e
+        more = (
+            " A job that it submitted all the same is cancelled by the next `demix submit`." if command[0] == "sbatch" else ""
+        )
+        raise NoAnswer(f"{command[0]} has not answered within {_COMMAND_LIMIT_S} s; try again.{more}") from e
     if check and result.returncode != 0:
         said = " ".join(result.stderr.split())
         # The last is what scontrol says of a job, of a controller that is away.

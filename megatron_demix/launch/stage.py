@@ -38,7 +38,7 @@ from megatron_demix.errors import (
     VerificationFailed,
     limit_reached,
 )
-from megatron_demix.launch.attempts import MOST_ATTEMPTS, Attempts
+from megatron_demix.launch.attempts import Attempts
 from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.process import PYTHON_M, die_with_parent, leave_usr1_to_parent
@@ -68,6 +68,8 @@ _NEEDS_WAIT_S = 60
 _RANKS_SAVE_S = 60
 _POLL_S = 5
 _STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+_OF_RANKS = ("NODE_RANK", "GROUP_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"""What torchrun tells its ranks. A rank that it does not start would take another launcher's for its own."""
 _LINGER_S = 10
 """Schedulers kill all tasks of a job when one fails: the other nodes' tasks leave node 0 the time to say why."""
 
@@ -105,13 +107,14 @@ def start_ranks(
         group += [f"--nproc-per-node={stage.ranks // nodes.number}", "--no-python"]
         command = [*PYTHON_M, "megatron_demix.launch.ranks", *group, *command]
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     with open(nodes.log(stage), "ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"} | visible,
+            env=environment | {"OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"} | visible,
             pass_fds=[lock.fileno()] if lock else [],
             start_new_session=True,  # Ctrl-C reaches us alone; we pass it on as SIGTERM
             preexec_fn=leave_usr1_to_parent,  # and so SIGUSR1: torchrun, Megatron-LM and data loaders would die of it
@@ -165,7 +168,7 @@ class _Stop:
     """
 
     def __init__(self) -> None:
-        self.asked = self.settled = self.is_last_call = False
+        self.asked = self.settled = self.is_last_call = self.is_out_of_time = False
         self.ranks: subprocess.Popen | None = None
         for signum in _STOP_SIGNALS:
             signal.signal(signum, self._handle)
@@ -175,6 +178,7 @@ class _Stop:
         self.is_last_call |= signum == signal.SIGTERM
         if self.settled:
             return
+        self.is_out_of_time |= signum == signal.SIGUSR1
         if self.ranks is None:
             raise Incomplete(f"stopped by {signal.Signals(signum).name}.")
         self.ranks.terminate()
@@ -260,6 +264,7 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         if nodes.rank == 0 and not stage.done():
             _wait_for_needs(stage)
             attempts = Attempts.read(stage)
+            attempts.asked |= outcome is not None and _was_preempted(outcome)
             attempts.begin(stage)
             begun = True
         make(stage, threads_per_rank=threads_per_rank, nodes=nodes, stop=stop)
@@ -276,7 +281,7 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
         said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
         print(f"demix: {said}", file=sys.stderr, flush=True)
-        over = isinstance(e, FINAL) or attempts.number > MOST_ATTEMPTS
+        over = isinstance(e, FINAL) or attempts.over
         if (nodes.rank == 0 or over) and not isinstance(e, NeedMissing):
             with suppress(OSError, StorageError):  # its disk may be full, or gone
                 if over:
@@ -285,7 +290,8 @@ def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _St
                     if stage.whole is not stage:
                         Attempts(failed=said).write(stage.whole)
                 elif begun and isinstance(e, Incomplete) and not isinstance(e, EndedEarly):
-                    attempts.number -= 1  # asked to stop: nothing is wrong with it
+                    attempts.asked = True
+                    attempts.timed += stop.is_out_of_time
                     attempts.write(stage)
                 with open(nodes.log(stage), "a") as log:
                     log.write(f"demix: {said}\n")
@@ -299,6 +305,15 @@ def _asked(outcome: Path) -> Path:
     return Path(f"{outcome}.asked")
 
 
+def _was_preempted(outcome: Path) -> bool:
+    """The batch script's note that SLURM gave this job's last start up for another job; it is of no further use."""
+    note = outcome.with_suffix(".preempted")
+    with suppress(FileNotFoundError):
+        note.unlink()
+        return True
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
@@ -310,7 +325,8 @@ def main() -> int:
         "--outcome",
         type=Path,
         help="file for node 0's exit code, but not for a 75 from before it kept an account; OUTCOME.n: node n's, where it is "
-        "final; OUTCOME.asked: made by the scheduler's script when it is asked to stop",
+        "final; OUTCOME.asked: made by the scheduler's script when it is asked to stop; with .preempted for its ending: when "
+        "the last start was ended for another job",
     )
     options = parser.parse_args()
     nodes = Nodes(

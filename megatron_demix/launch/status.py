@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_demix.errors import Incomplete
+from megatron_demix.errors import ConfigError, Incomplete
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity, Backend
 from megatron_demix.pipeline.dag import Dag
@@ -35,10 +35,14 @@ _SILENT_S = 60
 
 
 def rows(dag: Dag, backend: Backend) -> list[dict[str, Any]]:
+    """Of what the backend says is under way."""
+    return _rows(dag, backend.activity())
+
+
+def _rows(dag: Dag, active: Mapping[str, Activity]) -> list[dict[str, Any]]:
     """A row a stage: "stage", "state" (one of COLOURS), "key", "log"; where known "job" (the scheduler's), "note",
     "progress" (0 to 1), "eta_s", or "silent_s" instead, if it has not been heard for that long; of a stage that array elements
     make together and that has begun "parts" and, of these, "parts_done"."""
-    active = backend.activity()
     launch = dag.study.launch
     parts = launch.slurm.parts if launch.backend == "slurm" else {}
     found = [_row(stage, active.get(stage.name), parts.get(stage.kind, 1)) for stage in dag.all]
@@ -86,12 +90,21 @@ def _time_left(beat: dict[str, Any], age_s: float) -> dict[str, float]:
 
 
 def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> None:
-    """Print it once, or keep it on the terminal until nothing is running or queued."""
-    if as_json:
-        print(json.dumps(rows(dag, backend), indent=1))
-        return
-    if not (watch and sys.stdout.isatty()):
-        on_terminal().print(*_shown(rows(dag, backend), dag.run))
+    """Print it once, or keep it on the terminal until nothing is running or queued. Where the scheduler cannot be asked, what
+    the artifacts say is shown, with a warning."""
+    if as_json or not (watch and sys.stdout.isatty()):
+        unknown = ""
+        try:
+            found = rows(dag, backend)
+        except (ConfigError, Incomplete) as e:
+            unknown = f"what is queued or running is not known: {e}"
+            found = _rows(dag, {})
+        if as_json:
+            print(json.dumps(found, indent=1))
+        else:
+            on_terminal().print(*_shown(found, None if unknown else dag.run))
+        if unknown:
+            print(f"warning: {unknown}", file=sys.stderr)
         return
     from rich.console import Group
     from rich.live import Live
@@ -103,13 +116,17 @@ def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> No
             except Incomplete:  # the scheduler has no time; what was seen last stays
                 time.sleep(_REFRESH_S)
                 continue
+            except ConfigError:
+                break  # nor will it be known later
             live.update(Group(*_shown(found, dag.run)))
             if not any(r["state"] in ("running", "queued") for r in found):
                 return
             time.sleep(_REFRESH_S)
+    show_status(dag, backend, as_json=False, watch=False)
 
 
-def _shown(found: Sequence[dict[str, Any]], run: Path) -> tuple[Table, str]:
+def _shown(found: Sequence[dict[str, Any]], run: Path | None) -> tuple[Table, str]:
+    """run: where to look next if nothing is under way; None: that is not known."""
     from rich.markup import escape
 
     by_jobs = any("job" in row for row in found)
@@ -128,7 +145,9 @@ def _shown(found: Sequence[dict[str, Any]], run: Path) -> tuple[Table, str]:
         table.add_row(row["stage"], f"[{COLOURS[state]}]{state}[/]{note}", *job, progress, left, escape(log))
     states = {r["state"] for r in found}
     failures = "".join(f"\n{escape(r['note'])}" for r in found if r["state"] == "failed")
-    idle = "" if states & {"running", "queued"} or states == {"done"} else f"\n{escape(_next_step(states, run))}"
+    idle = ""
+    if run and not states & {"running", "queued"} and states != {"done"}:
+        idle = f"\n{escape(_next_step(states, run))}"
     return table, counts([r["state"] for r in found]) + failures + idle
 
 

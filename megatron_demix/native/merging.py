@@ -106,8 +106,8 @@ class MergePlan:
         weights_SMK: a set for each weight_set that regions name. deltas: the sum is base + scale * sum_k weights[k] *
         (source_k - base) thinned by these rules; the last source is the base, and its weight must not be 0.
         shows_cached: whether the kernel tells this user which pages of the sources are in memory (mincore(2)); if not, all are
-        asked for. direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the bytes done
-        so far, about ten times a second.
+        asked for. direct_TM: the same files opened with O_DIRECT (-1: not), used for what is aligned. progress: called with the
+        bytes done so far, about ten times a second.
         Returns {"crcs": [T * M], "damaged": [record indices whose bytes differ from their CRC, if check_sources],
         "not_finite": [targets that hold NaN or infinity in some mixture, if they went to files]}. Raises OSError when a write
         fails, and passes on KeyboardInterrupt after the threads stopped.

@@ -17,7 +17,7 @@ from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
 IMPORTED = "imported"
 # Of a study's model: what a Hugging Face folder says nothing of.
 _FREE = {
-    *("max_position_embeddings", "init_method_std", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff"),
+    *("max_position_embeddings", "init_method_std", "hidden_dropout", "attention_dropout"),
     *("make_vocab_size_divisible_by", "padded_vocab_size", "transformer_impl"),
 }
 

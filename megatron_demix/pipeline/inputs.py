@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_demix.artifact import fingerprint, hash_file, write_json
-from megatron_demix.errors import DemixError
+from megatron_demix.artifact import fingerprint, write_json
+from megatron_demix.errors import DemixError, StorageError
+from megatron_demix.progress import Advance, progress_bar
 
 Absent = Literal["refused", "remembered", "allowed"]
 """What becomes of inputs that are not there. refused: an error. remembered: they are as they were when they were last read, an
 error if they never were. allowed: something stands for them, so that all is as it will be but the keys."""
 _WORTH_A_BAR = 4 << 30
+_AT_ONCE = 16 << 20
+_KEEP_EVERY_S = 60
 
 
-def _digest(path: Path) -> str:
-    """BLAKE2b; of a .bin or .safetensors, which may be terabytes, the 64-bit hash that is as fast as memory."""
-    if path.suffix not in (".bin", ".safetensors"):
-        return hash_file(path)
-    from megatron_demix import native
-    from megatron_demix.data.source_digest import hash_bin
-    from megatron_demix.progress import progress_bar
+def _digest(path: Path, advance: Advance) -> str:
+    """BLAKE2b-128; of a .bin or .safetensors, which may be terabytes, the 64-bit hash that is as fast as memory."""
+    if path.suffix in (".bin", ".safetensors"):
+        from megatron_demix import native
+        from megatron_demix.data.source_digest import hash_bin
 
-    size = path.stat().st_size
-    with progress_bar(f"hashing {path}", size, unit="bytes", enabled=size > _WORTH_A_BAR) as advance:
-        return hash_bin(path, size, threads=native.default_threads(), advance=advance)[0]
+        return hash_bin(path, path.stat().st_size, threads=native.default_threads(), advance=advance)[0]
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_AT_ONCE):
+            digest.update(piece)
+            advance(len(piece))
+    return digest.hexdigest()
 
 
 class InputDigests:
@@ -34,27 +42,47 @@ class InputDigests:
     whatever else keys depend on, for looking at a study whose inputs are gone, or on another machine."""
 
     def __init__(self, cache: Path, *, absent: Absent = "refused") -> None:
-        """absent: unless refused, nothing is saved."""
+        """absent: unless refused, only digests are saved."""
         self._cache, self.absent = cache, absent
         try:
             self._known: dict[str, Any] = json.loads(cache.read_text())
         except (OSError, ValueError):
             self._known = {}
+        self._before, self._new = dict(self._known), dict[str, Any]()
+        self._kept = time.monotonic()
 
     def of(self, paths: Iterable[Path]) -> str:
         """A fingerprint of the files' names and bytes, in the given order; where they lie does not count."""
-        entries = []
+        digests: dict[Path, str] = {}
+        unread: dict[Path, list[int]] = {}
+        paths = list(paths)
         for path in paths:
             known = self._known.get(str(path.absolute())) or self._known.get(str(path.resolve()))
             if self.absent != "refused" and not path.exists() and (known or self.absent_ok):
-                entries.append([path.name, known[2] if known else "absent"])
+                digests[path] = known[2] if known else "absent"
                 continue
             facts = path.stat()
             identity = [facts.st_size, facts.st_mtime_ns]
-            digest = known[2] if known and known[:2] == identity else _digest(path)
-            self._known[str(path.absolute())] = [*identity, digest]
-            entries.append([path.name, digest])
-        return fingerprint(entries)
+            if known and known[:2] == identity:
+                digests[path] = known[2]
+                self._known[str(path.absolute())] = known
+            else:
+                unread[path] = identity
+        digests |= self._read(unread)
+        return fingerprint([[path.name, digests[path]] for path in paths])
+
+    def _read(self, files: Mapping[Path, list[int]]) -> dict[Path, str]:
+        """Digests of files, given with their identities. What was read is remembered even if the rest is not."""
+        digests = {}
+        size = sum(identity[0] for identity in files.values())
+        what = ", ".join(map(str, files)) if len(files) < 2 else f"{len(files)} inputs, {next(iter(files))} first"
+        with progress_bar(f"hashing {what}", size, unit="bytes", enabled=size > _WORTH_A_BAR) as advance:
+            for path, identity in files.items():
+                digests[path] = _digest(path, advance)
+                self._known[str(path.absolute())] = self._new[str(path.absolute())] = [*identity, digests[path]]
+                if time.monotonic() - self._kept > _KEEP_EVERY_S:
+                    self.keep()
+        return digests
 
     def about(self, question: str, files: Iterable[Path], ask: Callable[[], Any]) -> Any:
         """What `ask` finds out about files, as JSON; asked again where one has another size or modification time, or is new."""
@@ -79,8 +107,19 @@ class InputDigests:
             found = self._known.get(question, absent)
         return found
 
+    def keep(self) -> None:
+        """Save the digests of what was read, whatever becomes of the study; nothing where all was known."""
+        with suppress(OSError, StorageError):  # then they are read again
+            if self._new:
+                self._write(self._before | self._new)
+        self._kept = time.monotonic()
+
     def save(self) -> None:
-        if self.absent != "refused":
-            return
+        if self.absent == "refused":
+            self._write(self._known)
+        else:
+            self.keep()
+
+    def _write(self, known: Mapping[str, Any]) -> None:
         self._cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._cache, self._known)
+        write_json(self._cache, known)

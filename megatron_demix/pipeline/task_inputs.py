@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.pipeline.inputs import InputDigests
-from megatron_demix.study.search import TaskSpec
+from megatron_demix.study.search import TASK_SCORES, TaskSpec
 from megatron_demix.study.study import Study
 
 
@@ -24,7 +24,11 @@ class ScoredTasks:
         """What decides the scores, for the keys of stages; where the files lie does not."""
         if not self.specs:
             return {}
-        described = [spec.model_dump(exclude={"path", "final_split"}) for spec in self.specs]
+        described = [
+            spec.model_dump(exclude={"path", "final_split"})
+            | ({"acc_norm": "by character"} if "acc_norm" in TASK_SCORES[spec.format] else {})  # once by byte
+            for spec in self.specs
+        ]
         return {"tasks": [facts | {"digest": digest} for facts, digest in zip(described, self.digests, strict=True)]}
 
 

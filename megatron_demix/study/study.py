@@ -97,6 +97,8 @@ class Study(Section):
         for what, spec in (("base.mixture", self.base.mixture), ("component.anchor.mixture", self.component.anchor.mixture)):
             if not isinstance(spec, str):
                 Mixture(spec, label=f"study {self.name!r}: {what}")
+        if self.trainer.backend == "megatron_lm" and self.seed == 0:
+            raise ValueError("seed is 0, and Megatron-LM (trainer.backend) takes seeds of 1 or more")
         self._check_bounds()
         self._check_mixed_components()
         self._check_learning_rates()

@@ -14,7 +14,7 @@ import os
 import pickle
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
+from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder, iterations_in
+from megatron_demix.checkpoint.model_function import model_function
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
+from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.common_state import (
     blend_without_paths,
     changed_settings,
@@ -242,13 +245,17 @@ class Checkpoints:
         return everyone
 
 
-def load_weights(model: GPTModel, folder: Path, *, vocab_size: int | None = None) -> None:
+def load_weights(
+    model: GPTModel, folder: Path, *, vocab_size: int | None = None, arguments: Mapping[str, Any] | None = None
+) -> None:
     """Load the weights of a checkpoint, saved at any layout, into this rank's GPTModel (without wrappers).
 
     All ranks call it together. Replicas share the reading of one checkpoint, or each reads one of its own.
     folder: anything checkpoint.layout.find_checkpoint accepts. The checkpoint has to hold this model's tensors, no more and no
-    fewer. vocab_size: where given, an embedding that was padded otherwise is accepted if it has that many rows.
-    Raises IncompatibleInputs naming the first tensor that does not fit, CorruptInput for metadata that is damaged or unsafe.
+    fewer. vocab_size: where given, an embedding that was padded otherwise is accepted if it has that many rows. arguments: the
+    model's (derived.model_arguments); where given, saved arguments that make another function of the weights are refused.
+    Raises IncompatibleInputs naming the first tensor that does not fit, or every such argument, CorruptInput for metadata that
+    is damaged or unsafe.
     """
     stored = Checkpoint(folder)  # reads .metadata without running it, which megatron.core's reader would
     path = stored.location.path
@@ -257,11 +264,28 @@ def load_weights(model: GPTModel, folder: Path, *, vocab_size: int | None = None
     shapes = {key: info.shape for key, info in stored.model_tensors.items()}
     if misfit := _misfit(_global_shapes(wanted), shapes, vocab_size):
         raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {misfit}.")
+    if arguments is not None and (unlike := _unlike(model_function(arguments), stored)):
+        raise IncompatibleInputs(
+            f"checkpoint {path} fits the model, which would make another function of its weights: it was saved with {unlike}."
+        )
     try:
         loaded = _read({"model": wanted}, path)["model"]
     except (CheckpointException, CheckpointingException) as e:
         raise CorruptInput(f"checkpoint {path}: cannot be loaded: {_first_line(e)}.") from e
     model.load_state_dict(loaded, strict=False)  # not strict for the extra states; all else has been compared
+
+
+def _unlike(given: Mapping[str, Any], stored: Checkpoint) -> str:
+    """In which flags a model's function differs from the one that saved arguments describe, in words. What one of them does not
+    say is not compared; empty if nothing differs."""
+    saved = model_function(model_arguments(read_common_state(stored)))
+    return ", ".join(
+        f"--{name.replace('_', '-')} {saved[name]} (given: {value})"
+        if name in ModelSpec.model_fields
+        else f"{name} {saved[name]} (always {value} here)"
+        for name, value in given.items()
+        if name in saved and saved[name] != value
+    )
 
 
 def _global_shapes(wanted: dict[str, Any]) -> dict[str, tuple[int, ...]]:

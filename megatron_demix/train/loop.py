@@ -9,6 +9,7 @@ import torch
 from megatron_demix.errors import ConfigError, Incomplete, storage_errors
 from megatron_demix.train.checkpointing import Checkpoints, load_weights
 from megatron_demix.train.data import training_data, validation_data
+from megatron_demix.train.derived import model_arguments
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.journal import Journal
 from megatron_demix.train.losses import FILE, DivergenceGuard, read_losses
@@ -39,7 +40,8 @@ def run(job: TrainJob) -> None:
                 f"{job.train_iters}. Choose another folder, or more iterations."
             )
         if iteration == 0 and job.init_checkpoint is not None:
-            load_weights(model, job.init_checkpoint, vocab_size=job.vocab_size)
+            arguments = model_arguments(job.model, job.train)
+            load_weights(model, job.init_checkpoint, vocab_size=job.vocab_size, arguments=arguments)
             optimizer.reload_model_params()
         stepper = Stepper(job, wrapped, optimizer, schedule, clock)
         with closing(Journal(job, iteration=iteration)) if rank == 0 else nullcontext() as journal:

@@ -1,8 +1,7 @@
-"""examples/slurm: valid bash, and flags that the tool they start has."""
+"""examples/slurm: valid bash, with what SLURM and Megatron-LM have to be told."""
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,3 @@ def test_megatron_lm_is_given_what_it_insists_on():
     text = (ROOT / "examples/slurm/megatron_lm.sbatch").read_text()
     assert "--tensor-model-parallel-size 2" in text
     assert "\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
-
-
-def test_the_trainers_flags_exist():
-    text = (ROOT / "examples/slurm/train_components.sbatch").read_text()
-    used = re.search(r"train_component\.py (.*?) &\n", text, re.DOTALL)
-    assert used
-    shown = subprocess.run(
-        [sys.executable, "tools/train_component.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    missing = [flag for flag in re.findall(r"--[a-z][a-z-]+", used[1]) if flag not in shown.stdout]
-    assert missing == []

@@ -12,13 +12,13 @@ import numpy as np
 class Choices:
     """R answers to I questions: each question's options side by side, or its gold answer alone.
 
-    num_options_I: answers of each question. gold_I: which of them is right. answer_bytes_R: UTF-8 bytes of each answer's text,
-    by which acc_norm divides. gold_bytes: of all gold continuations together.
+    num_options_I: answers of each question. gold_I: which of them is right. answer_chars_R: characters of each answer's text,
+    by which acc_norm divides, as in lm-evaluation-harness. gold_bytes: UTF-8 bytes of all gold continuations together.
     """
 
     num_options_I: np.ndarray
     gold_I: np.ndarray
-    answer_bytes_R: np.ndarray
+    answer_chars_R: np.ndarray
     gold_bytes: int
 
     def scores(self, nats_R: np.ndarray) -> dict[str, float]:
@@ -27,7 +27,7 @@ class Choices:
         gold_nats = nats_R[first_I + self.gold_I].sum()
         return {
             "acc": self._share_right(nats_R, first_I),
-            "acc_norm": self._share_right(nats_R / self.answer_bytes_R, first_I),
+            "acc_norm": self._share_right(nats_R / self.answer_chars_R, first_I),
             "bits_per_byte": float(gold_nats) / math.log(2) / self.gold_bytes,
         }
 

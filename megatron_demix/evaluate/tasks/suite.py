@@ -233,15 +233,13 @@ class _EncodedTask:
         """Of the answers whose likelihoods are taken."""
         options = [self._options(item) for item in self.items]
         gold = [item.gold if len(mine) > 1 else 0 for item, mine in zip(self.items, options, strict=True)]
-        answer_bytes = [
-            max(len(answer.encode()), 1)
-            for item, mine in zip(self.items, options, strict=True)
-            for answer in item.answers[: len(mine)]
+        answer_chars = [
+            max(len(answer), 1) for item, mine in zip(self.items, options, strict=True) for answer in item.answers[: len(mine)]
         ]
         return Choices(
             num_options_I=np.array([len(mine) for mine in options]),
             gold_I=np.array(gold),
-            answer_bytes_R=np.array(answer_bytes),
+            answer_chars_R=np.array(answer_chars),
             gold_bytes=self._gold_bytes((np.cumsum([0, *map(len, options[:-1])], dtype=np.int64) + gold).tolist()),
         )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_demix.checkpoint.model_function import PLAIN, by_known_names
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.derived import blend_surplus, ffn_hidden_size, padded_vocab_size, warmup_iters, wsd_decay_iters
@@ -92,13 +93,15 @@ OWNED: Mapping[str, str] = {
     "no-save-rng": "the launcher, which resumes a run with all its state",
     "skip-train": "the study",
     "use-legacy-models": "the merge, which reads megatron.core's models",
+    "use-rotary-position-embeddings": "model.position_embedding_type",
 }  # fmt: skip
 _TOKENIZER = "tokenizer-type"
 _NEEDS_EOD = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
 
 
 def own_arguments(text: str) -> list[str]:
-    """The words of trainer.args. Raises ConfigError for an option that the study decides, or a text that is no shell's."""
+    """The words of trainer.args. Raises ConfigError for an option that the study decides, one that makes a model which no study
+    can describe, or a text that is no shell's."""
     try:
         words = shlex.split(text.replace("\\\n", " "))
     except ValueError as e:
@@ -110,6 +113,11 @@ def own_arguments(text: str) -> list[str]:
             raise ConfigError(
                 f"trainer.args: --{option} is decided by {OWNED[option]}. Set it there, so that every run of the study and the "
                 "merge agree; trainer.args is for what a study does not say."
+            )
+        if by_known_names({option.replace("-", "_"): None}).keys() & PLAIN.keys():
+            raise ConfigError(
+                f"trainer.args: --{option} makes another function of the weights, and no model of a study has it: proxies "
+                "would be scored as another model than was trained. Leave it out."
             )
         if option in _NEEDS_EOD and _TOKENIZER not in options_of(words):
             raise ConfigError(

@@ -14,7 +14,8 @@ _NAMES = {"lm loss": "lm loss", "learning rate": "learning-rate", "grad norm": "
 @dataclass(frozen=True)
 class Iteration:
     row: dict[str, float]
-    """As losses.read_losses describes. An iteration without a loss, which Megatron skipped as NaN, has NaN."""
+    """As losses.read_losses describes, but the learning rate is the next iteration's: Megatron prints it after the schedule's
+    step. An iteration without a loss, which Megatron skipped as NaN, has NaN."""
     seconds: float | None
     """It took."""
 

@@ -63,7 +63,7 @@ def test_probabilities_that_are_nothing_beside_others_count_as_nothing(tmp_path)
 def test_of_equal_answers_the_first_is_chosen():
     scores = CHOICES.scores(np.array([3.0, 1.0, 1.0, 2.0, 2.0]))
     assert scores["acc"] == 0.5  # the second option of the first question comes before the right one
-    assert scores["acc_norm"] == 1.0  # for each byte the right one costs least
+    assert scores["acc_norm"] == 1.0  # for each character the right one costs least
     assert scores["bits_per_byte"] == pytest.approx((1 + 2) / math.log(2) / 5)
 
 

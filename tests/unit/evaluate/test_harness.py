@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -140,6 +141,30 @@ def test_proxies_in_place_agree_with_the_hugging_face_backend(folder, harness):
     assert flat(seen[0]["own_text"][0]["resps"]) != flat(seen[1]["own_text"][0]["resps"]), "the mixtures differ"
 
 
+def test_texts_without_context_begin_with_the_tokenizer_s_bos(folder, harness, tmp_path):
+    """As in the Hugging Face backend. The token is a byte that no text has."""
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron_demix.evaluate.harness import HarnessModel, bos_token_id
+
+    model, merger = harness
+    exported = shutil.copytree(folder / "exported" / "even", tmp_path / "even")
+    assert bos_token_id(exported) is None
+    described = json.loads((exported / "tokenizer_config.json").read_text())
+    (exported / "tokenizer_config.json").write_text(json.dumps(described | {"bos_token": "\u0100"}))
+    with_bos = HarnessModel(model._live, model._codec, prefix_token_id=bos_token_id(exported), batch_tokens=300)
+    theirs = HFLM(str(exported), device="cpu", batch_size=2, dtype="float32", add_bos_token=False)
+    assert with_bos.prefix_token_id == theirs.prefix_token_id != model.prefix_token_id
+    merger.merge(MIXTURES["even"])
+    found = [evaluated(m, folder)["samples"]["own_text"] for m in (with_bos, theirs, model)]
+    ours, expected, without = ([flat(sample["resps"]) for sample in samples] for samples in found)
+    assert flat(ours) == pytest.approx(flat(expected), rel=1e-5)
+    assert flat(ours) != pytest.approx(flat(without), rel=1e-5)
+    (exported / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<none>"}}))
+    with pytest.raises(ConfigError, match=r"names the bos_token '<none>', which the vocabulary of .* lacks"):
+        bos_token_id(exported)
+
+
 def flat(nested) -> list[float]:
     return [float(v) for n in nested for v in flat(n)] if isinstance(nested, list | tuple) else [float(nested)]
 
@@ -155,6 +180,8 @@ def test_what_cannot_be_generated_is_refused(harness):
     model, _ = harness
     with pytest.raises(ConfigError, match="a task asks for sampling"):
         model.generate_until([Asked("x", {"do_sample": True})])
+    with pytest.raises(ConfigError, match="a task asks for sampling"):
+        model.generate_until([Asked("x", {"temperature": 0.7})])
     with pytest.raises(ConfigError, match="a task asks for 256 new tokens, but the model reads 64"):
         model.generate_until([Asked("x", {})])
 
@@ -163,7 +190,7 @@ def test_settings_of_one_call_may_differ(harness):
     model, _ = harness
     long, short, empty = model.generate_until(
         [
-            Asked("What", {"max_gen_toks": 20}),
+            Asked("What", {"max_gen_toks": 20, "do_sample": False, "temperature": 0.7}),  # greedy, whatever the temperature
             Asked("What", {"max_new_tokens": 5}),
             Asked("", {"max_gen_toks": 3, "until": "e"}),
         ]

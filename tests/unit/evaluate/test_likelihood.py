@@ -11,6 +11,7 @@ from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.evaluate.likelihood import Likelihood, Request, likelihoods
 from megatron_demix.evaluate.tasks import suite
 from megatron_demix.evaluate.tasks.choices import Choices
+from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.study.data import TokenizerSpec
 from megatron_demix.study.search import TaskSpec
 
@@ -114,6 +115,25 @@ def test_texts_become_requests():
     assert num_cut == 1
     with pytest.raises(ValueError, match="one token or more"):
         Request((), (1,))
+
+
+def test_answers_are_as_long_as_their_characters(tmp_path):
+    """As in lm-evaluation-harness, whatever the characters' bytes are."""
+    question = {
+        "id": "q",
+        "question": "q",
+        "choices": {"text": ["é", "日本", "ab"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    }
+    spec = TaskSpec(name="a", format="arc", path=write_lines(tmp_path / "a.jsonl", [question]))
+    task = suite.read_task(spec, "validation")
+    choices = suite.Suite([task], load_tokenizer(TokenizerSpec(type="byte")), max_tokens=100).texts["a"].choices
+    assert choices.answer_chars_R.tolist() == [1, 2, 2]
+    assert (
+        choices.scores(np.array([2.2, 4.0, 3.9]))["acc_norm"] == 0.0
+    )  # the third; by bytes it would be the second, the right one
+    # Scores of the time when it was by bytes have another key.
+    assert ScoredTasks([spec], ["digest"]).settings["tasks"][0]["acc_norm"] == "by character"
 
 
 def test_bytes_are_those_of_the_tokens_that_are_scored(tmp_path):

@@ -14,6 +14,7 @@ from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, OutputExists, StorageError
 from megatron_demix.huggingface import exporting
 from megatron_demix.huggingface.command import main
+from megatron_demix.huggingface.config import from_huggingface, read_config
 from megatron_demix.huggingface.exporting import export_checkpoint
 from megatron_demix.huggingface.importing import Layout, import_folder
 from megatron_demix.merge.engine import merge_checkpoints
@@ -130,6 +131,8 @@ def test_the_saved_arguments_make_the_same_config(name, tokens, tmp_path):
     export_checkpoint(tmp_path / "base", tmp_path / "back", vocab_size=VOCAB, progress=False)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").eval()
     assert torch.equal(logits_of(again, tokens), logits_of(original, tokens))
+    # Not the family's defaults, which are ids of another tokenizer.
+    assert (again.generation_config.bos_token_id, again.generation_config.eos_token_id) == (None, None)
 
 
 def test_a_merged_checkpoint_is_the_mean_of_the_folders(tmp_path):
@@ -171,6 +174,10 @@ def test_megatron_finds_what_it_asks_for(tmp_path):
     objects = Checkpoint(tmp_path / "base").model_objects
     assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_1_2" in objects
     assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_1.3_2.4" in objects
+    # Norms of Transformer Engine 2, where they are modules of their own.
+    norms = ("self_attention.q_layernorm", "self_attention.k_layernorm", "pre_mlp_layernorm")
+    assert {f"decoder.layers.{norm}._extra_state/shard_{n}_2" for norm in norms for n in range(2)} <= set(objects)
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in objects
     assert (tmp_path / "base" / "latest_checkpointed_iteration.txt").read_text() == "release"
     common = torch.load(tmp_path / "base" / "release" / "common.pt", weights_only=False)
     assert common["args"].num_query_groups == 2
@@ -228,6 +235,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"num_key_value_heads": "2"}, ConfigError, "num_key_value_heads '2', expected a number of 1"),
         ({"head_dim": 2.5}, ConfigError, "head_dim 2.5, expected a number of 1"),
         ({"hidden_size": None}, ConfigError, "hidden_size None, expected a number"),
+        ({"rope_parameters": {"rope_theta": 10000.5}}, IncompatibleInputs, "rope_theta 10000.5; .* whole numbers alone"),
         ({"num_hidden_layers": 3}, IncompatibleInputs, "no 'model.layers.2.input_layernorm.weight'"),
         ({"num_hidden_layers": 1}, IncompatibleInputs, "9 tensors that a llama model has not"),
         ({"num_key_value_heads": 4}, IncompatibleInputs, r"has shape \[48, 64\], but config.json makes it \[96, 64\]"),
@@ -260,6 +268,43 @@ def test_weights_that_are_not_all_there(copy, tmp_path):
         import_folder(copy, tmp_path / "base", progress=False)
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         import_folder(tmp_path, tmp_path / "base", progress=False)
+
+
+def test_two_sets_of_weights(copy, tmp_path):
+    shutil.copyfile(min(copy.glob("*.safetensors")), copy / "model.safetensors")
+    message = r"two sets of weights, model.safetensors and the files that model.safetensors.index.json names"
+    with pytest.raises(ConfigError, match=message):
+        import_folder(copy, tmp_path / "base", progress=False)
+
+
+def test_a_head_that_is_said_to_be_tied(copy, tmp_path):
+    """Some files repeat the embedding; where the head is another tensor, transformers 5 takes it, whatever config.json says."""
+    from safetensors.torch import load_file, save_file
+
+    edit_config(copy, tie_word_embeddings=True)
+    with pytest.raises(IncompatibleInputs, match=r"their weights differ.* Set tie_word_embeddings: false"):
+        import_folder(copy, tmp_path / "base", progress=False)
+    tensors = tensors_of(copy)
+    (shard,) = (file for file in copy.glob("*.safetensors") if "lm_head.weight" in load_file(file))
+    save_file(load_file(shard) | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, shard)
+    import_folder(copy, tmp_path / "base", progress=False)
+    export_checkpoint(tmp_path / "base", tmp_path / "back", progress=False)
+    del tensors["lm_head.weight"]
+    assert same_tensors(tensors_of(tmp_path / "back"), tensors)
+
+
+def test_the_weight_of_the_auxiliary_loss(tmp_path):
+    save_model(tmp_path / "hf", "Qwen3Moe", **MOE, router_aux_loss_coef=0.003)
+    model = import_folder(tmp_path / "hf", tmp_path / "base", progress=False)
+    assert ModelSpec(**model.study()).moe_aux_loss_coeff == 0.003
+    shutil.rmtree(tmp_path / "base" / "huggingface")
+    export_checkpoint(tmp_path / "base", tmp_path / "back", vocab_size=VOCAB, progress=False)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["router_aux_loss_coef"] == 0.003
+    # It is a setting of training: whoever trained with another one still has the reference's model.
+    other = with_arguments(tmp_path / "base", tmp_path / "other", moe_aux_loss_coeff=[0.02])
+    export_checkpoint(other, tmp_path / "again", reference=tmp_path / "hf", progress=False)
+    edit_config(tmp_path / "hf", router_aux_loss_coef=0)
+    assert from_huggingface(read_config(tmp_path / "hf"), "hf").moe_aux_loss_coeff == 0.0
 
 
 def test_layouts_that_do_not_divide(llama, tmp_path):

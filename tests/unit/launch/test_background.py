@@ -49,6 +49,17 @@ def test_submit_refuses_a_second(working, tmp_path):
         background.submit(tmp_path, ["study.yaml"])
 
 
+def test_a_process_of_another_machine_is_left_alone(working, tmp_path):
+    """Its number may be any process's here: the lock is seen across machines that share the disk."""
+    assert working.poll() is None
+    (tmp_path / ".lock").write_text(f"elsewhere-12-abcdef {working.pid}")
+    said = f"process {working.pid} on elsewhere-12 works on {tmp_path}: cancel it there"
+    for command in (lambda: background.cancel(tmp_path), lambda: background.submit(tmp_path, [])):
+        with pytest.raises(Incomplete, match=said):
+            command()
+    assert working.poll() is None
+
+
 def test_submit_says_when_the_run_ends_at_once(tmp_path):
     with pytest.raises(StageFailed, match=r"ended at once with exit code 2; its log is .*run\.log"):
         background.submit(tmp_path, [str(tmp_path / "missing.yaml")])

@@ -30,7 +30,7 @@ def answers(monkeypatch):
     """Commands that were given, and what squeue lists."""
     found = SimpleNamespace(commands=[], listed=[])
 
-    def answer(*command, check=True, defaults=()):
+    def answer(*command, check=True):
         found.commands.append(command)
         return "".join(line + "\n" for line in found.listed) if command[0] == "squeue" else f"{len(found.commands)}\n"
 
@@ -38,8 +38,8 @@ def answers(monkeypatch):
     return found
 
 
-def line(dag, job, index, group, state, reason):
-    return f"{job}\t{index}\ts.{group}\t{state}\t{reason}\t{dag.run}"
+def line(dag, job, index, group, state, reason, uid=None):
+    return f"{job}\t{index}\ts.{group}\t{state}\t{reason}\t{os.getuid() if uid is None else uid}\tann\t{dag.run}"
 
 
 def test_jobs_under_way_are_named_and_others_left_alone(dag, answers):
@@ -50,17 +50,19 @@ def test_jobs_under_way_are_named_and_others_left_alone(dag, answers):
         line(dag, 7, 0, "data", "RUNNING", "None"),
         line(dag, 7, 1, "data", "PENDING", "None"),
         line(dag, 8, "N/A", "base.base", "PENDING", "Dependency"),
+        line(dag, 10, "N/A", "conclude", "PENDING", "Dependency"),
         "",
         "CLUSTER: other",
-        "9\tN/A\ts.base.base\tRUNNING\tNone\t/elsewhere",
+        "9\tN/A\ts.base.base\tRUNNING\tNone\t0\troot\t/elsewhere",
     ]
     assert backend.activity() == {
         "data/a": Activity("running", "7_0"),
         "data/b": Activity("queued", "7_1"),
         "base/base": Activity("queued", "8", "Dependency"),
+        "conclude": Activity("queued", "10"),
     }
     with pytest.raises(
-        Incomplete, match=r"already being worked on by the SLURM jobs 7, 8: see `demix status`, or `demix cancel`"
+        Incomplete, match=r"already being worked on by the SLURM jobs 7, 8, 10: see `demix status`, or `demix cancel`"
     ):
         backend.submit()
 
@@ -91,11 +93,64 @@ def test_where_slurm_cannot_be_asked_there_is_a_warning(tmp_path, monkeypatch, c
     assert "was submitted to SLURM, which cannot be asked here whether jobs of it are left" in capsys.readouterr().err
 
 
-def test_what_slurm_holds_is_released(dag, answers):
-    answers.listed = [line(dag, 8, "N/A", "base.base", "PENDING", "launch failed requeued held")]
+@pytest.mark.parametrize("reason", ["launch failed requeued held", "JobHoldMaxRequeue"])
+def test_what_slurm_holds_is_released(dag, answers, reason):
+    answers.listed = [
+        line(dag, 8, "N/A", "base.base", "PENDING", reason),
+        line(dag, 9, "N/A", "conclude", "PENDING", "Dependency"),
+    ]
     said = slurm.Slurm(dag, dag.run).submit()["said"]
     assert said == "released 8, which SLURM had put back into the queue and held, as a node could not start it"
     assert answers.commands[-1] == ("scontrol", "release", "8")
+
+
+def test_a_submission_that_was_broken_off_is_made_anew(dag, answers):
+    """Its last job is missing. While jobs that were cancelled save, it is missing, too."""
+    answers.listed = [line(dag, 7, 0, "data", "PENDING", "None")]
+    backend = slurm.Slurm(dag, dag.run)
+    assert list(backend.submit()["jobs"]) == ["data", "base.base", "conclude"]
+    assert ("scancel", "7") in answers.commands
+    backend._scripts.cancelled.touch()
+    with pytest.raises(Incomplete, match="already being worked on by the SLURM jobs 7:"):
+        backend.submit()
+
+
+def test_jobs_of_another_person_are_seen_and_left_alone(dag, answers):
+    answers.listed = [line(dag, 7, 0, "data", "PENDING", "None", uid=os.getuid() + 1)]
+    for command in (slurm.Slurm(dag, dag.run).submit, slurm.Slurm(dag, dag.run).cancel):
+        with pytest.raises(Incomplete, match=r"^this run's job 7 belongs to ann, who can cancel it\.$"):
+            command()
+    assert {command[0] for command in answers.commands} == {"squeue"}
+
+
+def test_a_last_job_that_slurm_starts_twice_submits_nothing_twice(dag, answers, capsys):
+    """Nor are stages failures that were submitted and had no time to begin."""
+    backend = slurm.Slurm(dag, dag.run)
+    backend.submit()
+    answers.commands.clear()
+    answers.listed = [line(dag, 7, 0, "data", "PENDING", "None"), line(dag, 8, "N/A", "conclude", "PENDING", "Dependency")]
+    backend.conclude()
+    assert capsys.readouterr().out == "7, 8 work on it: nothing is left for this job to do\n"
+    assert {command[0] for command in answers.commands} == {"squeue"}
+    answers.listed.pop()
+    backend.conclude()
+    assert "3 stages are not done: submitted again as" in capsys.readouterr().out
+    commands = [command[0] for command in answers.commands]
+    assert commands.index("scancel") < commands.index("sbatch")
+    assert not any(Attempts.read(stage).failed for stage in dag.all)
+
+
+def test_every_start_is_progress(dag, answers):
+    """Also one that was asked to stop, again and again."""
+    backend = slurm.Slurm(dag, dag.run)
+    seen = set()
+    for _ in range(4):
+        attempts = Attempts.read(dag.all[2])
+        attempts.begin(dag.all[2])
+        attempts.asked = True
+        attempts.write(dag.all[2])
+        seen.add(backend._progress())
+    assert len(seen) == 4
 
 
 def test_a_job_that_ended_before_its_stage_began_is_a_failure_with_its_log(dag, answers):
@@ -165,10 +220,24 @@ def test_many_jobs_are_named_by_the_first_and_the_last():
 
 def test_new_jobs_know_nothing_of_the_job_that_submits_them(monkeypatch):
     """Nor do variables change what is listed, or what a study says."""
-    for name in ("SLURM_MEM_PER_NODE", "SLURM_ARRAY_TASK_ID", "SBATCH_EXPORT", "SBATCH_TIMELIMIT", "SQUEUE_PARTITION"):
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_ARRAY_TASK_ID", "SBATCH_EXPORT", "SBATCH_ACCOUNT", "SQUEUE_PARTITION"):
         monkeypatch.setenv(name, "1")
-    for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_QOS"):
-        monkeypatch.setenv(name, "ours")
-    kept = {k: v for k, v in slurm._environment(["ACCOUNT"]).items() if k.startswith(("SLURM", "SBATCH", "SQUEUE"))}
-    assert kept == {"SLURM_CONF": "ours", "SBATCH_ACCOUNT": "ours"}
-    assert slurm._environment([])["PATH"] == os.environ["PATH"]
+    monkeypatch.setenv("SLURM_CONF", "ours")
+    kept = {k: v for k, v in slurm._environment().items() if k.startswith(("SLURM", "SBATCH", "SQUEUE"))}
+    assert kept == {"SLURM_CONF": "ours"}
+    assert slurm._environment()["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("#SBATCH --qos=high\n#SBATCH --time-min=5", ["--partition=p", "--time=1:00"]),
+        ("#SBATCH --exclusive -pgpu\n#SBATCH -t 5", ["--qos=q"]),
+        ("#SBATCH --partition gpu\necho --time=5 -q", ["--qos=q", "--time=1:00"]),
+    ],
+)
+def test_a_persons_defaults_count_where_a_script_says_nothing(monkeypatch, script, options):
+    """Of each script by itself: light stages may have a partition where others have none."""
+    for name, value in (("PARTITION", "p"), ("QOS", "q"), ("TIMELIMIT", "1:00"), ("EXPORT", "NONE")):
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    assert slurm._defaults(f"#!/bin/bash\n{script}\n") == options

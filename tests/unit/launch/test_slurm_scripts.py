@@ -142,6 +142,7 @@ sleep "$SRUN_S"
 exit "$SRUN_CODE"
 """
 SCONTROL = """echo "$*" >> commands
+[ "$1" != show ] || echo "Requeue=1 PreemptTime=${PREEMPTED:-None} SuspendTime=None"
 [ "$1" != requeue ] || [ "$(grep -c requeue commands)" -gt "$REFUSED" ]
 """
 
@@ -154,7 +155,7 @@ def job(stages, tmp_path):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "slurm").mkdir()
 
-    def run(ranks, srun_code, said="", *, second="", signal="", srun_s=0.0, refused=0, restart=0):
+    def run(ranks, srun_code, said="", *, second="", signal="", srun_s=0.0, refused=0, restart=0, **more):
         chosen = next(g for g in group(stages) if g.stages[0].ranks == ranks)
         text = Scripts(SlurmSpec(ranks_per_node=8, setup="set -euo pipefail"), "s", tmp_path, tmp_path).of_group(chosen)
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SAID": said}
@@ -165,7 +166,7 @@ def job(stages, tmp_path):
             "SRUN_S": str(srun_s),
             "REFUSED": str(refused),
         }
-        environment["SLURM_RESTART_COUNT"] = str(restart)
+        environment |= {"SLURM_RESTART_COUNT": str(restart)} | more
         (tmp_path / "commands").write_text("")
         ended = subprocess.run(["bash"], input=text, text=True, capture_output=True, cwd=tmp_path, env=environment, timeout=30)
         assert not list((tmp_path / "slurm").glob("*.outcome*"))
@@ -232,6 +233,24 @@ def test_node_0_is_told_that_slurm_asked(job, tmp_path):
     assert not (tmp_path / "asked").exists()
     assert job(16, 75, "75", signal="TERM", srun_s=0.2) == (75, 0)  # SLURM itself puts it back, if anyone does
     assert (tmp_path / "asked").exists()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_a_pre_empted_job_leaves_a_note_for_its_next_start(job, tmp_path):
+    """Its ranks alone were asked to stop; the batch script hears nothing."""
+    note = tmp_path / "slurm" / "7.preempted"
+    assert job(16, 75, "75") == (75, 1)
+    assert not note.exists()
+    assert [job(16, 137, restart=n, PREEMPTED="2026-01-01T00:00:00") for n in range(12)] == [(137, 1)] * 12
+    assert note.exists()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_the_number_of_a_node_is_slurms(job, tmp_path):
+    """Not that of a launcher around the shell of whoever submits."""
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "${NODE_RANK-none} ${WORLD_SIZE-none}" >seen\n')
+    assert job(16, 0, NODE_RANK="0", WORLD_SIZE="4") == (0, 0)
+    assert (tmp_path / "seen").read_text() == "none none\n"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")

@@ -31,7 +31,7 @@ def stop():
 
 def run(stage, stop, node=0):
     """As the process that makes this stage and no other would."""
-    stop.settled = False
+    stop.settled = stop.is_out_of_time = False
     return task._make_and_judge(stage, 1, task.Nodes(rank=node), stop)
 
 
@@ -89,9 +89,45 @@ def test_what_may_not_come_again_is_started_again_three_times(tmp_path, stop, er
 def test_being_asked_to_stop_does_not_count(tmp_path, stop):
     stage = Stage("blend/found", tmp_path, {}, (), lambda folder: os.kill(os.getpid(), signal.SIGUSR1))
     assert {run(stage, stop) for _ in range(5)} == {75}
-    assert Attempts.read(stage).number == 0
+    assert (Attempts.read(stage).number, Attempts.read(stage).starts) == (1, 5)
     assert not list(tmp_path.glob("blend/*"))
     assert not list(tmp_path.glob("blend/.*"))
+
+
+def test_a_stage_that_never_gets_further_within_its_time_is_given_up(tmp_path, stop):
+    """USR1 comes at the time limit. What is saved starts the count again, and TERM says nothing of the time."""
+    signals = [signal.SIGUSR1] * 2 + [signal.SIGTERM] * 6 + [signal.SIGUSR1] * 6
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: os.kill(os.getpid(), signals.pop(0)))
+    assert {run(stage, stop) for _ in range(8)} == {75}
+    (stage.work / "iter_0000001").mkdir(parents=True)
+    assert [run(stage, stop) for _ in range(6)] == [75] * 5 + [8]
+    said = "stage base/base: did not get further in 5 starts of launch.slurm.time; raise it, then `demix resume` goes on."
+    assert said in Attempts.read(stage).failed
+
+
+def test_a_start_that_was_pre_empted_does_not_count(tmp_path, stop):
+    """Its ranks may have been killed while they saved; the batch script leaves a note."""
+    outcome = tmp_path / "7_1.outcome"
+    stage = failing(tmp_path, StageFailed("stage blend/found: a rank is gone"))
+    for _ in range(5):
+        stop.settled = False
+        assert task._make_and_judge(stage, 1, task.Nodes(), stop, outcome) == 75
+        (tmp_path / "7_1.preempted").touch()
+    assert [run(stage, stop) for _ in range(3)] == [75, 75, 8]
+    assert not stage.done()
+
+
+def test_ranks_hear_nothing_of_another_launcher(tmp_path, monkeypatch):
+    """Which may have started the shell that someone types `demix train` in."""
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("NODE_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    stage = Stage("base/base", tmp_path, {}, (), lambda folder: None, ranks=1)
+    stage.log.parent.mkdir()
+    monkeypatch.setattr(task, "PYTHON_M", ["env", sys.executable, "-c", "import os; print(sorted(os.environ))"])
+    assert task.start_ranks(stage, threads_per_rank=1, lock=None).wait() == 0
+    assert "'OMP_NUM_THREADS'" in stage.log.read_text()
+    assert "RANK'" not in stage.log.read_text()
+    assert "WORLD_SIZE'" not in stage.log.read_text()
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_demix.errors import ConfigError
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.status import rows, show_status
@@ -95,6 +96,18 @@ def test_what_to_do_is_said_where_nothing_is_under_way(run, capsys):
     assert f"nothing is under way: `demix resume` goes on with what is missing; logs of what was tried: {dag.run}/logs" in (
         " ".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
     )
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_where_the_scheduler_cannot_be_asked_the_rest_is_shown(run, capsys, as_json):
+    def ask():
+        raise ConfigError("there is no squeue on this machine.")
+
+    show_status(run[0], SimpleNamespace(activity=ask), as_json=as_json, watch=False)
+    said = capsys.readouterr()
+    assert said.err == "warning: what is queued or running is not known: there is no squeue on this machine.\n"
+    assert "components/b" in said.out
+    assert "nothing is under way" not in said.out
 
 
 def test_the_schedulers_own_job_is_shown_where_nothing_else_is_under_way(run, capsys):

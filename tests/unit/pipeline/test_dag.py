@@ -1,5 +1,6 @@
 """Keys: a setting changes what depends on it and nothing else, so that everything still valid is used again."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ from dist_checkpoints import small_model, write_checkpoint
 from indexed_data import make_indexed
 from small_texts import write_texts
 
+from megatron_demix import progress
+from megatron_demix.artifact import fingerprint, hash_file
 from megatron_demix.cli import _result
 from megatron_demix.errors import ConfigError, CorruptInput, MixtureError
 from megatron_demix.mixture import Mixture
@@ -238,8 +241,7 @@ def test_every_byte_of_ready_made_data_decides_and_is_read_once(study_path, monk
     code.with_suffix(".bin").write_bytes(bytes(data))
     after = keys(study_path, ready)
     assert [n for n in before if before[n] != after[n]][:2] == ["data/code", "base/base"]
-    monkeypatch.setattr(inputs, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
-    monkeypatch.setattr(inputs, "_digest", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(inputs, "_digest", lambda path, advance: pytest.fail(f"{path} was read again"))
     assert keys(study_path, ready) == after
 
 
@@ -319,6 +321,35 @@ def test_keys_of_what_was_read_are_known_when_it_is_gone(study_path, base):
     with pytest.raises((ConfigError, CorruptInput)):
         build_dag(study, study_path, folder / "another", absent_inputs="remembered")
     build_dag(study, study_path, folder / "another", absent_inputs="allowed")
+
+
+@pytest.mark.parametrize("absent", ["refused", "allowed"])
+def test_what_was_read_of_inputs_is_remembered_where_that_is_all(study_path, monkeypatch, absent):
+    """Ctrl-C while a large corpus is read; `submit --dry-run`."""
+    digest, read = inputs._digest, []
+
+    def interrupted(path, advance):
+        if path.name == "english.jsonl" and absent == "refused":
+            raise KeyboardInterrupt
+        return digest(path, advance)
+
+    monkeypatch.setattr(inputs, "_digest", interrupted)
+    study, run = load_study(study_path), study_path.parent / "run"
+    with pytest.raises(KeyboardInterrupt) if absent == "refused" else nullcontext():
+        build_dag(study, study_path, run, absent_inputs=absent)
+    monkeypatch.setattr(inputs, "_digest", lambda path, advance: [digest(path, advance), read.append(path.name)][0])
+    build_dag(study, study_path, run)
+    assert read == (["english.jsonl"] if absent == "refused" else [])
+
+
+def test_any_large_input_has_a_bar(study_path, monkeypatch, capsys):
+    monkeypatch.setattr(inputs, "_WORTH_A_BAR", 0)
+    monkeypatch.setattr(inputs, "_AT_ONCE", 64)
+    monkeypatch.setattr(progress.time, "monotonic", iter(range(0, 10**9, 11)).__next__)
+    path = study_path.parent / "code.jsonl"
+    found = inputs.InputDigests(study_path.parent / "cache.json")
+    assert found.of([path]) == fingerprint([[path.name, hash_file(path)]])
+    assert f"hashing {path}: 100 %" in capsys.readouterr().err
 
 
 def test_missing_text_is_named(study_path):

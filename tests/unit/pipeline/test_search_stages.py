@@ -213,7 +213,9 @@ def test_a_task_is_an_objective(with_tasks):
     assert "sums/exact_match was 0 for every proxy: the search could not use it" in page
     assert "compared on the very items of quiz, sums" in page, "arc has a validation split, but not in this one file"
     assert "Other tasks than quiz, sums." in page
-    assert "Of the 96 answers to sums that models gave in the search, 64 did not end by themselves and 0 had to be stopped" in page
+    assert (
+        "Of the 96 answers to sums that models gave in the search, 64 did not end by themselves and 0 had to be stopped" in page
+    )
 
 
 def test_nothing_to_prefer(with_tasks):

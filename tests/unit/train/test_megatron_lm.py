@@ -117,6 +117,12 @@ def test_own_flags_are_passed_on_unless_they_contradict():
         "--tensor-model-parallel-size=4": r"--tensor-model-parallel-size is decided by parallel.tensor",
         "--no-save-optim": r"--no-save-optim is decided by the launcher",
         "--eod-mask-loss": r"--eod-mask-loss needs the tokenizer's end of documents; give --tokenizer-type",
+        "--rotary-interleaved": r"--rotary-interleaved makes another function of the weights, and no model of a study has it",
+        "--window-size 128 0": r"--window-size makes another function",
+        "--moe-router-score-function=sigmoid": r"--moe-router-score-function makes another function",
+        "--apply-layernorm-1p": r"--apply-layernorm-1p makes another function",
+        "--layernorm-zero-centered-gamma": r"--layernorm-zero-centered-gamma makes another function",
+        "--use-rotary-position-embeddings": r"decided by model.position_embedding_type",
         "4 --num-workers": r"begins with '4', expected an option",
         "--a 'b": r"cannot be read as a shell would \(No closing quotation\)",
     }.items():
@@ -149,6 +155,11 @@ def test_a_study_that_cannot_start(tmp_path, capsys):
     study = str(tmp_path / "study.yaml")
     assert main(["plan", study, "--backend", "megatron_lm"]) == 2
     assert "trainer: backend megatron_lm needs `checkout`" in capsys.readouterr().err
+
+
+def test_a_seed_that_megatron_lm_refuses(study, capsys):
+    assert run(study, "", "--dry-run", "--set", "seed=0") == 2
+    assert "seed is 0, and Megatron-LM (trainer.backend) takes seeds of 1 or more" in capsys.readouterr().err
 
 
 def test_lines_of_its_log():

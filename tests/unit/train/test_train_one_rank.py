@@ -66,6 +66,27 @@ def test_weights_the_model_has_no_place_for_are_refused_and_other_padding_is_not
         train(tokens)
 
 
+def test_settings_that_make_another_function_of_the_weights(tmp_path, make_train_job):
+    base = make_train_job(tmp_path / "base", model={"norm_epsilon": 1e-6}, train_iters=1)
+    train(base)
+    other = make_train_job(tmp_path / "other", init_checkpoint=base.work, model={"rotary_base": 500}, train_iters=1)
+    said = r"it was saved with --rotary-base 10000 \(given: 500\), --norm-epsilon 1e-06 \(given: 1e-05\)\."
+    with pytest.raises(IncompatibleInputs, match=f"fits the model, which would make another function of its weights: {said}"):
+        train(other)
+    import torch
+
+    common = base.work / "iter_0000001" / "common.pt"
+    state = torch.load(common, weights_only=False)
+    state["args"].rotary_interleaved = True
+    torch.save(state, common)
+    same = make_train_job(tmp_path / "same", init_checkpoint=base.work, model={"norm_epsilon": 1e-6}, train_iters=1)
+    with pytest.raises(IncompatibleInputs, match=r"saved with rotary_interleaved True \(always False here\)"):
+        train(same)
+    del state["args"]  # what is not said is not compared
+    torch.save(state, common)
+    train(other)
+
+
 def test_metadata_that_would_run_code_is_refused(tmp_path, make_train_job):
     base = make_train_job(tmp_path / "base", train_iters=1)
     train(base)
