@@ -47,13 +47,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def temporary_beside(path: Path) -> Path:
-    """A fresh hidden name in the folder of `path`; it says whose it is, so that remove_leftovers knows if its writer lives."""
-    return path.with_name(f".{path.name}{_TEMPORARY}{_here()}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
 @cache
-def _here() -> str:
+def this_place() -> str:
     """Names the processes whose numbers mean something to this one: containers and machines may share a host name."""
     machine = b""
     with suppress(OSError):  # not every container has one
@@ -63,6 +58,11 @@ def _here() -> str:
     except OSError:
         namespace = secrets.token_hex(8)  # then nobody can tell: a name that nobody else has
     return f"{platform.node()}-{hashlib.sha256(machine + f' {namespace}'.encode()).hexdigest()[:6]}"
+
+
+def temporary_beside(path: Path) -> Path:
+    """A fresh hidden name in the folder of `path`; it says whose it is, so that remove_leftovers knows if its writer lives."""
+    return path.with_name(f".{path.name}{_TEMPORARY}{this_place()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def is_temporary(path: Path) -> bool:
@@ -256,7 +256,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     removed = []
     for path in Path(folder).glob(f".*{_TEMPORARY}*"):
         where, _, pid = path.name.rsplit(_TEMPORARY, 1)[1].rpartition("-")[0].rpartition("-")
-        if where == _here() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if where == this_place() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(path)
     return removed
