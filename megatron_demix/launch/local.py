@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_demix.artifact import this_place
-from megatron_demix.artifact import remove_leftovers
+from megatron_demix.artifact import remove_leftovers, this_place
 from megatron_demix.errors import Incomplete
 from megatron_demix.launch.attempts import Attempts, forget
 from megatron_demix.launch.display import Display
