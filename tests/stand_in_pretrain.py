@@ -44,7 +44,9 @@ def main() -> int:
         )
         if iteration % arguments.save_interval == 0 or iteration == arguments.train_iters:
             shutil.copytree(source, arguments.save / f"iter_{iteration:07d}")
-            (arguments.save / tracker.name).write_text(str(iteration))
+            written = arguments.save / f"{tracker.name}.new"
+            written.write_text(str(iteration))
+            written.replace(arguments.save / tracker.name)  # another rank may be reading it
         if arguments.stand_in == "early" and first == 0 and 2 * iteration >= arguments.train_iters:
             break
     return 0

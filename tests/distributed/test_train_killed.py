@@ -79,7 +79,7 @@ def test_killed_stopped_and_undisturbed_runs_are_equal(tmp_path, make_train_job)
     ("signum", "said"),
     [
         (signal.SIGKILL, ["this rank lost the others (", "Run again to go on from the last checkpoint."]),
-        (signal.SIGSTOP, ["has not ended within", "Stacks of this rank's threads:", "megatron_demix/train/step.py"]),
+        (signal.SIGSTOP, ["has not ended within", "Stacks of this rank's threads:", "megatron_demix/train/loop.py"]),
     ],
 )
 def test_a_rank_that_loses_or_waits_for_the_other_says_so(tmp_path, make_train_job, signum, said):
