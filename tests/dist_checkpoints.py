@@ -141,3 +141,24 @@ def parallel_cuts(tensor_parallel: int) -> dict[str, Cuts]:
         "decoder.layers.mlp.linear_fc1.weight": even_cuts((2, 64, 8), (2, 2 * t, 1)),
         "decoder.layers.mlp.linear_fc2.weight": even_cuts((2, 8, 32), (2, 1, t)),
     }
+
+
+def three_components(folder: Path) -> dict[str, Path]:
+    """Of one model, by name, cut for different tensor parallelism, at odd addresses."""
+    return {
+        name: write_checkpoint(
+            folder / name,
+            small_model(seed),
+            parallel_cuts(tp),
+            num_files=tp,
+            odd=True,
+            objects={"x._extra_state/shard_0_1": name.encode()},
+        )
+        for seed, (name, tp) in enumerate({"a": 1, "b": 2, "c": 4}.items())
+    }
+
+
+def one_large_tensor(folder: Path, seed: int, num: int = 1 << 20) -> Path:
+    """A component with a tensor that is read in several pieces."""
+    values = torch.randn(num, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return write_checkpoint(folder, {"decoder.final_layernorm.weight": values}, {})
