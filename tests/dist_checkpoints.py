@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -162,3 +163,16 @@ def one_large_tensor(folder: Path, seed: int, num: int = 1 << 20) -> Path:
     """A component with a tensor that is read in several pieces."""
     values = torch.randn(num, generator=torch.Generator().manual_seed(seed)).bfloat16()
     return write_checkpoint(folder, {"decoder.final_layernorm.weight": values}, {})
+
+
+def blob_of(tensor: torch.Tensor) -> np.ndarray:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def edited_metadata(folder, edit):
+
+    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
+    edit(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
