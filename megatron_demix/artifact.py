@@ -13,7 +13,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from megatron_demix.locks import take_lock
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_PIECE = 1 << 20
 
 
 def fingerprint(value: Any) -> str:
@@ -41,10 +42,14 @@ def _jsonable(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is not JSON")
 
 
-def hash_file(path: Path) -> str:
-    """BLAKE2b-128 of a file's bytes, as hex."""
+def hash_file(path: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """BLAKE2b-128 of a file's bytes, as hex. advance: called with the bytes of each piece that is read."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            advance(len(piece))
+    return digest.hexdigest()
 
 
 @cache

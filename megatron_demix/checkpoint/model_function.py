@@ -111,6 +111,12 @@ def model_function(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What `theirs` says of the function, in which it is another one than `ours`, by argument. What one of them does not say is
+    not compared."""
+    return {name: theirs[name] for name in ours if name in theirs and theirs[name] != ours[name]}
+
+
 def _counts(name: str, said: Mapping[str, Any]) -> bool:
     for names, needed in _COUNT_WITH:
         if name.startswith(names) and name not in needed:

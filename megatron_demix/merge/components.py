@@ -17,7 +17,7 @@ from megatron_demix.checkpoint.common_state import model_arguments, read_common_
 from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.metadata import TensorInfo
-from megatron_demix.checkpoint.model_function import model_function
+from megatron_demix.checkpoint.model_function import differing, model_function
 from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.tiling import tile
@@ -176,13 +176,12 @@ class Components:
 
     def _check_function(self, k: int) -> None:
         first, other = (model_function(model_arguments(self.common_states[i])) for i in (0, k))
-        for name in first:
-            if name in other and first[name] != other[name]:
-                raise IncompatibleInputs(
-                    f"components {self.names[0]!r} and {self.names[k]!r}: {name} is {first[name]!r} in the one and "
-                    f"{other[name]!r} in the other: equal weights would be different functions. Components must be trained "
-                    "from one base with one architecture."
-                )
+        for name, value in differing(first, other).items():
+            raise IncompatibleInputs(
+                f"components {self.names[0]!r} and {self.names[k]!r}: {name} is {first[name]!r} in the one and {value!r} in "
+                "the other: equal weights would be different functions. Components must be trained from one base with one "
+                "architecture."
+            )
 
     def _check_type(self, info: TensorInfo) -> None:
         if info.dtype.startswith(("float8", "float4")):

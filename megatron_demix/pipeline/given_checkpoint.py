@@ -11,7 +11,7 @@ from typing import Any
 from megatron_demix.artifact import fingerprint
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import find_checkpoint
-from megatron_demix.checkpoint.model_function import model_function
+from megatron_demix.checkpoint.model_function import differing, model_function
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
@@ -67,13 +67,13 @@ def check_function(study: Study, checkpoint: Path, found: GivenCheckpoint) -> No
     """Raises IncompatibleInputs naming every setting of `model` with which the weights would be another function than the one
     they were saved as. What the saved arguments do not say is not compared."""
     ours = _as_json(model_function(derived.model_arguments(study.model, study.train)))
-    differing = {name: found.function[name] for name in ours if found.function.get(name, ours[name]) != ours[name]}
-    if not differing:
+    theirs = differing(ours, found.function)
+    if not theirs:
         return
-    known = {name: value for name, value in differing.items() if name in ModelSpec.model_fields}
+    known = {name: value for name, value in theirs.items() if name in ModelSpec.model_fields}
     said = [f"model.{name}: {value} (found {ours[name]})" for name, value in known.items()]
-    said += [f"{name} {value}" for name, value in differing.items() if name not in known]
-    todo = "Set these." if known == differing else "What has no `model.` before it, no model of a study can have."
+    said += [f"{name} {value}" for name, value in theirs.items() if name not in known]
+    todo = "Set these." if known == theirs else "What has no `model.` before it, no model of a study can have."
     raise IncompatibleInputs(
         f"study {study.name!r}: checkpoint {checkpoint} is another model than the study's, which would make another "
         f"function of its weights. It has {', '.join(said)}. {todo}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_demix.artifact import fingerprint, write_json
+from megatron_demix.artifact import fingerprint, hash_file, write_json
 from megatron_demix.errors import DemixError, StorageError
 from megatron_demix.progress import Advance, progress_bar
 
@@ -18,23 +17,17 @@ Absent = Literal["refused", "remembered", "allowed"]
 """What becomes of inputs that are not there. refused: an error. remembered: they are as they were when they were last read, an
 error if they never were. allowed: something stands for them, so that all is as it will be but the keys."""
 _WORTH_A_BAR = 4 << 30
-_AT_ONCE = 16 << 20
 _KEEP_EVERY_S = 60
 
 
 def _digest(path: Path, advance: Advance) -> str:
     """BLAKE2b-128; of a .bin or .safetensors, which may be terabytes, the 64-bit hash that is as fast as memory."""
-    if path.suffix in (".bin", ".safetensors"):
-        from megatron_demix import native
-        from megatron_demix.data.source_digest import hash_bin
+    if path.suffix not in (".bin", ".safetensors"):
+        return hash_file(path, advance)
+    from megatron_demix import native
+    from megatron_demix.data.source_digest import hash_bin
 
-        return hash_bin(path, path.stat().st_size, threads=native.default_threads(), advance=advance)[0]
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(_AT_ONCE):
-            digest.update(piece)
-            advance(len(piece))
-    return digest.hexdigest()
+    return hash_bin(path, path.stat().st_size, threads=native.default_threads(), advance=advance)[0]
 
 
 class InputDigests:

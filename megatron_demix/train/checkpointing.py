@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder, iterations_in
-from megatron_demix.checkpoint.model_function import model_function
+from megatron_demix.checkpoint.model_function import differing, model_function
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
 from megatron_demix.study.training import ModelSpec
@@ -280,11 +280,10 @@ def _unlike(given: Mapping[str, Any], stored: Checkpoint) -> str:
     say is not compared; empty if nothing differs."""
     saved = model_function(model_arguments(read_common_state(stored)))
     return ", ".join(
-        f"--{name.replace('_', '-')} {saved[name]} (given: {value})"
+        f"--{name.replace('_', '-')} {value} (given: {given[name]})"
         if name in ModelSpec.model_fields
-        else f"{name} {saved[name]} (always {value} here)"
-        for name, value in given.items()
-        if name in saved and saved[name] != value
+        else f"{name} {value} (always {given[name]} here)"
+        for name, value in differing(given, saved).items()
     )
 
 

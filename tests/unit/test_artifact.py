@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -215,6 +216,16 @@ def test_leftovers_of_dead_processes_here_are_removed_and_no_others(tmp_path):
     dead_file.write_text("x")
     assert set(remove_leftovers(tmp_path)) == {tmp_path / names["dead folder"], dead_file}
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[n] for n in ("living", "elsewhere", "foreign"))
+
+
+def test_containers_of_one_host_are_told_apart_without_a_machine_id(monkeypatch):
+    def missing(path: Path) -> bytes:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_bytes", missing)
+    namespaces = iter([os.stat_result(range(i, i + 10)) for i in (1, 2)])
+    monkeypatch.setattr(os, "stat", lambda path: next(namespaces))
+    assert artifact.this_place.__wrapped__() != artifact.this_place.__wrapped__()
 
 
 def test_a_killed_writer_leaves_no_artifact_and_its_leftovers_go(tmp_path):

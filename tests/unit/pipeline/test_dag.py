@@ -1,5 +1,6 @@
 """Keys: a setting changes what depends on it and nothing else, so that everything still valid is used again."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dist_checkpoints import small_model, write_checkpoint
 from indexed_data import make_indexed
 from small_texts import write_texts
 
-from megatron_demix import progress
+from megatron_demix import artifact, progress
 from megatron_demix.artifact import fingerprint, hash_file
 from megatron_demix.cli import _result
 from megatron_demix.errors import ConfigError, CorruptInput, MixtureError
@@ -17,7 +18,10 @@ from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import inputs
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.data_stages import prefixes
-from megatron_demix.pipeline.train_stages import _sources, num_iterations, num_tokens
+from megatron_demix.pipeline.given_scores import given_scores
+from megatron_demix.pipeline.reporting import _timings
+from megatron_demix.pipeline.stage import with_needs
+from megatron_demix.pipeline.train_stages import _sources, num_iterations, num_tokens, training_settings
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -344,12 +348,39 @@ def test_what_was_read_of_inputs_is_remembered_where_that_is_all(study_path, mon
 
 def test_any_large_input_has_a_bar(study_path, monkeypatch, capsys):
     monkeypatch.setattr(inputs, "_WORTH_A_BAR", 0)
-    monkeypatch.setattr(inputs, "_AT_ONCE", 64)
+    monkeypatch.setattr(artifact, "_PIECE", 64)
     monkeypatch.setattr(progress.time, "monotonic", iter(range(0, 10**9, 11)).__next__)
     path = study_path.parent / "code.jsonl"
     found = inputs.InputDigests(study_path.parent / "cache.json")
     assert found.of([path]) == fingerprint([[path.name, hash_file(path)]])
     assert f"hashing {path}: 100 %" in capsys.readouterr().err
+
+
+def test_a_given_checkpoint_may_be_called_as_the_stage_that_scores_it(study_path):
+    given = write_checkpoint(study_path.parent / "given", small_model(0), {})
+    dag = build_dag(load_study(study_path), study_path, study_path.parent / "run")
+    stages = with_needs([given_scores(dag, {"scores": given}, final=False)])
+    assert {s.name for s in stages} >= {"evaluate/scores", "evaluate/given/scores"}
+
+
+def test_a_script_of_ones_own_counts_by_its_bytes(study_path):
+    script = study_path.parent / "pretrain_own.py"
+    stock = [f"trainer={{backend: megatron_lm, checkout: {study_path.parent}, script: {script}}}"]
+
+    def training() -> dict:
+        return training_settings(load_study(study_path, stock), "component", 1)["trainer"]
+
+    script.write_text("one")
+    before = training()
+    script.write_text("two")
+    assert training() != before
+
+
+def test_torn_lines_of_the_log_of_times_are_passed_over(study_path):
+    dag = build_dag(load_study(study_path), study_path, study_path.parent / "run")
+    whole = json.dumps({"event": "stage", "key": dag.tokenizer.key, "wall_s": 2.5})
+    (dag.run / "metrics.jsonl").write_text(f'{whole[:20]}{whole}\n"text"\n\n{whole}\n')
+    assert _timings(dag) == {"tokenizer/byte": 2.5}
 
 
 def test_missing_text_is_named(study_path):

@@ -199,13 +199,21 @@ def test_how_sure_the_mixture_is_what_it_trades_and_what_binds(whole):
     assert "Pareto" not in page
 
 
-def test_three_domains_are_drawn_in_a_triangle(whole):
-    thirds = [{"a": x, "b": 0.7 - x, "c": 0.3} for x in (0.1, 0.2, 0.3, 0.4)]
+@pytest.mark.parametrize("num", [4, 2, 1])
+def test_three_domains_are_drawn_in_a_triangle(num):
+    thirds = [{"a": x, "b": 0.7 - x, "c": 0.3} for x in (0.1, 0.2, 0.3, 0.4)[:num]]
     mixtures = [Proxy(f"p{i}", shares, shares) for i, shares in enumerate(thirds)]
     found = ReportData("s", {}, {"a": 1}, rounds=[Round(mixtures, {p.name: {"a": p.shares["a"]} for p in mixtures})])
     page = render(found)
     assert 'aria-label="every proxy in the triangle of its domains"' in page
     assert "p0: 0.1000  a 10.0%, b 60.0%, c 30.0%" in page
+
+
+def test_trained_proxies_have_no_merge_weights(whole):
+    assert "merge weight" in render(whole)
+    page = render(replace(whole, proxies="trained"))
+    assert "merge weight" not in page
+    assert "base and proxies were trained once" in page
 
 
 def test_other_aims_are_named_and_a_round_may_be_empty(whole):
