@@ -65,9 +65,9 @@ def _path(run: Path) -> Path:
 
 
 def _unequal(now: Any, then: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted place, value then) wherever two studies differ."""
+    """(dotted place, value then) wherever two studies differ; whole, where names have dots themselves."""
     inner = f"{place}." if place else ""
-    if isinstance(now, Mapping) and isinstance(then, Mapping) and set(then) >= set(now):
+    if isinstance(now, Mapping) and isinstance(then, Mapping) and set(then) >= set(now) and not any("." in key for key in then):
         for key in then:
             yield from _unequal(now.get(key), then[key], f"{inner}{key}")
     elif isinstance(now, list) and isinstance(then, list) and len(now) == len(then):

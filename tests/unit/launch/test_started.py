@@ -57,6 +57,7 @@ def noted(errors: str) -> list[str]:
     "overrides",
     [
         ["final.tokens=20k", "domains.1.max_epochs=2", "search.objective={english: 0.5, code: 0.5}"],
+        ["domains.1.name=c4.en", "search.objective={code: 0.3, c4.en: 0.7}"],
         ["base={checkpoint: /a/path with spaces}", "final.baselines=[]", "merge={method: ties, density: 0.5}"],
     ],
 )
