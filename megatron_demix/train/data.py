@@ -74,7 +74,7 @@ def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: in
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,  # causal masking is part of the layer spec
-        mid_level_dataset_surplus=blend_surplus(weights, num_samples),
+        mid_level_dataset_surplus=blend_surplus(len(weights), num_samples),
     )
     with _building_alone(job.index_cache), storage_errors(f"writing sample indices into {job.index_cache}"):
         try:

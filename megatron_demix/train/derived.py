@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from megatron_demix.errors import ConfigError
@@ -88,8 +87,12 @@ def wsd_decay_iters(train_iters: int) -> int:
     return round(WSD_DECAY_SHARE * train_iters)
 
 
-def blend_surplus(weights: Sequence[float], num_samples: int) -> float:
-    """Spare samples a source is built with, as a share. Blending may ask for up to one more per source than its weight says,
-    which megatron.core's default share does not cover for a source of few samples."""
-    fewest = max(1.0, num_samples * min(weights) / sum(weights))
-    return max(0.005, (len(weights) + 1) / fewest)
+def blend_surplus(num_sources: int, num_samples: int) -> float:
+    """Spare samples that sources are built with, as a share: as few as suffice, since megatron.core shuffles all epochs that a
+    source is built for as one, and a run that needs one of three would see some documents twice and others never.
+
+    megatron.core blends the sum of all sources' samples, each rounded up: up to num_sources more than were asked for. A source
+    gets less than one more than its share of those, which rounding up covers; its share of the rest is this, or Megatron-LM's
+    default.
+    """
+    return max(0.005, num_sources / num_samples)

@@ -150,7 +150,9 @@ def pretrain_arguments(
             "make-vocab-size-divisible-by": _padding_unit(job),
             "per-split-data-args-path": data,
             "data-cache-path": job.index_cache,
-            "mid-level-dataset-surplus": blend_surplus([weight for _, weight in job.blend if weight > 0], _num_samples(job)),
+            "mid-level-dataset-surplus": blend_surplus(
+                sum(weight > 0 for _, weight in job.blend), job.train_iters * job.train.global_batch_size
+            ),
             "no-create-attention-mask-in-dataloader": True,
             "pretrained-checkpoint": start,
             "load": job.work,
@@ -163,10 +165,6 @@ def pretrain_arguments(
         }
     )
     return [*_words(flags), *own]
-
-
-def _num_samples(job: TrainJob) -> int:
-    return job.train_iters * job.train.global_batch_size
 
 
 def _padding_unit(job: TrainJob) -> int:

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from train_runs import FAMILIES, contents
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError, CorruptInput, Diverged, IncompatibleInputs
+from megatron_demix.indexed.writer import IndexedWriter
 from megatron_demix.train.compat import cpu_compat
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
@@ -206,8 +208,48 @@ def test_data_that_does_not_fit_is_named(tmp_path, make_train_job, byte_corpus):
         train(make_train_job(tmp_path / "rate", train={"min_lr": 1.0}))
 
 
+def tokens_of(job):
+    """What a job trains on, by source: tokens of all its samples."""
+    with cpu_compat():
+        from megatron_demix.train.data import training_data
+        from megatron_demix.train.model import parallel_groups
+
+        with parallel_groups(job.parallel, seed=job.seed, timeout_s=60):
+            data = training_data(job)
+            num_samples = job.train_iters * job.train.global_batch_size
+            drawn = [(data.dataset_index[i], data[i]["tokens"].numpy()) for i in range(num_samples)]
+    return [np.concatenate([[], *(t for source, t in drawn if source == n)]).astype(int) for n in range(len(job.blend))]
+
+
+def test_beside_a_tiny_source_documents_are_seen_alike(tmp_path, make_train_job):
+    """Each large source is wanted for a little less than one epoch. Built for several, which are shuffled as one, a third of
+    its documents would not be seen and a quarter twice."""
+    documents, weights = {"large": 620, "small": 410, "tiny": 50}, {"large": 0.6, "small": 0.399, "tiny": 0.001}
+    for name, num_documents in documents.items():
+        with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
+            for number in range(num_documents):
+                writer.add(np.full(32, number, np.uint16), np.array([32]))
+    blend = [(tmp_path / name, weight) for name, weight in weights.items()]
+    job = make_train_job(tmp_path, blend=blend, train_iters=125, vocab_size=1000, eod_id=999)
+    large, small, tiny = tokens_of(job)
+    assert len(tiny) > 0
+    for name, tokens in {"large": large, "small": small}.items():
+        seen = np.bincount(tokens, minlength=documents[name])
+        assert (seen == 32).mean() > 0.95, name
+        assert seen.max() <= 33, name
+
+
+@pytest.mark.parametrize("num_samples", [8, 40, 200])
+@pytest.mark.parametrize("num_tiny", [2, 19, 99])
+def test_every_source_of_a_blend_has_the_samples_it_takes(tmp_path, make_train_job, byte_corpus, num_tiny, num_samples):
+    """megatron.core rounds the samples of each source up and blends their sum, in which a large one may take more than its own
+    and megatron.core's default share of spare ones; it then raises an IndexError."""
+    blend = [(byte_corpus["a"], 0.5), *[(byte_corpus["b"], 0.5 / num_tiny)] * num_tiny]
+    tokens = tokens_of(make_train_job(tmp_path, blend=blend, train_iters=num_samples // 8))
+    assert len(tokens[0]) == pytest.approx(num_samples / 2 * 32, abs=32)
+
+
 def test_a_tiny_weight_still_gets_its_samples(tmp_path, make_train_job, byte_corpus):
-    """megatron.core's default spare share leaves a source of few samples one short, and raises an IndexError."""
     weights = [(byte_corpus["a"], 0.97), (byte_corpus["b"], 0.02), (byte_corpus["b"], 0.01)]
     train(make_train_job(tmp_path, blend=weights, train_iters=5, train={"lr_decay_style": "WSD"}))
 
