@@ -151,7 +151,8 @@ class Outputs:
         counts = self.counts[name]
         rate = counts["bytes"] / counts["tokens"] if counts["tokens"] else 0.0
         sentences = {"sentences": self._recipe.sentences is not None}
-        return {"tokenizer": t.fingerprint} | facts | sentences | counts | {"bytes_per_token": round(rate, 4)}
+        names = {"tokenizer": t.fingerprint} | ({"tokenizer_also": t.fingerprints[1:]} if t.fingerprints[1:] else {})
+        return names | facts | sentences | counts | {"bytes_per_token": round(rate, 4)}
 
     def __enter__(self) -> Outputs:
         return self

@@ -227,27 +227,29 @@ def _common_dtype(domains: Mapping[str, Domain]) -> np.dtype:
     return first.dtype
 
 
-def _tokenizer_of(prefix: Path) -> str:
-    """The fingerprint noted beside the data, by the prepare step or in a blend's manifest; "" for data made elsewhere."""
+def _tokenizers_of(prefix: Path) -> list[str]:
+    """The fingerprints noted beside the data, by the prepare step or in a blend's manifest; none for data made elsewhere."""
     from megatron_demix.data.blend_files import manifest_path
 
     for path in (Path(f"{prefix}.meta.json"), manifest_path(prefix)):
-        if path.is_file() and (found := read_json(path).get("tokenizer")):
-            return found
-    return ""
+        facts = read_json(path) if path.is_file() else None
+        if isinstance(facts, dict) and isinstance(found := facts.get("tokenizer"), str) and found:
+            return [found, *facts.get("tokenizer_also", [])]
+    return []
 
 
 def _common_tokenizer(domains: Mapping[str, Domain]) -> str:
-    found: tuple[str, Path] | None = None
+    common: list[str] = []
+    before: Path | None = None
     for domain in domains.values():
         for index in domain.indexes:
-            fingerprint = _tokenizer_of(index.prefix)
-            if not fingerprint:
+            own = _tokenizers_of(index.prefix)
+            if not own:
                 continue
-            if found and found[0] != fingerprint:
+            if before and not set(common) & set(own):
                 raise IncompatibleInputs(
-                    f"domain {domain.name!r}: {index.prefix} was made with tokenizer {fingerprint}, {found[1]} with "
-                    f"{found[0]}. Their ids mean different things: prepare both with one tokenizer."
+                    f"domain {domain.name!r}: {index.prefix} was made with tokenizer {own[0]}, {before} with "
+                    f"{common[0]}. Their ids mean different things: prepare both with one tokenizer."
                 )
-            found = (fingerprint, index.prefix)
-    return found[0] if found else ""
+            common, before = [name for name in common or own if name in own], index.prefix
+    return common[0] if common else ""

@@ -43,7 +43,14 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Equal exactly for tokenizers of one kind with the same file and the same end-of-document id."""
-        return fingerprint([self.type, self.vocab_size, self.eod_id, self._vocabulary.digest])
+        return self.fingerprints[0]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Its own first, then those of the same file under other types: a tokenizer.json is bpe where it was trained, elsewhere
+        huggingface."""
+        types = sorted(vocabularies.same_kind(self.type), key=lambda name: name != self.type)
+        return [fingerprint([name, self.vocab_size, self.eod_id, self._vocabulary.digest]) for name in types]
 
     @cached_property
     def pieces(self) -> list[bytes]:

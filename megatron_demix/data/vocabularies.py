@@ -57,6 +57,11 @@ def load(kind: str | None, file: Path | None, *, eod_id: int | None = None) -> V
     return _KINDS[kind](kind, find_file(kind, Path(file)), eod_id)
 
 
+def same_kind(kind: str) -> list[str]:
+    """All names of what `kind` names."""
+    return [name for name, loaded in _KINDS.items() if loaded is _KINDS.get(kind)] or [kind]
+
+
 def find_file(kind: str, path: Path) -> Path:
     """The tokenizer's file: `path` itself, or within the folder `path`."""
     if path.is_dir():

@@ -112,6 +112,7 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     study = without_unused(study.model_copy(update={"trainer": study.trainer.under(root)}))
     before = _earlier_dags(study, path, run, digests, naming)
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
+    data_stages.check_prefixes(study, root)
     inputs = {d.name: _inputs(d, root, digests) for d in study.domains}
     if cleaned := data_stages.clean(study, root, run, inputs, digests):
         cleaned = _where_done(cleaned, elsewhere)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.data.clean import REVISION
-from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.data import DomainSpec
 from megatron_demix.study.study import Study
+
+if TYPE_CHECKING:
+    from megatron_demix.data.tokenizer import Tokenizer
 
 STATS = "stats.json"
 SPLITS: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
@@ -34,6 +38,21 @@ def resolve(spec: DomainSpec, root: Path) -> list[Path]:
         if not spec.prefixes.get(split):
             raise CorruptInput(f"domain {spec.name!r}: no prefix for split {split!r}; train, valid and test are all needed.")
     return files
+
+
+def check_prefixes(study: Study, root: Path) -> None:
+    """Raises ConfigError where indexed data is named twice, under whatever paths. Nothing is read, and it may be absent."""
+    seen: dict[str, str] = {}
+    for spec in study.domains:
+        for split in SPLITS:
+            for prefix in (spec.prefixes or {}).get(split, []):
+                real, place = os.path.realpath(root / f"{prefix}.bin"), f"split {split!r} of domain {spec.name!r}"
+                if real in seen:
+                    raise ConfigError(
+                        f"{place}: {prefix} is given twice, also as {seen[real]}. What is trained on must not score, and a "
+                        "domain's data is its own: give each split and each domain data of its own."
+                    )
+                seen[real] = place
 
 
 def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests) -> Stage | None:
@@ -173,7 +192,10 @@ def domain(
         given = _given_prefixes(spec, inputs)
 
         def describe(folder: Path) -> None:
-            write_json(folder / STATS, _stats_of_prefixes(given))
+            from megatron_demix.data.tokenizer import load_tokenizer
+
+            own = load_tokenizer(tokenizer.folder)
+            write_json(folder / STATS, {"splits": {split: _counts(spec, split, given[split], own) for split in SPLITS}})
 
         return Stage(f"data/{spec.name}", run, settings, needs, describe, stands_for=given)
     return Stage(f"data/{spec.name}", run, settings, needs, prepare, make_part=prepare)
@@ -192,17 +214,27 @@ def _given_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, list[Path]
     return {split: [next(prefixes) for _ in (spec.prefixes or {})[split]] if files else [] for split in SPLITS}
 
 
-def _stats_of_prefixes(prefixes: Mapping[str, list[Path]]) -> dict[str, Any]:
-    from megatron_demix.indexed.reader import read_index
+def _counts(spec: DomainSpec, split: str, prefixes: list[Path], tokenizer: Tokenizer) -> dict[str, int]:
+    """Documents and tokens of one split. Raises IncompatibleInputs where it is not what this tokenizer would have made, and all
+    that open_pool does: the final blend would refuse it, after the whole search."""
+    from megatron_demix.data.pool import Source, open_pool
+    from megatron_demix.indexed.format import token_dtype
 
-    stats: dict[str, Any] = {"splits": {}}
-    for split, own in prefixes.items():
-        indexes = [read_index(prefix) for prefix in own]
-        stats["splits"][split] = {
-            "documents": sum(i.num_documents for i in indexes),
-            "tokens": sum(int(i.lengths.sum()) for i in indexes),
-        }
-    return stats
+    pool = open_pool({spec.name: Source(tuple(prefixes))})
+    if pool.tokenizer and pool.tokenizer not in tokenizer.fingerprints:
+        raise IncompatibleInputs(
+            f"domain {spec.name!r}, split {split!r}: {prefixes[0]} was made with tokenizer {pool.tokenizer}, the study's is "
+            f"{tokenizer.fingerprint}. Their ids mean different things: give the study that tokenizer, or prepare the data "
+            "again."
+        )
+    if pool.dtype != (expected := token_dtype(tokenizer.vocab_size)):
+        raise IncompatibleInputs(
+            f"domain {spec.name!r}, split {split!r}: {prefixes[0]} holds {pool.dtype} tokens, expected {expected}, which the "
+            f"study's tokenizer with its {tokenizer.vocab_size} ids gives. Give the study the tokenizer that the data was made "
+            "with, or prepare the data again."
+        )
+    own = pool.domains[spec.name]
+    return {"documents": sum(index.num_documents for index in own.indexes), "tokens": own.tokens}
 
 
 def prefixes(data: Stage, split: str) -> list[Path]:

@@ -13,7 +13,7 @@ from megatron_demix import native
 from megatron_demix.data import blend, blend_data
 from megatron_demix.data.blend import Source, feasible_max_shares
 from megatron_demix.data.blend_report import blend_table
-from megatron_demix.data.pool import Pool
+from megatron_demix.data.pool import Pool, open_pool
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.indexed.reader import IndexedReader
 from megatron_demix.mixture import Mixture
@@ -103,6 +103,23 @@ def test_more_documents_than_megatron_can_number(tmp_path):
     pool = {"a": Source((make_indexed(tmp_path / "a", [1, 1, 1]),), 1e9)}
     with pytest.raises(IncompatibleInputs, match="the blend has 2,147,483,648 documents; Megatron's GPTDataset numbers"):
         build(pool, tmp_path / "b", target=2**31, mixture=Mixture({"a": 1}))
+
+
+def test_one_tokenizer_under_two_types_is_one(pool, tmp_path):
+    notes = {
+        "code_0": {"tokenizer": "bpe", "tokenizer_also": ["huggingface"]},
+        "math_0": {"tokenizer": "huggingface", "tokenizer_also": ["bpe"]},
+        "prose_0": {"tokenizer": "bpe"},  # of an earlier version
+    }
+    for name, facts in notes.items():
+        (tmp_path / "pool" / f"{name}.meta.json").write_text(json.dumps(facts))
+    assert open_pool(pool).tokenizer == "bpe"
+
+
+@pytest.mark.parametrize("noted", ["[1, 2]", '{"tokenizer": {"name": "gpt2"}}'])
+def test_a_note_of_other_software_says_nothing_of_the_tokenizer(pool, tmp_path, noted):
+    (tmp_path / "pool" / "code_0.meta.json").write_text(noted)
+    assert open_pool(pool).tokenizer == ""
 
 
 def test_different_tokenizers_are_refused(pool, tmp_path):

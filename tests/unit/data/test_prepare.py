@@ -72,6 +72,7 @@ def test_nothing_is_lost_and_statistics_are_true(corpus, tmp_path):
         assert counts == {"documents": len(texts), "tokens": index.num_tokens, "bytes": sum(len(t.encode()) for t in texts)}
         meta = json.loads((tmp_path / "out" / f"{split}.meta.json").read_text())
         assert meta["tokenizer"] == BYTE.fingerprint
+        assert "tokenizer_also" not in meta
         assert meta["tokens"] == counts["tokens"]
     assert json.loads((tmp_path / "out" / "stats.json").read_text()) == stats
 

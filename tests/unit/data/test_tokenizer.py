@@ -120,6 +120,7 @@ def test_huggingface_file_and_its_copy(bpe, tmp_path):
     train_tokenizer(spec, {}, tmp_path / "copy")
     copy = load_tokenizer(tmp_path / "copy")
     assert copy.fingerprint == tokenizer.fingerprint != load_tokenizer(bpe).fingerprint
+    assert copy.fingerprints == load_tokenizer(bpe).fingerprints[::-1]
     assert np.array_equal(copy.token_bytes, tokenizer.token_bytes)
 
 

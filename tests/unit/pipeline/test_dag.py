@@ -236,8 +236,8 @@ def test_the_text_decides_not_its_place_or_age(study_path):
 
 
 def test_every_byte_of_ready_made_data_decides_and_is_read_once(study_path, monkeypatch):
-    code = make_indexed(study_path.parent / "code", [5, 6, 7])
-    ready = f"domains.0={{name: code, prefixes: {{train: [{code}], valid: [{code}], test: [{code}]}}}}"
+    code, valid, test = (make_indexed(study_path.parent / name, [5, 6, 7]) for name in ("code", "valid", "test"))
+    ready = f"domains.0={{name: code, prefixes: {{train: [{code}], valid: [{valid}], test: [{test}]}}}}"
     before = keys(study_path, ready)
     assert before["data/code"] != keys(study_path)["data/code"]
     data = bytearray(code.with_suffix(".bin").read_bytes())
@@ -253,10 +253,14 @@ def test_ready_made_data_is_read_where_it_lies_now(study_path):
     """Moved, with other data in its former place, it is the same stage, which is done."""
 
     def ready(prefix: Path) -> Dag:
-        domain = f"domains.0={{name: code, prefixes: {{train: [{prefix}], valid: [{prefix}], test: [{prefix}]}}}}"
+        held_out = f"valid: [{prefix}_valid], test: [{prefix}_test]"
+        domain = f"domains.0={{name: code, prefixes: {{train: [{prefix}], {held_out}}}}}"
         return build_dag(load_study(study_path, [domain]), study_path, study_path.parent / "run")
 
-    old, new = (make_indexed(study_path.parent / place / "code", [5, 6, 7]) for place in ("old", "new"))
+    old, new = (study_path.parent / place / "code" for place in ("old", "new"))
+    for prefix in (old, new):
+        for split in ("", "_valid", "_test"):
+            make_indexed(prefix.with_name(f"code{split}"), [5, 6, 7])
     first = ready(old)
     for stage in (first.tokenizer, first.data["code"]):
         stage.finish()
@@ -303,14 +307,15 @@ def test_keys_of_what_was_read_are_known_when_it_is_gone(study_path, base):
     for name in ("code.jsonl", "task.jsonl"):
         (folder / name).rename(given / name)
     (given / "tokens").mkdir()
-    make_indexed(given / "tokens" / "english", [np.arange(9)] * 9)
+    for name in ("english", "valid", "test"):
+        make_indexed(given / "tokens" / name, [np.arange(9)] * 9)
     (given / "tok").mkdir()
     (given / "tok" / "tokenizer.json").write_text("{}")
     (given / "kenlm").write_text("")
     settings = [
         "domains.0.inputs=[given/*.jsonl]",
-        "domains.1={name: english, prefixes: {train: [given/tokens/english], valid: [given/tokens/english], "
-        "test: [given/tokens/english]}}",
+        "domains.1={name: english, prefixes: {train: [given/tokens/english], valid: [given/tokens/valid], "
+        "test: [given/tokens/test]}}",
         "prepare.clean={contamination: {tasks: {t: [given/task.jsonl]}}, perplexity: {model: given/kenlm}}",
         "tokenizer={type: huggingface, model: given/tok}",
         f"base={base}",
