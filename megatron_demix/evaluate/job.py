@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -112,11 +115,11 @@ def evaluate(
 
         with parallel_groups(job.parallel, seed=0, timeout_s=job.train.timeout):
             patience = Patience()
-            known = _finished_rows(job.work)
+            known = patience.of_first(_finished_rows(job) if torch.distributed.get_rank() == 0 else None)
+            made: dict[str, dict[str, Any]] = {}
             replica = parallel_state.get_data_parallel_rank()
             replicas = parallel_state.get_data_parallel_world_size()
             pending = [n for n in job.models if n not in known]
-            torch.distributed.barrier()  # everyone has read the rows before anyone appends to them
             suite = _suite(job, load_codec)
             if pending:
                 # A token of an answer at a time cannot be spread over ranks.
@@ -147,11 +150,11 @@ def evaluate(
                             keep(job.work / FOLDER, name, _texts(windows, suite), scored.token_nats)
                         with open(rows, "a") as file:
                             # The leading newline ends a line that a kill cut short.
-                            row = {"model": name, "scores": scored.scores, "notes": scored.notes}
-                            file.write("\n" + json.dumps(row) + "\n")
-            patience.wait_for_all()
+                            made[name] = {"model": name, "scores": scored.scores, "notes": scored.notes}
+                            file.write("\n" + json.dumps(made[name]) + "\n")
+            everywhere = patience.gathered(made)
             if torch.distributed.get_rank() == 0 and job.part is None:
-                _collect(job, suite)
+                _collect(job, suite, reduce(or_, everywhere, known))
             torch.distributed.barrier()
 
 
@@ -240,10 +243,11 @@ def _windows(job: EvaluateJob) -> Iterator[Windows]:
         )
 
 
-def _finished_rows(work: Path) -> dict[str, dict[str, Any]]:
+def _finished_rows(job: EvaluateJob) -> dict[str, dict[str, Any]]:
     """By model, the rows that have been written: "scores" and "notes". A run that was killed after it had put them all together
-    has them in the table, and perhaps there alone."""
+    has them in the table, and perhaps there alone. Checkpoints without a score are scored again."""
     rows: dict[str, dict[str, Any]] = {}
+    work = job.work
     if (work / SCORES).exists():
         notes = read_json(work / NOTES) if (work / NOTES).exists() else {}
         for model, scores in ScoreTable.read(work / SCORES).rows.items():
@@ -255,15 +259,21 @@ def _finished_rows(work: Path) -> dict[str, dict[str, Any]]:
             except ValueError:
                 continue  # empty, or cut short by a kill: that model is scored again
             rows[row["model"]] = row
-    return rows
+    return {
+        model: row for model, row in rows.items() if model in job.mixtures or all(map(math.isfinite, row["scores"].values()))
+    }
 
 
-def _collect(job: EvaluateJob, suite: Suite | None) -> None:
-    rows = _finished_rows(job.work)
+def _collect(job: EvaluateJob, suite: Suite | None, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """A proxy's score that is no finite number is left out of the table; of a checkpoint, it is an error."""
     table = ScoreTable([*(Score(name, "bits/byte", "lower") for name in job.domains), *(suite.scores if suite else ())])
-    table.rows = {name: rows[name]["scores"] for name in job.models}
+    for name in job.models:
+        scores = rows[name]["scores"]
+        table.rows[name] = {score: value for score, value in scores.items() if math.isfinite(value)}
+        if lacking := [f"{score} {value}" for score, value in scores.items() if not math.isfinite(value)]:
+            print(f"warning: {name}: {', '.join(lacking)}: not counted", flush=True)
     for score in table.scores:
-        table.column(score.name)
+        table.column(score.name, [name for name in job.models if name in job.checkpoints])
     if suite:
         write_json(job.work / NOTES, {name: rows[name]["notes"] for name in job.models})
     table.write(job.work / SCORES)

@@ -4,6 +4,7 @@ collective should take (train.timeout): such waits are no sign of a lost rank.""
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +30,23 @@ class Patience:
     def wait_for_all(self) -> None:
         if self._all is not None:
             torch.distributed.barrier(group=self._all)
+
+    def of_first(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks: what a rank sees of a file system that machines share may be older than what another does."""
+        if self._all is None:
+            return value
+        shared = [value]
+        torch.distributed.broadcast_object_list(shared, src=0, group=self._all)
+        return shared[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """All ranks' values in their order, on rank 0; nothing on the others. They wait for each other."""
+        if self._all is None:
+            return [value]
+        first = torch.distributed.get_rank() == 0
+        values: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
+        torch.distributed.gather_object(value, values, dst=0, group=self._all)
+        return values or []
 
     def wait_for_replica(self) -> None:
         """For the ranks that have the same model, each a part."""

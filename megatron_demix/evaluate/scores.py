@@ -1,4 +1,4 @@
-"""The score table: named numbers, each with a unit and a direction, a row per model. Missing scores are errors, never zeros."""
+"""The score table: named numbers, each with a unit and a direction, a row per model. Missing scores are errors or NaN, never zeros."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ class Score:
 
 @dataclass
 class ScoreTable:
-    """rows: model name -> {score name -> value}, in the order the models were asked for."""
+    """rows: model name -> {score name -> value}, in the order the models were asked for. What is no finite number is absent."""
 
     scores: list[Score]
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def column(self, score: str, models: Sequence[str] | None = None) -> list[float]:
-        """One score of the given models (all, by default). Raises CorruptInput on one that is missing or not finite."""
+    def column(self, score: str, models: Sequence[str] | None = None, *, lacking: float | None = None) -> list[float]:
+        """One score of the given models (all, by default). lacking: for a model that was scored, but has no such number. Raises
+        CorruptInput without."""
         values = []
         for model in models if models is not None else self.rows:
             value = self.rows.get(model, {}).get(score)
             if value is None or not math.isfinite(value):
-                raise CorruptInput(f"score {score!r} of model {model!r} is {value}; every model needs every score.")
+                if lacking is None or model not in self.rows:
+                    raise CorruptInput(
+                        f"score {score!r} of model {model!r} is {'missing' if value is None else value}, expected a finite number. "
+                        "Its weights, or the text it was scored on, are not what they should be: look at its losses in training."
+                    )
+                value = lacking
             values.append(value)
         return values
 

@@ -105,7 +105,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
         known: dict[str, Score] = {}
 
         def add(table: ScoreTable, model: str) -> None:
-            rows[found.row(model)] = {score: table.column(score, [model])[0] for score in scores}
+            rows[found.row(model)] = {score: table.rows[model][score] for score in scores if score in table.rows[model]}
 
         for r in used:
             table = ScoreTable.read(r.scores.folder / SCORES)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.artifact import read_json
+from megatron_demix.errors import CorruptInput
 from megatron_demix.evaluate.ensemble import FOLDER, Ensemble
 from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import Score, ScoreTable
@@ -60,7 +61,7 @@ class _Measured:
         return self.second_order.coefficients(np.array([[*m["weights"].values()] for m in self.entries]))
 
     def values(self, score: str, kind: ProxyScore, part: float) -> np.ndarray:
-        """What the proxies count as; NaN where this study has no such score."""
+        """What the proxies count as; NaN where this study, or the proxy, has no such score."""
         if score not in self.scores or not self.entries:
             return np.full(len(self.entries), np.nan)
         if score in self.ensemble:
@@ -75,7 +76,7 @@ class _Measured:
         return float(self._components(score) @ self.second_order.centroid_K)
 
     def _merged(self, score: str) -> np.ndarray:
-        return np.array(self.table.column(score, [m["name"] for m in self.entries]))
+        return np.array(self.table.column(score, [m["name"] for m in self.entries], lacking=np.nan))
 
     def _components(self, score: str) -> np.ndarray:
         return np.array(self.table.column(score, self.components))
@@ -115,6 +116,10 @@ def fit_surrogates(
         values_M = np.concatenate(values_of)
         measured_M = np.isfinite(values_M)
         if not measured_M.any():
+            if own.entries:
+                raise CorruptInput(
+                    f"score {name!r} is no finite number for any of {len(entries)} proxies: nothing can be predicted."
+                )
             continue  # what only this study measures, before it has any proxies
         if is_constant(values_M[measured_M]):
             constant[name] = float(values_M[measured_M][0])
@@ -158,7 +163,7 @@ def _centroids(scores: Stage | None) -> dict[str, Centroid]:
     table = ScoreTable.read(scores.folder / "scores.json")
     trained = [name for name in table.rows if name.startswith(TRAINED_CENTROID)]
     means = {s.name: sum(table.column(s.name, trained)) / len(trained) for s in table.scores}
-    return {name: Centroid(table.rows[MERGED_CENTROID][name], mean) for name, mean in means.items()}
+    return {name: Centroid(table.column(name, [MERGED_CENTROID])[0], mean) for name, mean in means.items()}
 
 
 def fit_facts(surrogate: Surrogate, names: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,10 @@ def test_every_layout_scores_alike(parts, reference, layout):
     # What a killed run left: one whole row, which is not measured again, and one cut short, which is.
     row = {"model": "even", "scores": reference["even"] | {"a": 1.0, "b": 2.0}, "notes": {}}
     (work / "rows-all-0.jsonl").write_text(f'\n{json.dumps(row)}\n\n{{"model": "only_a", "sco')
-    torchrun(folder / "job.json", ranks=spread.parallel.world_size)
+    # On a file system that machines share, other ranks may not see them yet.
+    torchrun(
+        folder / "job.json", ranks=spread.parallel.world_size, program=[f"{Path(__file__).parent / 'run_evaluate_job.py'}"]
+    )
     rows = ScoreTable.read(work / "scores.json").rows
     assert list(rows) == [name for name in reference if name != "disk_even"]
     assert rows.pop("even") == row["scores"]
@@ -258,9 +262,11 @@ def test_the_job_is_plain_json(parts):
     assert EvaluateJob.model_validate(json.loads(job.model_dump_json())) == job
 
 
-def torchrun(job: Path, *, ranks: int, expected: int = 0) -> str:
+def torchrun(
+    job: Path, *, ranks: int, expected: int = 0, program: Sequence[str] = ("-m", "megatron_demix.pipeline.worker")
+) -> str:
     command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "megatron_demix.pipeline.worker", str(job)]
+    command += [*program, str(job)]
     process = subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

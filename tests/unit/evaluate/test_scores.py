@@ -42,8 +42,39 @@ def test_not_a_table(tmp_path):
         ScoreTable.read(tmp_path / "scores.json")
 
 
-def test_a_score_that_is_no_number_is_named_before_anything_is_published(tmp_path):
-    row = {"model": "m", "scores": {"code": math.nan}, "notes": {}}
-    (tmp_path / "rows-all-0.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(CorruptInput, match="'code' of model 'm' is nan"):
-        job._collect(SimpleNamespace(work=tmp_path, domains={"code": []}, models=["m"]), None)
+def test_a_number_may_stand_for_what_was_scored_and_is_absent():
+    broken = table()
+    broken.rows["b"] = {}
+    assert broken.column("code", ["a", "b"], lacking=-1) == [1.5, -1]
+    with pytest.raises(CorruptInput, match="'code' of model 'c' is missing"):
+        broken.column("code", ["a", "c"], lacking=-1)
+
+
+def of_models(work, *, proxies=(), checkpoints=()):
+    names = [*proxies, *checkpoints]
+    return SimpleNamespace(
+        work=work, domains={"code": []}, models=names, mixtures=dict.fromkeys(proxies), checkpoints=dict.fromkeys(checkpoints)
+    )
+
+
+def row(model, code):
+    return {"model": model, "scores": {"code": code}, "notes": {}}
+
+
+def test_a_checkpoint_s_score_that_is_no_number_is_named_before_anything_is_published(tmp_path):
+    with pytest.raises(CorruptInput, match="'code' of model 'm' is missing"):
+        job._collect(of_models(tmp_path, checkpoints=["m"]), None, {"m": row("m", math.nan)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_proxy_s_score_that_is_no_number_is_left_out_and_said(tmp_path, capsys):
+    rows = {"m": row("m", math.inf), "n": row("n", 1.0)}
+    job._collect(of_models(tmp_path, proxies=["m", "n"]), None, rows)
+    assert ScoreTable.read(tmp_path / "scores.json").rows == {"m": {}, "n": {"code": 1.0}}
+    assert "warning: m: code inf: not counted" in capsys.readouterr().out
+
+
+def test_checkpoints_without_a_score_are_scored_again_and_proxies_are_not(tmp_path):
+    rows = [row("proxy", math.nan), row("bad", math.nan), row("good", 1.0)]
+    (tmp_path / "rows-all-0.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    assert set(job._finished_rows(of_models(tmp_path, proxies=["proxy"], checkpoints=["bad", "good"]))) == {"proxy", "good"}

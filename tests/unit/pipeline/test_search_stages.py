@@ -42,10 +42,16 @@ def study_path(tmp_path: Path) -> Path:
     return tmp_path / "study.yaml"
 
 
-def searched(study_path: Path, *overrides: str, higher: bool = False, tasks: Mapping[str, Callable] | None = None) -> Dag:
+def searched(
+    study_path: Path,
+    *overrides: str,
+    higher: bool = False,
+    tasks: Mapping[str, Callable] | None = None,
+    without: tuple[str, ...] = (),
+) -> Dag:
     """The rounds, with -log(share) as every domain's loss (or its negative, as a score of which more is better).
 
-    tasks: by name, what scores of tasks are at given shares; more is better.
+    tasks: by name, what scores of tasks are at given shares; more is better. without: proxies whose loss of code is no number.
     """
     dag = build_dag(load_study(study_path, list(overrides)), study_path, study_path.parent / "run")
     for stage in (dag.tokenizer, *dag.data.values()):
@@ -58,6 +64,8 @@ def searched(study_path: Path, *overrides: str, higher: bool = False, tasks: Map
         for entry in read_json(r.proposal.folder / "mixtures.json"):
             table.rows[entry["name"]] = {name: -sign * math.log(share) for name, share in entry["shares"].items()}
             table.rows[entry["name"]] |= {name: of(entry["shares"]) for name, of in (tasks or {}).items()}
+        for name in table.rows.keys() & set(without):
+            del table.rows[name]["code"]
         with publish(r.scores.folder, r.scores.key, "scores", {}) as folder:
             table.write(folder / "scores.json")
             if tasks:
@@ -78,6 +86,20 @@ def test_a_stack_lies_between_merged_and_interpolated_scores(study_path):
     stacked.rounds[0].fit.finish()
     measured = read_json(stacked.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]["measured"]
     assert measured == pytest.approx([(value + 3) / 2 for value in merged["measured"]])
+
+
+def test_the_search_goes_on_without_proxies_that_have_no_number(study_path):
+    dag = searched(study_path, without=("r1_003", "r2_001"))
+    fit = read_json(dag.rounds[-1].fit.folder / "fit.json")
+    assert "r1_003" not in fit["surrogates"]["code"]["models"] and "r1_003" in fit["surrogates"]["math"]["models"]
+    assert len(fit["surrogates"]["code"]["models"]) == 30
+    assert read_json(dag.choice.folder / "mixture.json")["weights"]["code"] > 0.5
+    assert "Round 1: 1 of 24 proxies have no finite objective" in write_report(dag).read_text()
+
+
+def test_a_score_that_is_no_number_of_any_proxy_ends_the_search(study_path):
+    with pytest.raises(CorruptInput, match="'code' is no finite number for any of 24 proxies"):
+        searched(study_path, without=tuple(f"r1_{n:03d}" for n in range(24)))
 
 
 def test_a_trained_proxy_has_its_own_score(study_path):
