@@ -6,8 +6,10 @@ name its library expects: tokenizer.json, tokenizer.model or <encoding>.tiktoken
 
 from __future__ import annotations
 
+import heapq
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 from megatron_demix.artifact import fingerprint, read_json, write_json
 from megatron_demix.data import vocabularies
 from megatron_demix.data.engines import PROBE, Engine, agrees
-from megatron_demix.data.inputs import BadDocuments, read_documents
+from megatron_demix.data.inputs import BadDocuments, Documents, read_documents
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
 from megatron_demix.study.data import TokenizerSpec
@@ -163,6 +165,29 @@ def _copy(spec: TokenizerSpec, output: Path) -> Path | None:
     return target
 
 
+def _lowest(batches: Iterable[Documents], quota: int) -> list[bytes]:
+    """Different documents, by their hashes: the lowest ones that hold `quota` bytes together, or all. Each is cut at the quota,
+    so that no more than two quotas are held at any time."""
+    from megatron_demix import native
+
+    highest_first: list[tuple[int, bytes]] = []
+    held, size, bound = set[int](), 0, 2**64
+    for text in (batch.text for batch in batches):
+        hashes = native.hash_documents(text.content, text.offsets, 0).tolist()
+        for number, begin in enumerate(text.offsets[:-1].tolist()):
+            if hashes[number] >= bound or hashes[number] in held:
+                continue
+            document = text.content[begin : min(int(text.offsets[number + 1]), begin + quota)].tobytes()
+            heapq.heappush(highest_first, (-hashes[number], document))
+            held.add(hashes[number])
+            size += len(document)
+            while highest_first and size - len(highest_first[0][1]) >= quota:
+                bound = -highest_first[0][0]
+                size -= len(heapq.heappop(highest_first)[1])
+                held.remove(bound)
+    return [document for _, document in sorted(highest_first, reverse=True)]
+
+
 def _sample(
     spec: TokenizerSpec,
     samples: Mapping[str, Sequence[Path]],
@@ -170,31 +195,22 @@ def _sample(
     on_bad_document: BadDocuments,
 ) -> bytes:
     """An even sample of every domain's documents, chosen by their content so that it does not depend on their order."""
-    from megatron_demix import native
-
     if not samples:
         raise ConfigError("tokenizer type 'bpe' needs text to be trained on, and no domain has text inputs.")
     quota = spec.train_bytes // len(samples)
     pieces: list[bytes] = []
     for name, paths in samples.items():
         key = json_key if isinstance(json_key, str) else json_key.get(name, "text")
-        # Compressed text is larger than its file: a wider net, cut at the quota.
-        size = sum(p.stat().st_size for p in paths)
-        keep = min(1.0, 1.1 * quota / max(size, 1))
-        chosen: list[tuple[int, bytes]] = []
-        for batch in read_documents(paths, json_key=key, on_bad_document=on_bad_document):
-            hashes = native.hash_documents(batch.text.content, batch.text.offsets, 0)
-            content = batch.text.content
-            chosen += [
-                (int(hashes[i]), content[batch.text.offsets[i] : batch.text.offsets[i + 1]].tobytes())
-                for i in np.flatnonzero(hashes <= np.uint64(keep * (2**64 - 1025)))
-            ]
         taken = 0
-        for _, document in sorted(set(chosen)):
+        for document in _lowest(read_documents(paths, json_key=key, on_bad_document=on_bad_document), quota):
             pieces.append(document[: quota - taken])
             taken += len(pieces[-1])
-            if taken >= quota:
-                break
+        if taken < quota:
+            warnings.warn(
+                f"tokenizer: domain {name!r} has {taken} bytes of different documents, fewer than its part of train_bytes, "
+                f"{quota}: it counts less than others. Give it more text, or train on fewer bytes.",
+                stacklevel=3,
+            )
     text = b"\n".join(pieces)
     if not text.strip():
         raise ConfigError(f"tokenizer: the text of {', '.join(samples)} is empty; there is nothing to train on.")

@@ -231,3 +231,38 @@ def test_bad_tokenizers(bpe, tmp_path):
         ConfigError, match="tokenizer type 'word' is not one of byte, bpe, huggingface, sentencepiece, tiktoken"
     ):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """What tokenizers were trained on."""
+    texts = []
+    train = vocabularies.train_bpe
+    monkeypatch.setattr(vocabularies, "train_bpe", lambda text, size: [train(text, size), texts.append(text)][0])
+    return texts
+
+
+@pytest.mark.parametrize("size", [1000, 40_000, 200_000])
+def test_each_domain_gives_the_same_number_of_bytes(trained_on, tmp_path, size):
+    """Whatever the size of its documents and what else is in its files, and whatever their order."""
+    words = " ".join(REAL).replace("\n", " ").encode("ascii", "ignore").decode()
+    texts = [words[n : n + size] for n in range(0, 200_000, max(size // 2, 5000))]
+    lines = [json.dumps({"text": text, "html": "x" * 20_000}) + "\n" for text in [*texts, *texts[:9]]]
+    for name, order in (("a", lines), ("b", lines[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(order))
+        samples = {"own": [tmp_path / f"{name}.jsonl"], "other": [tmp_path / f"{name}.jsonl"]}
+        train_tokenizer(TokenizerSpec(train_vocab_size=300, train_bytes=60_000), samples, tmp_path / name)
+    assert trained_on[0] == trained_on[1]
+    assert len(trained_on[0].replace(b"\n", b"")) == 60_000
+    half = trained_on[0][: len(trained_on[0]) // 2].split(b"\n")
+    assert len(set(half)) == len(half)
+
+
+def test_a_domain_with_too_little_text_is_named(trained_on, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n{"text": "more text"}\n{"text": "some text"}\n')
+    samples = {"small": [tmp_path / "a.jsonl"]}
+    with pytest.warns(
+        UserWarning, match=r"'small' has 18 bytes of different documents, fewer than its part of train_bytes, 400"
+    ):
+        train_tokenizer(TokenizerSpec(train_vocab_size=300, train_bytes=400), samples, tmp_path / "out")
+    assert sorted(trained_on[0].split(b"\n")) == [b"more text", b"some text"]
