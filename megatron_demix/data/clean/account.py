@@ -11,11 +11,14 @@ from megatron_demix.artifact import read_json, sync_path, write_json
 from megatron_demix.data.clean.contamination import SUMMARY
 from megatron_demix.data.clean.cuts import CUTS, GOOD_IS_LOW, Grades
 from megatron_demix.data.clean.documents import EXAMPLES, Source
+from megatron_demix.data.clean.duplicates import signature_bytes
 from megatron_demix.data.clean.trove import PipelineStep
 from megatron_demix.errors import VerificationFailed
 from megatron_demix.study.data import CleanSpec
 
 MANIFEST = "clean.json"
+AFTER_NEAR = ("near_duplicate", "perplexity", "quality")
+"""Reasons why documents are removed that were looked at for near duplicates."""
 
 
 class Account(PipelineStep):
@@ -53,6 +56,9 @@ class Account(PipelineStep):
                     "run the command again; the inputs may have changed while they were read."
                 )
             domains[domain] = {"documents": total, "kept": outputs, "removed": own}
+            if self.spec.near_duplicates:
+                compared = [*outputs.values(), *(own[reason] for reason in AFTER_NEAR if reason in own)]
+                domains[domain]["too_short"] = sum(c["documents"] for c in compared) - self._signed(domain)
         report: dict[str, Any] = {"settings": _settings(self.spec), "domains": domains}
         if (self.work / CUTS).is_file():
             for domain, cuts in read_json(self.work / CUTS).items():
@@ -61,6 +67,13 @@ class Account(PipelineStep):
         if (self.work / "tasks" / SUMMARY).is_file():
             report["tasks"] = read_json(self.work / "tasks" / SUMMARY)
         return report
+
+    def _signed(self, domain: str) -> int:
+        """Documents of a domain that have an n-gram, and so can be near duplicates."""
+        assert self.spec.near_duplicates
+        folder = self.work / "near" / "signatures" / "bucket_000"
+        files = [folder / f"{task:05d}.minhash.sig" for task, s in enumerate(self.sources) if s.domain == domain]
+        return sum(file.stat().st_size for file in files) // signature_bytes(self.spec.near_duplicates)
 
     def _sum(self, what: str) -> dict[str, dict[str, Any]]:
         """By folder, over the tasks in their order."""

@@ -44,6 +44,11 @@ def near_config(spec: NearDuplicatesSpec) -> MinhashConfig:
     return MinhashConfig(spec.ngram, spec.bands, spec.hashes, seed=1, norm_config=norm, hash_config=HASH)
 
 
+def signature_bytes(spec: NearDuplicatesSpec) -> int:
+    """Of one document in one band, as MinhashDedupSignature writes it: the hashes and the document's number."""
+    return struct.calcsize(f"<{spec.hashes}{HASH.struct_format}I")
+
+
 class KeepFirst(PipelineStep):
     """Rewrites what MinhashDedupCluster (with save_cluster_id) would remove: all of a cluster but its first document, in the
     order of the sources. datatrove keeps whichever its union-find ends with, so a later domain could win over an earlier."""

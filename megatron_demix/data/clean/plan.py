@@ -16,7 +16,7 @@ from megatron_demix.data.clean.cuts import Drop, FindCuts, Grade, Grades
 from megatron_demix.data.clean.documents import ReadPassed, ReadSources, RecordWriter, Source, passed_writer
 from megatron_demix.data.clean.duplicates import KeepFirst, exact_config, near_config
 from megatron_demix.data.clean.scores import ForDomains, Perplexity, Quality, Score
-from megatron_demix.data.clean.words import BlankSeparated
+from megatron_demix.data.clean.words import Words
 from megatron_demix.data.inputs import BadDocuments
 from megatron_demix.errors import StageFailed
 from megatron_demix.study.data import CleanSpec
@@ -59,7 +59,7 @@ def plan(
     on_bad_document: BadDocuments,
 ) -> list[Pass]:
     """tasks: files of each evaluation task. Scratch lies in `work`, the result in work/result until the last pass moves it."""
-    words, count = BlankSeparated(), len(sources)
+    words, count = Words(), len(sources)
     passes: list[Pass] = []
     pending: list[Any] = [ReadSources(work, sources, on_bad_document)]
 
@@ -118,7 +118,7 @@ def plan(
     return [Pass(p.name, [*logs[max(n - 1, 0) : n], *p.steps], p.tasks) for n, p in enumerate(passes)]
 
 
-def _heuristic(name: str, words: BlankSeparated, removed: RecordWriter) -> Any:
+def _heuristic(name: str, words: Words, removed: RecordWriter) -> Any:
     kind = {
         "gopher_repetition": trove.GopherRepetitionFilter,
         "gopher_quality": trove.GopherQualityFilter,

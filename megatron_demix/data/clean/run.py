@@ -86,6 +86,7 @@ def clean_domains(
         _tidy(work, note, identity)
     report = read_json(output / MANIFEST)
     _warn_of_losses(report, output)
+    _warn_of_what_is_too_short(report)
     return report
 
 
@@ -98,6 +99,26 @@ def _warn_of_losses(report: Mapping[str, Any], output: Path) -> None:
             warnings.warn(
                 f"cleaning removed {sum(counts.values())} of {entry['documents']} documents of domain {domain!r}: {reasons}. "
                 f"{output / 'removed'} has them; if they belong to the domain, leave that step out for it.",
+                stacklevel=3,
+            )
+
+
+def _warn_of_what_is_too_short(report: Mapping[str, Any]) -> None:
+    """Say where a step could look at little of what it was asked to look at: too few words for an n-gram."""
+    settings = report["settings"]
+    for task, counts in report.get("tasks", {}).items():
+        if 2 * counts["too_short"] > counts["items"] or not counts["ngrams"]:
+            warnings.warn(
+                f"cleaning could not look for {counts['too_short']} of {counts['items']} items of task {task!r}: they have "
+                f"fewer words than an n-gram ({settings['contamination']['ngram']}). Take shorter n-grams, or more fields.",
+                stacklevel=3,
+            )
+    for domain, entry in report["domains"].items():
+        short = entry.get("too_short", 0)
+        if 2 * short > entry["documents"]:
+            warnings.warn(
+                f"cleaning could not compare {short} of {entry['documents']} documents of domain {domain!r} for near "
+                f"duplicates: they have fewer words than an n-gram ({settings['near_duplicates']['ngram']}). Take shorter ones.",
                 stacklevel=3,
             )
 

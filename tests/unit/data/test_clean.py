@@ -102,6 +102,35 @@ def test_what_was_planted_is_removed_with_its_reason(planted):
     assert report["tasks"] == {"gardens": {"items": 2, "too_short": 1, "ngrams": 6}}
 
 
+def test_scripts_without_blanks(tmp_path):
+    """Each character is a word: else a document is one word, and has no n-gram."""
+    rng = random.Random(0)
+    for name, letters in (("han", range(0x4E00, 0x5200)), ("thai", range(0xE01, 0xE2F)), ("kana", range(0x30A1, 0x30F5))):
+        sentences = ["".join(rng.choices([chr(c) for c in letters], k=20)) for _ in range(61)]
+        document, near = "。".join(sentences[:60]), "。".join([*sentences[:30], sentences[60], *sentences[31:60]])
+        (tmp_path / f"{name}.task").write_text(sentences[60])
+        spec = {"contamination": {"tasks": {"t": [str(tmp_path / f"{name}.task")]}}}
+        inputs = {"x": write(tmp_path / f"{name}.jsonl", [document, document.replace("。", ""), near])}
+        with pytest.warns(UserWarning, match="removed 2 of 3"):
+            report = clean(inputs, tmp_path / f"{name}_out", spec)
+        assert report["tasks"]["t"] == {"items": 1, "too_short": 0, "ngrams": 8}
+        removed = report["domains"]["x"]["removed"]
+        assert {reason: entry["documents"] for reason, entry in removed.items()} == {"contaminated": 1, "near_duplicate": 1}
+        assert report["domains"]["x"]["too_short"] == 0
+
+
+def test_what_is_too_short_to_be_looked_for_is_said(tmp_path):
+    (tmp_path / "task.jsonl").write_text('{"q": "one two three"}\n')
+    spec = {"contamination": {"tasks": {"t": [str(tmp_path / "task.jsonl")]}}}
+    inputs = {"short": write(tmp_path / "a.jsonl", ["one", "two", "two", "three", *PROSE[:1]])}
+    with (
+        pytest.warns(UserWarning, match=r"look for 1 of 1 items of task 't': they have fewer words than an n-gram \(13\)"),
+        pytest.warns(UserWarning, match=r"compare 3 of 5 documents of domain 'short' .* than an n-gram \(24\)"),
+    ):
+        report = clean(inputs, tmp_path / "out", spec)
+    assert report["domains"]["short"]["too_short"] == 3
+
+
 def test_numbers_tell_documents_apart(tmp_path):
     rng = random.Random(0)
     sums = ["\n".join("{} + {} = {}".format(*(rng.randrange(1000) for _ in range(3))) for _ in range(20)) for _ in range(40)]
