@@ -33,6 +33,8 @@ BadDocuments = Literal["error", "reject"]
 
 _COMPRESSED_BYTES = 1 << 20
 _MOST_ROWS = 1 << 14
+_STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+"""Arrow's types that may hold text."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,8 @@ def _batches(
                     f"{file}: no column {column!r}; it has {names}. Name the right one "
                     "(domains[].json_key in a study, --json-keys)."
                 )
-            if column is not None and not (pa.types.is_string(t := schema.field(column).type) or pa.types.is_large_string(t)):
-                raise CorruptInput(f"{file}: column {column!r} holds {t}, expected strings.")
+            if column is not None and str(_value_type(kind := schema.field(column).type)) not in _STRINGS:
+                raise CorruptInput(f"{file}: column {column!r} holds {kind}, expected strings.")
             rows, row, size = table.metadata.num_rows, 0, file.stat().st_size
             for group in range(table.num_row_groups):
                 facts = table.metadata.row_group(group)
@@ -267,11 +269,29 @@ def _batches(
                     # What is decoded at once: about as much as a block holds, by the group's mean.
                     num = min(max(block_bytes * facts.num_rows // max(facts.total_byte_size, 1), 1), _MOST_ROWS)
                     for decoded in table.iter_batches(batch_size=num, columns=columns, row_groups=[group]):
-                        for batch in _halves(decoded, column, block_bytes):
+                        for batch in _halves(_with_strings(decoded, column), column, block_bytes):
                             yield batch, first + 1, rows
                             first += len(batch)
     except pa.ArrowException as e:
         raise CorruptInput(f"{file}: not a Parquet file, or a damaged one ({e}).") from e
+
+
+def _value_type(kind: Any) -> Any:
+    """Of an Arrow type, which may be a dictionary's."""
+    return getattr(kind, "value_type", kind)
+
+
+def _with_strings(batch: Any, column: str | None) -> Any:
+    """A record batch with a column of _STRINGS as plain strings, which may be other than UTF-8."""
+    import pyarrow as pa
+
+    if column is None or str(kind := (strings := batch.column(column)).type) in ("string", "large_string"):
+        return batch
+    if pa.types.is_dictionary(kind):
+        strings = strings.dictionary_decode()
+    strings = strings.cast(pa.large_binary()).view(pa.large_string())
+    names = batch.schema.names
+    return pa.RecordBatch.from_arrays([strings if name == column else batch.column(name) for name in names], names=names)
 
 
 def _halves(batch: Any, column: str | None, block_bytes: int) -> Iterator[Any]:
@@ -385,7 +405,7 @@ class _NoSuchKey(ValueError):
 
 
 def text_of(item: Any, kind: str, json_key: str) -> bytes:
-    """The text of one document as UTF-8, b"" for a missing value of a column. Raises ValueError with what is wrong."""
+    """The text of one document as UTF-8, b"" for a missing value (null). Raises ValueError with what is wrong."""
     if kind == "row":
         item, kind = item[json_key], "column"
     if kind == "column" and not isinstance(item, bytes):
@@ -408,6 +428,8 @@ def text_of(item: Any, kind: str, json_key: str) -> bytes:
         raise ValueError(f"expected a JSON object with the text under {json_key!r}, found {type(value).__name__}")
     if json_key not in value:
         raise _NoSuchKey(f"no key {json_key!r} (it has {', '.join(map(repr, list(value)[:8]))})")
+    if value[json_key] is None:
+        return b""
     if not isinstance(value[json_key], str):
         raise ValueError(f"{json_key!r} is {type(value[json_key]).__name__}, expected a string")
     try:

@@ -116,9 +116,10 @@ def _warn_of_what_is_too_short(report: Mapping[str, Any]) -> None:
     for domain, entry in report["domains"].items():
         short = entry.get("too_short", 0)
         if 2 * short > entry["documents"]:
+            words = settings["near_duplicates"]["ngram"]
             warnings.warn(
                 f"cleaning could not compare {short} of {entry['documents']} documents of domain {domain!r} for near "
-                f"duplicates: they have fewer words than an n-gram ({settings['near_duplicates']['ngram']}). Take shorter ones.",
+                f"duplicates: they have fewer words than an n-gram ({words}). Take shorter n-grams.",
                 stacklevel=3,
             )
 

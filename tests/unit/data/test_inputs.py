@@ -25,12 +25,13 @@ def documents(files, **options):
     return [t for batch in read_documents(files, **options) for t in batch.text.strings()]
 
 
-def write_bad_row(file):
+def write_bad_row(file, kind="string"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     raw = pa.array([b"good", b"a\xff", None, "ß".encode()])
-    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(4, *raw.buffers()[1:], raw.buffers()[0])}), file)
+    strings = pa.StringArray.from_buffers(4, *raw.buffers()[1:], raw.buffers()[0])
+    pq.write_table(pa.table({"text": raw if kind == "binary" else strings}), file)
 
 
 def write_all_formats(folder):
@@ -139,17 +140,32 @@ def test_a_parquet_document_larger_than_a_block(tmp_path, monkeypatch):
     assert documents([tmp_path / "a.parquet"]) == texts
 
 
-@pytest.mark.parametrize("kind", ["string", "large_string"])
-def test_rows_without_text(tmp_path, kind):
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary"])
+def test_rows_without_text(tmp_path, kind, dictionary):
+    """Of every type that may hold strings; pandas writes categories as dictionaries."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if dictionary and kind == "string_view":
+        pytest.skip("Arrow makes no dictionary of it")
     for texts in (["a", None, "", "ß", None], [None, None], ["", ""], []):
-        pq.write_table(pa.table({"text": pa.array(texts, getattr(pa, kind)())}), tmp_path / "a.parquet")
+        column = pa.array(texts).cast(getattr(pa, kind)())
+        table = pa.table({"text": column.dictionary_encode() if dictionary else column, "id": range(len(texts))})
+        pq.write_table(table, tmp_path / "a.parquet")
         batches = list(read_documents([tmp_path / "a.parquet"]))
         assert [t for b in batches for t in b.text.strings()] == [t for t in texts if t]
         missing = [(f"a.parquet:{row}", "empty") for row, t in enumerate(texts, 1) if not t]
         assert [r for b in batches for r in b.rejected] == missing
+        rows = [record for _, _, record in inputs.undecoded_documents(tmp_path / "a.parquet", json_key="text")]
+        assert rows == [{"text": text, "id": n} for n, text in enumerate(texts)]
+
+
+def test_null_is_no_text_in_json_either(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n')
+    (batch,) = read_documents([tmp_path / "a.jsonl"])
+    assert batch.text.strings() == ["a"]
+    assert batch.rejected == [("a.jsonl:2", "empty"), ("a.jsonl:3", "empty")]
 
 
 def test_a_slice_of_a_column(tmp_path):
@@ -161,9 +177,10 @@ def test_a_slice_of_a_column(tmp_path):
     assert [place for place, _ in batch.rejected] == ["a.parquet:6", "a.parquet:7"]
 
 
-def test_a_row_that_is_not_utf8(tmp_path):
+@pytest.mark.parametrize("kind", ["string", "binary"])
+def test_a_row_that_is_not_utf8(tmp_path, kind):
     """Arrow takes any bytes for strings."""
-    write_bad_row(tmp_path / "a.parquet")
+    write_bad_row(tmp_path / "a.parquet", kind)
     with pytest.raises(
         CorruptInput, match=r"a\.parquet:2: not UTF-8 \(byte 0xff at offset 1\)\. Correct the file, or have such"
     ):
@@ -180,7 +197,6 @@ BAD_LINES = [
     (b'["text"]', "expected a JSON object with the text under 'text', found list"),
     (b'{"body": "a", "id": 1}', "no key 'text' (it has 'body', 'id')"),
     (b'{"text": 5}', "'text' is int, expected a string"),
-    (b'{"text": null}', "'text' is NoneType, expected a string"),
     (b'{"text": "\\ud800"}', "lone surrogate at character 0"),
     (b'{"text": "a"} {"text": "b"}', "not JSON (Extra data"),
     (b'{"text": "a\tb"}', "not JSON (Invalid control character"),
