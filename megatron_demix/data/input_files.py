@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_demix.errors import ConfigError, CorruptInput
 
+JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
+_ABOUT = (".md", "")
+"""Endings of what lies beside published data and speaks of it: README.md, LICENSE."""
 _TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z")
 
 
@@ -17,19 +21,21 @@ def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> li
     """Files for patterns (files, folders or globs relative to root), sorted within a pattern, each once: of the names of one
     file, which links and different ways to write a path give it, the first.
 
-    Folders, and ** in a glob, are looked through with those that links in them lead to; names that begin with a dot are left
-    out. Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
+    Folders, and ** in a glob, are looked through with those that links in them lead to; names that begin with a dot or, as
+    Spark's _SUCCESS, with _ are left out, and so is what lies beside records (JSON Lines, Parquet) and is none.
+    Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(root) / pattern
         if path.is_dir():
-            found = [folder / name for folder, names in _folders(path) for name in names]
+            found = _records_alone(pattern, [folder / name for folder, names in _folders(path) for name in names])
         elif path.is_file():
             found = [path]
+        elif "**" in path.parts:
+            found = _records_alone(pattern, _matches(Path(glob.escape(str(root))) / pattern))
         else:
-            found = _matches(Path(glob.escape(str(root))) / pattern)
-        found = [p for p in found if p.is_file()]
+            found = [p for p in _matches(Path(glob.escape(str(root))) / pattern) if p.is_file()]
         if not found:
             raise ConfigError(f"inputs: {pattern} matches no file (looked in {Path(root).resolve()}). Correct the path.")
         files.update(dict.fromkeys(sorted(found)))
@@ -52,8 +58,21 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
             folders.clear()
             continue
         seen.add((facts.st_dev, facts.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(path), [name for name in names if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        yield Path(path), [name for name in names if not name.startswith((".", "_"))]
+
+
+def _records_alone(pattern: str | Path, paths: list[Path]) -> list[Path]:
+    """The files among what a folder or ** holds; where some hold records, those alone."""
+    files = [p for p in paths if p.is_file()]
+    records = [p for p in files if format_of(p).endswith((*JSON_LINES, PARQUET))]
+    if records and (others := sorted(p for p in files if p not in set(records) and p.suffix.lower() not in _ABOUT)):
+        warnings.warn(
+            f"inputs: {pattern} holds records (.jsonl, .parquet), and {len(others)} files that are none and are left out, "
+            f"{others[0]} first. Name them in a pattern of their own, if they are text.",
+            stacklevel=3,
+        )
+    return records or files
 
 
 def _cannot_be_read(e: OSError) -> None:
@@ -67,7 +86,8 @@ def _matches(pattern: Path) -> list[Path]:
     at = pattern.parts.index("**")
     rest = pattern.parts[at + 1 :] or ("*",)
     folders = [f for top in _matches(Path(*pattern.parts[:at])) if top.is_dir() for f, _ in _folders(top)]
-    return [path for folder in folders for path in _matches(Path(glob.escape(str(folder)), *rest))]
+    found = [path for folder in folders for path in _matches(Path(glob.escape(str(folder)), *rest))]
+    return [path for path in found if rest[-1].startswith("_") or not path.name.startswith("_")]
 
 
 def format_of(file: Path) -> str:

@@ -20,14 +20,13 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from megatron_demix import native
-from megatron_demix.data.input_files import format_of
+from megatron_demix.data.input_files import JSON_LINES, PARQUET, format_of
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput
 
 BLOCK_BYTES = 8 << 20
 _WHOLE = 1 << 62
 """An end that is beyond that of any file."""
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 BadDocuments = Literal["error", "reject"]
 
@@ -112,7 +111,7 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
 
     Raises CorruptInput naming the file that cannot be read.
     """
-    if format_of(file).endswith(".parquet"):
+    if format_of(file).endswith(PARQUET):
         for batch, first, _ in _batches(file, json_key, None, BLOCK_BYTES):
             yield from ((row, "row", record) for row, record in enumerate(_records(batch), first))
         return
@@ -122,17 +121,17 @@ def undecoded_documents(file: Path, *, json_key: str | None) -> Iterator[tuple[i
 
 def _blocks_of(file: Path, json_key: str, block_bytes: int, begin: int, end: int) -> Iterator[tuple[Any, Any, int, int, int]]:
     """(kind, data, first line or row, line ends, bytes of the file read so far) of what begins in its bytes [begin, end)."""
-    if format_of(file).endswith(".parquet"):
+    if format_of(file).endswith(PARQUET):
         yield from _rows(file, json_key, block_bytes, begin, end)
         return
     name = format_of(file)
     with open(file, "rb") as raw:
-        if name == file.name.lower() and name.endswith(_JSON_LINES):
+        if name == file.name.lower() and name.endswith(JSON_LINES):
             for data, first, lines, position in _lines_of(raw, block_bytes, begin, end):
                 yield "json", data if begin > 0 or first > 1 else data.removeprefix(codecs.BOM_UTF8), first, lines, position
         elif begin > 0:
             return
-        elif name.endswith(_JSON_LINES):
+        elif name.endswith(JSON_LINES):
             for data, first, lines in _lines(_decompressed(raw, file), block_bytes):
                 yield "json", data if first > 1 else data.removeprefix(codecs.BOM_UTF8), first, lines, raw.tell()
         else:

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -276,9 +277,9 @@ def test_quick_path_accepts_nothing_that_json_refuses(data):
 
 def test_resolve(tmp_path):
     (tmp_path / "d" / "e").mkdir(parents=True)
-    for name in ("d/b.jsonl", "d/a.jsonl", "d/e/c.txt", "d/.hidden"):
+    for name in ("d/b.jsonl", "d/a.jsonl", "d/e/c.jsonl.gz", "d/.hidden"):
         (tmp_path / name).write_text("x")
-    assert [p.name for p in resolve_inputs(["d"], tmp_path)] == ["a.jsonl", "b.jsonl", "c.txt"]
+    assert [p.name for p in resolve_inputs(["d"], tmp_path)] == ["a.jsonl", "b.jsonl", "c.jsonl.gz"]
     assert [p.name for p in resolve_inputs(["d/*.jsonl", "d/a.jsonl"], tmp_path)] == ["a.jsonl", "b.jsonl"]
     assert [p.name for p in resolve_inputs([tmp_path / "d" / "*.jsonl"])] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(ConfigError, match=r"inputs: d/\*\.csv matches no file \(looked in"):
@@ -291,6 +292,29 @@ def test_resolve(tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(CorruptInput, match=r"a\.jsonl is empty, expected text"):
         resolve_inputs(["d"], tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["d", "d/**", "d/**/*"])
+def test_what_lies_beside_records_is_left_out(tmp_path, pattern, recwarn):
+    """As on Hugging Face's hub, and as Spark leaves it."""
+    for name in ("data/a.parquet", "data/B.JSON.gz", "data/_SUCCESS", "_delta_log/0.json", "README.md", "LICENSE"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_text("" if name == "data/_SUCCESS" else "x")
+    assert [p.name for p in resolve_inputs([pattern], tmp_path)] == ["B.JSON.gz", "a.parquet"]
+    assert not recwarn
+    (tmp_path / "d" / "book.txt").write_text("x")
+    with pytest.warns(
+        UserWarning, match=f"inputs: {re.escape(pattern)} holds records .* 1 files that are none .*book.txt first"
+    ):
+        assert len(resolve_inputs([pattern], tmp_path)) == 2
+    assert [p.name for p in resolve_inputs(["d/*.md", "d/**/*.txt"], tmp_path)] == ["README.md", "book.txt"]
+
+
+def test_a_folder_of_text_is_text(tmp_path):
+    for name in ("d/README.md", "d/a.txt", "d/code/b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [p.name for p in resolve_inputs(["d"], tmp_path)] == ["README.md", "a.txt", "b.py"]
 
 
 @pytest.mark.parametrize("pattern", ["d", "d/**", "d/**/*.jsonl", "**/*.jsonl", "d*/**/*.jsonl"])
