@@ -145,7 +145,7 @@ def evaluate(
                         continue
                     scored = score()
                     if writes:
-                        _say(name, scored)
+                        _say(name, scored, first=turn == 0)
                         if name in job.keep_tokens:
                             keep(job.work / FOLDER, name, _texts(windows, suite), scored.token_nats)
                         with open(rows, "a") as file:
@@ -193,9 +193,15 @@ def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> 
     return suite
 
 
-def _say(model: str, scored: Scored) -> None:
-    """What the log should know of generated answers."""
+def _say(model: str, scored: Scored, *, first: bool) -> None:
+    """What the log should know of tasks. first: of this run; what is so for every model is said once."""
     for task, notes in scored.notes.items():
+        if first and notes["cut"]:
+            print(
+                f"warning: {task}: {notes['cut']} texts are longer than the model reads: their beginning, worked examples "
+                "first, is left out",
+                flush=True,
+            )
         if notes.get("endless") or notes.get("stopped"):
             print(
                 f"{model}: {task}: of {notes['items']} answers {notes['endless']} did not end by themselves, and "
@@ -260,7 +266,9 @@ def _finished_rows(job: EvaluateJob) -> dict[str, dict[str, Any]]:
                 continue  # empty, or cut short by a kill: that model is scored again
             rows[row["model"]] = row
     return {
-        model: row for model, row in rows.items() if model in job.mixtures or all(map(math.isfinite, row["scores"].values()))
+        model: row
+        for model, row in rows.items()
+        if model in job.mixtures or all(math.isfinite(score) for score in row["scores"].values())
     }
 
 

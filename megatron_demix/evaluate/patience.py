@@ -32,7 +32,7 @@ class Patience:
             torch.distributed.barrier(group=self._all)
 
     def of_first(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks: what a rank sees of a file system that machines share may be older than what another does."""
+        """Rank 0's value, on all ranks: of a file system that machines share, one may see an older state than another."""
         if self._all is None:
             return value
         shared = [value]

@@ -1,4 +1,4 @@
-"""The score table: named numbers, each with a unit and a direction, a row per model. Missing scores are errors or NaN, never zeros."""
+"""The score table: named numbers, each with a unit and a direction, a row per model. What is missing is never zero."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ScoreTable:
             if value is None or not math.isfinite(value):
                 if lacking is None or model not in self.rows:
                     raise CorruptInput(
-                        f"score {score!r} of model {model!r} is {'missing' if value is None else value}, expected a finite number. "
-                        "Its weights, or the text it was scored on, are not what they should be: look at its losses in training."
+                        f"score {score!r} of model {model!r} is {'missing' if value is None else value}, expected a finite "
+                        "number: something is wrong with its weights, or with the text. Look at its losses in training."
                     )
                 value = lacking
             values.append(value)

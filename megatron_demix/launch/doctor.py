@@ -63,6 +63,7 @@ _PACKAGES = (
     _Package("safetensors", "Hugging Face folders in and out", "hf"),
     _Package("transformers", "the judge of exported models, in the tests", "dev"),
     _Package("lm-eval", "tasks of lm-evaluation-harness", "eval"),
+    _Package("math-verify", "tasks of format math", "eval"),
     _Package("transformer-engine", "layers, fused and with FP8, on GPUs", "te"),
 )
 _ALSO_FIT = {"megatron-core"}

@@ -84,14 +84,15 @@ def _tasks(dag: Dag) -> dict[str, Task]:
     for task, final in zip(dag.tasks.search.specs, dag.tasks.final.specs, strict=True):
         generated = [row[task.name] for row in notes if "endless" in row[task.name]]
         totals = (sum(row[key] for row in generated) for key in ("items", "endless", "stopped"))
-        tasks[task.name] = Task(not share_items(task, final), *totals)
+        cut = max((row[task.name]["cut"] for row in notes), default=0)
+        tasks[task.name] = Task(not share_items(task, final), *totals, cut=cut)
     return tasks
 
 
 def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:
     from megatron_demix.report.data import Domain
 
-    if not all(stage.done() for stage in dag.data.values()):
+    if not all(stage.is_intact() for stage in dag.data.values()):
         return []  # shares of some would be no shares
     total = sum(data_stages.tokens(dag.data, "train").values())
     rows = []
@@ -107,7 +108,7 @@ def _losses(dag: Dag) -> Iterator[tuple[str, dict[str, list[float]]]]:
         if stage.kind not in ("base", "components", "final"):
             continue
         path = stage.folder / "losses.jsonl"
-        if stage.done() and path.is_file():
+        if stage.is_intact() and path.is_file():
             entries = [e for e in map(json.loads, path.read_text().splitlines()) if "lm loss" in e]
             yield stage.name, {column: [e[column] for e in entries] for column in ("iteration", "lm loss")}
 
@@ -116,13 +117,13 @@ def _rounds(dag: Dag) -> list[Round]:
     from megatron_demix.report.data import Fit, Proxy, Round
 
     rounds = []
-    facts_of = {r.number: read_json(r.fit.folder / FIT) for r in dag.rounds if r.fit.done()}
+    facts_of = {r.number: read_json(r.fit.folder / FIT) for r in dag.rounds if r.fit.is_intact()}
     counted = _counted(facts_of[max(facts_of)]) if facts_of else {}
     for r in dag.rounds:
-        if not r.proposal.done():
+        if not r.proposal.is_intact():
             break
         mixtures = [Proxy(m["name"], m["weights"], m["shares"]) for m in read_json(r.proposal.folder / MIXTURES)]
-        table = ScoreTable.read(r.scores.folder / "scores.json") if r.scores.done() else ScoreTable([])
+        table = ScoreTable.read(r.scores.folder / "scores.json") if r.scores.is_intact() else ScoreTable([])
         # In the order of the table; before the first fit, as the merged models have scored.
         rows = {m.name: counted.get(m.name, table.rows.get(m.name, {})) for m in mixtures}
         order = [score.name for score in table.scores]
@@ -147,14 +148,14 @@ def _counted(fit: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _earlier(dag: Dag) -> list[str]:
     """As the newest fit has used them, if there is one."""
-    fits = [read_json(r.fit.folder / FIT)["earlier"] for r in dag.rounds if dag.earlier and r.fit.done()]
+    fits = [read_json(r.fit.folder / FIT)["earlier"] for r in dag.rounds if dag.earlier and r.fit.is_intact()]
     return [e.said(f"{fits[-1][e.label]['proxies'] if fits else e.num_proxies} proxies") for e in dag.earlier]
 
 
 def _maturity(dag: Dag) -> Maturity | None:
     from megatron_demix.report.data import Maturity
 
-    if dag.maturity is None or not dag.maturity.scores.done():
+    if dag.maturity is None or not dag.maturity.scores.is_intact():
         return None
     rows = ScoreTable.read(dag.maturity.scores.folder / "scores.json").rows
     trained = [rows[name] for name in dag.maturity.trained]
@@ -162,14 +163,14 @@ def _maturity(dag: Dag) -> Maturity | None:
 
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:
-    tables = [ScoreTable.read(r.scores.folder / "scores.json") for r in dag.rounds if r.scores.done()]
+    tables = [ScoreTable.read(r.scores.folder / "scores.json") for r in dag.rounds if r.scores.is_intact()]
     return frozenset(score.name for table in tables for score in table.scores if score.direction == "higher")
 
 
 def _choice(dag: Dag) -> Choice | None:
     from megatron_demix.report.data import Choice, FrontPoint, Optimum
 
-    if not dag.choice.done():
+    if not dag.choice.is_intact():
         return None
     found = read_json(dag.choice.folder / CHOICE)
     optimum = None
@@ -209,7 +210,7 @@ def _sentence(bound: dict[str, Any]) -> str:
 def _final(dag: Dag) -> list[FinalRun]:
     from megatron_demix.report.data import FinalRun
 
-    if not dag.final_scores.done():
+    if not dag.final_scores.is_intact():
         return []
     rows = ScoreTable.read(dag.final_scores.folder / "scores.json").rows
     runs = ((*name.rpartition("-seed")[::2], rows[name]) for name in dag.finals)
@@ -217,7 +218,7 @@ def _final(dag: Dag) -> list[FinalRun]:
 
 
 def _untrained(dag: Dag) -> dict[str, dict[str, float]]:
-    if not dag.final_scores.done():
+    if not dag.final_scores.is_intact():
         return {}
     rows = ScoreTable.read(dag.final_scores.folder / "scores.json").rows
     named = {"base": "base", "found, merged only": "proxy"}
@@ -228,7 +229,7 @@ def _blend(dag: Dag) -> dict[str, BlendRow]:
     from megatron_demix.report.data import BlendRow
 
     stage = dag.blends[FOUND]
-    if not stage.done():
+    if not stage.is_intact():
         return {}
     domains = read_json(next(stage.folder.glob("*.blend.json")))["domains"]
     return {

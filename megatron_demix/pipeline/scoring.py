@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
-from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline import data_stages, preflight, train_stages
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings, normalization, second_order
 from megatron_demix.pipeline.stage import Stage
@@ -149,6 +149,7 @@ def scoring(
             if part is None:
                 ScoreTable([]).write(work / SCORES)
             return
+        tasks.check_unchanged()
         maker = stage.part(part) if part else stage
         vocabulary = load_tokenizer(tokenizer.folder)
         job = EvaluateJob(
@@ -171,7 +172,10 @@ def scoring(
         )
         write_json(maker.job, job.model_dump(mode="json"))
 
+    def check() -> None:
+        preflight.check_windows(study, name, {n: data[n] for n in domains}, split)
+
     ranks = study.parallel.tensor * study.parallel.pipeline * study.evaluate.replicas
     all_needs = {s.name: s for s in (*needs, tokenizer, *(data[n] for n in domains))}
-    stage = Stage(name, foundation.run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make)
+    stage = Stage(name, foundation.run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make, check=check)
     return stage

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.study.search import TASK_SCORES, TaskSpec
 from megatron_demix.study.study import Study
@@ -18,6 +20,17 @@ class ScoredTasks:
 
     specs: Sequence[TaskSpec] = ()
     digests: Sequence[str] = ()
+    read_again: Callable[[TaskSpec], str] | None = None
+
+    def check_unchanged(self) -> None:
+        """Raises IncompatibleInputs where files differ from those that the digests were taken of, hours or days ago."""
+        assert self.read_again or not self.specs
+        for spec, digest in zip(self.specs, self.digests, strict=True):
+            if self.read_again and self.read_again(spec) != digest:
+                raise IncompatibleInputs(
+                    f"task {spec.name!r}: files of {spec.path} have changed since this run began. Restore them, or run the "
+                    "same command again to score all models on what is there now."
+                )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -39,11 +52,13 @@ class TaskInputs:
 
 
 def check_tasks(inputs: TaskInputs) -> None:
-    """Read the items that will be scored, days from now. Raises ConfigError and CorruptInput, as scoring would."""
+    """Read the items that will be scored, days from now, and try what judges them. Raises what scoring would."""
+    from megatron_demix.evaluate.tasks.answers import Judge
     from megatron_demix.evaluate.tasks.suite import read_task
 
-    for spec in [*inputs.search.specs, *inputs.final.specs]:
-        read_task(spec, spec.split or "")
+    tasks = [read_task(spec, spec.split or "") for spec in [*inputs.search.specs, *inputs.final.specs]]
+    for kind in {task.format.kind for task in tasks if task.generates}:
+        Judge(kind, timeout_s=1, workers=1)
 
 
 def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
@@ -53,18 +68,16 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
     from megatron_demix.evaluate.tasks import suite
     from megatron_demix.evaluate.tasks.records import with_labels
 
-    def scored(split_of: Any) -> ScoredTasks:
-        specs, found = [], []
-        for given in study.evaluate.tasks:
-            split = split_of(given)
-            spec = given.model_copy(update={"path": (root / given.path).resolve(), "split": split})
+    def read(spec: TaskSpec) -> str:
+        files, shots = suite.task_files(spec, spec.split or "")
+        return digests.of(with_labels([*files, *shots]))
 
-            def digest(spec: TaskSpec = spec, split: str = split) -> str:
-                files, shots = suite.task_files(spec, split)
-                return digests.of(with_labels([*files, *shots]))
-
-            found.append(digests.answer(f"task {spec.model_dump_json()}", digest))
-            specs.append(spec)
-        return ScoredTasks(specs, found)
+    def scored(split_of: Callable[[TaskSpec], str]) -> ScoredTasks:
+        specs = [
+            given.model_copy(update={"path": (root / given.path).resolve(), "split": split_of(given)})
+            for given in study.evaluate.tasks
+        ]
+        found = [digests.answer(f"task {spec.model_dump_json()}", partial(read, spec)) for spec in specs]
+        return ScoredTasks(specs, found, read)
 
     return TaskInputs(scored(suite.search_split), scored(suite.final_split))

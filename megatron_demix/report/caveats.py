@@ -55,6 +55,12 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
         for name, task in data.tasks.items()
         if task.endless or task.stopped
     ]
+    found += [
+        f"{task.cut} texts of {name} are longer than the models read: their beginning, worked examples first, was left out. "
+        "Fewer num_shots, or a smaller max_new_tokens, would leave them whole."
+        for name, task in data.tasks.items()
+        if task.cut
+    ]
     if data.extrapolation_warning:
         found.append(data.extrapolation_warning)
     if maturity := maturity_warning(data):

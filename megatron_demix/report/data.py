@@ -152,12 +152,14 @@ class BlendRow:
 @dataclass(frozen=True)
 class Task:
     """unseen: final runs are compared on items that the search never saw. Of all proxies together: answers that were generated,
-    that did not end by themselves, and that had to be stopped when they were run or compared."""
+    that did not end by themselves, and that had to be stopped when they were run or compared. cut: of the texts that each model
+    reads, those that are too long for it."""
 
     unseen: bool
     answers: int = 0
     endless: int = 0
     stopped: int = 0
+    cut: int = 0
 
 
 @dataclass(frozen=True)

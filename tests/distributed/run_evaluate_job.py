@@ -1,4 +1,4 @@
-"""What each rank of a scoring run runs where only the first one sees the rows that are there: `run_evaluate_job.py JOB.json`."""
+"""Scores a job (`run_evaluate_job.py JOB.json`) where only the first rank sees the rows that are there."""
 
 from __future__ import annotations
 

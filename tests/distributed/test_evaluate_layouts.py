@@ -197,9 +197,8 @@ def test_every_layout_scores_alike(parts, reference, layout):
     row = {"model": "even", "scores": reference["even"] | {"a": 1.0, "b": 2.0}, "notes": {}}
     (work / "rows-all-0.jsonl").write_text(f'\n{json.dumps(row)}\n\n{{"model": "only_a", "sco')
     # On a file system that machines share, other ranks may not see them yet.
-    torchrun(
-        folder / "job.json", ranks=spread.parallel.world_size, program=[f"{Path(__file__).parent / 'run_evaluate_job.py'}"]
-    )
+    program = [str(Path(__file__).parent / "run_evaluate_job.py")]
+    torchrun(folder / "job.json", ranks=spread.parallel.world_size, program=program)
     rows = ScoreTable.read(work / "scores.json").rows
     assert list(rows) == [name for name in reference if name != "disk_even"]
     assert rows.pop("even") == row["scores"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
@@ -72,20 +74,22 @@ class Judgement:
 class Judge:
     """Judges answers, and remembers them: many proxies give the same ones.
 
-    kind: as in tasks.formats. workers: programs that run side by side. Raises ConfigError where a kind needs what is missing.
+    kind: as in tasks.formats. workers: processes that judge side by side. Raises ConfigError where a kind needs what is
+    missing.
     """
 
     def __init__(self, kind: str, *, timeout_s: float, workers: int) -> None:
         self._kind, self._timeout_s, self._workers = kind, timeout_s, workers
-        self._known: dict[tuple[str, str], Judgement] = {}
+        self._known: dict[bytes, Judgement] = {}
         if kind == "formula":
             self._told([])
 
     def judge(self, answers: Sequence[str], references: Sequence[Mapping[str, str]]) -> list[Judgement]:
         """references: the item's, for each answer (see tasks.formats)."""
-        pairs = [(answer, json.dumps(dict(reference))) for answer, reference in zip(answers, references, strict=True)]
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
-        given = [(answer, json.loads(reference)) for answer, reference in new]
+        asked = list(zip(answers, references, strict=True))
+        names = [_name(*pair) for pair in asked]
+        new = {name: pair for name, pair in zip(names, asked, strict=True) if name not in self._known}
+        given = list(new.values())
         if self._kind == "number":
             judged = [Judgement(_same_number(answer, reference["answer"])) for answer, reference in given]
         elif self._kind == "formula":
@@ -95,18 +99,29 @@ class Judge:
             outcomes = sandbox.run_all(programs, timeout_s=self._timeout_s, workers=self._workers)
             judged = [Judgement(outcome.passed, outcome.timed_out) for outcome in outcomes]
         self._known |= dict(zip(new, judged, strict=True))
-        return [self._known[pair] for pair in pairs]
+        return [self._known[name] for name in names]
 
     def _formulas(self, pairs: Sequence[tuple[str | None, str]]) -> list[Judgement]:
         judged = [Judgement(answer is not None and normalised(answer) == normalised(right)) for answer, right in pairs]
         unsure = [i for i, (answer, _) in enumerate(pairs) if answer and not judged[i].right]
-        while unsure:
-            told = self._told([pairs[i] for i in unsure])
-            for i, result in zip(unsure, told, strict=False):
-                judged[i] = Judgement(result == "True", stopped=result not in ("True", "False"))
-            if len(told) < len(unsure):
-                judged[unsure[len(told)]] = Judgement(False, stopped=True)
-            unsure = unsure[len(told) + 1 :]
+        # A process that compares takes seconds to start.
+        count = max(1, min(self._workers, len(unsure) // _LEAST_PAIRS))
+        parts = [unsure[n::count] for n in range(count)]
+        with ThreadPoolExecutor(count) as pool:
+            for part, results in zip(
+                parts, pool.map(lambda part: self._compared([pairs[i] for i in part]), parts), strict=True
+            ):
+                for i, result in zip(part, results, strict=True):
+                    judged[i] = result
+        return judged
+
+    def _compared(self, pairs: Sequence[tuple[str | None, str]]) -> list[Judgement]:
+        judged: list[Judgement] = []
+        while len(judged) < len(pairs):
+            told = self._told(pairs[len(judged) :])
+            judged += [Judgement(result == "True", stopped=result not in ("True", "False")) for result in told]
+            if len(judged) < len(pairs):
+                judged.append(Judgement(False, stopped=True))
         return judged
 
     def _told(self, pairs: Sequence[tuple[str | None, str]]) -> list[str]:
@@ -132,7 +147,12 @@ class Judge:
         )
 
 
-_START_S = 60
+def _name(answer: str, reference: Mapping[str, str]) -> bytes:
+    """Of an answer to an item: the answers of all proxies together may be gigabytes."""
+    return hashlib.blake2b(json.dumps([answer, dict(reference)]).encode(), digest_size=16).digest()
+
+
+_START_S, _LEAST_PAIRS = 60, 100
 _COMPARE = """
 import json, logging
 from math_verify import parse, verify

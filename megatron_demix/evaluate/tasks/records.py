@@ -48,12 +48,18 @@ class Record:
         value = self.get(key)
         if not isinstance(value, str):
             self.refuse(key, "text")
+        if not _is_text(value):
+            self.refuse(key, "text without halves of surrogate pairs")
         return value
 
     def texts(self, key: str) -> list[str]:
         value = self.get(key)
-        if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
-            self.refuse(key, "a list of texts")
+        if (
+            not isinstance(value, Sequence)
+            or isinstance(value, str)
+            or not all(isinstance(v, str) and _is_text(v) for v in value)
+        ):
+            self.refuse(key, "a list of texts (without halves of surrogate pairs)")
         return list(value)
 
     def inside(self, key: str, expected: Sequence[str]) -> Record:
@@ -77,6 +83,11 @@ class Record:
         shown = repr(self.fields[key])
         shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
         raise CorruptInput(f"{self.place}: not in the format {self.format}: {key!r} is {shown}, expected {expected}.")
+
+
+def _is_text(value: str) -> bool:
+    """JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def find_files(path: Path, split: str, task: str, *, by_subject: bool = False) -> list[Path]:

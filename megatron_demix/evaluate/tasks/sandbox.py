@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -90,7 +91,15 @@ def run_python(
 
 def _ends_within(process: subprocess.Popen, timeout_s: float) -> bool:
     """Without reaping the process."""
-    watched = os.pidfd_open(process.pid)
+    try:
+        watched = os.pidfd_open(process.pid)
+    except OSError:  # Linux before 5.3, and containers whose filters are as old
+        until = time.monotonic() + timeout_s
+        while not (ended := bool(os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        return ended
     try:
         poll = select.poll()
         poll.register(watched, select.POLLIN)

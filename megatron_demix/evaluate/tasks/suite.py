@@ -85,6 +85,11 @@ class Task:
     def format(self) -> Format:
         return FORMATS[self.spec.format]
 
+    @property
+    def generates(self) -> bool:
+        """Whether a model writes answers that have to be judged."""
+        return bool(_GENERATED & set(self.spec.score_names.values()))
+
 
 def read_task(spec: TaskSpec, split: str) -> Task:
     """Raises ConfigError where files are absent, CorruptInput where a record is not what the format has."""
@@ -177,7 +182,7 @@ class _EncodedTask:
     def __init__(self, task: Task, codec: TextCodec, max_tokens: int, workers: int) -> None:
         self.spec, self.items, self._task, self._codec, self._max_tokens = task.spec, task.items, task, codec, max_tokens
         self._max_new_tokens = task.spec.max_new_tokens or min(512, max_tokens // 2)
-        if _GENERATED & set(task.spec.score_names.values()):
+        if task.generates:
             self._judge = Judge(task.format.kind, timeout_s=task.spec.timeout, workers=workers)
 
     @cached_property

@@ -117,6 +117,18 @@ def test_formulas_are_compared_by_value():
     assert judge.judge([r"\boxed{2,-2}"], [{"answer": r"\boxed{-2, 2}"}])[0].right
 
 
+def test_formulas_are_compared_side_by_side(monkeypatch):
+    monkeypatch.setattr(answers, "_LEAST_PAIRS", 2)
+    judge = Judge("formula", timeout_s=2, workers=3)
+    asked, told = [], judge._told
+    monkeypatch.setattr(judge, "_told", lambda pairs: asked.append(len(pairs)) or told(pairs))
+    given = [("\\boxed{1+1}", n == 2) for n in range(4)] + [("\\boxed{x+y}", False), ("\\boxed{y+x}", False), ("none", False)]
+    references = [{"answer": f"\\boxed{{{n}}}"} for n in range(4)] + [{"answer": "\\boxed{7}"}] * 3
+    judged = judge.judge([answer for answer, _ in given], references)
+    assert [j.right for j in judged] == [right for _, right in given]
+    assert sorted(asked) == [2, 2, 2]
+
+
 def test_without_the_library_formulas_are_an_error(monkeypatch):
     monkeypatch.setattr(answers, "_COMPARE", answers._COMPARE.replace("math_verify", "not_there"))
     message = (
@@ -286,6 +298,19 @@ def test_packages_of_elsewhere_can_be_allowed(isolate, tmp_path):
 
 
 @with_namespaces
+def test_on_kernels_without_descriptors_of_processes(monkeypatch):
+    def absent(number):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", absent)
+    programs = ["", "raise SystemExit(3)", "while True: pass"]
+    assert [(o.passed, o.timed_out) for o in (run_python(p, timeout_s=2) for p in programs)] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
 def test_what_a_program_started_ends_with_it():
     """Even what has left its process group; the kernel takes a moment for it."""
     mark = f"731.{os.getpid()}"
