@@ -83,9 +83,9 @@ def _tasks(dag: Dag) -> dict[str, Task]:
     tasks = {}
     for task, final in zip(dag.tasks.search.specs, dag.tasks.final.specs, strict=True):
         generated = [row[task.name] for row in notes if "endless" in row[task.name]]
-        totals = (sum(row[key] for row in generated) for key in ("items", "endless", "stopped"))
+        answers, endless, stopped = (sum(row[key] for row in generated) for key in ("items", "endless", "stopped"))
         cut = max((row[task.name]["cut"] for row in notes), default=0)
-        tasks[task.name] = Task(not share_items(task, final), *totals, cut=cut)
+        tasks[task.name] = Task(not share_items(task, final), answers, endless, stopped, cut)
     return tasks
 
 
