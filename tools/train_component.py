@@ -11,8 +11,9 @@ weight-decay 0.1, cosine decay after 1 % of warm-up, no dropout, RMSNorm, swiglu
 launch.ranks is torchrun, takes its arguments, and ends with its ranks' exit code; plain torchrun works, too, but ends with 1
 whatever its ranks ended with, and kills those that still save 30 s after a signal.
 
-Exit codes: 0 done, 2 configuration, 3 incompatible inputs, 4 malformed blend, 7 corrupt input, 8 diverged or hung, 74 disk
-full, 75 stopped by a signal and saved, or another run still writes into the same folder (run again).
+Exit codes: 0 done, 2 configuration, 3 incompatible inputs, 4 malformed blend, 7 corrupt input, 8 hung, or a checkpoint cannot
+be read now (run again), 9 diverged, 74 disk full, 75 stopped by a signal and saved, or another run still writes into the same
+folder (run again).
 """
 
 from __future__ import annotations

@@ -4,18 +4,20 @@
     work/latest_checkpointed_iteration.txt
 
 Two runs that do the same work write the same bytes: no path, time or random id gets into a checkpoint. What data-parallel ranks
-all hold is shared out over them: each writes, and reads, its part.
+all hold is shared out over them: each writes, and reads, its part. Folders without checksums.json are another program's, and
+never removed.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
 import queue
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,12 +40,19 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from megatron_demix.artifact import Manifest, hash_file, read_json, write_atomic, write_json
+from megatron_demix.artifact import Manifest, hash_file, write_atomic, write_json
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder, iterations_in
 from megatron_demix.checkpoint.model_function import differing, model_function
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.errors import CorruptInput, IncompatibleInputs, StorageError, storage_errors
+from megatron_demix.errors import (
+    ConfigError,
+    CorruptInput,
+    IncompatibleInputs,
+    StageFailed,
+    StorageError,
+    storage_errors,
+)
 from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.common_state import (
     blend_without_paths,
@@ -60,6 +69,7 @@ from megatron_demix.train.optimizer import loading, use_fused_kernel
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
+_UNFINISHED, _DAMAGED, _OLD = ".unfinished-", ".damaged-", ".old-"
 _TORCH_SAVE_FAILED = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 """Parts of the messages torch.save has for a disk that takes no more; it does not pass on the errno."""
 _CONTENT = {
@@ -88,7 +98,7 @@ class Checkpoints:
         """Publish the state after `iteration` steps, then drop all but the newest keep_checkpoints and job.keep. Raises
         StorageError."""
         target = self._folder(iteration)
-        unfinished = target.with_name(f".unfinished-{target.name}")
+        unfinished = _beside(target, _UNFINISHED)
         with self._writing(target, unfinished):
             _write(self._state(iteration), unfinished)
             if self._rank == 0:
@@ -97,11 +107,13 @@ class Checkpoints:
             files = self._checksums(unfinished)
             if self._rank == 0:
                 write_json(unfinished / CHECKSUMS, files)
-                shutil.rmtree(target, ignore_errors=True)  # a damaged one that was not resumed from
                 os.rename(unfinished, target)
                 write_atomic(self._job.work / TRACKER, str(iteration))
                 older = [i for i in iterations_in(self._job.work) if i < iteration and i not in self._job.keep]
                 self._drop(older[: 1 - self._job.train.keep_checkpoints])
+                for damaged in self._job.work.glob(f"{_DAMAGED}*"):
+                    if damaged.name <= f"{_DAMAGED}{target.name}":
+                        shutil.rmtree(damaged, ignore_errors=True)
         torch.distributed.barrier()
         return target
 
@@ -128,20 +140,31 @@ class Checkpoints:
             raise
 
     def resume(self) -> int:
-        """Restore the newest sound checkpoint; its iteration, or 0 if there is none. Damaged ones are named in a warning, and
-        removed once an older one has been restored."""
-        damaged = []
+        """Restore the newest sound checkpoint; its iteration, or 0 in a folder that has none. Damaged ones are named in a
+        warning, and set aside once an older one has been restored, until the run has saved a newer one.
+
+        Raises ConfigError where another program has saved here, CorruptInput where all checkpoints are damaged, StageFailed
+        where one cannot be read now.
+        """
+        damaged: dict[int, str] = {}
         for iteration in reversed(self._agreed_iterations()):
             folder = self._folder(iteration)
             if problem := self._problem(folder):
-                damaged.append(iteration)
+                damaged[iteration] = problem
                 if self._rank == 0:
                     logger.warning("checkpoint %s is damaged: %s. Going back to the one before.", folder, problem)
                 continue
             self._load(folder)
             if self._rank == 0:
-                self._drop(damaged)
+                with storage_errors(f"setting damaged checkpoints in {self._job.work} aside"):
+                    for number in damaged:
+                        _rename_over(self._folder(number), _beside(self._folder(number), _DAMAGED))
             return iteration
+        if damaged:
+            raise CorruptInput(
+                f"run {self._job.name}: no checkpoint in {self._job.work} is sound: {'; '.join(damaged.values())}. "
+                "Restore one from a copy, or delete the folder to train again from the start."
+            )
         return 0
 
     def finish(self) -> None:
@@ -149,8 +172,9 @@ class Checkpoints:
         last = self._job.train_iters
         if self._rank == 0:
             self._drop([i for i in iterations_in(self._job.work) if i != last and i not in self._job.keep])
-            for left in self._job.work.glob(".unfinished-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for name in (_UNFINISHED, _DAMAGED, _OLD):
+                for left in self._job.work.glob(f"{name}*"):
+                    shutil.rmtree(left, ignore_errors=True)
             write_atomic(self._job.work / TRACKER, str(last))
         torch.distributed.barrier()
 
@@ -158,8 +182,13 @@ class Checkpoints:
         return self._job.work / iteration_folder(iteration)
 
     def _drop(self, iterations: list[int]) -> None:
+        """Renamed first: killed in the middle, a folder without its checksums would look like another program's."""
         for iteration in iterations:
-            shutil.rmtree(self._folder(iteration), ignore_errors=True)
+            folder = self._folder(iteration)
+            if _is_of_this_trainer(folder):
+                with suppress(OSError):
+                    _rename_over(folder, _beside(folder, _OLD))
+                shutil.rmtree(_beside(folder, _OLD), ignore_errors=True)
 
     def _state(self, iteration: int, *, loading: bool = False) -> dict[str, Any]:
         """What a checkpoint holds, under the names Megatron-LM uses."""
@@ -223,19 +252,41 @@ class Checkpoints:
         return dict(sorted((name, facts) for part in self._gather(mine) for name, facts in part.items()))
 
     def _problem(self, folder: Path) -> str | None:
-        """The first thing wrong with a checkpoint on disk, found by all ranks together; None if it is sound."""
-        found: list[str] = []
+        """The first thing wrong with a checkpoint on disk, found by all ranks together; None if it is sound. Raises StageFailed
+        where the disk does not say: a network file system may be back in a minute."""
+        damaged, unreadable = [], []
         try:
-            files = read_json(folder / CHECKSUMS)
+            files = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
             mine = dict(sorted(files.items())[self._rank :: self._num_ranks])
-            found = Manifest("", "checkpoint", {}, mine).problems(folder, digests=True)
-        except (CorruptInput, AttributeError, KeyError, TypeError) as e:
-            found = [str(e)]
-        return next((problem for part in self._gather(found) for problem in part), None)
+            for name in mine:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    (folder / name).stat()  # some versions of Python take what cannot be looked at for missing
+            damaged = Manifest("", "checkpoint", {}, mine).problems(folder, digests=True)
+        except OSError as e:
+            unreadable = [f"{e.filename or folder} ({e.strerror or e})"]
+        except (ValueError, AttributeError, KeyError, TypeError) as e:
+            damaged = [f"{folder / CHECKSUMS}: not readable as JSON ({e})"]
+        found = self._gather((damaged, unreadable))
+        if said := next((text for _, part in found for text in part), None):
+            raise StageFailed(
+                f"run {self._job.name}: {said} cannot be read, so nobody knows whether it is damaged. Run again when it "
+                f"can; or delete {folder}, and the run goes on from the one before."
+            )
+        return next((problem for part, _ in found for problem in part), None)
 
     def _agreed_iterations(self) -> list[int]:
-        """Rank 0's listing: another node's view of a network file system may lag."""
-        return self._gather(iterations_in(self._job.work))[0]
+        """Rank 0's listing: another node's view of a network file system may lag. Raises ConfigError where another program has
+        saved here."""
+        iterations, release = iterations_in(self._job.work), self._job.work / "release"
+        foreign = [str(folder) for i in iterations if not _is_of_this_trainer(folder := self._folder(i))]
+        foreign += [str(release)] if release.exists() else []
+        iterations, foreign = self._gather((iterations, foreign))[0]
+        if foreign:
+            raise ConfigError(
+                f"run {self._job.name}: {foreign[0]} was not written by this trainer, whose checkpoints have a "
+                f"{CHECKSUMS}. Choose another folder to save in (--save); --load may name this one."
+            )
+        return iterations
 
     def _gather(self, mine: Any) -> list[Any]:
         if self._num_ranks == 1:
@@ -243,6 +294,27 @@ class Checkpoints:
         everyone: list[Any] = [None] * self._num_ranks
         torch.distributed.all_gather_object(everyone, mine)
         return everyone
+
+
+def _is_of_this_trainer(folder: Path) -> bool:
+    """Whether a checkpoint holds what this trainer puts into each, or cannot be looked at now."""
+    try:
+        (folder / CHECKSUMS).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _beside(folder: Path, prefix: str) -> Path:
+    """A hidden name for a checkpoint that is none, or none any more."""
+    return folder.with_name(f"{prefix}{folder.name}")
+
+
+def _rename_over(folder: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(folder, target)
 
 
 def load_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from train_runs import FAMILIES, contents
 
 from megatron_demix.artifact import read_json
-from megatron_demix.errors import ConfigError, IncompatibleInputs, Incomplete, StorageError
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, Incomplete, StageFailed, StorageError
 from megatron_demix.train.compat import cpu_compat
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.trainer import train
@@ -88,6 +89,101 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, make_train_job, ca
     assert contents(job.work) == contents(whole.work)
     train(job)  # finished: nothing to do
     assert contents(job.work) == contents(whole.work)
+
+
+def damage(folder: Path) -> Path:
+    """Flip a bit of a checkpoint's weights; the file."""
+    shard = folder / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    return shard
+
+
+def test_a_damaged_checkpoint_stays_until_there_is_a_newer_one(tmp_path, make_train_job):
+    job = make_train_job(tmp_path, train_iters=9)
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    damage(job.work / "iter_0000005")
+    with stop_in_iteration(4), pytest.raises(Incomplete):
+        train(job)
+    assert sorted(p.name for p in job.work.iterdir() if p.is_dir()) == [".damaged-iter_0000005", "iter_0000003", "iter_0000004"]
+    with stop_in_iteration(7), pytest.raises(Incomplete):
+        train(job)
+    assert sorted(p.name for p in job.work.iterdir() if p.is_dir()) == ["iter_0000006", "iter_0000007"]
+
+
+def test_where_no_checkpoint_is_sound_nothing_is_trained_or_removed(tmp_path, make_train_job):
+    job = make_train_job(tmp_path)
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    shards = [damage(job.work / f"iter_000000{number}") for number in (5, 3)]
+    before = contents(job.work)
+    said = f"no checkpoint in {job.work} is sound: " + "; ".join(
+        f"{s} has other bytes than when it was published" for s in shards
+    )
+    with pytest.raises(CorruptInput, match=re.escape(said)):
+        train(job)
+    assert contents(job.work) == before
+
+
+@pytest.mark.parametrize("where", ["iter_0000003", "release"])
+def test_checkpoints_of_others_are_neither_resumed_nor_removed(tmp_path, make_train_job, where):
+    job = make_train_job(tmp_path, train_iters=3)
+    train(job)
+    (job.work / "iter_0000003" / "checksums.json").unlink()  # as Megatron-LM saves
+    (job.work / "iter_0000003").rename(job.work / where)
+    (job.work / "latest_checkpointed_iteration.txt").write_text(where.removeprefix("iter_000000"))
+    before = contents(job.work)
+    second = make_train_job(tmp_path, init_checkpoint=job.work)
+    with pytest.raises(ConfigError, match=rf"{where} was not written by this trainer, .*Choose another folder to save in"):
+        train(second)
+    assert contents(job.work) == before
+
+
+@pytest.mark.parametrize("name", ["checksums.json", "__0_0.distcp"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, make_train_job, name):
+    whole = make_train_job(tmp_path / "whole")
+    train(whole)
+    job = make_train_job(tmp_path / "stale")
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    before = contents(job.work)
+    path = job.work / "iter_0000005" / name
+
+    def stale(method):
+        def called(self, *arguments, **options):
+            if self == path:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+            return method(self, *arguments, **options)
+
+        return called
+
+    said = f"{path} (Stale file handle) cannot be read, so nobody knows whether it is damaged. Run again"
+    with (
+        mock.patch.object(Path, "stat", stale(Path.stat)),
+        mock.patch.object(Path, "read_text", stale(Path.read_text)),
+        pytest.raises(StageFailed, match=re.escape(said)),
+    ):
+        train(job)
+    assert contents(job.work) == before
+    train(job)
+    assert contents(job.work) == contents(whole.work)
+
+
+def test_a_removal_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, make_train_job):
+    with cpu_compat():
+        from megatron_demix.train.checkpointing import Checkpoints
+    job = make_train_job(tmp_path)
+    with stop_in_iteration(5), pytest.raises(Incomplete):
+        train(job)
+    checkpoints = object.__new__(Checkpoints)
+    checkpoints._job = job
+    with mock.patch("shutil.rmtree", side_effect=[None, KeyboardInterrupt]), pytest.raises(KeyboardInterrupt):
+        checkpoints._drop([3])
+    assert sorted(p.name for p in job.work.iterdir() if p.is_dir()) == [".old-iter_0000003", "iter_0000005"]
+    train(job)
+    assert [p.name for p in job.work.iterdir() if p.is_dir()] == ["iter_0000006"]
 
 
 def test_checkpoints_on_the_way_stay_and_a_run_may_end_before_its_schedule(tmp_path, make_train_job):
