@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import glob
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_demix.errors import ConfigError, CorruptInput
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
-_ABOUT = (".md", "")
-"""Endings of what lies beside published data and speaks of it: README.md, LICENSE."""
+_ABOUT = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE", "CITATION")
+"""What the names of files begin with that lie beside published records and speak of them."""
 _TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z")
 
 
@@ -22,18 +21,18 @@ def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> li
     file, which links and different ways to write a path give it, the first.
 
     Folders, and ** in a glob, are looked through with those that links in them lead to; names that begin with a dot or, as
-    Spark's _SUCCESS, with _ are left out, and so is what lies beside records (JSON Lines, Parquet) and is none.
+    Spark's _SUCCESS, with _ are left out, and so is a README or LICENSE beside records (JSON Lines, Parquet).
     Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(root) / pattern
         if path.is_dir():
-            found = _records_alone(pattern, [folder / name for folder, names in _folders(path) for name in names])
+            found = _files([folder / name for folder, names in _folders(path) for name in names])
         elif path.is_file():
             found = [path]
         elif "**" in path.parts:
-            found = _records_alone(pattern, _matches(Path(glob.escape(str(root))) / pattern))
+            found = _files(_matches(Path(glob.escape(str(root))) / pattern))
         else:
             found = [p for p in _matches(Path(glob.escape(str(root))) / pattern) if p.is_file()]
         if not found:
@@ -62,17 +61,12 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(path), [name for name in names if not name.startswith((".", "_"))]
 
 
-def _records_alone(pattern: str | Path, paths: list[Path]) -> list[Path]:
-    """The files among what a folder or ** holds; where some hold records, those alone."""
+def _files(paths: list[Path]) -> list[Path]:
+    """The files among what a folder or ** holds; where some of them hold records, without those that speak of the data."""
     files = [p for p in paths if p.is_file()]
-    records = [p for p in files if format_of(p).endswith((*JSON_LINES, PARQUET))]
-    if records and (others := sorted(p for p in files if p not in set(records) and p.suffix.lower() not in _ABOUT)):
-        warnings.warn(
-            f"inputs: {pattern} holds records (.jsonl, .parquet), and {len(others)} files that are none and are left out, "
-            f"{others[0]} first. Name them in a pattern of their own, if they are text.",
-            stacklevel=3,
-        )
-    return records or files
+    if any(format_of(p).endswith((*JSON_LINES, PARQUET)) for p in files):
+        files = [p for p in files if format_of(p).endswith((*JSON_LINES, PARQUET)) or not p.name.upper().startswith(_ABOUT)]
+    return files
 
 
 def _cannot_be_read(e: OSError) -> None:
