@@ -13,9 +13,11 @@ from pathlib import Path
 from megatron_demix.artifact import write_atomic
 from megatron_demix.checkpoint.layout import TRACKER, iteration_folder, iterations_in
 from megatron_demix.checkpoint.summary import summarize
-from megatron_demix.errors import ConfigError, CorruptInput, EndedEarly, UnsafeInput
+from megatron_demix.errors import ConfigError, CorruptInput, EndedEarly, StageFailed, UnsafeInput
 
 logger = logging.getLogger(__name__)
+
+_DAMAGED = ".damaged-"
 
 
 def reached(work: Path) -> int:
@@ -31,7 +33,8 @@ def settle(work: Path, name: str) -> int:
     """Make the newest sound checkpoint the one the run goes on from, whatever the tracker says. Returns its iteration, or 0.
 
     A checkpoint's .metadata is written when all ranks have written, so an interrupted save is none. Those that are not sound
-    are dropped. Raises UnsafeInput where one is refused for what its pickles name: it may be sound, and stays.
+    get a hidden name, and are removed when the run has finished. Raises UnsafeInput where one is refused for what its pickles
+    name, StageFailed where the disk does not say what it holds: it may be sound, and stays.
     """
     for iteration in reversed(iterations_in(work)):
         folder = work / iteration_folder(iteration)
@@ -40,8 +43,14 @@ def settle(work: Path, name: str) -> int:
         except UnsafeInput:
             raise
         except (CorruptInput, ConfigError) as e:
+            if isinstance(e.__cause__, OSError) and not isinstance(e.__cause__, FileNotFoundError):
+                raise StageFailed(
+                    f"run {name}: {e} Nobody knows whether it is damaged. Run again when it can be read; or delete {folder}, "
+                    "and the run goes on from the one before."
+                ) from e
             logger.warning("run %s: %s is damaged (%s); going on from the one before.", name, folder, e)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.with_name(_DAMAGED + folder.name), ignore_errors=True)
+            folder.rename(folder.with_name(_DAMAGED + folder.name))
             continue
         if reached(work) != iteration:
             write_atomic(work / TRACKER, str(iteration))
@@ -71,3 +80,5 @@ def check_finished(work: Path, name: str, train_iters: int, keep: Collection[int
             raise CorruptInput(f"run {name}: {folder} has to stay, but is gone. Delete {work} to train again from the start.")
         summarize(folder)
     prune(work, 1, keep)
+    for damaged in work.glob(f"{_DAMAGED}*"):
+        shutil.rmtree(damaged, ignore_errors=True)

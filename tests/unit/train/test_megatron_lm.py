@@ -3,13 +3,16 @@ place of pretrain_gpt.py; end_to_end/test_stock_megatron_lm.py runs the real one
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import pickle
 import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from small_texts import write_texts
 from stock_runs import RUNS, stock_run
 
 from megatron_demix.cli import main
-from megatron_demix.errors import ConfigError, UnsafeInput
+from megatron_demix.errors import ConfigError, StageFailed, UnsafeInput
 from megatron_demix.study.training import TrainerSpec
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.megatron_lm import arguments as stock
@@ -239,6 +242,22 @@ def test_a_refused_checkpoint_is_not_deleted(tmp_path):
     with pytest.raises(UnsafeInput, match=r"iter_0000002/\.metadata: refused, its pickle names 'fractions\.Fraction'"):
         settle(tmp_path, "code")
     assert (folder / ".metadata").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path):
+    folder = write_checkpoint(tmp_path / "iter_0000002", {"w": torch.zeros(2)})
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    with (
+        mock.patch.object(Path, "read_bytes", side_effect=stale),
+        pytest.raises(
+            StageFailed, match=r"\.metadata: cannot be read \(Stale file handle\)\. Nobody knows whether it is damaged"
+        ),
+    ):
+        settle(tmp_path, "code")
+    assert settle(tmp_path, "code") == 2
+    (folder / ".metadata").write_bytes(b"")
+    assert settle(tmp_path, "code") == 0
+    assert (tmp_path / ".damaged-iter_0000002" / ".metadata").exists()
 
 
 def test_checkpoints_that_are_averaged_stay(study, capsys):
