@@ -297,6 +297,7 @@ def _show_scores(stage: Stage, options: argparse.Namespace) -> None:
 def _backend(dag: Dag, options: argparse.Namespace, started: Started) -> None:
     from megatron_demix.launch.backend import backend_of
     from megatron_demix.launch.status import show_status
+    from megatron_demix.pipeline import preflight
     from megatron_demix.pipeline.task_inputs import check_tasks
 
     if options.command == "resume" and dag.study.launch.backend == "local":
@@ -312,6 +313,7 @@ def _backend(dag: Dag, options: argparse.Namespace, started: Started) -> None:
         return
     if options.command != "cancel":
         check_tasks(dag.tasks)
+        preflight.check(dag.until(started.until))
     facts = backend.cancel() if options.command == "cancel" else backend.submit()
     print(json.dumps(facts, indent=1) if options.json else facts["said"])
 
@@ -319,6 +321,7 @@ def _backend(dag: Dag, options: argparse.Namespace, started: Started) -> None:
 def _report(dag: Dag, options: argparse.Namespace) -> None:
     from megatron_demix.pipeline.reporting import verdict, write_report
 
+    _warn_of_damage(dag.all)
     page = write_report(dag)
     if options.json:
         print(json.dumps({"report": str(page)}))
@@ -326,12 +329,21 @@ def _report(dag: Dag, options: argparse.Namespace) -> None:
         print(f"{verdict(dag)}\nreport: {_shown(page)}")
 
 
+def _warn_of_damage(stages: Sequence[Stage]) -> None:
+    for damage in filter(None, (stage.damage() for stage in stages)):
+        print(f"warning: {damage}", file=sys.stderr)
+
+
 def _plan(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
+    from megatron_demix.pipeline import preflight
+
     rows = [
         {"stage": s.name, "state": s.state(), "ranks": s.ranks, "key": s.key, "path": str(s.folder)} for s in stages
     ]  # fmt: skip
+    _warn_of_damage(stages)
     if options.json:
         print(json.dumps(rows, indent=1))
+        preflight.check(stages)
         return
     from megatron_demix.launch.status import COLOURS, counts, new_table, on_terminal
 
@@ -344,8 +356,9 @@ def _plan(dag: Dag, stages: list[Stage], options: argparse.Namespace) -> None:
         print(line)
     if options.command != "plan":
         for stage in stages:
-            if stage.script and not stage.done():
+            if stage.script and not stage.is_intact():
                 print(f"\n# ---- {stage.job.with_suffix('.sh')}\n{stage.script()}", end="")
+    preflight.check(stages)
 
 
 def _used_of_earlier(dag: Dag, stages: list[Stage]) -> list[str]:

@@ -17,6 +17,7 @@ from megatron_demix.launch.attempts import Attempts, forget
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.stage import failure, stage_lock, start_ranks
 from megatron_demix.locks import is_locked, take_lock
+from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.progress import MetricsLog
 
@@ -57,6 +58,7 @@ def run_stages(
                 remove_leftovers(folder)
         for stage in pending:
             forget(stage)
+        preflight.check(stages, _remembered)
         display.begin(stages, already_done=[s for s in stages if s not in pending])
         children: list[_Child] = []
         devices = _devices() if jobs > 1 else []
@@ -84,6 +86,8 @@ def run_stages(
                     pending.remove(stage)
                     display.started(stage)
                     _finish(stage, time.monotonic(), metrics, display)
+                    if stage.kind in ("data", "rounds"):
+                        preflight.check(stages, _remembered)
                 else:
                     display.refresh([c.stage for c in children])
                     time.sleep(0.1)

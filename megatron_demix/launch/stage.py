@@ -39,7 +39,9 @@ from megatron_demix.errors import (
     limit_reached,
 )
 from megatron_demix.launch.attempts import Attempts
+from megatron_demix.launch.started import Started
 from megatron_demix.locks import is_locked, take_lock
+from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.process import PYTHON_M, die_with_parent, leave_usr1_to_parent
 from megatron_demix.progress import MetricsLog
@@ -253,16 +255,25 @@ def _wait_for_needs(stage: Stage) -> None:
         time.sleep(1)
 
 
-def _make_and_judge(stage: Stage, threads_per_rank: int, nodes: Nodes, stop: _Stop, outcome: Path | None = None) -> int:
+def _make_and_judge(
+    stage: Stage,
+    threads_per_rank: int,
+    nodes: Nodes,
+    stop: _Stop,
+    outcome: Path | None = None,
+    beside: Sequence[Stage] = (),
+) -> int:
     """Exit code of this node's part; node 0 keeps the account of attempts.
 
-    outcome: as of --outcome. A signal to one of several nodes that nobody asked for is a failure: srun stopped what was left
+    beside: stages that are to be made, too; this one is not begun where the data cannot fill one of them. outcome: as of
+    --outcome. A signal to one of several nodes that nobody asked for is a failure: srun stopped what was left
     when another node's part had ended.
     """
     attempts, begun = Attempts(), False
     try:
         if nodes.rank == 0 and not stage.done():
             _wait_for_needs(stage)
+            preflight.check(beside)
             attempts = Attempts.read(stage)
             attempts.asked |= outcome is not None and _was_preempted(outcome)
             attempts.begin(stage)
@@ -338,19 +349,21 @@ def main() -> int:
     die_with_parent()
     stop, known = _Stop(), False
     try:
-        from megatron_demix.pipeline.dag import build_dag
+        from megatron_demix.pipeline.dag import PARTS, build_dag
         from megatron_demix.study.load import load_study
 
         study = load_study(options.study)
         dag = build_dag(study, (options.root or options.study.resolve().parent) / "study.yaml", options.run)
         stage = dag.stage(options.stage)
+        last = Started.read(dag.run)
+        beside = dag.until(last.until if last else None) if stage.kind not in PARTS["prepare"] | {"clean"} else []
         known = True
     except Exception as e:
         stop.settled = True
         print(f"demix: {e}" if isinstance(e, DemixError) else traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
         code = e.exit_code if isinstance(e, DemixError) else 1
     else:
-        code = _make_and_judge(stage, study.launch.threads_per_rank, nodes, stop, options.outcome)
+        code = _make_and_judge(stage, study.launch.threads_per_rank, nodes, stop, options.outcome, beside)
     stop.ignore()
     final = code not in (0, Incomplete.exit_code)
     if options.outcome and (final or (known and nodes.rank == 0)):

@@ -26,6 +26,7 @@ COLOURS = {
     "running": "cyan",
     "queued": "blue",
     "failed": "red",
+    "damaged": "red",
     "partial": "yellow",
     "to do": "dim",
 }
@@ -57,8 +58,10 @@ def _rows(dag: Dag, active: Mapping[str, Activity]) -> list[dict[str, Any]]:
 
 def _row(stage: Stage, activity: Activity | None, num_parts: int) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": stage.name, "state": "done", "key": stage.key, "log": str(stage.log)}
-    if stage.done():
+    if stage.is_intact():
         return row
+    if damage := stage.damage():
+        return row | {"state": "damaged", "note": damage}
     if activity:
         row["state"] = activity.state
         row |= {key: value for key, value in (("job", activity.job), ("note", activity.reason)) if value}
@@ -144,7 +147,7 @@ def _shown(found: Sequence[dict[str, Any]], run: Path | None) -> tuple[Table, st
         note = f" {escape(row['note'])}" if state == "queued" and "note" in row else ""
         table.add_row(row["stage"], f"[{COLOURS[state]}]{state}[/]{note}", *job, progress, left, escape(log))
     states = {r["state"] for r in found}
-    failures = "".join(f"\n{escape(r['note'])}" for r in found if r["state"] == "failed")
+    failures = "".join(f"\n{escape(r['note'])}" for r in found if r["state"] in ("failed", "damaged"))
     idle = ""
     if run and not states & {"running", "queued"} and states != {"done"}:
         idle = f"\n{escape(_next_step(states, run))}"

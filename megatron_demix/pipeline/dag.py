@@ -178,8 +178,8 @@ def _earlier_dags(study: Study, path: Path, run: Path, digests: InputDigests, na
 
 def _where_done(stage: Stage, runs: Sequence[Path]) -> Stage:
     """The stage in the first of these other runs in which it is done, if it is not done in its own."""
-    if runs and not stage.done():
-        return next((there for run in runs if (there := replace(stage, run=run)).done()), stage)
+    if runs and not stage.is_intact():
+        return next((there for run in runs if (there := replace(stage, run=run)).is_intact()), stage)
     return stage
 
 

@@ -134,7 +134,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
     }
     needs = {name: here.data[name] for parts in parts_of.values() if len(parts) > 1 for name in parts}
     stage = Stage(f"earlier/{label}", here.run, settings, tuple(needs.values()), make)
-    if not absent_ok and not stage.done():
+    if not absent_ok and not stage.is_intact():
         _require(label, spec, [s for r in used for s in (r.proposal, r.scores)])
     same = [name for name, parts in parts_of.items() if parts == [name] and name not in spec.split]
     num_proxies = sum(there.study.search.rounds[: len(used)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_demix.artifact import read_json
 from megatron_demix.mixture import Mixture
-from megatron_demix.pipeline import data_stages, train_stages
+from megatron_demix.pipeline import data_stages, preflight, train_stages
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings, method_of, normalization, second_order
 from megatron_demix.pipeline.scoring import scoring
@@ -57,6 +57,11 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
                 progress=False,
             )
 
+        def check() -> None:
+            if name != FOUND:  # which the search keeps within what there is
+                shares, other = _shares(study, name, data, choice), f"leave {name} out of final.baselines"
+                preflight.check_filled(study, f"stage blend/{name}", shares, target, data, "final.tokens", other)
+
         settings = {
             "mixture": name,
             "target_tokens": target,
@@ -65,9 +70,8 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
             "seed": study.seed,
         }
         needs = (*data.values(), *([choice] if name == FOUND else []))
-        return Stage(
-            f"blend/{name}", run, settings, needs, make, make_part=make if study.final.blend == "materialise" else None
-        )
+        make_part = make if study.final.blend == "materialise" else None
+        return Stage(f"blend/{name}", run, settings, needs, make, make_part=make_part, check=check)
 
     return {name: blend(name) for name in _mixtures(study)}
 

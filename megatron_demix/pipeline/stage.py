@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import fingerprint, is_done, publish
+from megatron_demix.errors import CorruptInput, OutputExists
 
-State = Literal["done", "partial", "to do"]
+State = Literal["done", "damaged", "partial", "to do"]
 _MADE = ".made-part-"
 
 
@@ -28,6 +29,7 @@ class Stage:
         to do, `make` finishes the folder itself and writes no job file.
     make_part: makes part i of n, (i, n), in the work folder, itself or with ranks, as `make` does; `make` goes on with what it
         finds there, and gives the same bytes if that is nothing. Only a scheduler starts parts, as processes of their own.
+    check: looks at the data it needs as soon as that is done, whatever else is not, and raises where it cannot fill the stage.
     judge: looks at the filled folder before it is published, and raises where it is not what it has to be.
     script: what the ranks run, where that is a command of its own, as a shell script.
     stands_for: the user's own checkpoint or indexed data (prefixes by split) that it is, where that lies now: it may have been
@@ -41,6 +43,7 @@ class Stage:
     make: Callable[[Path], None]
     ranks: int = 0
     make_part: Callable[[Path, tuple[int, int]], None] | None = None
+    check: Callable[[], None] = lambda: None
     judge: Callable[[Path], None] = lambda folder: None
     script: Callable[[], str] | None = None
     stands_for: Path | Mapping[str, Sequence[Path]] | None = None
@@ -97,8 +100,23 @@ class Stage:
     def done(self) -> bool:
         return is_done(self.folder, self.key)
 
+    def damage(self) -> str:
+        """What done() raises where the artifact is damaged; empty where it is not, or not there."""
+        try:
+            self.done()
+        except (CorruptInput, OutputExists) as e:
+            return str(e)
+        return ""
+
+    def is_intact(self) -> bool:
+        """done(), but False where the artifact is damaged."""
+        return self.state() == "done"
+
     def state(self) -> State:
-        return "done" if self.done() else "partial" if self._keeps_work and self.work.exists() else "to do"
+        try:
+            return "done" if self.done() else "partial" if self._keeps_work and self.work.exists() else "to do"
+        except (CorruptInput, OutputExists):
+            return "damaged"
 
     def begin(self) -> bool:
         """For a stage with ranks: the work folder and the job file, ready for the workers. False if they have nothing to do."""

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from megatron_demix.artifact import hash_file, read_json, write_json
 from megatron_demix.checkpoint.layout import iteration_folder
-from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture, actual_shares
-from megatron_demix.pipeline import data_stages
+from megatron_demix.pipeline import data_stages, preflight
 from megatron_demix.pipeline.given_checkpoint import check_function, look_at
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
@@ -23,7 +23,6 @@ from megatron_demix.train.job import TrainJob
 from megatron_demix.train.megatron_lm.arguments import own_arguments
 from megatron_demix.train.megatron_lm.command import FROM_DATA, prepare, shown_command
 from megatron_demix.train.megatron_lm.work import check_finished, settle
-from megatron_demix.units import format_count
 
 PhaseName = Literal["base", "component", "proxy", "final"]
 POINTER, AVERAGE = "pointer.json", "average"
@@ -119,9 +118,10 @@ def training(
     seed: int,
     init: Callable[[], Path | None],
     wanted: Callable[[], bool] = lambda: True,
+    known: Callable[[], bool] = lambda: True,
 ) -> Stage:
     """A training stage. blend, init and wanted are asked when the stage begins, when what it needs is there; what is not
-    wanted is an empty artifact."""
+    wanted is an empty artifact. known: whether the first and the last can be asked as soon as the data is there."""
     train: TrainSpec = study.phase(phase)
     iterations, schedule, keep = (
         num_iterations(study, phase),
@@ -177,12 +177,17 @@ def training(
         unknown = [*FROM_DATA, *([] if study.base.tokens else ["pretrained-checkpoint"])]
         return shown_command(job(stage.work, 2, 0, [(run, 1.0)], init()), stock, stage.job, unknown=unknown)
 
+    def check() -> None:
+        if known() and wanted():
+            blend()
+
     def judge(folder: Path) -> None:
         if wanted():
             check_finished(folder, name, iterations, keep)
 
     ranks = study.parallel.world_size
-    stage = Stage(name, run, everything, tuple(needs), make, ranks=ranks, judge=judge, script=script if stock else None)
+    shown = script if stock else None
+    stage = Stage(name, run, everything, tuple(needs), make, ranks=ranks, check=check, judge=judge, script=shown)
     return stage
 
 
@@ -197,7 +202,7 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     used = _domains_of(spec.mixture, data)
 
     def blend() -> list[tuple[Path, float]]:
-        return _sources(study, "base", "base", data, _mixture(study, spec.mixture, data, "base.mixture"))
+        return _sources(study, "base", "stage base/base", data, _mixture(study, spec.mixture, data, "base.mixture"))
 
     return training(
         study,
@@ -301,7 +306,7 @@ def on_merge_weights(
 
     def blend() -> list[tuple[Path, float]]:
         mixture = _mixture(study, anchor.mixture, data, "component.anchor.mixture")
-        return _sources(study, "component", name, data, actual_shares(weights, mixture, anchor.share))
+        return _sources(study, "component", f"stage {name}", data, actual_shares(weights, mixture, anchor.share))
 
     return training(
         study,
@@ -328,7 +333,8 @@ def proxy(
 
     def blend() -> list[tuple[Path, float]]:
         chosen = mixtures()[entry]
-        return _sources(study, "proxy", f"proxy {chosen['name']}", data, Mixture(chosen["shares"], label=chosen["name"]))
+        shares, what = Mixture(chosen["shares"], label=chosen["name"]), f"stage {name}, mixture {chosen['name']}"
+        return _sources(study, "proxy", what, data, shares)
 
     return training(
         study,
@@ -342,6 +348,7 @@ def proxy(
         seed=study.seed,
         init=lambda: checkpoint_of(base),
         wanted=lambda: entry < len(mixtures()),
+        known=proposal.is_intact,
     )
 
 
@@ -353,6 +360,7 @@ def _sources(study: Study, phase: PhaseName, run: str, data: Mapping[str, Stage]
     """
     from megatron_demix.indexed.reader import read_index
 
+    preflight.check_filled(study, run, mixture, num_tokens(study, phase), data, _TOKENS[phase])
     result = []
     for domain in study.domains:
         share = mixture[domain.name]
@@ -360,12 +368,5 @@ def _sources(study: Study, phase: PhaseName, run: str, data: Mapping[str, Stage]
             continue
         own = data_stages.prefixes(data[domain.name], "train")
         sizes = [read_index(p).num_tokens for p in own]
-        wanted, limit = share * num_tokens(study, phase), domain.max_epochs * sum(sizes)
-        if wanted > limit:
-            raise MixtureError(
-                f"{run}: its share {share:.4g} of domain {domain.name!r} is {format_count(wanted)} tokens, which repeats the "
-                f"{format_count(sum(sizes))} there are {wanted / sum(sizes):.3g} times; max_epochs is {domain.max_epochs:g}. "
-                f"Set {_TOKENS[phase]} to at most {format_count(limit / share)}, give it more text, or raise its max_epochs."
-            )
         result += [(p, share * size / sum(sizes)) for p, size in zip(own, sizes, strict=True)]
     return result

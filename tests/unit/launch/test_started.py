@@ -123,6 +123,25 @@ def test_what_only_looks_does_without_the_text_that_was_read(study, capsys):
     assert "code.jsonl matches no file" in capsys.readouterr().err
 
 
+def test_what_only_looks_goes_on_beside_a_damaged_artifact(study, capsys):
+    assert demix(study, "run", "--until", "prepare", "--quiet") == 0
+    (data,) = (study.parent / "runs" / "s" / "data").glob("code-*")
+    (data / "train.bin").write_bytes(b"")
+    for command in ("plan", "status", "report"):
+        assert demix(study, command, "--json") == 0
+        shown = capsys.readouterr()
+        if command != "report":
+            states = {row["stage"]: row["state"] for row in json.loads(shown.out)}
+            assert {name for name, state in states.items() if state == "done"} == {"tokenizer/byte", "data/english"}
+            assert states["data/code"] == "damaged"
+        said = f"artifact {data} is damaged: {data / 'train.bin'} has 0 bytes"
+        assert said in (shown.out if command == "status" else shown.err)
+    assert demix(study, "status") == 0
+    assert f"{said}, expected" in capsys.readouterr().out
+    assert demix(study, "run") == 7
+    assert said in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_watching_without_a_traceback(study):
     runs = study.parent / "runs"
     base = build_dag(load_study(study), study, runs / "s").base

@@ -24,9 +24,9 @@ def test_key_follows_settings_and_needs(tmp_path):
 
 def test_finish_publishes_under_the_key(tmp_path):
     a = stage(tmp_path)
-    assert a.state() == "to do"
+    assert (a.state(), a.damage()) == ("to do", "")
     a.finish()
-    assert a.state() == "done"
+    assert (a.state(), a.damage()) == ("done", "")
     assert (a.folder / "out.txt").read_text() == "hello"
     manifest = Manifest.read(a.folder)
     assert manifest is not None
@@ -52,6 +52,10 @@ def test_damage_is_noticed(tmp_path):
     (a.folder / "out.txt").write_text("hello, world")
     with pytest.raises(CorruptInput, match=r"damaged: .*out.txt has 12 bytes, expected 5"):
         a.done()
+    assert (a.state(), a.is_intact()) == ("damaged", False)
+    assert a.damage().endswith("Delete the folder to have it made again.")
+    (a.folder / "manifest.json").unlink()
+    assert (a.state(), a.damage().startswith(f"{a.folder} exists and is not an artifact")) == ("damaged", True)
 
 
 def test_ranks_keep_their_work_between_runs(tmp_path):
