@@ -1,12 +1,14 @@
 """Documents on their way through the steps: read from the user's files, kept between passes, written as kept or removed.
 
-A kept document is the user's own record, with every field it had. A removed one has one field more, "removed": where it was
-(`document`, a file and line), the `reason`, and what the step noted. Files are Zstandard: gzip puts the time into its header,
-and two runs could not be compared byte for byte.
+A kept document is the user's own record, with every field it had; what JSON cannot hold is text in it: bytes as base64,
+decimals and integers beyond 64 bits as their digits. A removed one has one field more, "removed": where it was (`document`, a
+file and line), the `reason`, and what the step noted. Files are Zstandard: gzip puts the time into its header, and two runs
+could not be compared byte for byte.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -81,13 +83,32 @@ def _document(source: Source, line: int, kind: str, item: Any) -> tuple[Document
 
 
 def _record(item: Any, kind: str) -> dict[str, Any]:
-    """Every field of the user's record. Raises ValueError where it could not be written again."""
-    record = item if kind == "row" else json.loads(item) if kind == "json" else {}
+    """Every field of the user's record, as it can be written again. Raises ValueError where it is nested too deeply."""
+    record = item if kind == "row" else json.loads(item, parse_int=_integer) if kind == "json" else {}
     try:
         orjson.dumps(record)
-    except TypeError as e:
+        return record
+    except TypeError:
+        pass
+    try:
+        # A lone surrogate becomes a question mark.
+        record = json.loads(json.dumps(record, ensure_ascii=False, default=_as_text).encode(errors="replace"))
+        orjson.dumps(record)
+    except (TypeError, RecursionError) as e:
         raise ValueError(f"a field that cannot be written as JSON ({e})") from e
     return record
+
+
+def _integer(digits: str) -> int | str:
+    """Of JSON; beyond 64 bits as its digits."""
+    return int(digits) if len(digits) < 21 and -(2**63) <= int(digits) < 2**64 else digits
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no form for."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 class ReadPassed(JsonlReader):

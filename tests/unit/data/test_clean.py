@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -196,17 +198,27 @@ def test_parquet_gz_zst_and_plain_text(tmp_path):
 
 
 def test_what_is_no_document_ends_the_run_or_is_listed(tmp_path):
-    huge = '{"text": "fine", "n": 123456789012345678901234567890}'
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\nnot json\n{{"body": "x"}}\n{huge}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nnot json\n{"body": "x"}\n')
     with pytest.raises(CorruptInput, match=r"a\.jsonl:2: not JSON .* \(--on-bad-document reject; in a study, prep"):
         clean({"x": [tmp_path / "a.jsonl"]}, tmp_path / "out", NOTHING)
     assert not (tmp_path / "out").exists()
     report = clean({"x": [tmp_path / "a.jsonl"]}, tmp_path / "out", NOTHING, on_bad_document="reject")
-    assert report["domains"]["x"]["removed"]["unreadable"]["documents"] == 3
+    assert report["domains"]["x"]["removed"]["unreadable"]["documents"] == 2
     listed = records(tmp_path / "out/removed/unreadable/x")
     assert listed[0]["text"] == "not json"
-    assert [r["removed"]["document"] for r in listed] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
-    assert "a field that cannot be written as JSON" in listed[2]["removed"]["why"]
+    assert [r["removed"]["document"] for r in listed] == ["a.jsonl:2", "a.jsonl:3"]
+
+
+def test_fields_that_json_cannot_hold_are_text(tmp_path):
+    """Nobody trains on them."""
+    rows = {"text": PROSE[:1], "sha1": [b"\xff\x00"], "price": [Decimal("1.50")], "day": [date(2020, 1, 2)], "n": [2**64 - 1]}
+    pq.write_table(pa.table(rows | {"n": pa.array(rows["n"], pa.uint64())}), tmp_path / "a.parquet")
+    fields = f'"n": {2**64}, "deep": [{{"m": {"9" * 5000}}}], "least": {-(2**63)}, "bad": "a\\ud800"'
+    (tmp_path / "b.jsonl").write_text(f'{{"text": "fine", {fields}}}\n')
+    clean({"x": [tmp_path / "a.parquet", tmp_path / "b.jsonl"]}, tmp_path / "out", NOTHING)
+    row, line = records(tmp_path / "out/x")
+    assert row == {"text": PROSE[0], "sha1": "/wA=", "price": "1.50", "day": "2020-01-02", "n": 2**64 - 1}
+    assert line == {"text": "fine", "n": str(2**64), "deep": [{"m": "9" * 5000}], "least": -(2**63), "bad": "a?"}
 
 
 def test_rows_that_are_not_utf8(tmp_path):
@@ -217,9 +229,9 @@ def test_rows_that_are_not_utf8(tmp_path):
     with pytest.raises(CorruptInput, match=r"a\.parquet:2: not UTF-8 \(byte 0xff at offset 1\)"):
         clean({"x": [tmp_path / "a.parquet"]}, tmp_path / "out", NOTHING)
     clean({"x": [tmp_path / "a.parquet"]}, tmp_path / "out", NOTHING, on_bad_document="reject")
-    assert records(tmp_path / "out/x") == [{"text": "good", "by": "good"}]
+    assert records(tmp_path / "out/x") == [{"text": "good", "by": "good"}, {"text": "fine", "by": "Yf8="}]
     listed = records(tmp_path / "out/removed/unreadable/x")
-    assert [(r["text"], r["removed"]["document"]) for r in listed] == [("a\ufffd", "a.parquet:2"), ("fine", "a.parquet:3")]
+    assert [(r["text"], r["removed"]["document"]) for r in listed] == [("a\ufffd", "a.parquet:2")]
 
 
 def test_a_task_that_is_not_utf8(tmp_path):
