@@ -13,7 +13,8 @@ from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
 from megatron_demix.pipeline.maturity_stages import BASE, mixed_centroid
-from megatron_demix.pipeline.scoring import MERGED_CENTROID, proxy_score_of
+from megatron_demix.pipeline.preflight import few
+from megatron_demix.pipeline.scoring import MERGED_CENTROID, proxy_score_of, scored_losses
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
 from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.train_stages import horizon_line
@@ -45,7 +46,7 @@ def collect(dag: Dag) -> ReportData:
     from megatron_demix.report.data import ReportData
 
     choice = _choice(dag)
-    blend = _blend(dag)
+    blends = _blends(dag)
     line = horizon_line(dag.study)
     return ReportData(
         study=dag.study.name,
@@ -54,7 +55,8 @@ def collect(dag: Dag) -> ReportData:
         aim=dag.study.search.aim,
         higher_is_better=_higher_is_better(dag),
         tasks=_tasks(dag),
-        domains=_domains(dag, {name: row.epochs for name, row in blend.items()}),
+        domains=_domains(dag, {name: row.epochs for name, row in blends.get(FOUND, {}).items()}),
+        few=_few(dag),
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
         proxy_score=proxy_score_of(dag.study),
@@ -67,7 +69,7 @@ def collect(dag: Dag) -> ReportData:
         choice=choice,
         final=_final(dag),
         untrained=_untrained(dag),
-        blend=blend,
+        blends=blends,
         timings_s=_timings(dag),
     )
 
@@ -97,10 +99,21 @@ def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:
     total = sum(data_stages.tokens(dag.data, "train").values())
     rows = []
     for name, stage in dag.data.items():
-        train = read_json(stage.folder / data_stages.STATS)["splits"]["train"]
-        share = train["tokens"] / total
-        rows.append(Domain(name, train["documents"], train["tokens"], train.get("bytes"), share, epochs.get(name)))
+        splits = read_json(stage.folder / data_stages.STATS)["splits"]
+        train, share = splits["train"], splits["train"]["tokens"] / total
+        held_out = {split: (splits[split]["tokens"], splits[split]["documents"]) for split in ("valid", "test")}
+        rows.append(Domain(name, train["documents"], train["tokens"], train.get("bytes"), share, epochs.get(name), held_out))
     return rows
+
+
+def _few(dag: Dag) -> list[str]:
+    """Of domains whose loss is measured."""
+    said = []
+    for name in scored_losses(dag):
+        if dag.data[name].is_intact():
+            splits = read_json(dag.data[name].folder / data_stages.STATS)["splits"]
+            said += [few(dag.study, name, split, **splits[split]) for split in ("valid", "test")]
+    return [sentence[0].upper() + sentence[1:] for sentence in said if sentence]
 
 
 def _losses(dag: Dag) -> Iterator[tuple[str, dict[str, list[float]]]]:
@@ -225,17 +238,18 @@ def _untrained(dag: Dag) -> dict[str, dict[str, float]]:
     return {label: rows[name] for label, name in named.items() if name in rows}
 
 
-def _blend(dag: Dag) -> dict[str, BlendRow]:
+def _blends(dag: Dag) -> dict[str, dict[str, BlendRow]]:
     from megatron_demix.report.data import BlendRow
 
-    stage = dag.blends[FOUND]
-    if not stage.is_intact():
-        return {}
-    domains = read_json(next(stage.folder.glob("*.blend.json")))["domains"]
-    return {
-        name: BlendRow(d["requested_tokens"], d["planned_tokens"], d["tokens"], d["epochs"], d["documents"])
-        for name, d in domains.items()
-    }
+    found = {}
+    for mixture, stage in dag.blends.items():
+        if stage.is_intact():
+            domains = read_json(next(stage.folder.glob("*.blend.json")))["domains"]
+            found[mixture] = {
+                name: BlendRow(d["requested_tokens"], d["planned_tokens"], d["tokens"], d["epochs"], d["documents"])
+                for name, d in domains.items()
+            }
+    return found
 
 
 def _timings(dag: Dag) -> dict[str, float]:

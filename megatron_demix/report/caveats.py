@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_demix.report.data import ReportData
+from collections.abc import Mapping
+
+from megatron_demix.report.data import BlendRow, ReportData
 from megatron_demix.report.maturity import maturity_warning
 from megatron_demix.report.verdict import Verdict
 
@@ -61,6 +63,7 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
         for name, task in data.tasks.items()
         if task.cut
     ]
+    found += data.few
     if data.extrapolation_warning:
         found.append(data.extrapolation_warning)
     if maturity := maturity_warning(data):
@@ -83,13 +86,26 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     elif 0 < (few := min((g.num_seeds for g in verdict.groups), default=0)) <= 3:
         seeds = f"{few} seed{'s' * (few > 1)}"
         found.append(f"{seeds} a mixture give a rough estimate of the noise: the intervals are wide for that reason.")
-    for name, row in data.blend.items():
-        if row.requested_tokens and abs(row.realised_tokens - row.requested_tokens) > 0.02 * row.requested_tokens:
-            found.append(
-                f"The blend holds {row.realised_tokens} tokens of {name}, {row.requested_tokens} were asked for: "
-                "its documents or its epoch limit did not allow more exactness."
-            )
-    return found
+    return found + [_inexact(mixture, rows) for mixture, rows in data.blends.items() if any(map(_is_off, rows.values()))]
+
+
+def _is_off(row: BlendRow) -> bool:
+    return abs(row.realised_tokens - row.requested_tokens) > 0.02 * row.requested_tokens
+
+
+def _inexact(mixture: str, rows: Mapping[str, BlendRow]) -> str:
+    asked, made = (
+        sum(tokens) for tokens in zip(*((r.requested_tokens, r.realised_tokens) for r in rows.values()), strict=True)
+    )
+    off = ", ".join(
+        f"{row.realised_tokens / max(made, 1):.1%} {name} where {row.requested_tokens / max(asked, 1):.1%} were asked for"
+        for name, row in rows.items()
+        if _is_off(row)
+    )
+    return (
+        f"The final data of {mixture} holds {off}: it consists of whole documents in an order drawn by chance, and each domain "
+        "is off by up to one of its own. A larger final.tokens, or shorter documents, come nearer."
+    )
 
 
 def _at_the_floor(data: ReportData) -> list[str]:

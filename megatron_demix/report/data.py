@@ -30,6 +30,8 @@ class Domain:
     natural_share: float
     epochs: float | None = None
     """How often the final run repeats it at the found mixture."""
+    held_out: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By split that scores: its tokens and documents."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class FinalRun:
 
 @dataclass(frozen=True)
 class BlendRow:
-    """Tokens of one domain in the found mixture's final data."""
+    """Tokens of one domain in the final data of one mixture."""
 
     requested_tokens: int
     planned_tokens: int
@@ -177,6 +179,8 @@ class ReportData:
     tasks: Mapping[str, Task] = field(default_factory=dict)
     """By name."""
     domains: Sequence[Domain] = ()
+    few: Sequence[str] = ()
+    """What is to be said against scores on little held-out data."""
     losses: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     """Loss curves by stage name ("components/code"): {"iteration": [...], "lm loss": [...]}, in nats per token. Runs whose
     names share the part before the last slash are drawn together."""
@@ -196,8 +200,8 @@ class ReportData:
     final: Sequence[FinalRun] = ()
     untrained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores on the same split of models that had no final run: the base, the found mixture's proxy."""
-    blend: Mapping[str, BlendRow] = field(default_factory=dict)
-    """By domain."""
+    blends: Mapping[str, Mapping[str, BlendRow]] = field(default_factory=dict)
+    """By final mixture, then domain."""
     timings_s: Mapping[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage."""
 
@@ -211,6 +215,11 @@ class ReportData:
                     f"report of {self.study!r}: final run {run.mixture!r}, seed {run.seed}, has no score {missing[0]!r}, "
                     f"which the objective needs; it has {', '.join(run.scores) or 'none'}. Score it again."
                 )
+
+    @property
+    def blend(self) -> Mapping[str, BlendRow]:
+        """Of the found mixture."""
+        return self.blends.get(FOUND, {})
 
     @property
     def kind_of_proxies(self) -> str:

@@ -14,6 +14,7 @@ from megatron_demix.launch.local import only_one
 from megatron_demix.launch.started import Started
 from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.reporting import collect
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -158,3 +159,10 @@ def test_scores_on_little_are_warned_of(study, overrides, said):
     dag = prepared(study, *overrides)
     with pytest.warns(UserWarning, match=said):
         preflight.check(dag.all)
+
+
+def test_the_report_shows_what_is_held_out_and_warns_of_little(study):
+    data = collect(prepared(study, "evaluate.tokens_per_domain=2k"))
+    tokens, documents = data.domains[1].held_out["valid"]
+    assert any(s.startswith(f"The valid split of domain 'english' has {tokens:,} tokens in {documents} doc") for s in data.few)
+    assert collect(prepared(study, "evaluate={tokens_per_domain: 2k, losses: [code]}")).few == []

@@ -39,7 +39,10 @@ def whole() -> ReportData:
             "rounds": [6, 6],
         },
         objective={"code": 3, "math": 1},
-        domains=[Domain("code", 120, 30_000, 90_000, 0.75, 0.8), Domain("math", 60, 10_000, 31_000, 0.25, 1.6)],
+        domains=[
+            Domain("code", 120, 30_000, 90_000, 0.75, 0.8, {"valid": (1234, 21), "test": (1300, 22)}),
+            Domain("math", 60, 10_000, 31_000, 0.25, 1.6, {"valid": (432, 11), "test": (470, 12)}),
+        ],
         losses=losses,
         rounds=[one_round(1), one_round(2)],
         choice=Choice(
@@ -58,6 +61,10 @@ def whole() -> ReportData:
             for name, loss in (("uniform", 1.3), ("found", 1.2), ("natural", 1.4))
             for seed, noise in ((1234, 0.0), (1235, 0.004))
         ],
-        blend={"code": BlendRow(600, 601, 601, 0.8, 12), "math": BlendRow(400, 300, 300, 1.6, 7)},
+        blends={
+            "found": {"code": BlendRow(600, 601, 601, 0.8, 12), "math": BlendRow(400, 300, 300, 1.6, 7)},
+            "natural": {"code": BlendRow(600, 600, 594, 0.8, 12), "math": BlendRow(200, 200, 390, 1.6, 7)},
+            "uniform": {"code": BlendRow(500, 500, 501, 0.8, 12), "math": BlendRow(500, 500, 499, 1.6, 7)},
+        },
         timings_s={"base": 10.0, "components/code": 61.0, "components/math": 62.0},
     )

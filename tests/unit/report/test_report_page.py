@@ -91,7 +91,18 @@ def test_plots_follow_the_theme(text):
 
 
 def test_numbers_and_names_are_in_it(text):
-    for expected in ("60.0 %", "70.0 %", "1.2020", "0.0028", "r2_5", "2m03s", "model.num_layers", "quadratic"):
+    for expected in (
+        "60.0 %",
+        "70.0 %",
+        "1.2020",
+        "0.0028",
+        "r2_5",
+        "2m03s",
+        "model.num_layers",
+        "quadratic",
+        "valid tokens",
+        "1.23k",
+    ):
         assert expected in text, expected
     assert not re.search(r">\s*-?(nan|inf)\b", text, re.IGNORECASE)
 
