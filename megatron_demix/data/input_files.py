@@ -84,6 +84,14 @@ def _matches(pattern: Path) -> list[Path]:
     return [path for path in found if rest[-1].startswith("_") or not path.name.startswith("_")]
 
 
+def names_of(files: Sequence[Path]) -> list[str]:
+    """What lists of documents call each file: its path from the folder that holds all of them, since shards of several dumps
+    often have the same names."""
+    paths = [os.path.abspath(file) for file in files]
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
+
+
 def format_of(file: Path) -> str:
     """Its name in lower case, without what says how it is compressed."""
     return file.name.lower().removesuffix(".gz").removesuffix(".zst")

@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from megatron_demix import native
-from megatron_demix.data.input_files import JSON_LINES, PARQUET, format_of
+from megatron_demix.data.input_files import JSON_LINES, PARQUET, format_of, names_of
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput
 
@@ -42,6 +42,8 @@ class Block:
 
     number: int
     file: Path
+    name: str
+    """Its file's, as names_of gives it for all inputs."""
     kind: Literal["json", "text", "column"]
     data: Any
     first: int
@@ -57,7 +59,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Documents:
-    """A parsed block. rejected: ("file:line", reason)."""
+    """A parsed block. rejected: ("name of the file:line", reason)."""
 
     text: TextBatch
     rejected: list[tuple[str, str]] = field(default_factory=list)
@@ -72,13 +74,13 @@ def read_blocks(
     uncompressed file, a row group of a Parquet file, and compressed and plain text files as a whole. So the parts are known
     to each process by itself, and end to end they are the stream.
     """
-    number = 0
+    number, names = 0, dict(zip(files, names_of(files), strict=True))
     for file, begin, end in _part_of(files, part):
         try:
             taken = begin
             for kind, data, first, lines, position in _blocks_of(file, json_key, block_bytes or BLOCK_BYTES, begin, end):
                 skipped = begin if kind == "json" else 0
-                yield Block(number, file, kind, data, first, position - taken, lines, skipped)
+                yield Block(number, file, names[file], kind, data, first, position - taken, lines, skipped)
                 number, taken = number + 1, position
         except (OSError, EOFError, zlib.error) as e:
             raise CorruptInput(f"{file} cannot be read: {e}.") from e
@@ -334,7 +336,7 @@ def parse(block: Block, *, json_key: str = "text", on_bad_document: BadDocuments
         return _parse_one_by_one(block, json_key, on_bad_document)
     content, offsets, lines = scanned
     empty = np.diff(offsets) == 0
-    rejected = [(f"{block.file.name}:{block.first + n}", "empty") for n in lines[empty].tolist()]
+    rejected = [(f"{block.name}:{block.first + n}", "empty") for n in lines[empty].tolist()]
     return Documents(TextBatch(content, np.append(offsets[:-1][~empty], offsets[-1])), rejected)
 
 
@@ -368,12 +370,12 @@ def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments
                     f"{block.file}:{line + _lines_before(block)}: {e}. {key}orrect the file, or have such documents "
                     "rejected and listed (--on-bad-document reject; in a study, prepare.on_bad_document)."
                 ) from e
-            rejected.append((f"{block.file.name}:{line}", str(e)))
+            rejected.append((f"{block.name}:{line}", str(e)))
             continue
         if text:
             texts.append(text)
         else:
-            rejected.append((f"{block.file.name}:{line}", "empty"))
+            rejected.append((f"{block.name}:{line}", "empty"))
     return Documents(TextBatch.of(texts), rejected)
 
 

@@ -27,10 +27,12 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. A file is a task of datatrove's: it is what workers share out."""
+    """One input file, and its name among the domain's (names_of). A file is a task of datatrove's: it is what workers share
+    out."""
 
     domain: str
     file: Path
+    name: str
     json_key: str = "text"
 
 
@@ -71,7 +73,7 @@ EMPTY = "empty"
 def _document(source: Source, line: int, kind: str, item: Any) -> tuple[Document, str | None]:
     """The document, and what is wrong with it: then its text is what could be read, and no other field is kept."""
     about: dict[str, Any] = {"domain": source.domain, "key": source.json_key, "record": {}}
-    document = Document(text="", id=f"{source.file.name}:{line}", metadata=about)
+    document = Document(text="", id=f"{source.name}:{line}", metadata=about)
     try:
         document.text = text_of(item, kind, source.json_key).decode()
         about["record"] = _record(item, kind)

@@ -22,7 +22,7 @@ from megatron_demix.data.clean.cuts import Grades
 from megatron_demix.data.clean.documents import Source
 from megatron_demix.data.clean.plan import Pass, plan
 from megatron_demix.data.clean.scores import Perplexity, Quality
-from megatron_demix.data.input_files import resolve_inputs
+from megatron_demix.data.input_files import names_of, resolve_inputs
 from megatron_demix.data.inputs import BadDocuments
 from megatron_demix.errors import ConfigError, OutputExists, storage_errors
 from megatron_demix.locks import take_lock
@@ -62,7 +62,11 @@ def clean_domains(
     # A study knows by its artifacts what is done; beside an output of its own, a note says what it was made from.
     note = output.with_name(f".{output.name}.made_from.json") if work is None else None
     work = Path(work or output.with_name(f".{output.name}.work")).absolute()
-    sources = [Source(d, f.absolute(), (json_keys or {}).get(d, "text")) for d, files in inputs.items() for f in files]
+    sources = [
+        Source(domain, file.absolute(), name, (json_keys or {}).get(domain, "text"))
+        for domain, files in inputs.items()
+        for file, name in zip(files, names_of(files), strict=True)
+    ]
     tasks = {n: resolve_inputs(files, root) for n, files in (spec.contamination.tasks if spec.contamination else {}).items()}
     identity = fingerprint(_identity(sources, tasks, spec, grades, output, on_bad_document))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

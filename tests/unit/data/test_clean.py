@@ -209,6 +209,15 @@ def test_what_is_no_document_ends_the_run_or_is_listed(tmp_path):
     assert [r["removed"]["document"] for r in listed] == ["a.jsonl:2", "a.jsonl:3"]
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    inputs = {"x": [write(tmp_path / folder / "x.jsonl", [folder, ""])[0] for folder in "ab"]}
+    clean(inputs, tmp_path / "out", NOTHING)
+    removed = [record["removed"]["document"] for record in records(tmp_path / "out/removed/unreadable/x")]
+    assert removed == ["a/x.jsonl:2", "b/x.jsonl:2"]
+
+
 def test_fields_that_json_cannot_hold_are_text(tmp_path):
     """Nobody trains on them."""
     rows = {"text": PROSE[:1], "sha1": [b"\xff\x00"], "price": [Decimal("1.50")], "day": [date(2020, 1, 2)], "n": [2**64 - 1]}

@@ -92,6 +92,20 @@ def test_a_wrong_key_says_where_it_is_set(tmp_path):
         documents([tmp_path / "x.jsonl"])
 
 
+def test_shards_of_one_name_are_told_apart(tmp_path):
+    files = []
+    for folder in ("b", "a/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.jsonl").write_text('{"text": ""}\n5\n')
+        files.append(tmp_path / folder / "x.jsonl")
+    read = read_documents(files, on_bad_document="reject")
+    assert [place for batch in read for place, _ in batch.rejected] == [
+        *("b/x.jsonl:1", "b/x.jsonl:2", "a/deep/x.jsonl:1", "a/deep/x.jsonl:2")
+    ]
+    (batch,) = read_documents(files[:1], on_bad_document="reject")
+    assert batch.rejected[0][0] == "x.jsonl:1"
+
+
 def test_plain_text_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"three"))
@@ -172,7 +186,7 @@ def test_a_slice_of_a_column(tmp_path):
     import pyarrow as pa
 
     column = pa.array(["zero", "one", None, "", "two", "three"])[1:5]
-    batch = inputs.parse(inputs.Block(0, tmp_path / "a.parquet", "column", column, 5, 0))
+    batch = inputs.parse(inputs.Block(0, tmp_path / "a.parquet", "a.parquet", "column", column, 5, 0))
     assert batch.text.strings() == ["one", "two"]
     assert [place for place, _ in batch.rejected] == ["a.parquet:6", "a.parquet:7"]
 
