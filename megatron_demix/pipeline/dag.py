@@ -14,7 +14,7 @@ from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.given_checkpoint import with_rows_of_base
 from megatron_demix.pipeline.huggingface_base import with_base
-from megatron_demix.pipeline.inputs import Absent, InputDigests
+from megatron_demix.pipeline.inputs import Absent, InputDigests, check_apart
 from megatron_demix.pipeline.maturity_stages import Maturity
 from megatron_demix.pipeline.merging import rules_of, second_order
 from megatron_demix.pipeline.stage import Stage, with_needs
@@ -114,6 +114,7 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
     data_stages.check_prefixes(study, root)
     inputs = {d.name: _inputs(d, root, digests) for d in study.domains}
+    check_apart(study, inputs)
     if cleaned := data_stages.clean(study, root, run, inputs, digests):
         cleaned = _where_done(cleaned, elsewhere)
     tokenizer = _where_done(data_stages.tokenizer(study, root, run, inputs, digests, cleaned), elsewhere)

@@ -10,14 +10,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_demix.artifact import fingerprint, hash_file, write_json
-from megatron_demix.errors import DemixError, StorageError
+from megatron_demix.errors import ConfigError, DemixError, StorageError
 from megatron_demix.progress import Advance, progress_bar
+from megatron_demix.study.study import Study
 
 Absent = Literal["refused", "remembered", "allowed"]
 """What becomes of inputs that are not there. refused: an error. remembered: they are as they were when they were last read, an
 error if they never were. allowed: something stands for them, so that all is as it will be but the keys."""
 _WORTH_A_BAR = 4 << 30
 _KEEP_EVERY_S = 60
+
+
+def check_apart(study: Study, inputs: Mapping[str, list[Path]]) -> None:
+    """Raises ConfigError where two domains read one field of one file, under whatever names. inputs: by domain, as resolved."""
+    seen: dict[tuple[Any, str], tuple[str, Path]] = {}
+    for domain in study.domains:
+        for path in inputs[domain.name] if domain.prefixes is None else ():
+            facts = path.stat() if path.exists() else None
+            identity = (facts.st_dev, facts.st_ino) if facts else str(path.resolve())
+            other, first = seen.setdefault((identity, domain.json_key), (domain.name, path))
+            if other != domain.name:
+                also = "" if first == path else f", there as {first}"
+                raise ConfigError(
+                    f"domains: {path} is an input of {domain.name!r}, and of {other!r}{also}. Nobody could tell the two by it: "
+                    "name it in one of them, or write patterns that keep them apart."
+                )
 
 
 def _digest(path: Path, advance: Advance) -> str:

@@ -393,6 +393,19 @@ def test_missing_text_is_named(study_path):
         keys(study_path, "domains.0={name: code, inputs: [nothing.txt]}")
 
 
+@pytest.mark.parametrize("same", ["pattern", "link"])
+def test_a_file_in_two_domains_is_refused(study_path, same):
+    code, english = (study_path.parent / f"{name}.jsonl" for name in ("code", "english"))
+    if same == "link":
+        english.unlink()
+        english.hardlink_to(code)
+    pattern = "domains.1={name: english, inputs: ['*.jsonl']}" if same == "pattern" else "seed=1"
+    said = r"domains: .*\.jsonl is an input of 'english', and of 'code'"
+    with pytest.raises(ConfigError, match=f"{said}, there as {code}" if same == "link" else rf"{said}\. Documents"):
+        keys(study_path, pattern)
+    keys(study_path, pattern, "domains.0.json_key=title")  # other text of the same file
+
+
 def test_missing_tokenizer_is_named(study_path):
     with pytest.raises(ConfigError, match=r"tokenizer\.model: .*tok\.json does not exist"):
         keys(study_path, "tokenizer={type: huggingface, model: tok.json}")
