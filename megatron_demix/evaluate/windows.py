@@ -78,4 +78,5 @@ class _Stream:
                 piece = reader.sequence(sequence)[start - begins[sequence] :][:count]
                 pieces.append(piece.astype(np.int64))
                 start, count, sequence = start + len(piece), count - len(piece), sequence + 1
+            reader.check_still_there()
         return np.concatenate(pieces)

@@ -12,6 +12,10 @@ from megatron_demix.errors import CorruptInput
 from megatron_demix.indexed.format import DTYPES, HEADER_BYTES, bin_path, idx_path
 
 
+_SHORTER = "{} became shorter, or its disk failed, while it was read. Copy it again from its source, and leave it alone while it is "
+    "used."
+
+
 @dataclass(frozen=True)
 class Index:
     """A checked .idx, mapped into memory.
@@ -35,10 +39,7 @@ class Index:
     def check_still_there(self) -> None:
         """Raises CorruptInput if zeros have been read in the place of what was there."""
         if self.file is not None and self.file.lost:
-            raise CorruptInput(
-                f"{idx_path(self.prefix)} became shorter, or its disk failed, while it was read. Copy it again from its "
-                "source, and leave it alone while it is used."
-            )
+            raise CorruptInput(_SHORTER.format(idx_path(self.prefix)))
 
     @property
     def num_sequences(self) -> int:
@@ -116,12 +117,22 @@ def _explain(facts: native.IndexCheck, bin_bytes: int) -> str:
 
 
 class IndexedReader:
-    """Token ids of an indexed data set, straight from the mapped .bin."""
+    """Token ids of an indexed data set, straight from the mapped .bin. It keeps no descriptor either."""
 
     def __init__(self, prefix: Path | str) -> None:
         self.index = read_index(prefix)
-        path = bin_path(prefix)
-        self._bytes = np.memmap(path, np.uint8, mode="r") if self.index.bin_bytes else np.empty(0, np.uint8)
+        try:
+            self._file = native.MappedFile(bin_path(prefix)) if self.index.bin_bytes else None
+        except OSError as e:
+            raise CorruptInput(f"{bin_path(prefix)} cannot be read: {e.strerror}.") from e
+        self._bytes = self._file.data if self._file else np.empty(0, np.uint8)
+        self.check_still_there()
+
+    def check_still_there(self) -> None:
+        """Raises CorruptInput if zeros may have been read in the place of what was there."""
+        self.index.check_still_there()
+        if self._file and (self._file.lost or self._bytes.size < self.index.bin_bytes):
+            raise CorruptInput(_SHORTER.format(bin_path(self.index.prefix)))
 
     @property
     def num_documents(self) -> int:
@@ -132,7 +143,7 @@ class IndexedReader:
         if not 0 <= number < self.index.num_sequences:
             raise IndexError(f"sequence {number} of {self.index.num_sequences} in {self.index.prefix}")
         pointer, length = int(self.index.pointers[number]), int(self.index.lengths[number])
-        self.index.check_still_there()
+        self.check_still_there()
         return np.frombuffer(self._bytes, self.index.dtype, length, pointer)
 
     def tokens(self, document: int, start: int = 0, count: int | None = None) -> np.ndarray:

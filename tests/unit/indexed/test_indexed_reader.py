@@ -73,9 +73,9 @@ def test_a_view_knows_that_it_is_one(prefix, tmp_path):
 def test_an_index_keeps_no_descriptor(prefix):
     """Else a pool of a thousand prefixes is more than a process may have open."""
     before = os.listdir("/proc/self/fd")
-    index = read_index(prefix)
+    index, reader = read_index(prefix), IndexedReader(prefix)
     assert os.listdir("/proc/self/fd") == before
-    assert index.num_documents == 4
+    assert index.num_documents == reader.num_documents == 4
 
 
 def test_an_index_that_becomes_shorter_while_it_is_read(prefix):
@@ -84,6 +84,14 @@ def test_an_index_that_becomes_shorter_while_it_is_read(prefix):
     for use in (lambda: reader.sequence(1), lambda: reader.tokens(1), reader.index.check_still_there):
         with pytest.raises(CorruptInput, match=r"data\.idx became shorter, or its disk failed, while it was read"):
             use()
+
+
+def test_tokens_that_become_fewer_while_they_are_read(prefix):
+    reader = IndexedReader(prefix)
+    os.truncate(f"{prefix}.bin", 0)
+    assert not reader.sequence(2).any()
+    with pytest.raises(CorruptInput, match=r"data\.bin became shorter, or its disk failed, while it was read"):
+        reader.check_still_there()
 
 
 def test_empty_data_set(tmp_path):
