@@ -32,7 +32,7 @@ _TOKENS = {"base": "base.tokens", "component": "component.tokens", "proxy": "sea
 # How a run is spread over ranks, and how often it saves and speaks, does not decide what it learns.
 _NOT_IN_KEY = {
     *("micro_batch_size", "use_distributed_optimizer", "recompute_granularity", "timeout"),
-    *("save_interval", "keep_checkpoints", "log_interval", "eval_interval", "eval_iters"),
+    *("save_interval", "keep_checkpoints", "log_interval"),
     *("loss_spike_factor", "loss_spike_window", "loss_spike_patience"),
 }
 

@@ -107,7 +107,8 @@ class TrainSpec(Section):
     save_interval: int = Field(500, ge=1)
     """Optimiser steps between the checkpoints a killed run resumes from."""
     keep_checkpoints: int = Field(2, ge=2)
-    """While a run goes on: if the newest turns out damaged, the one before is resumed from. A finished run keeps its last."""
+    """While a run goes on: if the newest turns out damaged, the one before is resumed from. A study's finished run keeps its
+    last."""
     loss_spike_factor: float = Field(1.5, gt=1)
     """A loss above this times its recent median is a spike."""
     loss_spike_window: int = Field(64, ge=2)
@@ -115,8 +116,6 @@ class TrainSpec(Section):
     loss_spike_patience: int = Field(32, ge=1)
     """Consecutive spikes after which the run is stopped as diverged. NaN and infinity stop it at once."""
     log_interval: int = Field(10, ge=1)
-    eval_interval: int | None = Field(None, ge=1)
-    eval_iters: int = Field(4, ge=1)
     timeout: Seconds = 1800
     """A collective that waits longer than this has lost a rank: the run is stopped."""
 

@@ -104,8 +104,6 @@ def _of_models(study: Study) -> Iterator[_Unused]:
 
 
 def _of_training(study: Study) -> Iterator[_Unused]:
-    why = "a study evaluates when a model is trained (evaluate), and not before"
-    yield from _given("train", study.train, ("eval_interval", "eval_iters"), why)
     if study.trainer.backend == "megatron_core":
         yield from _given("trainer", study.trainer, ("checkout", "script", "args"), "trainer.backend is megatron_core")
     if study.base.tokens is None:

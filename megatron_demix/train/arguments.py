@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
@@ -30,6 +31,8 @@ _JOB_FLAGS: dict[str, tuple[str, type]] = {
     "train_iters": ("train-iters", int),
     "vocab_size": ("vocab-size", int),
     "eod_id": ("eod-id", int),
+    "eval_interval": ("eval-interval", int),
+    "eval_iters": ("eval-iters", int),
     "seed": ("seed", int),
     "name": ("name", str),
     "init_checkpoint": ("load", Path),
@@ -50,7 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 _add(group, name, field)
     group = parser.add_argument_group("run")
     for name, (flag, kind) in _JOB_FLAGS.items():
-        group.add_argument(f"--{flag}", dest=name, type=kind, default=argparse.SUPPRESS)
+        default = TrainJob.model_fields[name].default
+        shown = None if default in (None, PydanticUndefined) else f"default: {default}"
+        group.add_argument(f"--{flag}", dest=name, type=kind, default=argparse.SUPPRESS, help=shown)
+    group.add_argument(
+        "--override-opt-param-scheduler",
+        action="store_true",
+        help="go on with more iterations on their schedule, even if the learning rate jumps",
+    )
     group.add_argument("--data-path", nargs="+", metavar="WORD", help="one prefix, or pairs of weight and prefix")
     group.add_argument("--data-args-path", type=Path, help="file that holds what --data-path takes")
     group.add_argument("--valid-data-path", nargs="+", metavar="NAME=PREFIX", default=[])
@@ -71,7 +81,7 @@ def job_from_arguments(arguments: argparse.Namespace, *, world_size: int) -> Tra
     data: dict[str, Any] = {
         section: {name: given[name] for name in spec.model_fields if name in given} for section, spec in _SECTIONS.items()
     }
-    data |= {name: given[name] for name in _JOB_FLAGS if name in given}
+    data |= {name: given[name] for name in (*_JOB_FLAGS, "override_opt_param_scheduler") if name in given}
     ranks = _checked(ParallelSpec, data["parallel"]).world_size
     if world_size % ranks:
         raise ConfigError(
@@ -82,7 +92,8 @@ def job_from_arguments(arguments: argparse.Namespace, *, world_size: int) -> Tra
         data = {"name": data["work"].name, "index_cache": data["work"].with_name(f"{data['work'].name}.index")} | data
     data |= {"seed": data.get("seed", 1234), "blend": _blend(arguments)}
     data["valid"] = dict(_named_prefix(text) for text in arguments.valid_data_path)
-    return _checked(TrainJob, data)
+    job = _checked(TrainJob, data)
+    return job.model_copy(update={"keep_at_end": job.train.keep_checkpoints})
 
 
 def _checked(spec: type[_Spec], data: Any) -> _Spec:

@@ -168,10 +168,11 @@ class Checkpoints:
         return 0
 
     def finish(self) -> None:
-        """Remove every checkpoint but the last and those of job.keep, and what killed runs left."""
+        """Remove every checkpoint but the newest keep_at_end and those of job.keep, and what killed runs left."""
         last = self._job.train_iters
         if self._rank == 0:
-            self._drop([i for i in iterations_in(self._job.work) if i != last and i not in self._job.keep])
+            others = [i for i in iterations_in(self._job.work) if i not in self._job.keep or i == last]
+            self._drop(others[: -self._job.keep_at_end])
             for name in (_UNFINISHED, _DAMAGED, _OLD):
                 for left in self._job.work.glob(f"{name}*"):
                     shutil.rmtree(left, ignore_errors=True)

@@ -52,7 +52,7 @@ def training_data(job: TrainJob) -> torch.utils.data.Dataset:
 
 def validation_data(job: TrainJob) -> dict[str, torch.utils.data.Dataset]:
     """eval_iters x global_batch_size samples of every validation set, by name: the same ones at each evaluation."""
-    num_samples = job.train.eval_iters * job.train.global_batch_size
+    num_samples = job.eval_iters * job.train.global_batch_size
     return {name: _build(job, [(prefix, 1.0)], num_samples) for name, prefix in sorted(job.valid.items())}
 
 

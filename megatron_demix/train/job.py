@@ -26,6 +26,10 @@ class TrainJob(BaseModel):
     """Iterations that the learning rate's schedule is made for. Default: train_iters. With more, the run ends before it."""
     keep: list[Annotated[int, Field(ge=1)]] = []
     """Iterations whose checkpoints stay, beside the last one's."""
+    keep_at_end: int = Field(1, ge=1)
+    """Newest checkpoints that a finished run has, beside those of `keep`."""
+    override_opt_param_scheduler: bool = False
+    """A resumed run may follow the schedule of another length from there on, even if the learning rate jumps."""
     vocab_size: int = Field(ge=2)
     """Number of token ids, before padding."""
     eod_id: int = Field(ge=0)
@@ -33,10 +37,14 @@ class TrainJob(BaseModel):
     """Megatron path prefixes (without .bin/.idx) and their shares of the samples. A share of 0 drops the source."""
     valid: dict[str, Path] = {}
     """Validation prefixes by name; each is logged as `lm loss validation-<name>`."""
+    eval_interval: int | None = Field(None, ge=1)
+    """Iterations between evaluations on them. Default: at the end only."""
+    eval_iters: int = Field(4, ge=1)
+    """Global batches of each that are evaluated."""
     init_checkpoint: Path | None = None
     """Weights to start from. Iteration, optimizer and schedule start afresh."""
     work: Path
-    """Folder of this run: checkpoints, losses.jsonl. Starting again resumes from its newest good checkpoint."""
+    """Folder of this run: checkpoints, losses.jsonl, validation.jsonl. Starting again resumes from its newest checkpoint."""
     index_cache: Path
     """Folder for megatron.core's sample indices."""
     tensorboard: Path | None = None

@@ -1,4 +1,5 @@
-"""What a run tells the outside while it trains: losses.jsonl, TensorBoard, a heartbeat file, a line now and then."""
+"""What a run tells the outside while it trains: losses.jsonl, validation.jsonl, TensorBoard, a heartbeat file, a line now and
+then."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 from megatron_demix.progress import Heartbeat
 from megatron_demix.train.derived import padded_vocab_size
 from megatron_demix.train.job import TrainJob
-from megatron_demix.train.losses import FILE, LossLog
+from megatron_demix.train.losses import FILE, VALIDATION, LossLog, read_losses
 from megatron_demix.train.stragglers import Straggler
 from megatron_demix.train.throughput import device_memory_bytes, device_peak_flops, flops_per_token
 from megatron_demix.units import format_bytes, format_count
@@ -21,6 +22,9 @@ class Journal:
         """iteration: the last one that is done. Raises CorruptInput where losses.jsonl lacks what was done."""
         self._job = job
         self._losses = LossLog(job.work / FILE, iteration=iteration)
+        self._validation = LossLog(job.work / VALIDATION, iteration=iteration, gaps=True) if job.valid else None
+        self.evaluated = max((int(row["iteration"]) for row in read_losses(job.work / VALIDATION)), default=0)
+        """The last iteration that was evaluated."""
         self._heartbeat = Heartbeat(job.heartbeat) if job.heartbeat else None
         self._scalars = None
         if job.tensorboard is not None:
@@ -38,13 +42,22 @@ class Journal:
         iteration = int(row["iteration"])
         self._losses.append(row)
         self._beat(iteration, loss=row["lm loss"])
+        self._show(row)
+
+    def evaluation(self, row: Mapping[str, float]) -> None:
+        """An iteration has been evaluated. row: as losses.read_losses describes."""
+        assert self._validation is not None
+        self._validation.append(row)
+        self._show(row)
+
+    def _show(self, row: Mapping[str, float]) -> None:
         if self._scalars:
             for name, value in row.items():
                 if name != "iteration":
-                    self._scalars.add_scalar(name, value, iteration)
+                    self._scalars.add_scalar(name, value, int(row["iteration"]))
 
     def speak(self, row: Mapping[str, float], straggler: Straggler | None) -> None:
-        """A line about the iterations since the last one. row: of the last one done."""
+        """A line about the iterations since the last one. row: of the last one done, with its evaluation."""
         iteration = int(row["iteration"])
         now = time.perf_counter()
         seconds = (now - self._since) / max(1, iteration - self._seen)
@@ -83,10 +96,13 @@ class Journal:
             self._heartbeat.beat(iteration, self._job.train_iters, "iterations", **facts)
 
     def sync(self) -> None:
-        """Make losses.jsonl durable up to here: called before the checkpoint that relies on it. Raises StorageError."""
-        self._losses.sync()
+        """Make losses.jsonl and validation.jsonl durable up to here: called before the checkpoint that relies on them. Raises
+        StorageError."""
+        for log in filter(None, (self._losses, self._validation)):
+            log.sync()
 
     def close(self) -> None:
-        self._losses.close()
+        for log in filter(None, (self._losses, self._validation)):
+            log.close()
         if self._scalars:
             self._scalars.close()

@@ -1,4 +1,5 @@
-"""losses.jsonl: one line an iteration, without times, so that equal runs write equal files; and the guard that reads it."""
+"""losses.jsonl: one line an iteration, and validation.jsonl: one an evaluation; without times, so that equal runs write equal
+files. And the guard that reads the first."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import CorruptInput, Diverged, storage_errors
 from megatron_demix.study.training import TrainSpec
 
-FILE = "losses.jsonl"
+FILE, VALIDATION = "losses.jsonl", "validation.jsonl"
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """The lines of a losses.jsonl: "iteration" (from 1), "lm loss", "learning-rate", "grad-norm", and where it was evaluated
-    "lm loss validation-<name>". A half-written last line is left out. Raises CorruptInput."""
+    """The lines of a losses.jsonl: "iteration" (from 1), "lm loss", "learning-rate", "grad-norm"; or of a validation.jsonl:
+    "iteration", "lm loss validation-<name>". A half-written last line is left out. Raises CorruptInput."""
     rows = []
     lines = path.read_text().split("\n") if path.exists() else [""]
     for number, line in enumerate(lines[:-1], start=1):
@@ -37,7 +38,8 @@ class LossLog:
     def __init__(self, path: Path, *, iteration: int, gaps: bool = False) -> None:
         """Continue after `iteration`: lines beyond it are cut off. Raises CorruptInput if lines up to it are missing.
 
-        gaps: they may be, where they are what another program printed, and who listened to it was killed.
+        gaps: they may be, where not every iteration has one, or where they are what another program printed, and who listened
+        to it was killed.
         """
         kept = [row for row in read_losses(path) if row["iteration"] <= iteration]
         if not gaps and [row["iteration"] for row in kept] != list(range(1, iteration + 1)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,7 +89,8 @@ class Stepper:
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         first_sample = iteration * self._job.train.global_batch_size
-        loss, stopped = self._agree(self._run(dataset, first_sample, forward_only=False), stop)
+        total, num_tokens, stopped = self._agree(self._run(dataset, first_sample, forward_only=False), stop)
+        loss = total / num_tokens
         learning_rate = self._schedule.get_lr({})
         if not math.isfinite(loss):
             return StepResult(loss, math.nan, learning_rate, stopped)
@@ -97,14 +98,28 @@ class Stepper:
         self._schedule.step(increment=self._job.train.global_batch_size)
         return StepResult(loss, float(grad_norm), learning_rate, stopped)
 
-    def evaluate(self, dataset: torch.utils.data.Dataset) -> float:
-        """Mean loss over the first eval_iters global batches."""
+    def evaluate(
+        self, dataset: torch.utils.data.Dataset, *, stop: StopRequest | bool, progress: Callable[[], None]
+    ) -> float | None:
+        """Mean loss over the first eval_iters global batches; None as soon as some rank is asked to stop.
+
+        progress: called before each batch.
+        """
         batch = self._job.train.global_batch_size
+        total = num_tokens = 0.0
         self._model.eval()
-        with torch.no_grad():
-            sums = [self._run(dataset, i * batch, forward_only=True) for i in range(self._job.train.eval_iters)]
-        self._model.train()
-        return self._agree(torch.stack(sums).sum(0), False)[0]
+        try:
+            for i in range(self._job.eval_iters):
+                progress()
+                with torch.no_grad():
+                    sums = self._run(dataset, i * batch, forward_only=True)
+                part, num, stopped = self._agree(sums, stop)
+                if stopped:
+                    return None
+                total, num_tokens = total + part, num_tokens + num
+        finally:
+            self._model.train()
+        return total / num_tokens
 
     def _run(self, dataset: torch.utils.data.Dataset, first_sample: int, *, forward_only: bool) -> torch.Tensor:
         """float64 [2]: this rank's sum of token losses and its number of tokens (zeros off the last stage)."""
@@ -122,8 +137,8 @@ class Stepper:
             return torch.zeros(2, dtype=torch.float64, device=self._device)
         return torch.stack(sums).sum(0)
 
-    def _agree(self, sums: torch.Tensor, stop: StopRequest | bool) -> tuple[float, bool]:
-        """Mean loss over all ranks, and whether any rank asks to stop, in one collective."""
+    def _agree(self, sums: torch.Tensor, stop: StopRequest | bool) -> tuple[float, float, bool]:
+        """Sum of losses and number of tokens over all ranks, and whether any rank asks to stop, in one collective."""
         stopped = bool(stop)  # read once: a signal may come at any time
         if self._job.parallel.world_size > 1:
             # Tensor parallel ranks hold the same sums: each is added that many times to both, and the mean is the same.
@@ -131,7 +146,7 @@ class Stepper:
             torch.distributed.all_reduce(message)
             sums, stopped = message[:2], bool(message[2] > 0)
         total, num_tokens = sums.tolist()
-        return total / num_tokens, stopped
+        return total, num_tokens, stopped
 
 
 def _endless() -> Iterator[None]:

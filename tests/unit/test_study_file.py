@@ -230,7 +230,6 @@ def test_a_budget_below_one_step_is_refused(load):
         ("model.moe_ffn_hidden_size=64", "model.moe_ffn_hidden_size has no effect: model.num_experts is not set"),
         ("model.rope_scaling_factor=4", "model.rope_scaling_factor has no effect: model.use_rope_scaling is false"),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel has no effect: parallel.tensor is 1"),
-        ("train.eval_interval=5", "train.eval_interval has no effect: a study evaluates when a model is trained"),
         ("base={checkpoint: a, lr: 0.1, mixture: uniform}", "base.mixture has no effect: the base is given"),
         ("final={tokens: 1M, min_lr: 1e-5, lr_decay_style: constant}", "final.min_lr has no effect: the learning rate stays"),
         ("train={seq_length: 8, global_batch_size: 8, min_lr: 1e-5, lr_decay_style: constant}", "train.min_lr has no effect"),

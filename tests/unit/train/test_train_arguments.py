@@ -25,10 +25,12 @@ def test_flags_become_a_job():
         NEEDED
         + " --tensor-model-parallel-size 2 --num-query-groups 2 --no-swiglu --qk-layernorm --lr 1e-3 --lr-decay-style WSD "
         "--precision fp32 --load base --seed 3 --data-path 0.7 code 0.3 text --valid-data-path code=code_valid text=text_valid "
-        "--distributed-timeout-seconds 90",
+        "--distributed-timeout-seconds 90 --keep-checkpoints 7 --eval-interval 5 --override-opt-param-scheduler",
         world_size=4,
     )
     assert (made.name, made.seed, made.train_iters, made.train.timeout) == ("tiny", 3, 10, 90)
+    assert (made.train.keep_checkpoints, made.keep_at_end, made.eval_interval, made.eval_iters) == (7, 7, 5, 4)
+    assert made.override_opt_param_scheduler
     assert (made.parallel.tensor, made.parallel.data) == (2, 2)
     assert (made.model.swiglu, made.model.qk_layernorm, made.model.num_query_groups) == (False, True, 2)
     assert (made.train.lr, made.train.lr_decay_style, made.train.precision) == (1e-3, "WSD", "fp32")

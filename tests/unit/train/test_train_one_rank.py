@@ -27,13 +27,12 @@ from megatron_demix.train.trainer import train
 def test_weights_start_a_new_run_and_must_fit(tmp_path, make_train_job):
     base = make_train_job(tmp_path / "base", train={"precision": "bf16"}, train_iters=3)
     train(base)
-    second = make_train_job(
-        tmp_path / "second", init_checkpoint=base.work, valid={"b": base.blend[1][0]}, train={"eval_interval": 3}
-    )
+    second = make_train_job(tmp_path / "second", init_checkpoint=base.work, valid={"b": base.blend[1][0]}, eval_interval=3)
     train(second)
     rows = read_losses(second.work / "losses.jsonl")
     assert rows[0]["lm loss"] < read_losses(base.work / "losses.jsonl")[0]["lm loss"] - 0.1
-    assert [row["iteration"] for row in rows if "lm loss validation-b" in row] == [3, 6]
+    evaluated = read_losses(second.work / "validation.jsonl")
+    assert [(row["iteration"], "lm loss validation-b" in row) for row in evaluated] == [(3, True), (6, True)]
     misfits = {
         "embedding.word_embeddings.weight has shape [384, 32], expected [384, 48]": {"hidden_size": 48},
         "layer_norm_weight has shape [2, 32], expected [3, 32]": {"num_layers": 3},
