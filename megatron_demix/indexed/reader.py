@@ -11,9 +11,7 @@ from megatron_demix import native
 from megatron_demix.errors import CorruptInput
 from megatron_demix.indexed.format import DTYPES, HEADER_BYTES, bin_path, idx_path
 
-
-_SHORTER = "{} became shorter, or its disk failed, while it was read. Copy it again from its source, and leave it alone while it is "
-    "used."
+_SHORTER = "{} became shorter, or its disk failed, while it was read. Copy it again from its source, and leave it alone."
 
 
 @dataclass(frozen=True)
