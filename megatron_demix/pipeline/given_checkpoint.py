@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import fingerprint
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import find_checkpoint
 from megatron_demix.checkpoint.model_function import differing, model_function
 from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.checkpoint.summary import weights_digest
 from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.study.study import Study
@@ -47,20 +47,11 @@ def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """`.metadata` is the same for all checkpoints of one shape, and shards are too large to be read for a key: it is the CRCs
-    which their archives promise that tell weights apart."""
     checkpoint = Checkpoint(folder, read_ahead=False)
-    tensors = checkpoint.model_tensors
-    checkpoint.touch_frames(chunk for info in tensors.values() for chunk in info.chunks)
-    chunks = [
-        [key, info.dtype, info.shape, chunk.offset, chunk.shape, checkpoint.payload(info, chunk).crc]
-        for key, info in sorted(tensors.items())
-        for chunk in info.chunks
-    ]
-    checkpoint.check_still_there()
+    tensors, digest = checkpoint.model_tensors, weights_digest(checkpoint)
     function = model_function(model_arguments(read_common_state(checkpoint)))
     rows = tensors[_EMBEDDING].shape[0] if _EMBEDDING in tensors else None
-    return {"digest": fingerprint(chunks), "function": _as_json(function), "rows": rows}
+    return {"digest": digest, "function": _as_json(function), "rows": rows}
 
 
 def check_function(study: Study, checkpoint: Path, found: GivenCheckpoint) -> None:

@@ -10,8 +10,10 @@ never removed.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import os
 import pickle
 import queue
@@ -61,8 +63,10 @@ from megatron_demix.train.common_state import (
     rng_state,
     same_rng_layout,
     set_rng_state,
+    start_without_path,
     without_identity,
 )
+from megatron_demix.train.derived import wsd_decay_iters
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.optimizer import loading, use_fused_kernel
 
@@ -91,8 +95,9 @@ class Checkpoints:
     ) -> None:
         """model: the GPTModel without wrappers."""
         self._job, self._model, self._optimizer, self._schedule = job, model, optimizer, schedule
-        self._blend = blend_without_paths(job)
         self._rank, self._num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._blend = blend_without_paths(job)
+        self._start = self._gather(start_without_path(job) if self._rank == 0 else None)[0]
 
     def save(self, iteration: int) -> Path:
         """Publish the state after `iteration` steps, then drop all but the newest keep_checkpoints and job.keep. Raises
@@ -195,7 +200,7 @@ class Checkpoints:
         """What a checkpoint holds, under the names Megatron-LM uses."""
         model = self._model.sharded_state_dict(metadata=_with_group(_CONTENT))
         state = {
-            "args": megatron_args(self._job, iteration, self._blend),
+            "args": megatron_args(self._job, iteration, self._blend, self._start),
             "checkpoint_version": 3.0,
             "iteration": iteration,
             "num_floating_point_operations_so_far": 0,
@@ -210,13 +215,17 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> None:
         with loading(self._optimizer):
+            common = dist_checkpointing.load_common_state_dict(str(folder))
+            saved = common["args"]
+            if self._start is None:  # what it began with is gone, and no longer needed
+                self._start = getattr(saved, "demix_start", None)
             state = self._state(0, loading=True)
-            saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
             if said := changed_settings(saved, state["args"]):
                 raise IncompatibleInputs(
                     f"run {self._job.name}: {folder} was trained with {said}. Resuming it would be neither run: set that back, "
                     f"choose another folder, or delete {self._job.work} to train again from the start."
                 )
+            self._check_schedule(folder, common["opt_param_scheduler"])
             if saved.train_iters != self._job.train_iters and self._rank == 0:
                 logger.warning(
                     "run %s: %s was trained with train_iters %s, and goes on with %s. A source that is read for more than one "
@@ -236,6 +245,25 @@ class Checkpoints:
         self._schedule.load_state_dict(loaded["opt_param_scheduler"])
         if same_layout:
             set_rng_state(loaded["rng_state"][0])
+
+    def _check_schedule(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        """Raises IncompatibleInputs where the schedule that was saved has another length, and the learning rate would jump."""
+        if self._job.override_opt_param_scheduler:
+            return
+        batch = self._job.train.global_batch_size
+        now, before = copy.copy(self._schedule), copy.copy(self._schedule)
+        now.num_steps = before.num_steps = saved["num_steps"]
+        before.lr_warmup_steps, before.lr_decay_steps = saved["lr_warmup_steps"], saved["lr_decay_steps"]
+        before.wsd_decay_steps = wsd_decay_iters(before.lr_decay_steps // batch) * batch
+        if not math.isclose(before.get_lr({}), now.get_lr({}), rel_tol=1e-6):
+            lengths = [
+                f"{s.lr_decay_steps // batch} iterations, {s.lr_warmup_steps // batch} of warm-up" for s in (before, now)
+            ]
+            raise IncompatibleInputs(
+                f"run {self._job.name}: {folder} was trained on a schedule of {lengths[0]}, and this one has {lengths[1]}: the "
+                f"next learning rate would be {now.get_lr({}):.3g}, not {before.get_lr({}):.3g}. Set train_iters back, choose "
+                "another folder, or go on with --override-opt-param-scheduler."
+            )
 
     def _checksums(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and digest of every file, as a Manifest holds them. Each rank reads, and makes durable, its share.

@@ -13,6 +13,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.checkpoint.summary import weights_digest
+from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.train.derived import model_arguments, padded_vocab_size
 from megatron_demix.train.job import TrainJob
 
@@ -27,8 +30,9 @@ _LAYOUT = {
     "micro_batch_size",
     "padded_vocab_size",  # its rows beyond the vocabulary follow the layout
 }
-_SINCE = {"lr_warmup_fraction", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "demix_blend"}
+_SINCE = {"lr_warmup_fraction", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "demix_blend", "demix_start"}
 """Compared only with checkpoints that say them: earlier versions saved none, and Megatron-LM not all."""
+SCRATCH = "scratch"
 _RNG_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 
@@ -37,10 +41,21 @@ def blend_without_paths(job: TrainJob) -> list[tuple[float, int]]:
     return [(weight, Path(f"{prefix}.bin").stat().st_size) for prefix, weight in job.blend if weight > 0]
 
 
-def megatron_args(job: TrainJob, iteration: int, blend: list[tuple[float, int]]) -> Namespace:
+def start_without_path(job: TrainJob) -> str | None:
+    """Names what a run starts from: the same wherever it lies. None where that cannot be read, as load_weights will say if it
+    is needed."""
+    if job.init_checkpoint is None:
+        return SCRATCH
+    try:
+        return weights_digest(Checkpoint(job.init_checkpoint, read_ahead=False))
+    except (ConfigError, CorruptInput):
+        return None
+
+
+def megatron_args(job: TrainJob, iteration: int, blend: list[tuple[float, int]], start: str | None) -> Namespace:
     """What Megatron-LM looks up in a checkpoint's saved arguments: it checks the shapes and takes the counters from here.
 
-    blend: as of blend_without_paths. Megatron-LM does not know it, and passes it over.
+    blend, start: as of blend_without_paths and start_without_path. Megatron-LM does not know them, and passes them over.
     """
     model, parallel, train = job.model, job.parallel, job.train
     return Namespace(
@@ -74,6 +89,7 @@ def megatron_args(job: TrainJob, iteration: int, blend: list[tuple[float, int]])
         attention_dropout=model.attention_dropout,
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         demix_blend=blend,
+        demix_start=start,
         iteration=iteration,
         consumed_train_samples=iteration * train.global_batch_size,
         skipped_train_samples=0,
@@ -94,6 +110,9 @@ def changed_settings(saved: Namespace, now: Namespace) -> str:
     if "demix_blend" in changed:
         before, after = map(_in_words, changed["demix_blend"])
         said["demix_blend"] = f"a blend of {before} (now {after})"
+    if "demix_start" in changed:
+        before, after = (start if start == SCRATCH else f"the weights {start}" for start in changed["demix_start"])
+        said["demix_start"] = f"a start from {before} (now {after})"
     return ", ".join(said.values())
 
 

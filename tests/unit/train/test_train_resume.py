@@ -203,15 +203,53 @@ def test_checkpoints_on_the_way_stay_and_a_run_may_end_before_its_schedule(tmp_p
         make_train_job(tmp_path, train_iters=5, schedule_iters=4)
 
 
-def test_a_run_that_goes_on_to_more_iterations_follows_their_schedule(tmp_path, make_train_job, caplog):
+def test_a_run_that_goes_on_to_more_iterations_follows_their_schedule_if_told_to(tmp_path, make_train_job, caplog):
     style = {"lr_decay_style": "linear"}
     train(make_train_job(tmp_path, train=style, train_iters=4))
     longer = make_train_job(tmp_path, train=style, train_iters=8)
+    said = (
+        "iter_0000004 was trained on a schedule of 4 iterations, 0 of warm-up, and this one has 8 iterations, 0 of warm-up: "
+        "the next learning rate would be 0.0015, not 0. Set train_iters back, choose another folder, or go on with "
+        "--override-opt-param-scheduler."
+    )
+    with pytest.raises(IncompatibleInputs, match=re.escape(said)):
+        train(longer)
     assert "train_iters" not in caplog.text
-    train(longer)
+    train(longer.model_copy(update={"override_opt_param_scheduler": True}))
     assert "iter_0000004 was trained with train_iters 4, and goes on with 8. A source that is read for more than" in caplog.text
     rates = [row["learning-rate"] for row in read_losses(longer.work / "losses.jsonl")]
     assert rates == pytest.approx([3e-3 * (1 - n / 4) for n in range(4)] + [3e-3 * (1 - n / 8) for n in range(4, 8)])
+
+
+def test_a_plateau_goes_on_to_more_iterations(tmp_path, make_train_job):
+    constant = {"lr_decay_style": "constant", "lr_warmup_fraction": 0.25}
+    train(make_train_job(tmp_path / "constant", train=constant, train_iters=4))
+    train(make_train_job(tmp_path / "constant", train=constant, train_iters=8))
+    wsd = {"lr_decay_style": "WSD", "save_interval": 1}
+    with stop_in_iteration(6), pytest.raises(Incomplete):
+        train(make_train_job(tmp_path / "wsd", train=wsd, train_iters=10))
+    with stop_in_iteration(11), pytest.raises(Incomplete):
+        train(make_train_job(tmp_path / "wsd", train=wsd, train_iters=12))
+    with pytest.raises(IncompatibleInputs, match=r"the next learning rate would be 0.003, not 0.00"):
+        train(make_train_job(tmp_path / "wsd", train=wsd, train_iters=20))
+
+
+def test_another_start_is_another_run(tmp_path, make_train_job):
+    bases = [make_train_job(tmp_path / f"base{seed}", seed=seed, train_iters=1) for seed in (1, 2)]
+    for base in bases:
+        train(base)
+    job = make_train_job(tmp_path, init_checkpoint=bases[0].work, train_iters=3)
+    train(job)
+    weights = "the weights [0-9a-f]{12}"
+    with pytest.raises(IncompatibleInputs, match=rf"was trained with a start from {weights} \(now {weights}\)\. Resuming"):
+        train(job.model_copy(update={"init_checkpoint": bases[1].work}))
+    with pytest.raises(IncompatibleInputs, match=rf"was trained with a start from {weights} \(now scratch\)\. Resuming"):
+        train(job.model_copy(update={"init_checkpoint": None}))
+    before = contents(job.work)
+    bases[0].work.rename(tmp_path / "moved")
+    train(job)  # without it
+    train(job.model_copy(update={"init_checkpoint": tmp_path / "moved"}))
+    assert contents(job.work) == before
 
 
 def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path, make_train_job, caplog):
@@ -309,7 +347,14 @@ def test_settings_that_no_weight_shows_are_compared_too(tmp_path, make_train_job
     changed = checkpointing.changed_settings
 
     def changed_since_earlier_version(saved, now):
-        for name in ("lr_warmup_fraction", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "demix_blend"):
+        for name in (
+            "lr_warmup_fraction",
+            "hidden_dropout",
+            "attention_dropout",
+            "moe_aux_loss_coeff",
+            "demix_blend",
+            "demix_start",
+        ):
             delattr(saved, name)
         return changed(saved, now)
 
