@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from megatron_demix.artifact import fingerprint, hash_file
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError, storage_errors
 from megatron_demix.locks import take_lock
 from megatron_demix.train.derived import blend_surplus
@@ -30,14 +31,18 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """The part of a tokenizer that megatron.core's data sets ask for."""
+    """The part of a tokenizer that megatron.core's data sets ask for.
+
+    sources: names the content of the .idx files. Without it megatron.core would take indices of what lay there before.
+    """
 
     eod: int
+    sources: str
     vocab_size: None = None  # known, it would override the dtype that the .idx itself states
 
     @property
-    def unique_identifiers(self) -> dict[str, int]:
-        return {"eod": self.eod}
+    def unique_identifiers(self) -> dict[str, int | str]:
+        return {"eod": self.eod, "sources": self.sources}
 
 
 def training_data(job: TrainJob) -> torch.utils.data.Dataset:
@@ -69,7 +74,7 @@ def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: in
         sequence_length=job.train.seq_length,
         blend_per_split=[(prefixes, weights if len(weights) > 1 else None), None, None],
         path_to_cache=str(job.index_cache),
-        tokenizer=_Vocabulary(job.eod_id),
+        tokenizer=_Vocabulary(job.eod_id, _content(prefixes)),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -88,6 +93,16 @@ def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: in
             f"{job.train.seq_length} tokens, expected {num_samples}."
         )
     return dataset
+
+
+def _content(prefixes: Sequence[str]) -> str:
+    """Names what the .idx files hold, as rank 0 reads them."""
+    found = ""
+    if torch.distributed.get_rank() == 0:
+        found = fingerprint({prefix: hash_file(Path(f"{prefix}.idx")) for prefix in prefixes})
+    names = [found]
+    torch.distributed.broadcast_object_list(names)
+    return names[0]
 
 
 @contextmanager

@@ -220,6 +220,19 @@ def tokens_of(job):
     return [np.concatenate([[], *(t for source, t in drawn if source == n)]).astype(int) for n in range(len(job.blend))]
 
 
+def test_data_that_is_prepared_again_at_its_place_is_indexed_again(tmp_path, make_train_job, byte_corpus):
+    blend = [(tmp_path / "text", 0.5), (byte_corpus["b"], 0.5)]
+    job = make_train_job(tmp_path, blend=blend, vocab_size=1000, eod_id=999)
+    found = []
+    for num_documents in (100, 10):
+        with IndexedWriter(tmp_path / "text", np.dtype(np.uint16)) as writer:
+            for number in range(num_documents):
+                writer.add(np.full(64, number, np.uint16), np.array([64]))
+        found.append(set(tokens_of(job)[0]))
+    assert len(found[0]) > 10
+    assert found[1] == set(range(10))
+
+
 def test_beside_a_tiny_source_documents_are_seen_alike(tmp_path, make_train_job):
     """Each large source is wanted for a little less than one epoch. Built for several, which are shuffled as one, a third of
     its documents would not be seen and a quarter twice."""
