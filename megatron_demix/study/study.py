@@ -26,6 +26,7 @@ from megatron_demix.study.training import (
     Phase,
     TrainerSpec,
     TrainSpec,
+    check_layout,
 )
 from megatron_demix.units import format_count
 
@@ -104,51 +105,7 @@ class Study(Section):
         self._check_learning_rates()
         self._check_extrapolation()
         self._check_budgets()
-        batch = self.train.micro_batch_size * self.parallel.data
-        if self.train.global_batch_size % batch:
-            raise ValueError(
-                f"train.global_batch_size {self.train.global_batch_size} "
-                f"is not a multiple of micro_batch_size x parallel.data = {batch}"
-            )
-        if self.model.num_layers % self.parallel.pipeline:
-            raise ValueError(
-                f"model.num_layers {self.model.num_layers} is not a multiple of parallel.pipeline {self.parallel.pipeline}"
-            )
-        if self.model.num_attention_heads % self.parallel.tensor:
-            raise ValueError(
-                f"model.num_attention_heads {self.model.num_attention_heads} "
-                f"is not a multiple of parallel.tensor {self.parallel.tensor}"
-            )
-        if self.model.num_experts and self.parallel.tensor > 1 and not self.parallel.sequence_parallel:
-            raise ValueError(
-                f"parallel.tensor is {self.parallel.tensor} and the model has experts, which megatron.core trains only with "
-                "parallel.sequence_parallel: true"
-            )
-        parts = (self.parallel.tensor if self.parallel.sequence_parallel else 1) * (
-            2 * self.parallel.context if self.parallel.context > 1 else 1
-        )
-        if self.train.seq_length % parts:
-            raise ValueError(
-                f"train.seq_length {self.train.seq_length} is not a multiple of {parts}: parallel.context cuts it into twice "
-                "as many parts, parallel.sequence_parallel into parallel.tensor"
-            )
-        positions = self.model.max_position_embeddings
-        if self.model.position_embedding_type == "learned_absolute" and positions and positions < self.train.seq_length:
-            raise ValueError(
-                f"model.max_position_embeddings {positions} is less than train.seq_length {self.train.seq_length}, and "
-                "learned_absolute has no position beyond it"
-            )
-        if self.parallel.expert > 1 and (self.model.num_experts or 1) % self.parallel.expert:
-            found = "the model has none" if self.model.num_experts is None else f"found {self.model.num_experts}"
-            raise ValueError(
-                f"parallel.expert {self.parallel.expert} shares experts out, so model.num_experts "
-                f"has to be a multiple of it; {found}"
-            )
-        if (replicas := self.parallel.data * self.parallel.context) % self.parallel.expert:
-            raise ValueError(
-                f"parallel.data x parallel.context is {replicas}, expected a multiple of parallel.expert "
-                f"{self.parallel.expert}: experts are shared out among these ranks"
-            )
+        check_layout(self.model, self.parallel, self.train)
         return self
 
     def _mixed_names(self) -> list[str]:

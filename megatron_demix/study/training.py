@@ -120,6 +120,53 @@ class TrainSpec(Section):
     """A collective that waits longer than this has lost a rank: the run is stopped."""
 
 
+def check_layout(model: ModelSpec, parallel: ParallelSpec, train: TrainSpec) -> None:
+    """Raises ValueError where a model, its batches or its sequences cannot be cut as they would have to be."""
+    batch = train.micro_batch_size * parallel.data
+    if train.global_batch_size % batch:
+        raise ValueError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size x parallel.data = {batch}"
+        )
+    if model.num_layers % parallel.pipeline:
+        raise ValueError(f"model.num_layers {model.num_layers} is not a multiple of parallel.pipeline {parallel.pipeline}")
+    if model.num_attention_heads % parallel.tensor:
+        raise ValueError(
+            f"model.num_attention_heads {model.num_attention_heads} is not a multiple of parallel.tensor {parallel.tensor}"
+        )
+    groups = model.num_query_groups or model.num_attention_heads
+    if groups % parallel.tensor and parallel.tensor % groups:
+        raise ValueError(
+            f"model.num_query_groups {groups} is neither a multiple nor a divisor of parallel.tensor {parallel.tensor}"
+        )
+    if model.num_experts and parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.tensor is {parallel.tensor} and the model has experts, which megatron.core trains only with "
+            "parallel.sequence_parallel: true"
+        )
+    parts = (parallel.tensor if parallel.sequence_parallel else 1) * (2 * parallel.context if parallel.context > 1 else 1)
+    if train.seq_length % parts:
+        raise ValueError(
+            f"train.seq_length {train.seq_length} is not a multiple of {parts}: parallel.context cuts it into twice "
+            "as many parts, parallel.sequence_parallel into parallel.tensor"
+        )
+    positions = model.max_position_embeddings
+    if model.position_embedding_type == "learned_absolute" and positions and positions < train.seq_length:
+        raise ValueError(
+            f"model.max_position_embeddings {positions} is less than train.seq_length {train.seq_length}, and "
+            "learned_absolute has no position beyond it"
+        )
+    if parallel.expert > 1 and (model.num_experts or 1) % parallel.expert:
+        found = "the model has none" if model.num_experts is None else f"found {model.num_experts}"
+        raise ValueError(
+            f"parallel.expert {parallel.expert} shares experts out, so model.num_experts has to be a multiple of it; {found}"
+        )
+    if (replicas := parallel.data * parallel.context) % parallel.expert:
+        raise ValueError(
+            f"parallel.data x parallel.context is {replicas}, expected a multiple of parallel.expert "
+            f"{parallel.expert}: experts are shared out among these ranks"
+        )
+
+
 class TrainerSpec(Section):
     """Who trains. Settings of megatron_lm are kept, and not used, while the backend is megatron_core."""
 

@@ -106,7 +106,7 @@ def _checked(spec: type[_Spec], data: Any) -> _Spec:
 def _explain(error: Any) -> str:
     name = str(error["loc"][-1]) if error["loc"] else ""
     flag = _JOB_FLAGS[name][0] if name in _JOB_FLAGS else _FLAGS.get(name, name.replace("_", "-"))
-    return f"--{flag}: {error['msg']}" if name else error["msg"]
+    return f"--{flag}: {error['msg']}" if name else error["msg"].removeprefix("Value error, ")
 
 
 def _blend(arguments: argparse.Namespace) -> list[tuple[Path, float]]:

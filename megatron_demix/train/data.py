@@ -137,14 +137,3 @@ def micro_batches(
                 f"{job.vocab_size}. Was the data prepared with another tokenizer?"
             )
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def num_micro_batches(job: TrainJob) -> int:
-    """Micro-batches each data parallel rank runs in one step. Raises ConfigError if they do not come out whole."""
-    per_step = job.train.micro_batch_size * job.parallel.data
-    if job.train.global_batch_size % per_step:
-        raise ConfigError(
-            f"run {job.name}: global_batch_size {job.train.global_batch_size} is not a multiple of micro_batch_size "
-            f"{job.train.micro_batch_size} x data parallel {job.parallel.data} = {per_step}."
-        )
-    return job.train.global_batch_size // per_step

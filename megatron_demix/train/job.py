@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError
-from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
+from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec, check_layout
 
 
 class TrainJob(BaseModel):
@@ -52,14 +52,20 @@ class TrainJob(BaseModel):
     threads_per_rank: int = Field(1, ge=1)
 
     @model_validator(mode="after")
-    def _some_weight(self) -> TrainJob:
+    def _can_run(self) -> TrainJob:
         if not any(weight > 0 for _, weight in self.blend):
             raise ValueError("blend: every source has weight 0; give at least one a positive weight")
         if self.eod_id >= self.vocab_size:
             raise ValueError(f"eod_id {self.eod_id} is not below vocab_size {self.vocab_size}")
         if self.decay_iters < self.train_iters:
             raise ValueError(f"schedule_iters {self.schedule_iters} is below train_iters {self.train_iters}")
+        check_layout(self.model, self.parallel, self.train)
         return self
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that each data parallel rank runs in one step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
 
     @property
     def decay_iters(self) -> int:

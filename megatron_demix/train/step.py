@@ -19,7 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_demix.train.compat import on_cpu
-from megatron_demix.train.data import Batch, micro_batches, num_micro_batches
+from megatron_demix.train.data import Batch, micro_batches
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.stragglers import StepClock
 from megatron_demix.train.watch import StopRequest
@@ -75,7 +75,6 @@ class Stepper:
     ) -> None:
         self._job, self._model, self._optimizer, self._schedule, self._clock = job, model, optimizer, schedule, clock
         self._forward_backward = get_forward_backward_func()
-        self._num_micro_batches = num_micro_batches(job)
         self._device = torch.cuda.current_device()
         # Embedding and loss are on the outer stages; the others are fed by their neighbours.
         self._reads_data = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
@@ -128,7 +127,7 @@ class Stepper:
             forward_step_func=_forward_step,
             data_iterator=batches,
             model=[self._model],
-            num_microbatches=self._num_micro_batches,
+            num_microbatches=self._job.num_micro_batches,
             seq_length=self._job.train.seq_length,
             micro_batch_size=self._job.train.micro_batch_size,
             forward_only=forward_only,

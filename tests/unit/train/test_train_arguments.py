@@ -68,6 +68,32 @@ def test_blends_come_from_a_file_too(tmp_path):
             ConfigError,
             "^--tensor-model-parallel-size: Input should be a valid",
         ),
+        (
+            "--data-path a --micro-batch-size 3",
+            ConfigError,
+            "^train.global_batch_size 8 is not a multiple of micro_batch_size x",
+        ),
+        (
+            "--data-path a --num-layers 3 --pipeline-model-parallel-size 2",
+            ConfigError,
+            "^model.num_layers 3 is not a multiple of parallel.pipeline 2$",
+        ),
+        (
+            "--data-path a --tensor-model-parallel-size 2 --num-attention-heads 1 --kv-channels 8",
+            ConfigError,
+            "^model.num_attention_heads 1 is not a multiple of parallel.tensor 2$",
+        ),
+        (
+            "--data-path a --tensor-model-parallel-size 2 --hidden-size 48 --num-attention-heads 12 --num-query-groups 3",
+            ConfigError,
+            "^model.num_query_groups 3 is neither a multiple nor a divisor of parallel.tensor 2$",
+        ),
+        (
+            "--data-path a --tensor-model-parallel-size 2 --num-experts 4",
+            ConfigError,
+            "^parallel.tensor is 2 and the model has experts",
+        ),
+        ("--data-path a --num-experts 3 --expert-model-parallel-size 2", ConfigError, "^parallel.expert 2 shares experts out"),
         ("--data-path a --context-parallel-size 0", ConfigError, "^--context-parallel-size: Input should be greater than"),
     ],
 )
