@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,13 +29,14 @@ _PARTS = {
     "prepare": "tokenize the domains into Megatron .bin/.idx, split into train, valid and test",
     "train": "train the base and one component per domain",
     "evaluate": "merge and score proxies, round by round, and fit the surrogates",
-    "search": "the same as evaluate, ending with the chosen mixture on standard output",
+    "search": "the same as evaluate, ending with the chosen mixture as a table",
     "merge": "write the chosen mixture's proxy as a checkpoint",
     "blend": "build the final run's indexed data at the chosen and the baseline mixtures",
     "final": "train and score the final runs",
 }
 _EPILOG = """\
 examples:
+  python examples/quickstart/collect.py              once: the text of the quickstart's study
   demix plan examples/quickstart/study.yaml          what would run, and what is already done
   demix run examples/quickstart/study.yaml           all of it; run it again to go on after an interruption
   demix run study.yaml --set final.tokens=20M        the same study with one setting changed; what is still valid is re-used
@@ -197,9 +199,13 @@ def _dag(study: Study, run: Path, options: argparse.Namespace) -> Dag:
         return dag
 
 
+def _place(options: argparse.Namespace) -> list[str]:
+    return [str(options.study), "--runs", str(options.runs)]
+
+
 def _arguments(options: argparse.Namespace) -> list[str]:
     """Those by which another command finds the same study."""
-    return [str(options.study), "--runs", str(options.runs), *(word for text in options.set for word in ("--set", text))]
+    return [*_place(options), *(word for text in options.set for word in ("--set", text))]
 
 
 def _say_what_was_started(options: argparse.Namespace, now: Started, last: Started) -> None:
@@ -207,9 +213,16 @@ def _say_what_was_started(options: argparse.Namespace, now: Started, last: Start
     if options.command == "status":
         now = replace(now, until=last.until)
     if more := last.otherwise(now):
-        same = shlex.join(["demix", options.command, *_arguments(options)])
+        same = _arguments(options)
+        with suppress(DemixError):  # a file that is whole only with --set
+            from megatron_demix.launch.started import Started
+            from megatron_demix.study.load import load_study
+
+            # From the file as it is, so that no setting is given twice, whole and in part.
+            more = last.otherwise(Started.of(load_study(options.study), now.until))
+            same = _place(options)
         note = "note: this study was last started with other settings than it has here. For what was started:"
-        print(f"{note}\n  {same} {more}", file=sys.stderr)
+        print(f"{note}\n  {shlex.join(['demix', options.command, *same])} {more}".rstrip(), file=sys.stderr)
 
 
 def _stages(dag: Dag, options: argparse.Namespace, started: Started) -> list[Stage]:
@@ -259,9 +272,7 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace, started: St
     if options.command in ("run", "resume"):
         _report(dag, options)
     elif options.command == "search":
-        from megatron_demix.pipeline.search_stages import CHOICE
-
-        print((dag.choice.folder / CHOICE).read_text(), end="")
+        _show_choice(dag, options)
     elif options.command == "evaluate" and options.checkpoint:
         _show_scores(stages[-1], options)
     elif options.json:
@@ -277,6 +288,25 @@ def _result(stage: Stage) -> Path:
     from megatron_demix.pipeline.final_stages import PROXIES, found_proxy
 
     return found_proxy(stage) if stage.name == PROXIES else stage.folder
+
+
+def _show_choice(dag: Dag, options: argparse.Namespace) -> None:
+    from megatron_demix.artifact import read_json
+    from megatron_demix.launch.status import new_table, on_terminal
+    from megatron_demix.pipeline.search_stages import CHOICE
+
+    path = dag.choice.folder / CHOICE
+    if options.json:
+        print(path.read_text(), end="")
+        return
+    found = read_json(path)
+    merged = dag.study.search.proxies == "merged"
+    shown = new_table("domain", "share", *(["merge weight"] if merged else []))
+    for name, share in found["weights"].items():
+        shown.add_row(name, f"{share:.1%}", *([f"{found['merge_weights'][name]:.1%}"] if merged else []))
+    mean, std = found["expected_gain"]
+    on_terminal().print(shown)
+    print(f"expected to be {mean:.2g} ± {std:.1g} better than natural, in the objective's unit\n{_shown(path)}")
 
 
 def _show_scores(stage: Stage, options: argparse.Namespace) -> None:

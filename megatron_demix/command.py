@@ -54,7 +54,7 @@ _formatted = warnings.formatwarning
 
 def _in_a_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """What this project warns of, without the place in its code; others' as Python has it."""
-    ours = Path(filename).is_relative_to(Path(__file__).parent) or filename == sys.argv[0]
+    ours = Path(filename).is_relative_to(Path(__file__).parent) or Path(filename).absolute() == Path(sys.argv[0]).absolute()
     return f"warning: {message}\n" if ours else _formatted(message, category, filename, lineno, line)
 
 

@@ -422,6 +422,8 @@ def text_of(item: Any, kind: str, json_key: str) -> bytes:
         # kept would depend on what else is in its block.
         value = json.loads(text, parse_int=lambda _: 0)
     except json.JSONDecodeError as e:
+        if text.strip() == "[":
+            raise ValueError("it begins an array, expected one JSON object a line; `jq -c '.[]'` makes such lines of it") from e
         raise ValueError(f"not JSON ({e.msg} at column {e.colno})") from e
     except RecursionError as e:
         raise ValueError("not JSON that can be read (nested too deeply)") from e

@@ -15,6 +15,15 @@ raise SystemExit(exit_code(run))
 """
 
 
+def test_a_warning_of_a_script_that_was_called_by_a_relative_path_is_a_line(tmp_path):
+    (tmp_path / "tool.py").write_text(
+        "import warnings\nfrom megatron_demix.command import exit_code\n"
+        "exit_code(lambda: warnings.warn('a share is off') or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "tool.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stderr == "warning: a share is off\n"
+
+
 def test_a_warning_is_a_line_without_its_place_in_the_code():
     done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3

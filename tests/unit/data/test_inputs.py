@@ -208,6 +208,7 @@ BAD_LINES = [
     (b'{"text": "a\xff"}', "not UTF-8 (byte 0xff at offset 11)"),
     (b'{"text": "a"', "not JSON (Expecting ',' delimiter at column 13)"),
     (b"nonsense", "not JSON"),
+    (b"[", "it begins an array, expected one JSON object a line"),
     (b'["text"]', "expected a JSON object with the text under 'text', found list"),
     (b'{"body": "a", "id": 1}', "no key 'text' (it has 'body', 'id')"),
     (b'{"text": 5}', "'text' is int, expected a string"),

@@ -91,6 +91,21 @@ def test_a_run_ends_where_it_is_told_to_and_is_found_again(study, capsys):
     assert [row["stage"].split("/")[0] for row in json.loads(capsys.readouterr().out)] == ["tokenizer", "data", "data"]
 
 
+def test_no_setting_of_what_was_started_is_named_twice(study, capsys):
+    """Beside an own --set of the same place, of its parts, or of what holds it."""
+    given = ["search.rounds=[16, 4]", "final.tokens=2k"]
+    assert demix(study, "run", "--until", "prepare", "--quiet", *(w for s in given for w in ("--set", s))) == 0
+    capsys.readouterr()
+    for own in ("search.rounds=[8, 8]", "search.rounds.1=2", "final={tokens: 3k}"):
+        assert demix(study, "plan", "--json", "--set", own) == 0
+        words = noted(capsys.readouterr().err)
+        assert [word for word in words if "=" in word] == ["search.rounds.0=16", "final.tokens=2000"]
+        assert main([*words, "--json"]) == 0
+        assert "note" not in capsys.readouterr().err
+    assert demix(study, "plan", "--json", "--set", "search.rounds=[16, 4]", "--set", "final.tokens=2k") == 0
+    assert "--until prepare" in capsys.readouterr().err
+
+
 def test_status_and_cancel_ask_where_it_was_started(study, capsys, monkeypatch):
     """Which the study may no longer say."""
     slurm = ["launch.backend=slurm", "launch.slurm.parts={data: 2}"]

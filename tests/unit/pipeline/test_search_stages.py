@@ -1,5 +1,6 @@
 """The rounds of a study on invented scores: nothing is trained, so the optimum is known."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,6 +74,25 @@ def searched(
                 write_json(folder / "tasks.json", dict.fromkeys(table.rows, of_tasks))
         r.fit.finish()
     return dag
+
+
+def test_the_search_command_shows_the_mixture_and_where_it_is(study_path, capsys):
+    dag = searched(study_path)
+    for stage in dag.until("search"):
+        if not stage.done():
+            with publish(stage.folder, stage.key, stage.kind, {}):
+                pass
+    asked = ["search", str(study_path), "--runs", str(study_path.parent), "--set", "name=run"]
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = read_json(dag.choice.folder / "mixture.json")
+    assert [line.split() for line in lines[1:4]] == [
+        [name, f"{share:.1%}", f"{found['merge_weights'][name]:.1%}"] for name, share in found["weights"].items()
+    ]
+    assert lines[4].startswith(f"expected to be {found['expected_gain'][0]:.2g} ± ")
+    assert lines[5:] == [str(dag.choice.folder / "mixture.json")]
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
 
 
 def test_a_stack_lies_between_merged_and_interpolated_scores(study_path):
