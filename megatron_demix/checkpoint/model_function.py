@@ -1,4 +1,4 @@
-"""What a model computes from its weights, as Megatron's saved arguments say it.
+"""What a model computes from its weights, and how large they are, as Megatron's saved arguments say it.
 
 Most of it does not show in the weights' names and shapes: checkpoints that fit each other may be different functions. Left out
 is what only training or the makeup of a batch decides (dropout, auxiliary losses, capacities), what is a matter of precision,
@@ -55,6 +55,11 @@ PLAIN: dict[str, Any] = {
 }
 """Arguments with a value that adds nothing to an ordinary transformer; None always means it."""
 
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_experts", "moe_ffn_hidden_size"),
+    "untie_embeddings_and_output_weights",
+)
+
 # Those that every model has a value of its own for.
 _OWN = (
     *("num_attention_heads", "num_query_groups", "kv_channels", "position_embedding_type", "rotary_base"),
@@ -109,6 +114,16 @@ def model_function(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if known and _counts(name, said) and (value is not None or name in PLAIN):
             found[name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def model_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the saved arguments say of the names and shapes of the weights, by argument; without what does not count. Empty
+    where they describe no model."""
+    if not arguments.keys() >= DESCRIBING:
+        return {}
+    found = {name: arguments[name] for name in _SIZES if name in arguments}
+    width, of_experts = found.pop("ffn_hidden_size"), found.pop("moe_ffn_hidden_size", None)
+    return found | ({"moe_ffn_hidden_size": of_experts or width} if found.get("num_experts") else {"ffn_hidden_size": width})
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.pipeline import data_stages, earlier_stages, final_stages, maturity_stages, search_stages, train_stages
 from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
-from megatron_demix.pipeline.given_checkpoint import with_rows_of_base
+from megatron_demix.pipeline.given_checkpoint import with_sizes_of_base
 from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import Absent, InputDigests, check_apart
 from megatron_demix.pipeline.maturity_stages import Maturity
@@ -108,7 +108,7 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: Absen
 def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> Dag:
     """naming: the studies that name this one as an earlier one, directly or through others."""
     root = path.parent
-    study = with_rows_of_base(with_base(study, root, digests), root, digests)
+    study = with_sizes_of_base(with_base(study, root, digests), root, digests)
     study = without_unused(study.model_copy(update={"trainer": study.trainer.under(root)}))
     before = _earlier_dags(study, path, run, digests, naming)
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import find_checkpoint
-from megatron_demix.checkpoint.model_function import differing, model_function
+from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.summary import weights_digest
 from megatron_demix.errors import IncompatibleInputs
@@ -25,12 +25,14 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 @dataclass(frozen=True)
 class GivenCheckpoint:
     """path: the folder that holds `.metadata`; "" where it is missing, and may be. digest: of the model's tensors, wherever
-    they lie. function: what the saved arguments say of it (model_function). rows: of its embedding, where it has one."""
+    they lie. function, sizes: what the saved arguments say of it (model_function, model_sizes). rows: of its embedding, where
+    it has one."""
 
     path: str
     digest: str
     function: Mapping[str, Any]
     rows: int | None
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # earlier versions kept none with the digest
 
 
 def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
@@ -40,7 +42,7 @@ def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
     def ask() -> dict[str, Any]:
         folder = find_checkpoint(checkpoint).path.resolve()
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        return {"path": str(folder), **digests.about(f"model in {folder}", files, lambda: _facts(folder))}
+        return {"path": str(folder), **digests.about(f"model and sizes in {folder}", files, lambda: _facts(folder))}
 
     absent: dict[str, Any] = {"path": "", "digest": "absent", "function": {}, "rows": None}
     return GivenCheckpoint(**digests.answer(f"model of checkpoint {checkpoint}", ask, absent=absent))
@@ -49,38 +51,48 @@ def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
 def _facts(folder: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(folder, read_ahead=False)
     tensors, digest = checkpoint.model_tensors, weights_digest(checkpoint)
-    function = model_function(model_arguments(read_common_state(checkpoint)))
+    arguments = model_arguments(read_common_state(checkpoint))
+    function, sizes = _as_json(model_function(arguments)), _as_json(model_sizes(arguments))
     rows = tensors[_EMBEDDING].shape[0] if _EMBEDDING in tensors else None
-    return {"digest": digest, "function": _as_json(function), "rows": rows}
+    return {"digest": digest, "function": function, "rows": rows, "sizes": sizes}
 
 
 def check_function(study: Study, checkpoint: Path, found: GivenCheckpoint) -> None:
-    """Raises IncompatibleInputs naming every setting of `model` with which the weights would be another function than the one
-    they were saved as. What the saved arguments do not say is not compared."""
-    ours = _as_json(model_function(derived.model_arguments(study.model, study.train)))
-    theirs = differing(ours, found.function)
+    """Raises IncompatibleInputs naming every setting of `model` with which the weights would be of other sizes, or another
+    function than the one they were saved as. What the saved arguments do not say is not compared."""
+    arguments = derived.model_arguments(study.model, study.train)
+    ours = _as_json(model_sizes(arguments) | model_function(arguments))
+    theirs = differing(ours, {**found.sizes, **found.function})
     if not theirs:
         return
+    if study.model.kv_channels is None and theirs.keys() & {"hidden_size", "num_attention_heads"}:
+        theirs.pop("kv_channels", None)  # follows from them
     known = {name: value for name, value in theirs.items() if name in ModelSpec.model_fields}
     said = [f"model.{name}: {value} (found {ours[name]})" for name, value in known.items()]
     said += [f"{name} {value}" for name, value in theirs.items() if name not in known]
     todo = "Set these." if known == theirs else "What has no `model.` before it, no model of a study can have."
     raise IncompatibleInputs(
-        f"study {study.name!r}: checkpoint {checkpoint} is another model than the study's, which would make another "
-        f"function of its weights. It has {', '.join(said)}. {todo}"
+        f"study {study.name!r}: checkpoint {checkpoint} is another model than the study's"
+        f"{'' if theirs.keys() & found.sizes.keys() else ', which would make another function of its weights'}. "
+        f"It has {', '.join(said)}. {todo}"
     )
 
 
-def with_rows_of_base(study: Study, root: Path, digests: InputDigests) -> Study:
-    """The study with the embedding as large as that of base.checkpoint, so that nothing of it is cut off. Raises ConfigError
-    where tensor parallelism does not divide it."""
-    if study.base.checkpoint is None or study.model.padded_vocab_size is not None:
+def with_sizes_of_base(study: Study, root: Path, digests: InputDigests) -> Study:
+    """The study with the embedding as large as that of base.checkpoint, so that nothing of it is cut off, and layers as wide,
+    where the study does not say it. Raises ConfigError where tensor parallelism does not divide the embedding."""
+    if study.base.checkpoint is None:
         return study
-    rows = look_at(root / study.base.checkpoint, digests).rows
-    if rows is None:
-        return study
-    model = study.model.model_copy(update={"padded_vocab_size": rows})
-    derived.padded_vocab_size(model, study.parallel, rows)
+    found, model = look_at(root / study.base.checkpoint, digests), study.model
+    if found.rows is not None and model.padded_vocab_size is None:
+        model = model.model_copy(update={"padded_vocab_size": found.rows})
+        derived.padded_vocab_size(model, study.parallel, found.rows)
+    default = model_sizes(derived.model_arguments(model, study.train))
+    for name in ("ffn_hidden_size", "moe_ffn_hidden_size"):
+        width = found.sizes.get(name)
+        # The default is not spelled out: it is in keys, and a base of that width is no other one for it.
+        if width is not None and getattr(model, name) is None and default.get(name, width) != width:
+            model = model.model_copy(update={name: width})
     return study.model_copy(update={"model": model})
 
 

@@ -21,7 +21,7 @@ class ModelSpec(Section):
     num_attention_heads: int = Field(ge=1)
     num_query_groups: int | None = Field(None, ge=1)
     ffn_hidden_size: int | None = Field(None, ge=1)
-    """Default: 4 x hidden_size, or 8/3 of it rounded up to a multiple of 64 with swiglu."""
+    """Default: that of base.checkpoint, else 4 x hidden_size, or 8/3 of it rounded up to a multiple of 64 with swiglu."""
     kv_channels: int | None = Field(None, ge=1)
     max_position_embeddings: int | None = Field(None, ge=1)
     """Default: train.seq_length."""

@@ -18,7 +18,7 @@ import os
 import pickle
 import queue
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from megatron_demix.artifact import Manifest, hash_file, write_atomic, write_json
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder, iterations_in
-from megatron_demix.checkpoint.model_function import differing, model_function
+from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import (
     ConfigError,
@@ -364,8 +364,10 @@ def load_weights(
     wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
     shapes = {key: info.shape for key, info in stored.model_tensors.items()}
     if misfit := _misfit(_global_shapes(wanted), shapes, vocab_size):
-        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {misfit}.")
-    if arguments is not None and (unlike := _unlike(model_function(arguments), stored)):
+        sizes = arguments and _unlike(arguments, stored, model_sizes)
+        said = f" It was saved with {sizes}." if sizes else ""
+        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {misfit}.{said}")
+    if arguments is not None and (unlike := _unlike(arguments, stored, model_function)):
         raise IncompatibleInputs(
             f"checkpoint {path} fits the model, which would make another function of its weights: it was saved with {unlike}."
         )
@@ -376,10 +378,10 @@ def load_weights(
     model.load_state_dict(loaded, strict=False)  # not strict for the extra states; all else has been compared
 
 
-def _unlike(given: Mapping[str, Any], stored: Checkpoint) -> str:
-    """In which flags a model's function differs from the one that saved arguments describe, in words. What one of them does not
-    say is not compared; empty if nothing differs."""
-    saved = model_function(model_arguments(read_common_state(stored)))
+def _unlike(arguments: Mapping[str, Any], stored: Checkpoint, about: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> str:
+    """In which flags what `about` says of a model's arguments differs from what it says of the saved ones, in words. What one
+    of them does not say is not compared; empty if nothing differs."""
+    given, saved = about(arguments), about(model_arguments(read_common_state(stored)))
     return ", ".join(
         f"--{name.replace('_', '-')} {value} (given: {given[name]})"
         if name in ModelSpec.model_fields

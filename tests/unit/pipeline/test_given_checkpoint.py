@@ -106,6 +106,39 @@ def test_another_model_is_named_key_by_key(folder, which):
         build(folder, "model.rotary_base=500000", "model.norm_epsilon=1e-6")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"num_layers": 4}, r"model.num_layers: 4 \(found 2\)"),
+        ({"hidden_size": 16, "kv_channels": 8}, r"model.hidden_size: 16 \(found 8\)"),
+        (
+            {"num_layers": 4, "untie_embeddings_and_output_weights": True, "rotary_base": 500},
+            r"model.num_layers: 4 \(found 2\), model.untie_embeddings_and_output_weights: True \(found False\), "
+            r"model.rotary_base: 500 \(found 10000\)",
+        ),
+        (
+            {"num_experts": 8, "moe_ffn_hidden_size": None, "moe_router_topk": 2},
+            r"model.num_experts: 8 \(found None\)",
+        ),
+    ],
+)
+def test_another_size_is_named_first_and_what_follows_from_it_is_not(folder, arguments, said):
+    write_checkpoint(folder / "base", small_model(0), common=saved(**arguments))
+    with pytest.raises(
+        IncompatibleInputs, match=rf"checkpoint .*base is another model than the study's\. It has {said}\. Set these"
+    ):
+        build(folder)
+
+
+def test_layers_are_as_wide_as_the_base_where_the_study_does_not_say(folder):
+    write_checkpoint(folder / "base", small_model(0), common=saved(ffn_hidden_size=48))
+    assert build(folder).study.model.ffn_hidden_size == 48
+    with pytest.raises(IncompatibleInputs, match=r"It has model.ffn_hidden_size: 48 \(found 32\)\. Set these"):
+        build(folder, "model.ffn_hidden_size=32")
+    write_checkpoint(folder / "other", small_model(0), common=saved())
+    assert build(folder, "base.checkpoint=other").study.model.ffn_hidden_size is None  # its key is that of earlier versions
+
+
 def test_a_model_that_no_study_has(folder):
     write_checkpoint(folder / "base", small_model(0), common=saved(squared_relu=True))
     with pytest.raises(
