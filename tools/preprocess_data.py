@@ -24,7 +24,7 @@ from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.data import TokenizerSpec
 
-# Megatron's names for what we call a tokenizer's type.
+# Megatron's names for what we call a tokenizer's type; its TikTokenizer reads a JSON of its own, not a .tiktoken file.
 TYPES = {
     "byte": "byte",
     "ByteTokenizer": "byte",
@@ -36,7 +36,6 @@ TYPES = {
     "GPTSentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
     "tiktoken": "tiktoken",
-    "TikTokenizer": "tiktoken",
 }
 
 

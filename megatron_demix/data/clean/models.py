@@ -82,6 +82,8 @@ def train_quality(samples: Mapping[str, Sequence[Path]], output: Path, *, json_k
         raise ConfigError("fasttext is not installed: pip install 'megatron-demix[data]'.")
     if len(samples) < 2:
         raise ConfigError("a classifier needs samples of two or more labels, such as high and low.")
+    if spaced := [label for label in samples if label.split() != [label]]:
+        raise ConfigError(f"label {spaced[0]!r} has a blank, at which fastText would end it. Write it without: very_good.")
     parts = {label: _split(_shuffled(files, json_key)) for label, files in samples.items()}
     lines = [f"__label__{label} {_one_line(text)}\n" for label, (_, trained) in parts.items() for text in trained]
     random.Random(0).shuffle(lines)

@@ -79,7 +79,8 @@ def clean_domains(
         return read_json(output / MANIFEST)
     with storage_errors(f"writing {output}"), _only_one(work):
         _begin(work, identity)
-        passes = plan(sources, tasks, spec, grades, work, output, on_bad_document)
+        with _quiet("datatrove.pipeline.dedup.exact_dedup"):  # which reminds of what plan does
+            passes = plan(sources, tasks, spec, grades, work, output, on_bad_document)
         if slurm is not None:
             _submit(passes, work, slurm)
             return None
@@ -203,6 +204,16 @@ def _only_one(work: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _quiet(module: str) -> Iterator[None]:
+    """Without what a module of datatrove's reports."""
+    trove.logger.disable(module)
+    try:
+        yield
+    finally:
+        trove.logger.enable(module)
+
+
 class _Local(trove.LocalPipelineExecutor):
     """datatrove's, with what its tasks report in their log files only, and with workers that die with their parent."""
 
@@ -213,19 +224,21 @@ class _Local(trove.LocalPipelineExecutor):
         global _forking_workers
         _watch_forks()
         _forking_workers = True
-        trove.logger.disable(_EXECUTOR)
         try:
-            return super().run()
+            with _quiet(_EXECUTOR):
+                return super().run()
         finally:
-            trove.logger.enable(_EXECUTOR)
             _forking_workers = False
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         if self.workers > 1:
             trove.logger.disable(_EXECUTOR)
             die_with_parent(signal.SIGKILL)
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            return super()._run_for_rank(rank, local_rank, node_rank)
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+                return super()._run_for_rank(rank, local_rank, node_rank)
+        finally:
+            trove.setup_default_logger()  # its last one writes to `nowhere`, which is closed
 
 
 _EXECUTOR = "datatrove.executor.local"
@@ -263,13 +276,11 @@ def _submit(passes: list[Pass], work: Path, slurm: Mapping[str, Any]) -> None:
                 f"slurm: {e}. The settings are those of datatrove's SlurmPipelineExecutor; time and partition are needed."
             ) from e
     assert before is not None
-    trove.logger.disable(_SLURM)
     try:
-        before.run()
+        with _quiet("datatrove.executor.slurm"):
+            before.run()
     except subprocess.CalledProcessError as e:
         raise ConfigError(f"sbatch refused ({e.stderr or e}); {work}/logs has the scripts.") from e
-    finally:
-        trove.logger.enable(_SLURM)
 
 
 class _Slurm(trove.SlurmPipelineExecutor):
@@ -277,9 +288,6 @@ class _Slurm(trove.SlurmPipelineExecutor):
 
     def launch_merge_stats(self) -> None:
         pass
-
-
-_SLURM = "datatrove.executor.slurm"
 
 
 def _commands(work: Path) -> Path:

@@ -31,7 +31,7 @@ try:
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.hashing import HashConfig, create_hash_func
-    from datatrove.utils.logging import logger
+    from datatrove.utils.logging import logger, setup_default_logger
     from datatrove.utils.perplexity import KenlmModel
     from datatrove.utils.text import TextNormConfig, ngrams, simplify_text
     from datatrove.utils.word_tokenizers import WordTokenizer
@@ -69,5 +69,6 @@ __all__ = [
     "logger",
     "ngrams",
     "orjson",
+    "setup_default_logger",
     "simplify_text",
 ]

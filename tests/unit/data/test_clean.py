@@ -133,6 +133,13 @@ def test_what_is_too_short_to_be_looked_for_is_said(tmp_path):
     assert report["domains"]["short"]["too_short"] == 3
 
 
+def test_nothing_is_logged_however_often(tmp_path, capfd):
+    inputs = {"x": write(tmp_path / "x.jsonl", PROSE[:3])}
+    for name in ("one", "two"):
+        clean(inputs, tmp_path / name, {})
+    assert capfd.readouterr() == ("", "")
+
+
 def test_numbers_tell_documents_apart(tmp_path):
     rng = random.Random(0)
     sums = ["\n".join("{} + {} = {}".format(*(rng.randrange(1000) for _ in range(3))) for _ in range(20)) for _ in range(40)]
@@ -269,6 +276,11 @@ def test_models_say_how_good_they_are(models):
     assert min(quality["high"]["precision"], quality["low"]["recall"]) > 0.8
     with pytest.raises(OutputExists, match="nothing is overwritten"):
         train_quality({"high": [folder / "prose.jsonl"], "low": [folder / "code.jsonl"]}, folder / "quality.bin")
+
+
+def test_a_label_with_a_blank_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"label 'very good' has a blank, at which fastText would end it"):
+        train_quality({"very good": write(tmp_path / "a.jsonl", PROSE), "low": [tmp_path / "a.jsonl"]}, tmp_path / "q.bin")
 
 
 def test_scores_drop_the_worst_and_grade_the_rest(models, tmp_path):

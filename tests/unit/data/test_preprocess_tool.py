@@ -108,14 +108,14 @@ def models(tmp_path_factory):
     specs = {
         "HuggingFaceTokenizer": TokenizerSpec(type="huggingface", model=folder / "bpe" / "tokenizer.json"),
         "SentencePieceTokenizer": TokenizerSpec(type="sentencepiece", model=folder / "sp.model"),
-        "TikTokenizer": TokenizerSpec(type="tiktoken", model=folder / "r50k_base.tiktoken"),
+        "tiktoken": TokenizerSpec(type="tiktoken", model=folder / "r50k_base.tiktoken"),
         "byte": TokenizerSpec(type="byte"),
         "bpe": folder / "bpe",
     }
     return {kind: (spec, getattr(spec, "model", spec)) for kind, spec in specs.items()}
 
 
-@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "byte", "bpe"])
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer", "tiktoken", "byte", "bpe"])
 def test_tokenizers(call, models, tmp_path, kind):
     spec, path = models[kind]
     (tmp_path / "x.jsonl").write_bytes(lines())
