@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("megatron_core", "megatron_lm"),
         help="who trains: short for --set trainer.backend=..., and like every setting part of what the result depends on",
     )
-    study.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: ./runs)")
+    study.add_argument("--runs", type=Path, metavar="DIR", help="folder of all runs (default: ./runs)")
     study.add_argument("--json", action="store_true", help="machine-readable result on standard output")
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--dry-run", action="store_true", help="show what would run, and stop")
@@ -156,7 +156,7 @@ def _study_command(options: argparse.Namespace) -> int:
     if options.backend:
         options.set.append(f"trainer.backend={options.backend}")
     study = load_study(options.study, options.set)
-    run = (options.runs / study.name).resolve()
+    run = _run_folder(study.name, options)
     last = Started.read(run)
     if options.command in ("status", "cancel") and last and last.launch:
         study = study.model_copy(update={"launch": last.launch})
@@ -180,6 +180,29 @@ def _study_command(options: argparse.Namespace) -> int:
     return 0
 
 
+_LOOKING = ("status", "plan", "report")
+
+
+def _run_folder(name: str, options: argparse.Namespace) -> Path:
+    """Of the study of that name. Raises ConfigError where --runs is not given and the run lies beside the study file, for
+    commands that would begin another one here."""
+    here, beside = Path("runs"), options.study.parent / "runs"
+    if options.runs is None:
+        options.runs = here
+        if _is_begun(beside / name) and not _is_begun(here / name):
+            said = f"this study's run is {_shown((beside / name).resolve())}, and there is none in ./runs"
+            flag = f"--runs {shlex.quote(str(beside))}"
+            if options.command not in _LOOKING and not getattr(options, "dry_run", False):
+                raise ConfigError(f"{said}. Add {flag} to go on with it, or --runs {here} to begin another one here.")
+            print(f"note: {said}; {flag} shows it", file=sys.stderr)
+    return (options.runs / name).resolve()
+
+
+def _is_begun(run: Path) -> bool:
+    """Whether more is there than what commands leave that only look."""
+    return run.is_dir() and any(path.name not in ("cache", "report") for path in run.iterdir())
+
+
 def _dag(study: Study, run: Path, options: argparse.Namespace) -> Dag:
     """Commands that only look do without the inputs, as far as it is known what they were."""
     from megatron_demix.pipeline.dag import build_dag
@@ -189,7 +212,7 @@ def _dag(study: Study, run: Path, options: argparse.Namespace) -> Dag:
     try:
         return build_dag(study, options.study, run)
     except (DemixError, OSError) as e:
-        if options.command not in ("status", "plan", "report"):
+        if options.command not in _LOOKING:
             raise
         try:
             dag = build_dag(study, options.study, run, absent_inputs="remembered")
@@ -294,6 +317,7 @@ def _show_choice(dag: Dag, options: argparse.Namespace) -> None:
     from megatron_demix.artifact import read_json
     from megatron_demix.launch.status import new_table, on_terminal
     from megatron_demix.pipeline.search_stages import CHOICE
+    from megatron_demix.search.outcome import natural_in_words
 
     path = dag.choice.folder / CHOICE
     if options.json:
@@ -306,7 +330,8 @@ def _show_choice(dag: Dag, options: argparse.Namespace) -> None:
         shown.add_row(name, f"{share:.1%}", *([f"{found['merge_weights'][name]:.1%}"] if merged else []))
     mean, std = found["expected_gain"]
     on_terminal().print(shown)
-    print(f"expected to be {mean:.2g} ± {std:.1g} better than natural, in the objective's unit\n{_shown(path)}")
+    compared = natural_in_words(found["natural_distance"])
+    print(f"expected to be {mean:.2g} ± {std:.1g} better than {compared}, in the objective's unit\n{_shown(path)}")
 
 
 def _show_scores(stage: Stage, options: argparse.Namespace) -> None:

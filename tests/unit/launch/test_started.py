@@ -106,6 +106,29 @@ def test_no_setting_of_what_was_started_is_named_twice(study, capsys):
     assert "--until prepare" in capsys.readouterr().err
 
 
+def test_a_run_beside_the_study_is_not_begun_again_elsewhere(study, capsys, monkeypatch):
+    elsewhere = study.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(study.parent)
+    assert main(["prepare", "study.yaml", "--quiet"]) == 0
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    given = "../study.yaml"
+    said = "this study's run is " + str(study.parent / "runs" / "s") + ", and there is none in ./runs"
+    for _ in range(2):  # looking here leaves nothing that would count as a run
+        for command in ("plan", "status", "report"):
+            assert main([command, given]) == 0
+            assert f"note: {said}; --runs ../runs shows it\n" in capsys.readouterr().err
+    for command in ("run", "resume", "submit", "cancel", "prepare"):
+        assert main([command, given]) == 2
+        assert f"demix: {said}. Add --runs ../runs to go on with it" in capsys.readouterr().err
+    assert main(["prepare", given, "--runs", "../runs"]) == 0
+    assert "everything is already done" in capsys.readouterr().err
+    assert main(["prepare", given, "--runs", "runs", "--quiet"]) == 0
+    assert main(["plan", given]) == 0
+    assert "this study's run is" not in capsys.readouterr().err
+
+
 def test_status_and_cancel_ask_where_it_was_started(study, capsys, monkeypatch):
     """Which the study may no longer say."""
     slurm = ["launch.backend=slurm", "launch.slurm.parts={data: 2}"]
