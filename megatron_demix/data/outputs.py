@@ -97,6 +97,18 @@ class Outputs:
         if time.monotonic() - self._last_checkpoint > CHECKPOINT_S:
             self.checkpoint()
 
+    @property
+    def rejected_list(self) -> Path:
+        return self.folder / REJECTED
+
+    def first_rejected(self) -> str:
+        """The first rejected document and its reason; "" if there is none."""
+        with storage_errors(f"writing {self.rejected_list}"):
+            self._rejected.flush()
+        with open(self.rejected_list, encoding="utf-8") as file:
+            line = file.readline()
+        return "{document}: {reason}".format(**json.loads(line)) if line else ""
+
     def checkpoint(self) -> None:
         """Note how far the outputs have come, after making that much of them last."""
         written = [asdict(writer.checkpoint()) for writer in self._writers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from megatron_demix.artifact import fingerprint, only_maker, write_json
 from megatron_demix.data.encode_blocks import Recipe, SentenceSplitter, tokenize
 from megatron_demix.data.inputs import BadDocuments, read_blocks
-from megatron_demix.data.outputs import Outputs
+from megatron_demix.data.outputs import REJECTED, Outputs
 from megatron_demix.data.parts import complete_parts, part_folder, remove_parts
 from megatron_demix.data.prefix import finished, is_sealed, publish, seal, unseal
 from megatron_demix.data.tokenizer import Tokenizer
@@ -20,6 +21,8 @@ from megatron_demix.progress import progress_bar
 from megatron_demix.units import format_count
 
 SPLITS = ("train", "valid", "test")
+MANY_REJECTED = 0.1
+"""A share of the documents above which a warning says so: it may be the wrong key."""
 STATS = "stats.json"
 
 __all__ = ["prepare_domain", "preprocess"]
@@ -181,9 +184,18 @@ def _named(inputs: Sequence[Path]) -> str:
 
 
 def _check_documents(inputs: Sequence[Path], outputs: Outputs) -> int:
-    documents = sum(c["documents"] for c in outputs.counts.values())
+    documents, rejected = sum(c["documents"] for c in outputs.counts.values()), outputs.num_rejected
+    first = outputs.first_rejected() if rejected > MANY_REJECTED * (documents + rejected) or not documents else ""
     if documents == 0:
+        why = f"; the first, {first}; {outputs.rejected_list} has all" if first else ""
         raise CorruptInput(
-            f"{_named(inputs)}: no documents ({outputs.num_rejected} empty or rejected), expected text. Correct the inputs."
+            f"{_named(inputs)}: no documents ({rejected} empty or rejected{why}), expected text. Correct the inputs, or the "
+            "key of their text."
+        )
+    if first:
+        warnings.warn(
+            f"{_named(inputs)}: {rejected} of {documents + rejected} documents are empty or rejected, the first, {first}. "
+            f"{REJECTED} beside the tokens lists them; they are left out.",
+            stacklevel=3,
         )
     return documents

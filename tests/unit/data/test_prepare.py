@@ -97,6 +97,18 @@ def make(folder):
     return folder
 
 
+def test_many_rejected_documents_are_said(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"content": "a"}\n' * 5)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 5)
+    options = {"on_bad_document": "reject", "progress": False}
+    reason = r"the first, other\.jsonl:1: no key 'text' \(it has 'content'\)"
+    with pytest.raises(CorruptInput, match=rf"no documents \(5 empty or rejected; {reason}; .*/\.p\.work/rejected\.jsonl"):
+        preprocess([tmp_path / "other.jsonl"], BYTE, tmp_path / "p", **options)
+    assert len((tmp_path / ".p.work" / "rejected.jsonl").read_text().splitlines()) == 5
+    with pytest.warns(UserWarning, match=rf"5 of 10 documents are empty or rejected, {reason}"):
+        preprocess([tmp_path / "other.jsonl", tmp_path / "text.jsonl"], BYTE, tmp_path / "q", **options)
+
+
 def test_as_the_stock_builder_writes_it(corpus, tmp_path):
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
