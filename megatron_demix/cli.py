@@ -167,6 +167,11 @@ def _study_command(options: argparse.Namespace) -> int:
             print(f"warning: {line}", file=sys.stderr)
     if last and options.command in ("status", "plan", "resume"):
         _say_what_was_started(options, started, last)
+    if options.command not in ("cancel", "report") and not getattr(options, "quiet", False):
+        from megatron_demix.pipeline.changes import changes
+
+        for line in changes(dag.until(started.until)):
+            print(f"note: {line}", file=sys.stderr)
     if options.command == "report":
         _report(dag, options)
     elif options.command in ("submit", "cancel", "status") or (options.command == "resume" and not options.dry_run):
@@ -374,10 +379,12 @@ def _backend(dag: Dag, options: argparse.Namespace, started: Started) -> None:
 
 
 def _report(dag: Dag, options: argparse.Namespace) -> None:
-    from megatron_demix.pipeline.reporting import verdict, write_report
+    from megatron_demix.pipeline.reporting import finished_reports, verdict, write_report
 
     _warn_of_damage(dag.all)
     page = write_report(dag)
+    if not dag.final_scores.is_intact() and (others := finished_reports(dag.run)):
+        print(f"note: finished reports, of other data or settings: {', '.join(map(_shown, others))}", file=sys.stderr)
     if options.json:
         print(json.dumps({"report": str(page)}))
     elif not getattr(options, "quiet", False):

@@ -24,14 +24,26 @@ if TYPE_CHECKING:
     from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Maturity, ReportData, Round, Task
 
 
+_FINISHED = "finished-"
+
+
 def write_report(dag: Dag) -> Path:
-    """Write <run>/report/index.html, replacing an earlier one: it is derived, and may be made again at any time."""
+    """Write <run>/report/index.html, replacing an earlier one: it is derived, and may be made again at any time. One with final
+    runs is kept beside it, since its data may not be there again."""
     from megatron_demix.report.build import build_report
 
     page = dag.run / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    build_report(collect(dag), page)
+    data = collect(dag)
+    build_report(data, page)
+    if data.final:
+        build_report(data, page.with_name(f"{_FINISHED}{dag.final_scores.key}.html"))
     return page
+
+
+def finished_reports(run: Path) -> list[Path]:
+    """Of all data and settings whose final runs were scored in this run's folder."""
+    return sorted((run / "report").glob(f"{_FINISHED}*.html"))
 
 
 def verdict(dag: Dag) -> str:
@@ -128,6 +140,7 @@ def _losses(dag: Dag) -> Iterator[tuple[str, dict[str, list[float]]]]:
 
 def _rounds(dag: Dag) -> list[Round]:
     from megatron_demix.report.data import Fit, Proxy, Round
+    from megatron_demix.search.surrogate import LITTLE_SKILL
 
     rounds = []
     facts_of = {r.number: read_json(r.fit.folder / FIT) for r in dag.rounds if r.fit.is_intact()}
@@ -143,7 +156,9 @@ def _rounds(dag: Dag) -> list[Round]:
         scores = {model: {name: row[name] for name in order if name in row} for model, row in rows.items() if row}
         facts: dict[str, Any] = facts_of.get(r.number, {})
         fit = {
-            name: Fit(f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"], f["std"])
+            name: Fit(
+                f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"], f["std"], f.get("skill", 1) < LITTLE_SKILL
+            )
             for name, f in facts.get("surrogates", {}).items()
         }
         rounds.append(Round(mixtures, scores, fit, facts.get("objective", {}), facts.get("constant", {})))
@@ -182,6 +197,7 @@ def _higher_is_better(dag: Dag) -> frozenset[str]:
 
 def _choice(dag: Dag) -> Choice | None:
     from megatron_demix.report.data import Choice, FrontPoint, Optimum
+    from megatron_demix.search.outcome import natural_in_words
 
     if not dag.choice.is_intact():
         return None
@@ -189,7 +205,7 @@ def _choice(dag: Dag) -> Choice | None:
     optimum = None
     if spread := found.get("optimum"):
         samples = dict(zip(spread["shares"], zip(*spread["samples"], strict=True), strict=True))
-        optimum = Optimum(samples, spread["expected_regret"], spread["expected_gain"], spread["probability_of_gain"])
+        optimum = Optimum(samples, spread["expected_regret"], spread["probability_of_gain"])
     return Choice(
         shares=found["weights"],
         weights=found["merge_weights"],
@@ -197,6 +213,7 @@ def _choice(dag: Dag) -> Choice | None:
         objective=tuple(found["objective"]),
         natural={name: (mean, std) for name, (mean, std) in found["natural"].items()},
         expected_gain=tuple(found["expected_gain"]),
+        compared=natural_in_words(found.get("natural_distance", 0.0)),
         optimum=optimum,
         pareto=[FrontPoint(point["weights"], point["predicted"]) for point in found.get("pareto", ())],
         binding=[_sentence(bound) for bound in found["binding"]],
