@@ -119,7 +119,7 @@ class HuggingFace(Vocabulary):
 
 
 class SentencePiece(Vocabulary):
-    """A SentencePiece .model."""
+    """A SentencePiece .model. gigatoken reads control symbols in text as tokens, so its own library encodes."""
 
     def __init__(self, kind: str, file: Path, eod_id: int | None) -> None:
         sentencepiece = _import("sentencepiece")
@@ -128,7 +128,6 @@ class SentencePiece(Vocabulary):
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError) as e:
             raise CorruptInput(f"tokenizer {file}: not a SentencePiece model ({e}).") from e
-        self._file = file
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._processor.eos_id() if eod_id is None else eod_id
         if self.eod_id < 0:
@@ -136,9 +135,6 @@ class SentencePiece(Vocabulary):
 
     def reference_engine(self) -> Engine:
         return engines.sentencepiece_engine(self._processor)
-
-    def fast_engine(self) -> Engine | None:
-        return _gigatoken(lambda gigatoken: gigatoken.Tokenizer.from_sentencepiece(self._file))
 
     def pieces(self) -> Mapping[int, bytes]:
         p = self._processor
