@@ -56,6 +56,7 @@ def runs(tmp_path_factory, make_train_job):
     # A constant rate: the runs that go on beyond ITERATIONS below are to learn something there.
     settings = {"lr_decay_style": "constant"}
     common = {"model": MODEL, "train": settings, "train_iters": ITERATIONS, "init_checkpoint": base.work}
+    common |= {"valid": {"b": base.blend[1][0]}, "eval_interval": 4}
     jobs = {"reference": make_train_job(folder / "reference", name="reference", **common)}
     train(jobs["reference"])
     for name, parallel in LAYOUTS.items():
@@ -88,6 +89,16 @@ def test_layouts_have_the_loss_curve_of_one_rank(runs, name):
     jobs = runs[0]
     assert losses_of(jobs[name]) == pytest.approx(losses_of(jobs["reference"]), abs=2e-5)
     assert [p.name for p in jobs[name].work.glob("iter_*")] == [f"iter_{ITERATIONS:07d}"]
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "sharded_optimizer", "grown"])
+def test_layouts_evaluate_as_one_rank(runs, name):
+    """Those that were stopped after iteration 4 are evaluated when they go on."""
+    found, expected = (read_losses(runs[0][n].work / "validation.jsonl") for n in (name, "reference"))
+    evaluated = [3] if name == "grown" else []  # its end on one rank
+    assert [row["iteration"] for row in found] == [*evaluated, 4, ITERATIONS]
+    for row, other in zip(found[-2:], expected, strict=True):
+        assert row["lm loss validation-b"] == pytest.approx(other["lm loss validation-b"], abs=2e-5)
 
 
 def test_the_replica_that_makes_the_others_wait_is_named(runs):
