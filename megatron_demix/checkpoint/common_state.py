@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_demix.checkpoint.archive import check_entry, read_archive, write_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
-from megatron_demix.checkpoint.layout import COMMON
+from megatron_demix.checkpoint.layout import BACKEND, COMMON
 from megatron_demix.checkpoint.pickles import (
     Global,
     Inert,
@@ -91,6 +91,14 @@ def _foreign(name: str, what: str) -> type[_Foreign]:
             "Do not load this checkpoint with other tools before you know where it comes from."
         )
     return _Foreign
+
+
+def missing_files(checkpoint: Checkpoint) -> list[str]:
+    """Of the small files without which megatron.core does not load a checkpoint."""
+    there = [BACKEND] if (checkpoint.location.path / BACKEND).is_file() else []
+    if (checkpoint.location.path / COMMON).is_file() or _INSIDE in checkpoint.metadata.objects:
+        there.append(COMMON)
+    return [name for name in (BACKEND, COMMON) if name not in there]
 
 
 def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:

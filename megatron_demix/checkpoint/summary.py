@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import fingerprint
-from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
+from megatron_demix.checkpoint.common_state import missing_files, model_arguments, read_common_state
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
@@ -74,6 +74,7 @@ def summarize(path: Path) -> dict[str, Any]:
         "files": len({c.location.file for info in checkpoint.metadata.tensors.values() for c in info.chunks}),
         "tensors": [_describe(info) for info in model.values()],
         "objects": sorted(checkpoint.metadata.objects),
+        "missing": missing_files(checkpoint),
         "arguments": {k: arguments[k] for k in _SHOWN_ARGUMENTS if isinstance(arguments.get(k), (int, float, str))},
     }
 
@@ -87,6 +88,8 @@ def format_summary(facts: dict[str, Any]) -> str:
         f"{format_count(facts['parameters'])} parameters in {len(facts['tensors'])} tensors, {model}",
         f"beside the model: {facts['other_tensors']} tensors, {beside}; {len(facts['objects'])} objects",
     ]
+    if facts["missing"]:
+        lines.append(f"missing: {', '.join(facts['missing'])}; Megatron does not load it like this")
     if facts["arguments"]:
         lines.append(", ".join(f"{k} {v}" for k, v in facts["arguments"].items()))
     width = max((len(t["key"]) for t in facts["tensors"]), default=0)

@@ -401,7 +401,7 @@ def test_a_file_in_two_domains_is_refused(study_path, same):
         english.hardlink_to(code)
     pattern = "domains.1={name: english, inputs: ['*.jsonl']}" if same == "pattern" else "seed=1"
     said = r"domains: .*\.jsonl is an input of 'english', and of 'code'"
-    with pytest.raises(ConfigError, match=f"{said}, there as {code}" if same == "link" else rf"{said}\. Documents"):
+    with pytest.raises(ConfigError, match=f"{said}, there as {code}" if same == "link" else rf"{said}\. Nobody could tell"):
         keys(study_path, pattern)
     keys(study_path, pattern, "domains.0.json_key=title")  # other text of the same file
 

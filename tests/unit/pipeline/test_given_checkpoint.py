@@ -12,7 +12,8 @@ from dist_checkpoints import small_model, write_checkpoint
 from small_texts import write_texts
 
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.errors import ConfigError, IncompatibleInputs
+from megatron_demix.checkpoint.summary import format_summary, summarize
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
 from megatron_demix.pipeline.train_stages import checkpoint_of
@@ -85,6 +86,23 @@ def test_scores_of_a_checkpoint_are_those_of_its_weights_and_of_the_model(folder
     # What is saved says nothing of the model here, so only the key can tell.
     assert key("base") != key("base", "model.norm_epsilon=1e-6")
     assert key("base") == key("base", "train.lr=1")
+
+
+@pytest.mark.parametrize("lost", [["common.pt"], ["metadata.json"], ["metadata.json", "common.pt"]])
+def test_a_checkpoint_that_megatron_would_not_load_is_refused(folder, lost):
+    write_checkpoint(folder / "base", small_model(0))
+    dag = build(folder)
+    scored = write_checkpoint(folder / "scored", small_model(1))
+    for place in (scored, folder / "base"):
+        for name in lost:
+            (place / name).unlink()
+    said = rf"scored: {' and '.join(lost)} (is|are) missing, without which Megatron does not load it\. Copy the whole folder"
+    with pytest.raises(CorruptInput, match=said):
+        given_scores(dag, {"mine": scored}, final=False)
+    with pytest.raises(CorruptInput, match=r"base: .* missing"):
+        build(folder)
+    build_dag(dag.study, folder / "study.yaml", folder / "run", absent_inputs="remembered")  # what looks
+    assert f"missing: {', '.join(lost)}; Megatron" in format_summary(summarize(scored))
 
 
 @pytest.mark.parametrize("which", ["base", "scored"])
