@@ -163,6 +163,24 @@ def test_the_domain_named_first_keeps_its_own(planted):
     assert TOPICS[25] not in texts(output / "other")
 
 
+def test_what_an_earlier_domain_keeps_depends_on_later_ones(tmp_path):
+    """A document between two that are hardly alike makes one cluster of them."""
+    rng = random.Random(0)
+    pairs, between = [], []
+    for _ in range(10):
+        words = [f"w{rng.randrange(10**6)}" for _ in range(3000)]
+        between.append(" ".join(words))
+        for begin in (100, 1600):
+            changed = set(range(begin, begin + 1400, 140))
+            pairs.append(" ".join("changed" if n in changed else word for n, word in enumerate(words)))
+    inputs = {"a": write(tmp_path / "a.jsonl", pairs), "b": write(tmp_path / "b.jsonl", between)}
+    alone = clean({"a": inputs["a"]}, tmp_path / "alone", {})
+    with pytest.warns(UserWarning, match="of domain 'b'"):
+        both = clean(inputs, tmp_path / "both", {})
+    kept = [report["domains"]["a"]["kept"]["a"]["documents"] for report in (alone, both)]
+    assert kept[1] < kept[0]
+
+
 def test_the_account_adds_up_and_names_examples(planted):
     inputs, output, _, report, _ = planted
     assert report == json.loads((output / "clean.json").read_text())
