@@ -171,15 +171,17 @@ def _lowest(batches: Iterable[Documents], quota: int) -> list[bytes]:
     from megatron_demix import native
 
     highest_first: list[tuple[int, bytes]] = []
-    held, size, bound = set[int](), 0, 2**64
+    held, size, bound = set[int](), 0, 2**64 - 1
     for text in (batch.text for batch in batches):
-        hashes = native.hash_documents(text.content, text.offsets, 0).tolist()
-        for number, begin in enumerate(text.offsets[:-1].tolist()):
-            if hashes[number] >= bound or hashes[number] in held:
+        hashes = native.hash_documents(text.content, text.offsets, 0)
+        for number in np.flatnonzero(hashes <= np.uint64(bound)).tolist():
+            key = int(hashes[number])
+            if key > bound or key in held:
                 continue
-            document = text.content[begin : min(int(text.offsets[number + 1]), begin + quota)].tobytes()
-            heapq.heappush(highest_first, (-hashes[number], document))
-            held.add(hashes[number])
+            begin, end = text.offsets[number : number + 2].tolist()
+            document = text.content[begin : min(end, begin + quota)].tobytes()
+            heapq.heappush(highest_first, (-key, document))
+            held.add(key)
             size += len(document)
             while highest_first and size - len(highest_first[0][1]) >= quota:
                 bound = -highest_first[0][0]
