@@ -267,6 +267,7 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace, started: St
     from megatron_demix.launch.display import Display
     from megatron_demix.launch.local import run_stages
     from megatron_demix.launch.slurm import refuse_beside_jobs
+    from megatron_demix.pipeline import preflight
     from megatron_demix.pipeline.dag import PARTS
     from megatron_demix.pipeline.task_inputs import check_tasks
 
@@ -297,6 +298,11 @@ def _run(dag: Dag, stages: list[Stage], options: argparse.Namespace, started: St
         )
     elif not options.quiet:
         print(f"everything is already done ({len(stages)} stages)", file=sys.stderr)
+    if started.until == "prepare":
+        try:
+            preflight.check(dag.all)
+        except DemixError as e:  # of what was not asked for
+            print(f"warning: {e}", file=sys.stderr)
     if options.command in ("run", "resume"):
         _report(dag, options)
     elif options.command == "search":

@@ -60,9 +60,9 @@ def check_windows(study: Study, name: str, data: Mapping[str, Stage], split: str
         held = read_json(stage.folder / STATS)["splits"][split]
         if held["tokens"] < window:
             raise ConfigError(
-                f"stage {name}: the {split} split of domain {domain!r} has {held['tokens']:,} tokens in {held['documents']:,} "
-                f"documents, but one evaluation window is {window:,} (train.seq_length + 1). {_more_of(study, domain, split)}, "
-                "or leave it out of evaluate.losses."
+                f"stage {name}: the {split} split of domain {domain!r} has {_held(held['tokens'], held['documents'])}, but one "
+                f"evaluation window is {window:,} (train.seq_length + 1). {_more_of(study, domain, split)}, or leave it out of "
+                "evaluate.losses."
             )
         if said := few(study, domain, split, **held):
             warnings.warn(said, stacklevel=2)
@@ -76,9 +76,13 @@ def few(study: Study, domain: str, split: str, *, tokens: int, documents: int, *
         return ""
     rests = "the search" if split == "valid" else "the comparison of the final runs"
     return (
-        f"the {split} split of domain {domain!r} has {tokens:,} tokens in {documents:,} documents{short}: what {rests} sees of "
-        f"it may be chance. {_more_of(study, domain, split)}."
+        f"the {split} split of domain {domain!r} has {_held(tokens, documents)}{short}: what {rests} sees of it may be chance. "
+        f"{_more_of(study, domain, split)}."
     )
+
+
+def _held(tokens: int, documents: int) -> str:
+    return f"{tokens:,} tokens in {documents:,} document{'s' * (documents != 1)}"
 
 
 def _more_of(study: Study, domain: str, split: str) -> str:

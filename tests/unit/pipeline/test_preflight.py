@@ -125,6 +125,13 @@ def test_commands_refuse_it_before_anything_is_trained(study, capsys, command):
         assert states["blend/uniform"] == "failed"
 
 
+def test_preparing_says_what_will_be_refused(study, capsys):
+    overrides = ["--runs", str(study.parent / "runs"), "--set", "final.tokens=40k"]
+    for asked in (["prepare", str(study)], ["run", str(study), "--until", "prepare"]):
+        assert main([*asked, *overrides]) == 0
+        assert "warning: stage blend/uniform: its share 0.5" in capsys.readouterr().err
+
+
 def test_a_schedulers_first_stage_after_the_data_refuses_it(study, monkeypatch):
     overrides = ["final.tokens=40k"]
     dag = prepared(study, *overrides)
