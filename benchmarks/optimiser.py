@@ -58,7 +58,8 @@ def measured(num: int, capped: bool, seed: int) -> dict[str, float]:
         scores_M = 1 + 0.3 * (0.05 + shares_MD**0.6 @ matters_D) ** -0.4 + rng.normal(0, NOISE, len(shares_MD))
         scale, power_law = Scale.of(scores_M), REGRESSORS["power_law"](0)
         power_law.fit(shares_MD, scale.to_standard(scores_M))
-        surrogates[f"s{t}"] = Surrogate("power_law", ((1.0, power_law),), shares_MD, scores_M, {}, scale, 1.0)
+        errors = {"measured_M": scores_M, "predicted_M": scale.to_scores(power_law.mean(shares_MD))}
+        surrogates[f"s{t}"] = Surrogate("power_law", ((1.0, power_law),), shares_MD, scores_M, errors, scale, 1.0)
     objective = dict.fromkeys(surrogates, 1.0)
     goal, choice = Objective(space, surrogates, objective), choose_mixture(space, surrogates, objective, seed=seed)
     chosen_D = np.array([choice.weights[name] for name in names])

@@ -174,7 +174,7 @@ def fit_facts(surrogate: Surrogate, names: Sequence[str]) -> dict[str, Any]:
         "kind": surrogate.kind,
         "rmse": facts["rmse"],
         "spearman": facts["spearman"],
-        "rmse_by_kind": facts["kinds"],
+        "skill": surrogate.skill,
         "models": models,
         "measured": facts["measured_M"].tolist(),
         "predicted": facts["predicted_M"].tolist(),

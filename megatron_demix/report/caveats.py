@@ -32,7 +32,12 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
             )
     if data.rounds and (fits := data.rounds[-1].fit):
         for score, weight in data.objective.items():
-            if weight and score in fits and not fits[score].spearman >= WEAK_RANK_CORRELATION:
+            if weight and score in fits and fits[score].little_skill:
+                found.append(
+                    f"The surrogate of {score} is hardly better than the mean at proxies it has not seen: what was chosen by "
+                    "it, and its gain, may be noise. Use more proxies, or more tokens in their evaluation."
+                )
+            elif weight and score in fits and not fits[score].spearman >= WEAK_RANK_CORRELATION:
                 found.append(
                     f"The surrogate of {score} orders proxies it has not seen with a rank correlation of "
                     f"{fits[score].correlation}: the search was close to guessing there. Use more proxies, or more tokens in "

@@ -54,6 +54,8 @@ class Fit:
     predicted: Sequence[float]
     std: Sequence[float] = ()
     """Standard deviation of each prediction, calibrated out of fold; none if empty."""
+    little_skill: bool = False
+    """It is hardly better than the mean at what it has not seen."""
 
     @property
     def correlation(self) -> str:
@@ -81,13 +83,12 @@ class Round:
 class Optimum:
     """The optima of searches on resampled proxies: shares by domain, one value a search.
 
-    expected_regret: what a perfect further search could still win; expected_gain: what the choice wins over the natural
-    mixture; both in the objective's unit, on average. probability_of_gain: the part of the searches in which it wins.
+    expected_regret: what a perfect further search could still win, in the objective's unit, on average. probability_of_gain:
+    the part of the searches on half of the proxies whose choice the other half predicts to win over the natural mixture.
     """
 
     samples: Mapping[str, Sequence[float]]
     expected_regret: float
-    expected_gain: float
     probability_of_gain: float
 
 
@@ -103,7 +104,9 @@ class FrontPoint:
 class Choice:
     """The found mixture. predicted: (mean, standard deviation) by score; objective: the same of what the search minimised.
 
-    natural: predicted at the feasible mixture closest to the natural one; expected_gain: how much worse the objective is there.
+    natural: predicted at the feasible mixture closest to the natural one; compared: that one in words; expected_gain: (mean,
+    standard deviation) of how much worse the objective is there, judged by proxies that the choice was not made by if there is
+    an optimum, else predicted.
     binding: the bounds the mixture lies at, each as one sentence. distance: in total variation, to the nearest proxy's mixture;
     and the one within which 9 in 10 proxies have another.
     """
@@ -114,6 +117,7 @@ class Choice:
     objective: tuple[float, float]
     natural: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     expected_gain: tuple[float, float] | None = None
+    compared: str = "natural"
     optimum: Optimum | None = None
     pareto: Sequence[FrontPoint] = ()
     binding: Sequence[str] = ()

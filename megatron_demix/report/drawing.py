@@ -99,4 +99,12 @@ def _themed(match: re.Match[str]) -> str:
 
 
 def shares_text(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    """Of many domains the largest alone: every point of every figure has such a text."""
+    shown = (
+        shares if len(shares) <= _MOST_SHARES else dict(sorted(shares.items(), key=lambda item: -item[1])[: _MOST_SHARES - 1])
+    )
+    text = ", ".join(f"{name} {share:.1%}" for name, share in shown.items())
+    return text if len(shown) == len(shares) else f"{text}, {len(shares) - len(shown)} more"
+
+
+_MOST_SHARES = 8

@@ -17,12 +17,10 @@ from megatron_demix.search.optimise import propose
 from megatron_demix.search.outcome import outcome
 from megatron_demix.search.reach import distances, far_off
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate, fit_surrogate, is_constant
+from megatron_demix.search.surrogate import LITTLE_SKILL, Surrogate, fit_surrogate, is_constant
 from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtures
 
 Notice = Callable[[str], None]
-_LITTLE_SKILL = 0.1
-"""Part of a score's variance that is predicted out of fold; noise alone has about 0."""
 
 
 def fit_tables(
@@ -54,9 +52,8 @@ def fit_tables(
     for name, values_M in _usable_scores(scores, mixtures, spare, notice).items():
         surrogates[name] = fit_surrogate(shares_MD, values_M, kind, seed=seed, name=name)
         error = surrogates[name].cross_validation
-        skill = 1 - error["rmse"] ** 2 / float(np.var(values_M, ddof=1))
         notice(f"{name}: {surrogates[name].kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
-        if skill < _LITTLE_SKILL:
+        if surrogates[name].skill < LITTLE_SKILL:
             notice(
                 f"{name}: the surrogate is hardly better than the mean at what it has not seen. A mixture chosen by it, its "
                 "gain and how often it wins may be noise: measure more mixtures, or more finely."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,6 +13,7 @@ from megatron_demix.errors import IncompatibleInputs, MixtureError
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
+from megatron_demix.study.search import MIN_PROXIES
 
 Aim = Literal["mean", "worst", "percentile_rank"]
 _RANKED = 4096
@@ -37,8 +39,10 @@ class Objective:
 
     mean: the weighted mean of the scores, in their unit. worst: the worst score, each in standard deviations above its mean
     over the proxies (weights must be equal: they only say which scores count). percentile_rank: the weighted mean of each
-    score's rank, 0 best to 1, among random feasible mixtures, as the paper averages its categories, and on a straight line
-    beyond these; for scores whose units do not compare. Errors of different scores are taken as independent.
+    score's rank, 0 best to 1, among what random feasible mixtures would measure, as the paper averages its categories, and on a
+    straight line beyond these; for scores whose units do not compare. Measured, and not predicted: a score of which nothing is
+    known but noise would else rank mixtures by it as firmly as any other. Errors of different scores go together as they do
+    out of fold.
     Raises MixtureError: a score that was not measured, weights that are not usable.
     """
 
@@ -69,10 +73,13 @@ class Objective:
         self._ranked: dict[str, _Ranks] = {}
         if aim == "percentile_rank":
             pool_MD = space.shares(sample_mixtures(space, _RANKED, seed, landmarks=False))
-            self._ranked = {name: _Ranks(np.sort(sign * surrogates[name].mean(pool_MD))) for name, sign in self._signs.items()}
+            noise_M = np.random.default_rng(seed).standard_normal(_RANKED)
+            for name, sign in self._signs.items():
+                mean_M, std_M = surrogates[name].predict(pool_MD)
+                self._ranked[name] = _Ranks(np.sort(sign * (mean_M + std_M * noise_M)))
 
     def refit(self, rows: np.ndarray) -> Objective:
-        """The same objective with every surrogate fitted on other rows of its proxies (a bootstrap sample)."""
+        """The same objective with every surrogate fitted on other rows of its proxies (Surrogate.refit)."""
         again = Objective.__new__(Objective)
         again.__dict__.update(self.__dict__)
         again._surrogates = {name: self._surrogates[name].refit(rows) for name in self.weights}
@@ -95,11 +102,23 @@ class Objective:
         for name in self.weights:
             mean_M, std_M = self._surrogates[name].predict(shares_MD)
             terms.append(self._term(name, mean_M))
-            stds.append(np.abs(self._term(name, mean_M + std_M) - self._term(name, mean_M - std_M)) / 2)
+            stds.append((self._term(name, mean_M + std_M) - self._term(name, mean_M - std_M)) / 2)
+        stds_SM = np.stack(stds)
         if self._aim == "worst":
             worst_M = np.argmax(terms, axis=0)[None]
-            return np.take_along_axis(np.stack(terms), worst_M, 0)[0], np.take_along_axis(np.stack(stds), worst_M, 0)[0]
-        return np.sum(terms, axis=0), np.sqrt(np.sum(np.square(stds), axis=0))
+            return np.take_along_axis(np.stack(terms), worst_M, 0)[0], np.abs(np.take_along_axis(stds_SM, worst_M, 0)[0])
+        return np.sum(terms, axis=0), np.sqrt(np.einsum("sm,st,tm->m", stds_SM, self._correlations_SS, stds_SM))
+
+    @cached_property
+    def _correlations_SS(self) -> np.ndarray:
+        """Of the scores' errors out of fold: one proxy errs in many at once. Independent where too few proxies have all."""
+        if len(self.weights) == 1:
+            return np.ones((1, 1))
+        errors_MS = np.stack([self._surrogates[name].errors_M for name in self.weights], axis=1)
+        errors_MS = errors_MS[np.isfinite(errors_MS).all(axis=1)]
+        if len(errors_MS) < MIN_PROXIES or not (errors_MS.std(axis=0) > 0).all():
+            return np.eye(len(self.weights))
+        return np.corrcoef(errors_MS, rowvar=False)
 
     def _term(self, name: str, score_M: np.ndarray) -> np.ndarray:
         if self._aim == "mean":

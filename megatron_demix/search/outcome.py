@@ -16,6 +16,8 @@ from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 from megatron_demix.search.uncertainty import OptimumDistribution, optimum_distribution
 
+_AWAY = 0.01
+_FRONT_SCORES = 6
 UNIT = "weights are actual shares of trained tokens; merge_weights are the proxy's weights over the components"
 
 
@@ -49,6 +51,7 @@ def outcome(
         "expected_gain": choice.expected_gain,
         "predicted": _predictions(surrogates, shares_1D),
         "natural": _predictions(surrogates, natural_1D),
+        "natural_distance": float(np.abs(natural_1D[0] - list(space.natural.values())).sum() / 2),
         "distance": {"nearest": float(nearest_1[0]), "usual": usual},
         "binding": [asdict(bound) for bound in binding(space, choice.weights)],
     }
@@ -56,11 +59,25 @@ def outcome(
     if bootstraps:
         spread = optimum_distribution(space, goal, objective, choice, num=bootstraps, **aims)
         report["optimum"] = optimum_as_json(spread)
+        report["expected_gain"] = (spread.expected_gain, float(spread.gains_H.std(ddof=1)))
     if len(goal) > 1:
-        del aims["aim"]
-        front = pareto_front(space, goal, list(goal), **aims)
+        # Of many scores nearly every mixture is best in some combination.
+        heaviest = sorted(goal, key=lambda name: -objective[name])[:_FRONT_SCORES]
+        aims = {key: value for key, value in aims.items() if key != "aim"}
+        aims["higher_is_better"] &= set(heaviest)
+        front = pareto_front(space, goal, heaviest, **aims)
         report["pareto"] = _front_as_json(space, front)
     return report
+
+
+def natural_in_words(distance: float) -> str:
+    """What a gain is over: the bounds, or the anchor, may leave nothing as near to the natural mixture as itself. distance: in
+    total variation."""
+    return (
+        "natural"
+        if distance <= _AWAY
+        else f"the reachable mixture nearest to natural ({distance:.0%} of the data away from it)"
+    )
 
 
 def _predictions(surrogates: Mapping[str, Surrogate], shares_1D: Any) -> dict[str, tuple[float, float]]:

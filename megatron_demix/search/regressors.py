@@ -12,6 +12,8 @@ from megatron_demix.search.gaussian_process import GaussianProcess
 from megatron_demix.search.laws import LogLinear, PowerLaw
 
 _SMALL_SHARE = 1e-3
+_PART = 8192
+"""Mixtures whose features are in memory at once."""
 
 
 class Regressor(Protocol):
@@ -56,8 +58,17 @@ class Linear:
     def fit(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> None:
         from sklearn.linear_model import BayesianRidge
 
-        # Features are not standardised: that would blow up the products of domains that seldom meet.
-        self._model = BayesianRidge().fit(self._features(shares_MD), scores_M)
+        # Features are not standardised: that would blow up the products of domains that seldom meet. Where they are more than
+        # the proxies, as pairs soon are, the directions that these span are enough: the prior is the same in all.
+        features_MP = self._features(shares_MD)
+        self._centre_P, self._axes_PR = features_MP.mean(axis=0), np.eye(features_MP.shape[1])
+        if features_MP.shape[1] > len(features_MP):
+            self._axes_PR = np.linalg.svd(features_MP - self._centre_P, full_matrices=False)[2].T
+        self._model = BayesianRidge().fit((features_MP - self._centre_P) @ self._axes_PR, scores_M)
+
+    def _coordinates(self, shares_ND: np.ndarray) -> np.ndarray:
+        parts = np.array_split(shares_ND, 1 + len(shares_ND) // _PART)
+        return np.concatenate([(self._features(part) - self._centre_P) @ self._axes_PR for part in parts])
 
     def refit(self, shares_MD: np.ndarray, scores_M: np.ndarray, *, tune: bool) -> Linear:
         again = Linear(self._features)
@@ -65,10 +76,10 @@ class Linear:
         return again
 
     def mean(self, shares_ND: np.ndarray) -> np.ndarray:
-        return self._model.predict(self._features(shares_ND))
+        return self._model.predict(self._coordinates(shares_ND))
 
     def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._model.predict(self._features(shares_ND), return_std=True)
+        return self._model.predict(self._coordinates(shares_ND), return_std=True)
 
 
 class LightGBM:

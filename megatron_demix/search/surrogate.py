@@ -20,6 +20,8 @@ KINDS = ("auto", *REGRESSORS, "stack")
 _FOLDS, _FOLDS_SMALL, _SMALL = 5, 10, 128
 """More folds for fewer proxies, so that each fit still sees most of them."""
 _Z90 = 1.6448536269514722
+LITTLE_SKILL = 0.1
+"""A surrogate with less is hardly better than the mean."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Surrogate:
         # Members err alike, so their deviations add up rather than average out.
         std_N = _weighted([(weight, std_N) for weight, _, std_N in predictions])
         return scores_N, self.scale.std_of(scores_N, self.widen * std_N)
+
+    @property
+    def errors_M(self) -> np.ndarray:
+        """Out of fold, in the score's unit; NaN where the score was not measured."""
+        errors_M = np.full(len(self.scores_M), np.nan)
+        errors_M[np.isfinite(self.scores_M)] = self.cross_validation["measured_M"] - self.cross_validation["predicted_M"]
+        return errors_M
+
+    @property
+    def skill(self) -> float:
+        """The part of the score's variance that is predicted out of fold; of noise alone, about 0."""
+        return 1 - self.cross_validation["rmse"] ** 2 / float(np.nanvar(self.scores_M, ddof=1))
 
     def _with_dropped(self, shares_ND: np.ndarray) -> np.ndarray:
         shares_ND = np.asarray(shares_ND, np.float64)
@@ -221,6 +235,10 @@ def _cross_validate(
     trial = _Trial(kind, np.empty(len(scores_M)), np.empty(len(scores_M)), [(1.0, kind)])
     for fold in range(folds_M.max() + 1):
         out_M = folds_M == fold
+        if is_constant(scores_M[~out_M]):
+            # All that differ are in this fold: the others tell nothing, least of all that there is nothing to tell.
+            trial.mean_M[out_M], trial.std_M[out_M] = scores_M[~out_M][0], 1.0
+            continue
         again = regressor.refit(shares_MD[~out_M], scores_M[~out_M], tune=True)
         trial.mean_M[out_M], trial.std_M[out_M] = again.predict(shares_MD[out_M])
     return trial
@@ -250,8 +268,10 @@ def _stack_weights(means_MK: np.ndarray, scores_M: np.ndarray) -> np.ndarray:
 
 
 def _calibration(errors_M: np.ndarray, stds_M: np.ndarray) -> float:
-    """The factor with which 90 % of the errors lie within 1.645 standard deviations (split-conformal rank)."""
-    ratios_M = np.sort(np.abs(errors_M) / np.maximum(stds_M, 1e-12))
+    """The factor with which 90 % of the errors lie within 1.645 standard deviations (split-conformal rank). A single deviation
+    far below the errors is a fit through all its points: it would multiply all others."""
+    least = max(0.1 * float(np.sqrt(np.mean(np.square(errors_M)))), 1e-12)
+    ratios_M = np.sort(np.abs(errors_M) / np.maximum(stds_M, least))
     rank = min(len(ratios_M), int(np.ceil(0.9 * (len(ratios_M) + 1))))
     return max(float(ratios_M[rank - 1]) / _Z90, 1e-6)
 

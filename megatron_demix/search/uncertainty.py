@@ -13,19 +13,22 @@ from megatron_demix.search.optimise import Choice, best_candidates
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
 
+_BOOTSTRAPS_A_SPLIT = 5
+
 
 @dataclass(frozen=True)
 class OptimumDistribution:
     """The optimum of each bootstrap sample of the proxies: actual shares_BD, and what the chosen mixture loses against it.
 
-    regrets_B and gains_B are in the objective's unit: the chosen mixture's value less the sample's best, and the natural
-    mixture's less the chosen one's.
+    regrets_B and gains_H are in the objective's unit: the chosen mixture's value less the sample's best; and the natural
+    mixture's value less that of one chosen on half of the proxies, both as the other half predicts them. The proxies that a
+    choice was made by praise it, noise alone too, so that others have to judge what it wins.
     """
 
     domains: tuple[str, ...]
     shares_BD: np.ndarray
     regrets_B: np.ndarray
-    gains_B: np.ndarray
+    gains_H: np.ndarray
 
     @property
     def shares(self) -> dict[str, tuple[float, float]]:
@@ -40,13 +43,13 @@ class OptimumDistribution:
 
     @property
     def expected_gain(self) -> float:
-        """What the chosen mixture wins over the natural one, on average."""
-        return float(self.gains_B.mean())
+        """What a chosen mixture wins over the natural one, on average."""
+        return float(self.gains_H.mean())
 
     @property
     def probability_of_gain(self) -> float:
-        """The part of the samples in which the chosen mixture beats the natural one."""
-        return float((self.gains_B > 0).mean())
+        """The part of the halves whose choice beats the natural mixture."""
+        return float((self.gains_H > 0).mean())
 
     def enough(self, part: float = 0.05) -> bool:
         """Whether the rounds may stop: the expected regret is below `part` of the expected gain over the natural mixture."""
@@ -67,10 +70,11 @@ def optimum_distribution(
     higher_is_better: Collection[str] = (),
 ) -> OptimumDistribution:
     """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew, the choice
-    among the candidates.
+    among the candidates; and on both halves of a fifth as many random splits. (Hyperparameters found anew on half of few
+    proxies often see noise alone, and no gain where there is one.)
 
     All surrogates must know the same proxies, which are resampled together: IncompatibleInputs otherwise. Proxies that lack
-    the same scores are resampled among themselves, so that a score that few have is not lost in a sample.
+    the same scores are resampled, and split, among themselves, so that a score that few have is not lost in a sample.
     """
     goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
     sizes = {name: len(surrogates[name].scores_M) for name in goal.weights}
@@ -79,7 +83,6 @@ def optimum_distribution(
             f"surrogates were fitted on different numbers of proxies ({sizes}); fit all of them on the same ones."
         )
     chosen_1D = np.array([[choice.weights[name] for name in space.domains]])
-    pair_2D = space.shares(np.concatenate([chosen_1D, space.centre_D[None]]))
     rng = np.random.default_rng(seed)
     alike = _alike(np.stack([np.isfinite(surrogates[name].scores_M) for name in goal.weights], axis=1))
     optima, regrets, gains = [], [], []
@@ -88,9 +91,15 @@ def optimum_distribution(
         weights_MD, values_M = best_candidates(space, again, candidates, seed + b, known_MD=chosen_1D)
         best = np.argsort(values_M, kind="stable")[:top]
         optima.append(space.shares(weights_MD[best].mean(axis=0)))
-        chosen, natural = again.means(pair_2D)
-        regrets.append(max(chosen - values_M[best[0]], 0.0))
-        gains.append(natural - chosen)
+        regrets.append(max(again.means(space.shares(chosen_1D))[0] - values_M[best[0]], 0.0))
+    for split in range(max(1, num // _BOOTSTRAPS_A_SPLIT)):
+        order = np.concatenate([rng.permutation(rows) for rows in alike])
+        halves = [goal.refit(order[start::2]) for start in (0, 1)]
+        for by, judge in (halves, halves[::-1]):
+            weights_MD, values_M = best_candidates(space, by, candidates, seed + split)
+            best_1D = weights_MD[np.argsort(values_M, kind="stable")[:top]].mean(axis=0, keepdims=True)
+            chosen, natural = judge.means(space.shares(np.concatenate([best_1D, space.centre_D[None]])))
+            gains.append(natural - chosen)
     return OptimumDistribution(space.domains, np.array(optima), np.array(regrets), np.array(gains))
 
 

@@ -13,6 +13,7 @@ from megatron_demix.report import caveats
 from megatron_demix.report.build import build_report, render
 from megatron_demix.report.data import FinalRun, Fit, Proxy, ReportData, Round, Task
 from megatron_demix.report.verdict import judge
+from megatron_demix.search.outcome import natural_in_words
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -197,12 +198,19 @@ def test_each_column_says_what_is_better_and_what_the_search_saw(whole):
 def test_how_sure_the_mixture_is_what_it_trades_and_what_binds(whole):
     page = render(whole)
     assert "60.0 ± 2 %" in page
-    assert "0.05 better than natural and a perfect further search could win 0.0004 more (bits per byte)" in page
-    assert "beats natural in 100.0 % of the searches" in page
+    assert "is 0.05 ± 0.01 (bits per byte) better than natural, as the other half predicts" in page
+    assert "better at all in 100.0 % of such halves" in page
+    assert "a perfect one could win 0.0004 more on average" in page
+    assert "not told apart" not in page
     assert "<li>max_epochs of code: at most 60.0 % of the data.</li>" in page
     assert 'aria-label="Pareto front of code and math"' in page
     assert "in the triangle" not in page  # two domains
     assert whole.choice
+    unsure = dataclasses.replace(whole.choice.optimum, probability_of_gain=0.7)
+    away = dataclasses.replace(whole.choice, optimum=unsure, compared=natural_in_words(0.3))
+    page = render(dataclasses.replace(whole, choice=away))
+    assert "better than the reachable mixture nearest to natural (30% of the data away from it), as the other" in page
+    assert "70.0 % of such halves, with the surrogates' families chosen on all proxies: <b>not told apart from it</b>" in page
     bare = dataclasses.replace(whole.choice, optimum=None, pareto=[], binding=[])
     page = render(dataclasses.replace(whole, choice=bare))
     assert "Predicted to be 0.05 ± 0.01 better than natural" in page

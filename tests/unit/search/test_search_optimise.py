@@ -93,7 +93,7 @@ def test_however_many_domains_the_optimum_is_found_and_what_it_loses_on_other_pr
 
     spread = optimum_distribution(space, surrogates, {"loss": 1}, choice, num=6, candidates=20_000)
     shares_1D = np.array([list(choice.shares.values())])
-    others = [Logs(drawn_D, []) for drawn_D in logs.drawn]
+    others = [Logs(drawn_D, []) for drawn_D in logs.drawn[:6]]  # two more for the halves
     regrets_B = np.array([other.mean(shares_1D)[0] - least(other) for other in others])
     assert (spread.regrets_B <= regrets_B + 1e-9).all()
     assert spread.expected_regret > 0.8 * regrets_B.mean()
@@ -258,6 +258,49 @@ def test_noise_widens_the_optimum_and_the_regret(free) -> None:
     }
     with pytest.raises(IncompatibleInputs, match="different numbers of proxies"):
         optimum_distribution(space, mixed, {"code": 1, "math": 1}, choice)
+
+
+def test_what_noise_alone_seems_to_win_is_judged_by_proxies_that_did_not_choose(free) -> None:
+    space, _ = free
+    predicted, judged = [], []
+    for seed in range(8):
+        rng, shares_MD = np.random.default_rng(seed), space.shares(sample_mixtures(space, 40, seed))
+        surrogates = {name: fit_surrogate(shares_MD, 5 + rng.standard_normal(40), "ridge") for name in OBJECTIVE}
+        choice = choose_mixture(space, surrogates, OBJECTIVE, candidates=2000, top=16)
+        spread = optimum_distribution(space, surrogates, OBJECTIVE, choice, num=20, candidates=1000, top=16)
+        predicted.append(choice.expected_gain[0])
+        judged.append((spread.expected_gain, spread.probability_of_gain))
+    gain, probability = np.mean(judged, axis=0)
+    assert gain < 0.5 * np.mean(predicted)
+    assert probability < 0.8
+
+
+def test_a_score_of_noise_hardly_has_ranks() -> None:
+    """Next to one that follows the shares: it may not turn the choice away from what that one asks for."""
+    space = SearchSpace(NATURAL, Mixture.uniform(NATURAL), 0.1)
+    shares_MD, rng = space.shares(sample_mixtures(space, 48, 1)), np.random.default_rng(0)
+    scores = {"code": losses(shares_MD)["code"]} | {f"noise {n}": rng.standard_normal(48) for n in range(3)}
+    surrogates = {name: fit_surrogate(shares_MD, values_M, "ridge") for name, values_M in scores.items()}
+    goal = dict.fromkeys(scores, 1.0)
+    choice = choose_mixture(space, surrogates, goal, candidates=4000, top=16, aim="percentile_rank")
+    alone = choose_mixture(space, surrogates, {"code": 1}, candidates=4000, top=16)
+    assert choice.shares["code"] == pytest.approx(alone.shares["code"], abs=0.15)
+    assert choice.objective[1] < 0.5, "in ranks from 0 to 1"
+
+
+def test_errors_that_scores_share_do_not_average_out(free) -> None:
+    space, _ = free
+    shares_MD, rng = space.shares(sample_mixtures(space, 64, 1)), np.random.default_rng(0)
+    stds = {}
+    for shared in (0.0, 1.0):
+        common_M, names = rng.standard_normal(64), [f"s{n}" for n in range(8)]
+        errors = {name: 0.5 * (shared * common_M + (1 - shared) * rng.standard_normal(64)) for name in names}
+        surrogates = {
+            name: fit_surrogate(shares_MD, losses(shares_MD)["code"] + error_M, "ridge") for name, error_M in errors.items()
+        }
+        _, std_1 = Objective(space, surrogates, dict.fromkeys(names, 1)).predict(space.shares(space.centre_D[None]))
+        stds[shared] = std_1[0]
+    assert stds[1.0] > 2 * stds[0.0]
 
 
 @pytest.mark.parametrize("aim", ["mean", "worst", "percentile_rank"])
