@@ -96,7 +96,7 @@ def evaluate(
     """Run by every rank: score every model of the job and let rank 0 write work/scores.json, and work/tasks.json with what
     should be known about the tasks' scores. load_codec: the tokenizer in a folder, where there are tasks.
 
-    Each data-parallel replica takes every n-th mixture, and every n-th checkpoint. A finished row is appended to
+    Each replica, of the ranks that a model is shared out among, takes every n-th mixture, and every n-th checkpoint. A finished row is appended to
     work/rows-<part>-<replica>.jsonl at once: a killed run goes on where it stopped, on any number of replicas and in any number
     of parts. Replicas may take any time for a model (evaluate.patience).
     """
@@ -117,15 +117,17 @@ def evaluate(
             patience = Patience()
             known = patience.of_first(_finished_rows(job) if torch.distributed.get_rank() == 0 else None)
             made: dict[str, dict[str, Any]] = {}
-            replica = parallel_state.get_data_parallel_rank()
-            replicas = parallel_state.get_data_parallel_world_size()
+            # Ranks among which experts are shared out read the same texts side by side.
+            replica = parallel_state.get_expert_data_parallel_rank()
+            replicas = job.parallel.data // job.parallel.expert
             pending = [n for n in job.models if n not in known]
             suite = _suite(job, load_codec)
             if pending:
                 # A token of an answer at a time cannot be spread over ranks.
                 parallel = job.parallel.model_copy(update={"sequence_parallel": False}) if suite else job.parallel
                 model = build_model(job.model, job.train, parallel, job.vocab_size, cached=suite is not None)
-                writes = parallel_state.get_model_parallel_group().rank() == 0
+                places = parallel_state.get_model_parallel_group().rank(), parallel_state.get_expert_model_parallel_rank()
+                writes = places == (0, 0)
                 windows = list(_windows(job))
                 score = _scorer(job, model, windows, suite, patience, judges=writes)
                 merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None

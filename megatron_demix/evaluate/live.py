@@ -1,6 +1,6 @@
-"""A live Megatron model that answers: token probabilities and greedy choices behind a key-value cache, on any TP x PP layout.
+"""A live Megatron model that answers: token probabilities and greedy choices behind a key-value cache, on any TP x PP x EP layout.
 
-Every rank of one model-parallel group makes the same calls with the same tokens and its own pipeline stage.
+Every rank that has a part of the model makes the same calls with the same tokens and its own pipeline stage.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class LiveModel:
         self.device = next(stage.parameters()).device
         self.num_forward_tokens = 0
         self._pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self._experts = parallel_state.get_expert_model_parallel_group()
         self._rank, self._last = self._pipeline.rank(), self._pipeline.size() - 1
 
     @property
@@ -108,6 +109,9 @@ class LiveModel:
         chosen = torch.empty(num_rows, dtype=torch.int64, device=self.device)
         if hidden_NH is not None:
             chosen = self._greedy(self._logits(hidden_NH))
+        # Ranks that share experts out have to go on alike, whatever their last digits.
+        if self._experts.size() > 1:
+            torch.distributed.broadcast(chosen, group=self._experts, group_src=0)
         return self.shared(chosen)
 
     def shared(self, values: torch.Tensor) -> torch.Tensor:

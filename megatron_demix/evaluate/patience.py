@@ -20,10 +20,9 @@ class Patience:
         self._all = self._replica = None
         if torch.distributed.get_world_size() == 1:
             return
-        mine = torch.distributed.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        replicas: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(replicas, mine)
-        groups = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in replicas})]
+        replicas = [0] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(replicas, parallel_state.get_expert_data_parallel_rank())
+        groups = [[rank for rank, replica in enumerate(replicas) if replica == n] for n in range(max(replicas) + 1)]
         self._all = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
         self._replica, _ = torch.distributed.new_subgroups_by_enumeration(groups, backend="gloo", timeout=_TIMEOUT)
 
@@ -49,6 +48,6 @@ class Patience:
         return values or []
 
     def wait_for_replica(self) -> None:
-        """For the ranks that have the same model, each a part."""
+        """For the ranks that have the same model, each a part, experts included."""
         if self._replica is not None:
             torch.distributed.barrier(group=self._replica)

@@ -155,8 +155,10 @@ def scoring(
         job = EvaluateJob(
             model=study.model,
             train=study.train,
-            # Each replica has a mixture of its own: experts are not spread over them, nor texts over ranks.
-            parallel=study.parallel.model_copy(update={"data": study.evaluate.replicas, "context": 1, "expert": 1}),
+            # Each replica has a mixture of its own: texts are not spread over ranks.
+            parallel=study.parallel.model_copy(
+                update={"data": study.evaluate.replicas * expert, "context": 1, "expert": expert},
+            ),
             vocab_size=vocabulary.vocab_size,
             token_bytes=vocabulary.token_bytes.tolist(),
             domains={n: data_stages.prefixes(data[n], split) for n in domains},
@@ -175,7 +177,8 @@ def scoring(
     def check() -> None:
         preflight.check_windows(study, name, {n: data[n] for n in domains}, split)
 
-    ranks = study.parallel.tensor * study.parallel.pipeline * study.evaluate.replicas
+    expert = study.evaluate.expert
+    ranks = study.parallel.tensor * study.parallel.pipeline * expert * study.evaluate.replicas
     all_needs = {s.name: s for s in (*needs, tokenizer, *(data[n] for n in domains))}
     stage = Stage(name, foundation.run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make, check=check)
     return stage

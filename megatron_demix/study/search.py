@@ -174,3 +174,5 @@ class EvaluateSpec(Section):
     micro_batch_size: int = Field(8, ge=1)
     replicas: int = Field(1, ge=1)
     """Data-parallel copies of the model that share the proxies out among themselves."""
+    expert: int = Field(1, ge=1)
+    """Ranks that the experts of each are shared out among."""

@@ -106,6 +106,11 @@ class Study(Section):
         self._check_extrapolation()
         self._check_budgets()
         check_layout(self.model, self.parallel, self.train)
+        if (self.model.num_experts or 1) % self.evaluate.expert:
+            found = "the model has none" if self.model.num_experts is None else f"found {self.model.num_experts}"
+            raise ValueError(
+                f"evaluate.expert {self.evaluate.expert} shares experts out, so model.num_experts has to be a multiple of it; {found}"
+            )
         return self
 
     def _mixed_names(self) -> list[str]:

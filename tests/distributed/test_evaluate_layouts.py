@@ -212,6 +212,44 @@ def test_every_layout_scores_alike(parts, reference, layout):
         assert tokens == pytest.approx(expected, rel=2e-4, abs=2e-5)
 
 
+def test_experts_are_shared_out_among_ranks(parts, make_train_job, byte_corpus, tmp_path):
+    """Two replicas of two ranks each score as one rank does, written answers included."""
+    _, dense = parts
+    model = {"num_experts": 4, "moe_ffn_hidden_size": 32}
+    base = make_train_job(tmp_path / "base", name="base", model=model, train_iters=2)
+    train(base)
+    components = {}
+    for name in ("a", "b"):
+        component = make_train_job(
+            tmp_path / name, name=name, model=model, train_iters=2, init_checkpoint=base.work, blend=[(byte_corpus[name], 1.0)]
+        )
+        train(component)
+        components[name] = component.work
+    (tmp_path / "alone").mkdir()
+    job = dense.model_copy(
+        update={
+            "model": base.model,
+            "train": base.train,
+            "components": components,
+            "checkpoints": {"component_a": components["a"]},
+            "keep_tokens": [],
+            "work": tmp_path / "alone",
+        }
+    )
+    evaluate(job, ProxyMerger, load_tokenizer)
+    spread = job.model_copy(
+        update={"work": tmp_path / "shared", "parallel": job.parallel.model_copy(update={"data": 4, "expert": 2})}
+    )
+    spread.work.mkdir()
+    write_json(tmp_path / "job.json", spread.model_dump(mode="json"))
+    torchrun(tmp_path / "job.json", ranks=4)
+    alone, shared = (ScoreTable.read(at.work / "scores.json").rows for at in (job, spread))
+    assert list(shared) == [*MIXTURES, "component_a"]
+    assert len({row["arc/bits_per_byte"] for row in alone.values()}) == 3
+    for name, row in shared.items():
+        assert row == pytest.approx(alone[name], rel=2e-6), name
+
+
 def test_ranks_wait_for_one_that_scores_for_longer_than_a_collective_may_take(parts, tmp_path):
     """A program's test sleeps: the other rank of its model waits, and the other replica, before a load and at the end."""
     _, job = parts

@@ -121,19 +121,29 @@ def test_one_stage_scores_the_components_for_all_rounds(path, proxy_score):
     assert job.keep_tokens == (job.models if proxy_score == "ensemble" else [])
 
 
+@pytest.mark.parametrize("expert", [1, 2])
 @pytest.mark.parametrize("layout", ["{context: 2}", "{data: 2, expert: 2}", "{pipeline: 2, context: 2}"])
-def test_scoring_starts_as_many_ranks_as_its_job_is_for(path, layout):
-    """Replicas have mixtures of their own, so neither texts nor experts are spread over them."""
+def test_scoring_starts_as_many_ranks_as_its_job_is_for(path, layout, expert):
+    """Replicas have mixtures of their own, so texts are not spread over ranks, and experts only as evaluate says."""
     overrides = [f"parallel={layout}", "evaluate.replicas=2", "model.num_layers=2", "train.global_batch_size=8"]
-    dag = dag_of(path, *overrides, *(["model.num_experts=2"] if "expert" in layout else []))
+    overrides += [f"evaluate.expert={expert}"]
+    with_experts = ["model.num_experts=2"] if expert > 1 or "expert" in layout else []
+    dag = dag_of(path, *overrides, *with_experts)
     stage = dag.rounds[0].scores
     for need in (dag.tokenizer, *dag.data.values(), *stage.needs):
         if need.ranks == 0 and not need.done():
             need.finish()
     assert stage.begin()
     job = EvaluateJob.model_validate(read_json(stage.job))
-    assert (job.parallel.context, job.parallel.expert, job.parallel.data) == (1, 1, 2)
+    assert (job.parallel.context, job.parallel.expert, job.parallel.data) == (1, expert, 2 * expert)
     assert job.parallel.world_size == stage.ranks
+
+
+def test_experts_of_scoring_divide_those_of_the_model(path):
+    with pytest.raises(ConfigError, match=r"evaluate\.expert 2 shares experts out.*the model has none"):
+        dag_of(path, "evaluate.expert=2")
+    keys = [dag_of(path, "model.num_experts=4", f"evaluate.expert={n}").rounds[0].scores.key for n in (1, 2)]
+    assert keys[0] == keys[1], "who shares the work out changes no score"
 
 
 def test_only_what_depends_on_it_has_another_key(path):
