@@ -96,9 +96,9 @@ def evaluate(
     """Run by every rank: score every model of the job and let rank 0 write work/scores.json, and work/tasks.json with what
     should be known about the tasks' scores. load_codec: the tokenizer in a folder, where there are tasks.
 
-    Each replica, of the ranks that a model is shared out among, takes every n-th mixture, and every n-th checkpoint. A finished row is appended to
-    work/rows-<part>-<replica>.jsonl at once: a killed run goes on where it stopped, on any number of replicas and in any number
-    of parts. Replicas may take any time for a model (evaluate.patience).
+    A replica is all ranks that one model is shared out among; each takes every n-th mixture, and every n-th checkpoint. A
+    finished row is appended to work/rows-<part>-<replica>.jsonl at once: a killed run goes on where it stopped, on any number
+    of replicas and in any number of parts. Replicas may take any time for a model (evaluate.patience).
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A live Megatron model that answers: token probabilities and greedy choices behind a key-value cache, on any TP x PP x EP layout.
+"""A live Megatron model that answers: token probabilities and greedy choices behind a key-value cache, on any TP x PP x EP.
 
 Every rank that has a part of the model makes the same calls with the same tokens and its own pipeline stage.
 """

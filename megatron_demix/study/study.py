@@ -109,7 +109,8 @@ class Study(Section):
         if (self.model.num_experts or 1) % self.evaluate.expert:
             found = "the model has none" if self.model.num_experts is None else f"found {self.model.num_experts}"
             raise ValueError(
-                f"evaluate.expert {self.evaluate.expert} shares experts out, so model.num_experts has to be a multiple of it; {found}"
+                f"evaluate.expert {self.evaluate.expert} shares experts out, so model.num_experts has to be a multiple of it; "
+                f"{found}"
             )
         return self
 
