@@ -51,6 +51,7 @@ class EvaluateJob(BaseModel):
     tokenizer: Path | None = None
     """Folder of the tokenizer, for tasks."""
     micro_batch_size: int
+    generate_batch_size: int | None = None
     components: dict[str, Path] = {}
     mixtures: dict[str, dict[str, float]] = {}
     """Merge weights over `components`, by proxy name."""
@@ -226,8 +227,9 @@ def _scorer(
         losses = {w.name: bits_per_byte(nats[w.name], w) for w in windows}
         if suite is None or live is None:
             return Scored(losses, token_nats=[*nats.values()])
-        batch_tokens = job.micro_batch_size * job.train.seq_length
-        scored = suite.score(live, batch_tokens=batch_tokens, judges=judges, wait=patience.wait_for_replica)
+        tokens = job.micro_batch_size * job.train.seq_length
+        written = job.generate_batch_size * job.max_tokens if job.generate_batch_size else tokens
+        scored = suite.score(live, tokens, generate_tokens=written, judges=judges, wait=patience.wait_for_replica)
         return Scored(losses | scored.scores, scored.notes, [*nats.values(), *scored.token_nats])
 
     return score

@@ -166,6 +166,7 @@ def scoring(
             tasks=list(tasks.specs),
             tokenizer=tokenizer.folder,
             micro_batch_size=study.evaluate.micro_batch_size,
+            generate_batch_size=study.evaluate.generate_batch_size,
             part=part,
             work=work,
             heartbeat=maker.heartbeat,

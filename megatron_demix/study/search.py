@@ -123,6 +123,8 @@ TASK_SCORES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gsm8k", "math"), ("exact_match", "bits_per_byte")),
     **dict.fromkeys(("humaneval", "mbpp"), ("pass@1", "bits_per_byte")),
 }
+GENERATED = {"exact_match", "pass@1"}
+"""Scores of answers that the model writes."""
 
 
 class TaskSpec(Section):
@@ -172,6 +174,8 @@ class EvaluateSpec(Section):
     tasks: list[TaskSpec] = []
     tokens_per_domain: Tokens = 32768
     micro_batch_size: int = Field(8, ge=1)
+    generate_batch_size: int | None = Field(None, ge=1)
+    """Answers that are written side by side; None: as many as have the tokens of micro_batch_size sequences."""
     replicas: int = Field(1, ge=1)
     """Data-parallel copies of the model that share the proxies out among themselves."""
     expert: int = Field(1, ge=1)

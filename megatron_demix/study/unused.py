@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from megatron_demix.study.search import GENERATED
 from megatron_demix.study.study import Study
 
 _GENERATED = ("exact_match", "pass@1")
@@ -126,6 +127,8 @@ def _of_search(study: Study) -> Iterator[_Unused]:
         yield from _given("component.anchor", component.anchor, ("mixture",), "component.anchor.share is 0")
     if len(search.rounds) == 1 and not search.earlier:
         yield from _given("search", search, ("stop",), "there is one round")
+    if not any(GENERATED & set(task.score_names.values()) for task in study.evaluate.tasks):
+        yield from _given("evaluate", study.evaluate, ("generate_batch_size",), "no task has answers generated")
     if not study.evaluate.losses:
         yield from _given("evaluate", study.evaluate, ("tokens_per_domain",), "evaluate.losses is empty")
     for i, task in enumerate(study.evaluate.tasks):

@@ -238,7 +238,11 @@ def test_experts_are_shared_out_among_ranks(parts, make_train_job, byte_corpus, 
     )
     evaluate(job, ProxyMerger, load_tokenizer)
     spread = job.model_copy(
-        update={"work": tmp_path / "shared", "parallel": job.parallel.model_copy(update={"data": 4, "expert": 2})}
+        update={
+            "work": tmp_path / "shared",
+            "parallel": job.parallel.model_copy(update={"data": 4, "expert": 2}),
+            "generate_batch_size": 2,
+        }
     )
     spread.work.mkdir()
     write_json(tmp_path / "job.json", spread.model_dump(mode="json"))

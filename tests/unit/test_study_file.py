@@ -229,6 +229,7 @@ def test_a_budget_below_one_step_is_refused(load):
         ("domains.0={name: code, prefixes: {train: [a]}, json_key: x}", "domains.0.json_key has no effect"),
         ("model.moe_ffn_hidden_size=64", "model.moe_ffn_hidden_size has no effect: model.num_experts is not set"),
         ("model.rope_scaling_factor=4", "model.rope_scaling_factor has no effect: model.use_rope_scaling is false"),
+        ("evaluate.generate_batch_size=64", "evaluate.generate_batch_size has no effect: no task has answers generated"),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel has no effect: parallel.tensor is 1"),
         ("base={checkpoint: a, lr: 0.1, mixture: uniform}", "base.mixture has no effect: the base is given"),
         ("final={tokens: 1M, min_lr: 1e-5, lr_decay_style: constant}", "final.min_lr has no effect: the learning rate stays"),

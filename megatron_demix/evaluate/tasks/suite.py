@@ -18,7 +18,7 @@ from megatron_demix.evaluate.tasks.answers import Judge
 from megatron_demix.evaluate.tasks.choices import Choices
 from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
 from megatron_demix.evaluate.tasks.records import find_files, read_records
-from megatron_demix.study.search import TaskSpec
+from megatron_demix.study.search import GENERATED, TaskSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +88,7 @@ class Task:
     @property
     def generates(self) -> bool:
         """Whether a model writes answers that have to be judged."""
-        return bool(_GENERATED & set(self.spec.score_names.values()))
+        return bool(GENERATED & set(self.spec.score_names.values()))
 
 
 def read_task(spec: TaskSpec, split: str) -> Task:
@@ -148,34 +148,38 @@ class Suite:
         """Of each task that has likelihoods, what they are of."""
         found = {}
         for task in self._tasks:
-            if decided := {score: name for name, score in task.spec.score_names.items() if score not in _GENERATED}:
+            if decided := {score: name for name, score in task.spec.score_names.items() if score not in GENERATED}:
                 found[task.spec.name] = TaskText(np.array(task.answer_tokens), task.choices, decided)
         return found
 
     def score(
-        self, model: LiveModel, *, batch_tokens: int, judges: bool = True, wait: Callable[[], None] = lambda: None
+        self,
+        model: LiveModel,
+        batch_tokens: int,
+        *,
+        generate_tokens: int | None = None,
+        judges: bool = True,
+        wait: Callable[[], None] = lambda: None,
     ) -> Scored:
-        """Called by every rank of a model-parallel group. judges: whether this rank judges the generated answers; the others,
-        which have them too, get no scores of these. wait: for all these ranks, of which one judges."""
+        """Called by every rank that has a part of the model. batch_tokens: how many run at once, about; generate_tokens: the
+        same where answers are written, which need less memory each. judges: whether this rank judges the generated answers; the
+        others, which have them too, get no scores of these. wait: for all these ranks, of which one judges."""
         result = Scored()
         for task in self._tasks:
             wanted = set(task.spec.score_names.values())
             notes = {"items": len(task.items), "cut": 0}
             measured: dict[str, float] = {}
-            if wanted - _GENERATED:
+            if wanted - GENERATED:
                 found = task.likelihoods(model, batch_tokens, notes)
                 result.token_nats.append(np.concatenate([m.token_nats for m in found]))
                 measured |= task.choices.scores(np.array([m.nats for m in found]))
-            if wanted & _GENERATED:
-                right = task.share_right(model, batch_tokens, notes, judges=judges)
+            if wanted & GENERATED:
+                right = task.share_right(model, generate_tokens or batch_tokens, notes, judges=judges)
                 wait()
-                measured |= dict.fromkeys(_GENERATED, right)
+                measured |= dict.fromkeys(GENERATED, right)
             result.scores |= {name: measured[score] for name, score in task.spec.score_names.items()}
             result.notes[task.spec.name] = notes
         return result
-
-
-_GENERATED = {"exact_match", "pass@1"}
 
 
 class _EncodedTask:
