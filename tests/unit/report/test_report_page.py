@@ -101,8 +101,8 @@ def test_numbers_and_names_are_in_it(text):
         "2m03s",
         "model.num_layers",
         "quadratic",
-        "valid tokens",
-        "1.23k",
+        "valid, test: held-out tokens / documents.",
+        "1.23k / 21",
     ):
         assert expected in text, expected
     assert not re.search(r">\s*-?(nan|inf)\b", text, re.IGNORECASE)
