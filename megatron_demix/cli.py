@@ -197,9 +197,11 @@ def _run_folder(name: str, options: argparse.Namespace) -> Path:
         if _is_begun(beside / name) and not _is_begun(here / name):
             said = f"this study's run is {_shown((beside / name).resolve())}, and there is none in ./runs"
             flag = f"--runs {shlex.quote(str(beside))}"
-            if options.command not in _LOOKING and not getattr(options, "dry_run", False):
+            if options.command == "cancel":
+                options.runs = beside
+            elif options.command not in _LOOKING and not getattr(options, "dry_run", False):
                 raise ConfigError(f"{said}. Add {flag} to go on with it, or --runs {here} to begin another one here.")
-            print(f"note: {said}; {flag} shows it", file=sys.stderr)
+            print(f"note: {said}{'' if options.command == 'cancel' else f'; {flag} shows it'}", file=sys.stderr)
     return (options.runs / name).resolve()
 
 
@@ -339,10 +341,12 @@ def _show_choice(dag: Dag, options: argparse.Namespace) -> None:
     shown = new_table("domain", "share", *(["merge weight"] if merged else []))
     for name, share in found["weights"].items():
         shown.add_row(name, f"{share:.1%}", *([f"{found['merge_weights'][name]:.1%}"] if merged else []))
-    mean, std = found["expected_gain"]
+    judged = found.get("optimum", {}).get("judged_gain")
+    mean, std = judged or found["expected_gain"]
     on_terminal().print(shown)
-    compared = natural_in_words(found["natural_distance"])
-    print(f"expected to be {mean:.2g} ± {std:.1g} better than {compared}, in the objective's unit\n{_shown(path)}")
+    compared = natural_in_words(found.get("natural_distance"))
+    said = "expected" if judged else "predicted"
+    print(f"{said} to be {mean:.2g} ± {std:.1g} better than {compared}, in the objective's unit\n{_shown(path)}")
 
 
 def _show_scores(stage: Stage, options: argparse.Namespace) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_demix.errors import ConfigError, CorruptInput
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
-_ABOUT = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE", "CITATION")
-"""What the names of files begin with that lie beside published records and speak of them."""
+_ABOUT = re.compile(r"(readme|licen[sc]e|copying|notice|citation)([-_.][a-z]{2})?(\.(md|txt|rst|cff|html))?", re.IGNORECASE)
+"""Names of files that lie beside published records and speak of them."""
 _TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z")
 
 
@@ -65,7 +66,7 @@ def _files(paths: list[Path]) -> list[Path]:
     """The files among what a folder or ** holds; where some of them hold records, without those that speak of the data."""
     files = [p for p in paths if p.is_file()]
     if any(format_of(p).endswith((*JSON_LINES, PARQUET)) for p in files):
-        files = [p for p in files if format_of(p).endswith((*JSON_LINES, PARQUET)) or not p.name.upper().startswith(_ABOUT)]
+        files = [p for p in files if format_of(p).endswith((*JSON_LINES, PARQUET)) or not _ABOUT.fullmatch(p.name)]
     return files
 
 
@@ -81,7 +82,8 @@ def _matches(pattern: Path) -> list[Path]:
     rest = pattern.parts[at + 1 :] or ("*",)
     folders = [f for top in _matches(Path(*pattern.parts[:at])) if top.is_dir() for f, _ in _folders(top)]
     found = [path for folder in folders for path in _matches(Path(glob.escape(str(folder)), *rest))]
-    return [path for path in found if rest[-1].startswith("_") or not path.name.startswith("_")]
+    named = rest[-1] != "*" and not rest[-1].startswith("*.")  # a pattern of names, and not of all that lies there
+    return [path for path in found if named or not path.name.startswith("_")]
 
 
 def names_of(files: Sequence[Path]) -> list[str]:

@@ -279,7 +279,9 @@ def _batches(
 
 def _value_type(kind: Any) -> Any:
     """Of an Arrow type, which may be a dictionary's."""
-    return getattr(kind, "value_type", kind)
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _with_strings(batch: Any, column: str | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Started:
         """None where nothing was started, or nothing is known of it."""
         try:
             found = read_json(_path(run))
+            with suppress(ValidationError):  # an earlier version may have started it, whose settings are not all of these
+                return cls.of(Study.model_validate(found["study"]), found["until"])
             return cls(dict(found["study"]), found["until"])
         except (DemixError, KeyError, TypeError, ValueError):
             return None

@@ -195,7 +195,7 @@ def domain(
             from megatron_demix.data.tokenizer import load_tokenizer
 
             own = load_tokenizer(tokenizer.folder)
-            write_json(folder / STATS, {"splits": {split: _counts(spec, split, given[split], own) for split in SPLITS}})
+            write_json(folder / STATS, {"splits": {split: _counts(study, spec, split, given[split], own) for split in SPLITS}})
 
         return Stage(f"data/{spec.name}", run, settings, needs, describe, stands_for=given)
     return Stage(f"data/{spec.name}", run, settings, needs, prepare, make_part=prepare)
@@ -214,12 +214,15 @@ def _given_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, list[Path]
     return {split: [next(prefixes) for _ in (spec.prefixes or {})[split]] if files else [] for split in SPLITS}
 
 
-def _counts(spec: DomainSpec, split: str, prefixes: list[Path], tokenizer: Tokenizer) -> dict[str, int]:
+def _counts(study: Study, spec: DomainSpec, split: str, prefixes: list[Path], tokenizer: Tokenizer) -> dict[str, int]:
     """Documents and tokens of one split. Raises IncompatibleInputs where it is not what this tokenizer would have made, and all
-    that open_pool does: the final blend would refuse it, after the whole search."""
+    that open_pool does: the final blend would refuse it, after the whole search. A split that nothing scores may be empty."""
     from megatron_demix.data.pool import Source, open_pool
     from megatron_demix.indexed.format import token_dtype
+    from megatron_demix.indexed.reader import read_index
 
+    if split != "train" and not any(read_index(prefix).num_tokens for prefix in prefixes):
+        return {"documents": 0, "tokens": 0}
     pool = open_pool({spec.name: Source(tuple(prefixes))})
     if pool.tokenizer and pool.tokenizer not in tokenizer.fingerprints:
         raise IncompatibleInputs(
@@ -227,14 +230,16 @@ def _counts(spec: DomainSpec, split: str, prefixes: list[Path], tokenizer: Token
             f"{tokenizer.fingerprint}. Their ids mean different things: give the study that tokenizer, or prepare the data "
             "again."
         )
-    if pool.dtype != (expected := token_dtype(tokenizer.vocab_size)):
+    # Ids may be stored wider than they have to be, but not beside a domain's that the study tokenizes.
+    own, among = token_dtype(tokenizer.vocab_size), any(domain.prefixes is None for domain in study.domains)
+    if pool.dtype.itemsize < own.itemsize or (among and pool.dtype != own):
         raise IncompatibleInputs(
-            f"domain {spec.name!r}, split {split!r}: {prefixes[0]} holds {pool.dtype} tokens, expected {expected}, which the "
+            f"domain {spec.name!r}, split {split!r}: {prefixes[0]} holds {pool.dtype} tokens, expected {own}, which the "
             f"study's tokenizer with its {tokenizer.vocab_size} ids gives. Give the study the tokenizer that the data was made "
             "with, or prepare the data again."
         )
-    own = pool.domains[spec.name]
-    return {"documents": sum(index.num_documents for index in own.indexes), "tokens": own.tokens}
+    indexed = pool.domains[spec.name]
+    return {"documents": sum(index.num_documents for index in indexed.indexes), "tokens": indexed.tokens}
 
 
 def prefixes(data: Stage, split: str) -> list[Path]:

@@ -205,7 +205,8 @@ def _choice(dag: Dag) -> Choice | None:
     optimum = None
     if spread := found.get("optimum"):
         samples = dict(zip(spread["shares"], zip(*spread["samples"], strict=True), strict=True))
-        optimum = Optimum(samples, spread["expected_regret"], spread["probability_of_gain"])
+        gain = tuple(spread["judged_gain"]) if "judged_gain" in spread else None  # earlier versions let the choice judge itself
+        optimum = Optimum(samples, spread["expected_regret"], gain, spread.get("judged_probability", 0.0))
     return Choice(
         shares=found["weights"],
         weights=found["merge_weights"],
@@ -213,7 +214,7 @@ def _choice(dag: Dag) -> Choice | None:
         objective=tuple(found["objective"]),
         natural={name: (mean, std) for name, (mean, std) in found["natural"].items()},
         expected_gain=tuple(found["expected_gain"]),
-        compared=natural_in_words(found.get("natural_distance", 0.0)),
+        compared=natural_in_words(found.get("natural_distance")),
         optimum=optimum,
         pareto=[FrontPoint(point["weights"], point["predicted"]) for point in found.get("pareto", ())],
         binding=[_sentence(bound) for bound in found["binding"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,11 +118,12 @@ def training(
     blend: Callable[[], list[tuple[Path, float]]],
     seed: int,
     init: Callable[[], Path | None],
+    check: Callable[[], object] = lambda: None,
     wanted: Callable[[], bool] = lambda: True,
     known: Callable[[], bool] = lambda: True,
 ) -> Stage:
     """A training stage. blend, init and wanted are asked when the stage begins, when what it needs is there; what is not
-    wanted is an empty artifact. known: whether the first and the last can be asked as soon as the data is there."""
+    wanted is an empty artifact. check: as Stage's. known: whether it and the last can be asked as soon as the data is there."""
     train: TrainSpec = study.phase(phase)
     iterations, schedule, keep = (
         num_iterations(study, phase),
@@ -177,9 +179,9 @@ def training(
         unknown = [*FROM_DATA, *([] if study.base.tokens else ["pretrained-checkpoint"])]
         return shown_command(job(stage.work, 2, 0, [(run, 1.0)], init()), stock, stage.job, unknown=unknown)
 
-    def check() -> None:
+    def check_if_wanted() -> None:
         if known() and wanted():
-            blend()
+            check()
 
     def judge(folder: Path) -> None:
         if wanted():
@@ -187,7 +189,7 @@ def training(
 
     ranks = study.parallel.world_size
     shown = script if stock else None
-    stage = Stage(name, run, everything, tuple(needs), make, ranks=ranks, check=check, judge=judge, script=shown)
+    stage = Stage(name, run, everything, tuple(needs), make, ranks=ranks, check=check_if_wanted, judge=judge, script=shown)
     return stage
 
 
@@ -201,8 +203,7 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
 
     used = _domains_of(spec.mixture, data)
 
-    def blend() -> list[tuple[Path, float]]:
-        return _sources(study, "base", "stage base/base", data, _mixture(study, spec.mixture, data, "base.mixture"))
+    filling = _Filling(study, "base", data, lambda: ("stage base/base", _mixture(study, spec.mixture, data, "base.mixture")))
 
     return training(
         study,
@@ -212,7 +213,8 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
         needs=(tokenizer, *(data[n] for n in used)),
         tokenizer=tokenizer,
         settings={"mixture": spec.mixture},
-        blend=blend,
+        blend=filling.sources,
+        check=filling.check,
         seed=study.seed,
         init=lambda: None,
     )
@@ -304,9 +306,11 @@ def on_merge_weights(
     anchored = _domains_of(anchor.mixture, data) if anchor.share else []
     used = [n for n in data if weights[n] or n in anchored]
 
-    def blend() -> list[tuple[Path, float]]:
+    def shares() -> tuple[str, Mixture]:
         mixture = _mixture(study, anchor.mixture, data, "component.anchor.mixture")
-        return _sources(study, "component", f"stage {name}", data, actual_shares(weights, mixture, anchor.share))
+        return f"stage {name}", actual_shares(weights, mixture, anchor.share)
+
+    filling = _Filling(study, "component", data, shares)
 
     return training(
         study,
@@ -316,7 +320,8 @@ def on_merge_weights(
         needs=(tokenizer, *(data[n] for n in used), base),
         tokenizer=tokenizer,
         settings={"anchor": anchor.model_dump(), **(settings or {})},
-        blend=blend,
+        blend=filling.sources,
+        check=filling.check,
         seed=seed,
         init=lambda: checkpoint_of(base),
     )
@@ -331,10 +336,11 @@ def proxy(
     def mixtures() -> list[dict[str, Any]]:
         return read_json(proposal.folder / MIXTURES)
 
-    def blend() -> list[tuple[Path, float]]:
+    def shares() -> tuple[str, Mixture]:
         chosen = mixtures()[entry]
-        shares, what = Mixture(chosen["shares"], label=chosen["name"]), f"stage {name}, mixture {chosen['name']}"
-        return _sources(study, "proxy", what, data, shares)
+        return f"stage {name}, mixture {chosen['name']}", Mixture(chosen["shares"], label=chosen["name"])
+
+    filling = _Filling(study, "proxy", data, shares)
 
     return training(
         study,
@@ -344,7 +350,8 @@ def proxy(
         needs=(tokenizer, *data.values(), base, proposal),
         tokenizer=tokenizer,
         settings={"entry": entry},
-        blend=blend,
+        blend=filling.sources,
+        check=filling.check,
         seed=study.seed,
         init=lambda: checkpoint_of(base),
         wanted=lambda: entry < len(mixtures()),
@@ -352,21 +359,31 @@ def proxy(
     )
 
 
-def _sources(study: Study, phase: PhaseName, run: str, data: Mapping[str, Stage], mixture: Mixture) -> list[tuple[Path, float]]:
-    """A mixture as Megatron blend sources: train prefixes and weights, zero weights left out.
+@dataclass(frozen=True)
+class _Filling:
+    """What a run is trained on. mixture: the run in words, and the shares of its data, once these are known."""
 
-    A domain of several prefixes spreads its weight over them in proportion to their tokens. Megatron would repeat a small
-    domain without a word: raises MixtureError where one would be read more often than its max_epochs.
-    """
-    from megatron_demix.indexed.reader import read_index
+    study: Study
+    phase: PhaseName
+    data: Mapping[str, Stage]
+    mixture: Callable[[], tuple[str, Mixture]]
 
-    preflight.check_filled(study, run, mixture, num_tokens(study, phase), data, _TOKENS[phase])
-    result = []
-    for domain in study.domains:
-        share = mixture[domain.name]
-        if share == 0:
-            continue
-        own = data_stages.prefixes(data[domain.name], "train")
-        sizes = [read_index(p).num_tokens for p in own]
-        result += [(p, share * size / sum(sizes)) for p, size in zip(own, sizes, strict=True)]
-    return result
+    def check(self) -> Mixture:
+        """The shares. Megatron would repeat a small domain without a word: raises MixtureError where one is read more often
+        than its max_epochs."""
+        run, shares = self.mixture()
+        preflight.check_filled(self.study, run, shares, num_tokens(self.study, self.phase), self.data, _TOKENS[self.phase])
+        return shares
+
+    def sources(self) -> list[tuple[Path, float]]:
+        """Megatron's blend: train prefixes and weights, zero weights left out. A domain of several prefixes spreads its weight
+        over them in proportion to their tokens. Raises as check does."""
+        from megatron_demix.indexed.reader import read_index
+
+        shares, result = self.check(), []
+        for domain in self.study.domains:
+            if share := shares[domain.name]:
+                own = data_stages.prefixes(self.data[domain.name], "train")
+                sizes = [read_index(p).num_tokens for p in own]
+                result += [(p, share * size / sum(sizes)) for p, size in zip(own, sizes, strict=True)]
+        return result

@@ -83,13 +83,15 @@ class Round:
 class Optimum:
     """The optima of searches on resampled proxies: shares by domain, one value a search.
 
-    expected_regret: what a perfect further search could still win, in the objective's unit, on average. probability_of_gain:
-    the part of the searches on half of the proxies whose choice the other half predicts to win over the natural mixture.
+    expected_regret: what a perfect further search could still win, in the objective's unit, on average. gain: (mean, standard
+    deviation) of what mixtures chosen by half of the proxies win over the natural one, as the other half predicts, if that is
+    known; probability: the part of these that win at all.
     """
 
     samples: Mapping[str, Sequence[float]]
     expected_regret: float
-    probability_of_gain: float
+    gain: tuple[float, float] | None
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ class Choice:
     """The found mixture. predicted: (mean, standard deviation) by score; objective: the same of what the search minimised.
 
     natural: predicted at the feasible mixture closest to the natural one; compared: that one in words; expected_gain: (mean,
-    standard deviation) of how much worse the objective is there, judged by proxies that the choice was not made by if there is
-    an optimum, else predicted.
+    standard deviation) of how much worse the objective is there, as the proxies predict that the choice was made by.
     binding: the bounds the mixture lies at, each as one sentence. distance: in total variation, to the nearest proxy's mixture;
     and the one within which 9 in 10 proxies have another.
     """

@@ -59,7 +59,6 @@ def outcome(
     if bootstraps:
         spread = optimum_distribution(space, goal, objective, choice, num=bootstraps, **aims)
         report["optimum"] = optimum_as_json(spread)
-        report["expected_gain"] = (spread.expected_gain, float(spread.gains_H.std(ddof=1)))
     if len(goal) > 1:
         # Of many scores nearly every mixture is best in some combination.
         heaviest = sorted(goal, key=lambda name: -objective[name])[:_FRONT_SCORES]
@@ -70,9 +69,11 @@ def outcome(
     return report
 
 
-def natural_in_words(distance: float) -> str:
+def natural_in_words(distance: float | None) -> str:
     """What a gain is over: the bounds, or the anchor, may leave nothing as near to the natural mixture as itself. distance: in
-    total variation."""
+    total variation; None in what earlier versions wrote."""
+    if distance is None:
+        return "what is reachable nearest to natural"
     return (
         "natural"
         if distance <= _AWAY
@@ -91,8 +92,8 @@ def optimum_as_json(spread: OptimumDistribution) -> dict[str, Any]:
         "shares": {name: {"mean": mean, "std": std} for name, (mean, std) in spread.shares.items()},
         "samples": spread.shares_BD.tolist(),
         "expected_regret": spread.expected_regret,
-        "expected_gain": spread.expected_gain,
-        "probability_of_gain": spread.probability_of_gain,
+        "judged_gain": (spread.expected_gain, float(spread.gains_H.std(ddof=1))),
+        "judged_probability": spread.probability_of_gain,
         "enough": spread.enough(),
     }
 

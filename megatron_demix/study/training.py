@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -118,6 +118,14 @@ class TrainSpec(Section):
     log_interval: int = Field(10, ge=1)
     timeout: Seconds = 1800
     """A collective that waits longer than this has lost a rank: the run is stopped."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, given: Any) -> Any:
+        """Settings of earlier versions that changed nothing: the jobs of runs that began with these have them all."""
+        if isinstance(given, Mapping):
+            return {key: value for key, value in given.items() if key not in ("eval_interval", "eval_iters")}
+        return given
 
 
 def check_layout(model: ModelSpec, parallel: ParallelSpec, train: TrainSpec) -> None:

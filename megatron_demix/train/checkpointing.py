@@ -217,7 +217,8 @@ class Checkpoints:
         with loading(self._optimizer):
             common = dist_checkpointing.load_common_state_dict(str(folder))
             saved = common["args"]
-            if self._start is None:  # what it began with is gone, and no longer needed
+            # Nothing that it began with is named, or it is gone: it is no longer needed.
+            if self._start is None or self._job.init_checkpoint is None:
                 self._start = getattr(saved, "demix_start", None)
             state = self._state(0, loading=True)
             if said := changed_settings(saved, state["args"]):
@@ -306,14 +307,19 @@ class Checkpoints:
     def _agreed_iterations(self) -> list[int]:
         """Rank 0's listing: another node's view of a network file system may lag. Raises ConfigError where another program has
         saved here."""
-        iterations, release = iterations_in(self._job.work), self._job.work / "release"
+        found, release = iterations_in(self._job.work), self._job.work / "release"
+        iterations = [i for i in found if _is_of_this_trainer(self._folder(i)) or (self._folder(i) / METADATA).exists()]
+        if self._rank == 0 and len(iterations) < len(found):
+            unfinished = [str(self._folder(i)) for i in found if i not in iterations]
+            logger.warning("run %s: %s: half of a checkpoint, passed over.", self._job.name, ", ".join(unfinished))
         foreign = [str(folder) for i in iterations if not _is_of_this_trainer(folder := self._folder(i))]
         foreign += [str(release)] if release.exists() else []
         iterations, foreign = self._gather((iterations, foreign))[0]
         if foreign:
             raise ConfigError(
                 f"run {self._job.name}: {foreign[0]} was not written by this trainer, whose checkpoints have a "
-                f"{CHECKSUMS}. Choose another folder to save in (--save); --load may name this one."
+                f"{CHECKSUMS}. Choose another folder to save in (--save); --load may name this one. Or delete it, if this run "
+                "was killed while removing it."
             )
         return iterations
 

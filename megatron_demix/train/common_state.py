@@ -42,10 +42,12 @@ def blend_without_paths(job: TrainJob) -> list[tuple[float, int]]:
 
 
 def start_without_path(job: TrainJob) -> str | None:
-    """Names what a run starts from: the same wherever it lies. None where that cannot be read, as load_weights will say if it
-    is needed."""
+    """Names what a run starts from: the same wherever it lies. None where that is the run itself, and where it cannot be read,
+    as load_weights will say if it is needed."""
     if job.init_checkpoint is None:
         return SCRATCH
+    if Path(job.init_checkpoint).resolve().is_relative_to(job.work.resolve()):
+        return None
     try:
         return weights_digest(Checkpoint(job.init_checkpoint, read_ahead=False))
     except (ConfigError, CorruptInput):
@@ -112,7 +114,7 @@ def changed_settings(saved: Namespace, now: Namespace) -> str:
         said["demix_blend"] = f"a blend of {before} (now {after})"
     if "demix_start" in changed:
         before, after = (start if start == SCRATCH else f"the weights {start}" for start in changed["demix_start"])
-        said["demix_start"] = f"a start from {before} (now {after})"
+        said["demix_start"] = f"a start from {before} (now {after}; without --load it goes on)"
     return ", ".join(said.values())
 
 

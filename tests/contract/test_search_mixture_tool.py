@@ -256,7 +256,7 @@ def test_choose_finds_the_optimum_of_sampled_mixtures_and_proposes_the_next_roun
     for name, share in report["weights"].items():
         assert share == pytest.approx(0.25 / 3 + 0.75 * report["merge_weights"][name])
     assert report["expected_gain"][0] > 0
-    assert report["optimum"]["probability_of_gain"] == 1
+    assert report["optimum"]["judged_probability"] == 1
     assert report["optimum"]["shares"]["math"]["std"] < 0.1
     assert Table.read(tmp_path / "next.csv").values_MC.shape == (6, 3)
 

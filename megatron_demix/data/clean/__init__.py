@@ -4,5 +4,5 @@ The work is datatrove's, fastText's and KenLM's (extra [data]); here is which of
 settings (plan.py), where they run (run.py), and the account of what was removed (account.py).
 """
 
-REVISION = 3
+REVISION = 4
 """Raised where the same settings come to remove other documents, so that no earlier cleaning is taken for the same."""

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_demix.artifact import write_json
 from megatron_demix.data.clean.duplicates import HASH
 from megatron_demix.data.clean.trove import NGramsDecontConfig, PipelineStep, create_hash_func, ngrams, simplify_text
-from megatron_demix.data.clean.words import Words
+from megatron_demix.data.clean.words import WordsAndCharacters
 from megatron_demix.data.inputs import undecoded_documents
 from megatron_demix.errors import CorruptInput
 from megatron_demix.study.data import ContaminationSpec
@@ -38,7 +38,7 @@ class IndexTasks(PipelineStep):
         self.folder, self.files, self.spec = folder, files, spec
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        settings, words = config(self.spec), Words()
+        settings, words = config(self.spec), WordsAndCharacters()
         hash_of = create_hash_func(HASH)
         self.folder.mkdir(parents=True, exist_ok=True)
         summary = {}

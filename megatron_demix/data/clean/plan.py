@@ -16,7 +16,7 @@ from megatron_demix.data.clean.cuts import Drop, FindCuts, Grade, Grades
 from megatron_demix.data.clean.documents import ReadPassed, ReadSources, RecordWriter, Source, passed_writer
 from megatron_demix.data.clean.duplicates import KeepFirst, exact_config, near_config
 from megatron_demix.data.clean.scores import ForDomains, Perplexity, Quality, Score
-from megatron_demix.data.clean.words import Words
+from megatron_demix.data.clean.words import Words, WordsAndCharacters
 from megatron_demix.data.inputs import BadDocuments
 from megatron_demix.errors import StageFailed
 from megatron_demix.study.data import CleanSpec
@@ -59,7 +59,7 @@ def plan(
     on_bad_document: BadDocuments,
 ) -> list[Pass]:
     """tasks: files of each evaluation task. Scratch lies in `work`, the result in work/result until the last pass moves it."""
-    words, count = Words(), len(sources)
+    words, grams, count = Words(), WordsAndCharacters(), len(sources)
     passes: list[Pass] = []
     pending: list[Any] = [ReadSources(work, sources, on_bad_document)]
 
@@ -88,13 +88,13 @@ def plan(
                 str(index),
                 config=contamination.config(spec.contamination),
                 exclusion_writer=RecordWriter(work, "contaminated"),
-                language=words,
+                language=grams,
             )
         )
     if spec.near_duplicates:
         near = near_config(spec.near_duplicates)
         marks, buckets, removals = (work / "near" / part for part in ("signatures", "buckets", "removals"))
-        end_pass("sign_near", trove.MinhashDedupSignature(str(marks), config=near, language=words))
+        end_pass("sign_near", trove.MinhashDedupSignature(str(marks), config=near, language=grams))
         passes.append(
             Pass("find_near", [trove.MinhashDedupBuckets(str(marks), str(buckets), config=near)], spec.near_duplicates.bands)
         )

@@ -22,18 +22,30 @@ _UNSPACED = re.compile(
 
 
 class Words(WordTokenizer):
-    """Words between blanks, and each character of scripts that have none; sentences by Punkt's rules. datatrove's own splitters
-    need spaCy or a download, and n-grams of many words do not depend on finer cuts."""
+    """Words between blanks, sentences by Punkt's rules: for filters with limits of words. datatrove's own splitters need spaCy
+    or a download."""
 
     @cached_property
     def _sentences(self) -> SentenceSplitter:
         return punkt()
 
     def word_tokenize(self, text: str) -> list[str]:
-        return _UNSPACED.sub(r" \g<0> ", text).split()
+        return text.split()
 
     def sent_tokenize(self, text: str) -> list[str]:
         return [sentence.strip() for sentence in self._sentences(text) if sentence.strip()]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        raise NotImplementedError("no step used here asks for spans")
+        spans, at = [], 0
+        for sentence in self.sent_tokenize(text):
+            begin = text.index(sentence, at)
+            at = begin + len(sentence)
+            spans.append((begin, at))
+        return spans
+
+
+class WordsAndCharacters(Words):
+    """Each character of scripts without blanks is a word, too: for n-grams of many words, which depend on no finer cuts."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return _UNSPACED.sub(r" \g<0> ", text).split()

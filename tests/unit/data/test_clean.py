@@ -121,6 +121,17 @@ def test_scripts_without_blanks(tmp_path):
         assert report["domains"]["x"]["too_short"] == 0
 
 
+@pytest.mark.parametrize("use", ["gopher_repetition", "gopher_quality", "c4", "fineweb"])
+def test_filters_with_limits_of_words_take_those_between_blanks(use, tmp_path):
+    """Japanese in an English document is some long words there, and not hundreds of one letter."""
+    rng = random.Random(0)
+    japanese = "".join(chr(rng.randrange(0x4E00, 0x5200)) for _ in range(600))
+    prose = [line for topic in TOPICS for line in topic.split("\n\n") if len(line.split()) > 30][:12]
+    documents = ["\n".join(prose), "\n".join([*prose, f"{japanese}."])]
+    clean({"x": write(tmp_path / "x.jsonl", documents)}, tmp_path / "out", {**NOTHING, "heuristics": {"use": [use]}})
+    assert len(texts(tmp_path / "out" / "x")) in (0, 2)
+
+
 def test_what_is_too_short_to_be_looked_for_is_said(tmp_path):
     (tmp_path / "task.jsonl").write_text('{"q": "one two three"}\n')
     spec = {"contamination": {"tasks": {"t": [str(tmp_path / "task.jsonl")]}}}

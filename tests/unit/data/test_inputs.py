@@ -316,6 +316,10 @@ def test_what_speaks_of_records_is_none(tmp_path, pattern):
         (tmp_path / "d" / name).write_text("" if name == "data/_SUCCESS" else "x")
     assert [p.name for p in resolve_inputs([pattern], tmp_path)] == ["b.txt", "B.JSON.gz", "a.parquet"]
     assert [p.name for p in resolve_inputs(["d/*.md"], tmp_path)] == ["README.md"]
+    for name in ("notices_2020.txt", "readme_corpus.txt", "_part-0.jsonl"):
+        (tmp_path / "d" / name).write_text("x")
+    assert {"notices_2020.txt", "readme_corpus.txt"} < {p.name for p in resolve_inputs(["d"], tmp_path)}
+    assert [p.name for p in resolve_inputs(["d/**/*_*.jsonl"], tmp_path)] == ["_part-0.jsonl"]
 
 
 def test_a_folder_of_text_is_text(tmp_path):
@@ -371,16 +375,18 @@ def test_damaged_files(tmp_path):
     (tmp_path / "b.jsonl.zst").write_bytes(b"not zstandard")
     (tmp_path / "e.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n' * 100)[:-3])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 but not really")
-    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "d.parquet")
+    pq.write_table(pa.table({"body": ["x"], "n": [1], "tags": [["x"]]}), tmp_path / "d.parquet")
     for name, message in (
         ("a.jsonl.gz", r"a\.jsonl\.gz cannot be read"),
         ("b.jsonl.zst", r"b\.jsonl\.zst cannot be read: not a Zstandard file"),
         ("e.jsonl.zst", r"e\.jsonl\.zst cannot be read: the file ends within a Zstandard frame"),
         ("c.parquet", r"c\.parquet: not a Parquet file, or a damaged one"),
-        ("d.parquet", r"d\.parquet: no column 'text'; it has body, n"),
+        ("d.parquet", r"d\.parquet: no column 'text'; it has body, n, tags"),
         ("absent.jsonl", r"absent\.jsonl cannot be read"),
     ):
         with pytest.raises(CorruptInput, match=message):
             documents([tmp_path / name])
     with pytest.raises(CorruptInput, match=r"column 'n' holds int64, expected strings"):
         documents([tmp_path / "d.parquet"], json_key="n")
+    with pytest.raises(CorruptInput, match=r"column 'tags' holds list<.*>, expected strings"):
+        documents([tmp_path / "d.parquet"], json_key="tags")

@@ -21,7 +21,7 @@ from megatron_demix.pipeline.data_stages import prefixes
 from megatron_demix.pipeline.given_scores import given_scores
 from megatron_demix.pipeline.reporting import _timings
 from megatron_demix.pipeline.stage import with_needs
-from megatron_demix.pipeline.train_stages import _sources, num_iterations, num_tokens, training_settings
+from megatron_demix.pipeline.train_stages import _Filling, num_iterations, num_tokens, training_settings
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -425,6 +425,6 @@ def test_training_never_repeats_a_domain_silently(study_path):
     with pytest.raises(
         MixtureError, match=r"base: its share 0\.75 of domain 'code' is 48k tokens, which repeats the .* there are"
     ):
-        _sources(study, "base", "base", dag.data, Mixture({"code": 0.75, "english": 0.25}))
-    sources = _sources(load_study(study_path), "base", "base", dag.data, Mixture({"code": 1.0, "english": 0.0}))
-    assert sources == [(dag.data["code"].folder / "train", 1.0)]
+        _Filling(study, "base", dag.data, lambda: ("base", Mixture({"code": 0.75, "english": 0.25}))).sources()
+    filling = _Filling(load_study(study_path), "base", dag.data, lambda: ("base", Mixture({"code": 1.0, "english": 0.0})))
+    assert filling.sources() == [(dag.data["code"].folder / "train", 1.0)]

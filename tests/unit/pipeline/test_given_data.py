@@ -68,16 +68,30 @@ def sentences(prefix: Path) -> None:
             lambda prefix: note(prefix, tokenizer="another"),
             r"'code', split 'valid': .*code_valid was made with tokenizer another",
         ),
-        (lambda prefix: make_indexed(prefix, [30] * 9, vocab_size=70_000), r"'valid': .* int32 tokens, expected uint16, which"),
         (sentences, r"code_valid is sentence-split: 9 sequences in 2 documents"),
-        (lambda prefix: make_indexed(prefix, [0]), r"'code' is empty \(.*code_valid hold no tokens\)"),
     ],
-    ids=["tokenizer", "dtype", "sentences", "empty"],
+    ids=["tokenizer", "sentences"],
 )
 def test_what_does_not_fit_is_refused(study_path, spoil, message):
     spoil(study_path.parent / "code_valid")
     with pytest.raises(DemixError, match=message):
         prepare(study_path)
+
+
+def test_a_split_that_is_trained_on_may_not_be_empty(study_path):
+    make_indexed(study_path.parent / "code_test", [0])
+    assert prepare(study_path)["test"] == {"documents": 0, "tokens": 0}
+    make_indexed(study_path.parent / "code", [0])
+    with pytest.raises(DemixError, match=r"'code' is empty \(.*code hold no tokens\)"):
+        prepare(study_path, run="another")
+
+
+def test_ids_may_be_stored_wider_than_they_have_to_be_if_all_data_is_given(study_path):
+    make_indexed(study_path.parent / "code", [30] * 9, vocab_size=70_000)
+    assert prepare(study_path)["train"] == {"documents": 9, "tokens": 270}
+    (study_path.parent / "math.jsonl").write_text('{"text": "one and one"}\n')
+    with pytest.raises(IncompatibleInputs, match=r"'train': .* int32 tokens, expected uint16, which"):
+        prepare(study_path, "domains.1={name: math, inputs: [math.jsonl]}", run="another")
 
 
 def test_a_tokenizer_of_another_type_with_the_same_file_is_the_same(study_path):

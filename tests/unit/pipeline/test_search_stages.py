@@ -89,7 +89,7 @@ def test_the_search_command_shows_the_mixture_and_where_it_is(study_path, capsys
     assert [line.split() for line in lines[1:4]] == [
         [name, f"{share:.1%}", f"{found['merge_weights'][name]:.1%}"] for name, share in found["weights"].items()
     ]
-    assert lines[4].startswith(f"expected to be {found['expected_gain'][0]:.2g} ± ")
+    assert lines[4].startswith(f"expected to be {found['optimum']['judged_gain'][0]:.2g} ± ")
     assert lines[5:] == [str(dag.choice.folder / "mixture.json")]
     assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
@@ -140,7 +140,7 @@ def test_the_choice_carries_how_sure_it_is_what_it_gives_up_and_what_binds(study
     assert set(found["predicted"]) == set(found["natural"]) == {"code", "english", "math"}
     assert found["optimum"]["shares"]["code"]["std"] < 0.05
     assert len(found["optimum"]["samples"]) == 10
-    assert found["optimum"]["probability_of_gain"] == 1
+    assert found["optimum"]["judged_probability"] == 1
     codes = [point["predicted"]["code"] for point in found["pareto"]]
     assert codes == sorted(codes)
     assert len(codes) > 8

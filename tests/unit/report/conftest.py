@@ -52,7 +52,7 @@ def whole() -> ReportData:
             (1.675, 0.01),
             natural={"code": (1.3, 0.01), "math": (2.8, 0.02)},
             expected_gain=(0.05, 0.01),
-            optimum=Optimum({"code": [0.58, 0.6, 0.62], "math": [0.42, 0.4, 0.38]}, 0.0004, 1.0),
+            optimum=Optimum({"code": [0.58, 0.6, 0.62], "math": [0.42, 0.4, 0.38]}, 0.0004, (0.05, 0.01), 1.0),
             pareto=[FrontPoint({"code": c, "math": 1 - c}, {"code": 2 - c, "math": 2 + c}) for c in (0.4, 0.5, 0.6)],
             binding=["max_epochs of code: at most 60.0 % of the data."],
         ),

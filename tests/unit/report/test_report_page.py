@@ -206,11 +206,15 @@ def test_how_sure_the_mixture_is_what_it_trades_and_what_binds(whole):
     assert 'aria-label="Pareto front of code and math"' in page
     assert "in the triangle" not in page  # two domains
     assert whole.choice
-    unsure = dataclasses.replace(whole.choice.optimum, probability_of_gain=0.7)
+    unsure = dataclasses.replace(whole.choice.optimum, probability=0.7)
     away = dataclasses.replace(whole.choice, optimum=unsure, compared=natural_in_words(0.3))
     page = render(dataclasses.replace(whole, choice=away))
     assert "better than the reachable mixture nearest to natural (30% of the data away from it), as the other" in page
     assert "70.0 % of such halves, with the surrogates' families chosen on all proxies: <b>not told apart from it</b>" in page
+    earlier = dataclasses.replace(whole.choice, optimum=dataclasses.replace(whole.choice.optimum, gain=None))
+    page = render(dataclasses.replace(whole, choice=earlier))
+    assert "Predicted to be 0.05 ± 0.01 better than natural (bits per byte), by the same proxies" in page
+    assert "half of the proxies" not in page
     bare = dataclasses.replace(whole.choice, optimum=None, pareto=[], binding=[])
     page = render(dataclasses.replace(whole, choice=bare))
     assert "Predicted to be 0.05 ± 0.01 better than natural" in page

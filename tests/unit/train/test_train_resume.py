@@ -234,6 +234,17 @@ def test_a_plateau_goes_on_to_more_iterations(tmp_path, make_train_job):
         train(make_train_job(tmp_path / "wsd", train=wsd, train_iters=20))
 
 
+def test_half_of_a_checkpoint_is_passed_over(tmp_path, make_train_job, caplog):
+    """As a run that was killed while it removed one may have left it."""
+    job = make_train_job(tmp_path, train={"save_interval": 1, "keep_checkpoints": 3})
+    with stop_in_iteration(3), pytest.raises(Incomplete):
+        train(job)
+    for name in ("checksums.json", ".metadata"):
+        (job.work / "iter_0000001" / name).unlink()
+    train(job)
+    assert "iter_0000001: half of a checkpoint, passed over" in caplog.text
+
+
 def test_another_start_is_another_run(tmp_path, make_train_job):
     bases = [make_train_job(tmp_path / f"base{seed}", seed=seed, train_iters=1) for seed in (1, 2)]
     for base in bases:
@@ -241,11 +252,13 @@ def test_another_start_is_another_run(tmp_path, make_train_job):
     job = make_train_job(tmp_path, init_checkpoint=bases[0].work, train_iters=3)
     train(job)
     weights = "the weights [0-9a-f]{12}"
-    with pytest.raises(IncompatibleInputs, match=rf"was trained with a start from {weights} \(now {weights}\)\. Resuming"):
+    with pytest.raises(
+        IncompatibleInputs, match=rf"was trained with a start from {weights} \(now {weights}; without --load it goes on\)\."
+    ):
         train(job.model_copy(update={"init_checkpoint": bases[1].work}))
-    with pytest.raises(IncompatibleInputs, match=rf"was trained with a start from {weights} \(now scratch\)\. Resuming"):
-        train(job.model_copy(update={"init_checkpoint": None}))
     before = contents(job.work)
+    train(job.model_copy(update={"init_checkpoint": None}))
+    train(job.model_copy(update={"init_checkpoint": job.work}))  # as Megatron-LM is told to resume: --save X --load X
     bases[0].work.rename(tmp_path / "moved")
     train(job)  # without it
     train(job.model_copy(update={"init_checkpoint": tmp_path / "moved"}))
