@@ -174,9 +174,11 @@ class MergePlan:
         except RuntimeError:  # a limit lets no thread start: then nothing can interrupt it
             return function(*arguments)
         try:
-            while worker.is_alive():
+            works = True
+            while works:
                 worker.join(0.1)
-                if progress:
+                works = worker.is_alive()
+                if progress:  # the last time with all that was done
                     progress(self._plan.done_bytes())
         except BaseException:
             try:
