@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -122,10 +123,16 @@ class TrainSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_retired(cls, given: Any) -> Any:
-        """Settings of earlier versions that changed nothing: the jobs of runs that began with these have them all."""
-        if isinstance(given, Mapping):
-            return {key: value for key, value in given.items() if key not in ("eval_interval", "eval_iters")}
-        return given
+        """Settings of earlier versions that changed nothing in a study; jobs of runs that began with these have them all."""
+        if not isinstance(given, Mapping):
+            return given
+        retired = {"eval_interval": None, "eval_iters": 4}
+        for key, default in retired.items():
+            if given.get(key, default) != default:
+                warnings.warn(
+                    f"train.{key} has no effect: a study scores finished models (evaluate). Take it out.", stacklevel=2
+                )
+        return {key: value for key, value in given.items() if key not in retired}
 
 
 def check_layout(model: ModelSpec, parallel: ParallelSpec, train: TrainSpec) -> None:

@@ -25,6 +25,7 @@ from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.study.data import TokenizerSpec
 from megatron_demix.study.search import TaskSpec
+from megatron_demix.train.job import TrainJob
 from megatron_demix.train.trainer import train
 
 TIME_LIMIT_S = 600
@@ -41,11 +42,8 @@ WRITES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory, make_train_job, byte_corpus):
-    """Two components from one base, their merges on disk, and a job that scores both kinds."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    model = {"qk_layernorm": True}
+def trained(folder: Path, make_train_job, byte_corpus, model: dict) -> tuple[TrainJob, dict[str, Path]]:
+    """A base, and two components from it."""
     base = make_train_job(folder / "base", name="base", model=model, train_iters=2)
     train(base)
     components = {}
@@ -55,6 +53,14 @@ def parts(tmp_path_factory, make_train_job, byte_corpus):
         )
         train(job)
         components[name] = job.work
+    return base, components
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, make_train_job, byte_corpus):
+    """Two components from one base, their merges on disk, and a job that scores both kinds."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    base, components = trained(folder, make_train_job, byte_corpus, {"qk_layernorm": True})
     merge_checkpoints(components, MIXTURES, folder / "proxies", progress=False)
     train_tokenizer(TokenizerSpec(type="byte"), {}, folder / "tokenizer")
     tasks = write_all(folder / "tasks")
@@ -215,16 +221,7 @@ def test_every_layout_scores_alike(parts, reference, layout):
 def test_experts_are_shared_out_among_ranks(parts, make_train_job, byte_corpus, tmp_path):
     """Two replicas of two ranks each score as one rank does, written answers included."""
     _, dense = parts
-    model = {"num_experts": 4, "moe_ffn_hidden_size": 32}
-    base = make_train_job(tmp_path / "base", name="base", model=model, train_iters=2)
-    train(base)
-    components = {}
-    for name in ("a", "b"):
-        component = make_train_job(
-            tmp_path / name, name=name, model=model, train_iters=2, init_checkpoint=base.work, blend=[(byte_corpus[name], 1.0)]
-        )
-        train(component)
-        components[name] = component.work
+    base, components = trained(tmp_path, make_train_job, byte_corpus, {"num_experts": 4, "moe_ffn_hidden_size": 32})
     (tmp_path / "alone").mkdir()
     job = dense.model_copy(
         update={

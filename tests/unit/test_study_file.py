@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import yaml
@@ -261,6 +262,14 @@ def test_a_budget_below_one_step_is_refused(load):
 def test_what_has_no_effect_is_said(load, override, warning):
     assert warnings_of(load()) == []
     assert [line for line in warnings_of(load(overrides=[override])) if line.startswith(warning)]
+
+
+def test_settings_of_earlier_versions_are_passed_over_and_said(load):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(overrides=["train.eval_interval=null", "train.eval_iters=4"])
+    with pytest.warns(UserWarning, match=r"train\.eval_interval has no effect: a study scores finished models"):
+        load(overrides=["train.eval_interval=10"])
 
 
 @pytest.mark.parametrize("more", ["cpus_per_task: 64", 'sbatch: ["--cpus-per-gpu=8"]', "sbatch: [--exclusive]"])

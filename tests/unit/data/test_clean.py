@@ -125,7 +125,7 @@ def test_scripts_without_blanks(tmp_path):
 def test_filters_with_limits_of_words_take_those_between_blanks(use, tmp_path):
     """Japanese in an English document is some long words there, and not hundreds of one letter."""
     rng = random.Random(0)
-    japanese = "".join(chr(rng.randrange(0x4E00, 0x5200)) for _ in range(600))
+    japanese = "".join(chr(rng.randrange(0x4E00, 0x5200)) for _ in range(2500))
     prose = [line for topic in TOPICS for line in topic.split("\n\n") if len(line.split()) > 30][:12]
     documents = ["\n".join(prose), "\n".join([*prose, f"{japanese}."])]
     clean({"x": write(tmp_path / "x.jsonl", documents)}, tmp_path / "out", {**NOTHING, "heuristics": {"use": [use]}})

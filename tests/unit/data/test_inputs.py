@@ -154,15 +154,18 @@ def test_a_parquet_document_larger_than_a_block(tmp_path, monkeypatch):
     assert documents([tmp_path / "a.parquet"]) == texts
 
 
-@pytest.mark.parametrize("dictionary", [False, True])
-@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary"])
+@pytest.mark.parametrize(
+    ("kind", "dictionary"),
+    [
+        *((kind, dictionary) for kind in ("string", "large_string", "binary", "large_binary") for dictionary in (False, True)),
+        ("string_view", False),
+    ],
+)
 def test_rows_without_text(tmp_path, kind, dictionary):
-    """Of every type that may hold strings; pandas writes categories as dictionaries."""
+    """Of every type that may hold strings; pandas writes categories as dictionaries, which Arrow does not make of views."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if dictionary and kind == "string_view":
-        pytest.skip("Arrow makes no dictionary of it")
     for texts in (["a", None, "", "ß", None], [None, None], ["", ""], []):
         column = pa.array(texts).cast(getattr(pa, kind)())
         table = pa.table({"text": column.dictionary_encode() if dictionary else column, "id": range(len(texts))})
