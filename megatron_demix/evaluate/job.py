@@ -111,8 +111,8 @@ def evaluate(
         from megatron.core import parallel_state
 
         from megatron_demix.evaluate.patience import Patience
-        from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, live_tensors, parallel_groups
+        from megatron_demix.train.weights import load_weights
 
         with parallel_groups(job.parallel, seed=0, timeout_s=job.train.timeout):
             patience = Patience()

@@ -15,38 +15,22 @@ import json
 import logging
 import math
 import os
-import pickle
-import queue
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_demix.artifact import Manifest, hash_file, write_atomic, write_json
-from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.layout import METADATA, TRACKER, iteration_folder, iterations_in
-from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
-from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import (
     ConfigError,
     CorruptInput,
@@ -55,7 +39,7 @@ from megatron_demix.errors import (
     StorageError,
     storage_errors,
 )
-from megatron_demix.study.training import ModelSpec
+from megatron_demix.train import torch_dist
 from megatron_demix.train.common_state import (
     blend_without_paths,
     changed_settings,
@@ -69,18 +53,12 @@ from megatron_demix.train.common_state import (
 from megatron_demix.train.derived import wsd_decay_iters
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.optimizer import loading, use_fused_kernel
+from megatron_demix.train.torch_dist import first_line
 
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 _UNFINISHED, _DAMAGED, _OLD = ".unfinished-", ".damaged-", ".old-"
-_TORCH_SAVE_FAILED = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
-"""Parts of the messages torch.save has for a disk that takes no more; it does not pass on the errno."""
-_CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 
 
 class Checkpoints:
@@ -105,9 +83,7 @@ class Checkpoints:
         target = self._folder(iteration)
         unfinished = _beside(target, _UNFINISHED)
         with self._writing(target, unfinished):
-            _write(self._state(iteration), unfinished)
-            if self._rank == 0:
-                _forget_where_and_when(unfinished / METADATA)
+            torch_dist.write(self._state(iteration), unfinished)
             torch.distributed.barrier()
             files = self._checksums(unfinished)
             if self._rank == 0:
@@ -131,15 +107,13 @@ class Checkpoints:
                     shutil.rmtree(unfinished, ignore_errors=True)
                     unfinished.mkdir(parents=True)
                 torch.distributed.barrier()
-                _seed_results_queue()
                 yield
         except BaseException as e:
             if self._rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            # DCP raises an error of its own, on every rank, when the writer of one of them failed.
-            if isinstance(e, CheckpointException) or any(said in str(e) for said in _TORCH_SAVE_FAILED):
+            if torch_dist.is_writing_failed(e):
                 raise StorageError(
-                    f"writing {target}: {_first_line(e)}. Free space or choose another disk, then run again; nothing that was "
+                    f"writing {target}: {first_line(e)}. Free space or choose another disk, then run again; nothing that was "
                     "finished is lost."
                 ) from e
             raise
@@ -198,7 +172,7 @@ class Checkpoints:
 
     def _state(self, iteration: int, *, loading: bool = False) -> dict[str, Any]:
         """What a checkpoint holds, under the names Megatron-LM uses."""
-        model = self._model.sharded_state_dict(metadata=_with_group(_CONTENT))
+        model = self._model.sharded_state_dict(metadata=torch_dist.content())
         state = {
             "args": megatron_args(self._job, iteration, self._blend, self._start),
             "checkpoint_version": 3.0,
@@ -206,7 +180,7 @@ class Checkpoints:
             "num_floating_point_operations_so_far": 0,
             "model": model,
             "optimizer": self._optimizer.sharded_state_dict(
-                {"model": model}, is_loading=loading, metadata=_with_group(_CONTENT)
+                {"model": model}, is_loading=loading, metadata=torch_dist.content()
             ),
             "opt_param_scheduler": self._schedule.state_dict(),
             "rng_state": rng_state(),
@@ -237,9 +211,9 @@ class Checkpoints:
             if not same_layout:
                 del state["rng_state"]
             try:
-                loaded = _read(state, folder)
+                loaded = torch_dist.read(state, folder)
             except (CheckpointException, CheckpointingException) as e:
-                raise IncompatibleInputs(f"run {self._job.name}: cannot resume from {folder}: {_first_line(e)}") from e
+                raise IncompatibleInputs(f"run {self._job.name}: cannot resume from {folder}: {first_line(e)}") from e
             self._model.load_state_dict(loaded["model"], strict=True)
             self._optimizer.load_state_dict(loaded["optimizer"])
         use_fused_kernel(self._optimizer)
@@ -350,137 +324,3 @@ def _beside(folder: Path, prefix: str) -> Path:
 def _rename_over(folder: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     os.rename(folder, target)
-
-
-def load_weights(
-    model: GPTModel, folder: Path, *, vocab_size: int | None = None, arguments: Mapping[str, Any] | None = None
-) -> None:
-    """Load the weights of a checkpoint, saved at any layout, into this rank's GPTModel (without wrappers).
-
-    All ranks call it together. Replicas share the reading of one checkpoint, or each reads one of its own.
-    folder: anything checkpoint.layout.find_checkpoint accepts. The checkpoint has to hold this model's tensors, no more and no
-    fewer. vocab_size: where given, an embedding that was padded otherwise is accepted if it has that many rows. arguments: the
-    model's (derived.model_arguments); where given, saved arguments that make another function of the weights are refused.
-    Raises IncompatibleInputs naming the first tensor that does not fit, or every such argument, CorruptInput for metadata that
-    is damaged or unsafe.
-    """
-    stored = Checkpoint(folder)  # reads .metadata without running it, which megatron.core's reader would
-    path = stored.location.path
-    # Extra states carry nothing for these layer specs, and whoever converts checkpoints leaves them out.
-    wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
-    shapes = {key: info.shape for key, info in stored.model_tensors.items()}
-    if misfit := _misfit(_global_shapes(wanted), shapes, vocab_size):
-        sizes = arguments and _unlike(arguments, stored, model_sizes)
-        said = f" It was saved with {sizes}." if sizes else ""
-        raise IncompatibleInputs(f"checkpoint {path} does not fit the model: {misfit}.{said}")
-    if arguments is not None and (unlike := _unlike(arguments, stored, model_function)):
-        raise IncompatibleInputs(
-            f"checkpoint {path} fits the model, which would make another function of its weights: it was saved with {unlike}."
-        )
-    try:
-        loaded = _read({"model": wanted}, path)["model"]
-    except (CheckpointException, CheckpointingException) as e:
-        raise CorruptInput(f"checkpoint {path}: cannot be loaded: {_first_line(e)}.") from e
-    model.load_state_dict(loaded, strict=False)  # not strict for the extra states; all else has been compared
-
-
-def _unlike(arguments: Mapping[str, Any], stored: Checkpoint, about: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> str:
-    """In which flags what `about` says of a model's arguments differs from what it says of the saved ones, in words. What one
-    of them does not say is not compared; empty if nothing differs."""
-    given, saved = about(arguments), about(model_arguments(read_common_state(stored)))
-    return ", ".join(
-        f"--{name.replace('_', '-')} {value} (given: {given[name]})"
-        if name in ModelSpec.model_fields
-        else f"{name} {value} (always {given[name]} here)"
-        for name, value in differing(given, saved).items()
-    )
-
-
-def _global_shapes(wanted: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the whole model's tensors, of all pipeline stages, by checkpoint key."""
-    built = dict(wanted)
-    apply_factories(built)
-    mine = {t.key: tuple(t.global_shape) for t in nested_values(built) if isinstance(t, ShardedTensor)}
-    stages: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-    torch.distributed.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
-    return {key: shape for stage in stages for key, shape in stage.items()}
-
-
-_ROWS_ARE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
-_MOST_PADDING = 128 * 64
-"""Rows that Megatron-LM pads a vocabulary with at most, up to 64-way tensor parallelism."""
-
-
-def _misfit(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]], vocab_size: int | None) -> str | None:
-    """The first tensor that one side lacks or that has another shape, in words."""
-    for key, shape in wanted.items():
-        found = stored.get(key)
-        if found is None:
-            return f"it has no {key}, expected shape {list(shape)}"
-        padded = (
-            vocab_size is not None
-            and key in _ROWS_ARE_VOCABULARY
-            and found[1:] == shape[1:]
-            and vocab_size <= found[0] < vocab_size + _MOST_PADDING
-        )
-        if found != shape and not padded:
-            return f"{key} has shape {list(found)}, expected {list(shape)}"
-    unused = sorted(set(stored) - set(wanted))
-    return f"it also has {unused[0]}, which the model has not" if unused else None
-
-
-def _with_group(metadata: dict[str, Any]) -> dict[str, Any]:
-    return metadata | {"dp_cp_group": _replicas()}
-
-
-def _replicas() -> torch.distributed.ProcessGroup:
-    """The ranks that hold the same tensors as this one."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def _write(state: dict[str, Any], folder: Path) -> None:
-    """Save what all ranks hold. Of what replicas share each writes a part, which follows from names and sizes."""
-    strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    if _replicas().size() > 1:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, _replicas())
-    with _numpy_product():
-        dist_checkpointing.save(state, str(folder), strategy, content_metadata=_CONTENT)
-
-
-def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load what all ranks ask for. Where all read one folder, each replica reads a part and sends it to the others."""
-    strategy: Any = TorchDistLoadShardedStrategy()
-    if _replicas().size() > 1:
-        folders: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(folders, str(folder))
-        if len(set(folders)) == 1:
-            strategy = FullyParallelLoadStrategyWrapper(strategy, _replicas())
-    with _numpy_product():
-        return dist_checkpointing.load(state, str(folder), strategy)
-
-
-def _numpy_product() -> AbstractContextManager[Any]:
-    """megatron.core 0.15 multiplies sizes, to share out the work, with a function that numpy 2 no longer has."""
-    return nullcontext() if hasattr(np, "product") else mock.patch.object(np, "product", np.prod, create=True)
-
-
-def _seed_results_queue() -> None:
-    """Spare the first save a spawned manager process, which would import the main script again: megatron.core asks for a
-    queue between processes even where, as here, the save is synchronous and a plain one does."""
-    if getattr(filesystem_async, "_results_queue", False) is None:
-        filesystem_async._results_queue = queue.Queue()
-
-
-def _forget_where_and_when(path: Path) -> None:
-    """Rewrite `.metadata` without the folder it was written to, its random save id, and the save plans that repeat it."""
-    metadata = pickle.loads(path.read_bytes())  # written a moment ago by this process
-    metadata.storage_meta = StorageMeta()
-    if hasattr(metadata, "all_local_plans"):
-        del metadata.all_local_plans
-    write_atomic(path, pickle.dumps(metadata))
-
-
-def _first_line(error: BaseException) -> str:
-    """The innermost message of an error that wraps a rank's traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")

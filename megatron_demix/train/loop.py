@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from megatron_demix.errors import ConfigError, Incomplete, storage_errors
-from megatron_demix.train.checkpointing import Checkpoints, load_weights
+from megatron_demix.train.checkpointing import Checkpoints
 from megatron_demix.train.data import training_data, validation_data
 from megatron_demix.train.derived import model_arguments
 from megatron_demix.train.job import TrainJob
@@ -20,6 +20,7 @@ from megatron_demix.train.optimizer import build_optimizer, build_schedule
 from megatron_demix.train.step import Stepper, data_parallel
 from megatron_demix.train.stragglers import StepClock, compare_ranks
 from megatron_demix.train.watch import StopRequest, Watchdog, stop_request
+from megatron_demix.train.weights import load_weights
 
 
 def run(job: TrainJob) -> None:

@@ -31,7 +31,7 @@ BETWEEN_STAGES = {
     "evaluate": (
         "megatron_demix.train.model",
         "megatron_demix.train.compat",
-        "megatron_demix.train.checkpointing",
+        "megatron_demix.train.weights",
         "megatron_demix.merge.proxies.ProxyMerger",
     )
 }

@@ -25,8 +25,8 @@ def answers(job: TrainJob, parallel: ParallelSpec) -> dict:
     with cpu_compat():
         from megatron_demix.evaluate.harness import HarnessModel
         from megatron_demix.evaluate.live import LiveModel
-        from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel
+        from megatron_demix.train.weights import load_weights
 
         initialize_parallel(parallel, seed=1, timeout_s=60)
         stage = build_model(job.model, job.train, parallel, job.vocab_size, cached=True)

@@ -55,8 +55,8 @@ def merge_family(root: Path, spec: ModelSpec, layouts: dict[str, ParallelSpec]) 
     from megatron_demix.merge.logical_tensors import FusedLayout
     from megatron_demix.merge.methods_by_name import make_method
     from megatron_demix.merge.proxies import ProxyMerger
-    from megatron_demix.train.checkpointing import load_weights
     from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+    from megatron_demix.train.weights import load_weights
 
     parts = {name: root / name for name in layouts}
     for seed, (name, parallel) in enumerate(layouts.items()):

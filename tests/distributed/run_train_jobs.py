@@ -81,8 +81,8 @@ def _write_live_tensors(job: TrainJob, folder: Path) -> None:
     with cpu_compat():
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-        from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+        from megatron_demix.train.weights import load_weights
 
         rank, read = os.environ["RANK"], 0
         load_part = TorchDistLoadShardedStrategy.load

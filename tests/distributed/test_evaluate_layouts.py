@@ -161,8 +161,8 @@ def test_tasks_are_columns_of_the_table(parts, reference):
 
 def test_bits_per_byte_against_log_softmax(parts, reference):
     """The same number from the model's logits, added up in float64."""
-    from megatron_demix.train.checkpointing import load_weights
     from megatron_demix.train.compat import cpu_compat
+    from megatron_demix.train.weights import load_weights
 
     _, job = parts
     windows = read_windows(

@@ -140,8 +140,8 @@ def test_live_tensors_of_all_ranks_tile_the_checkpoint(runs, name):
     jobs, live, _ = runs
     folder = jobs[name].work / f"iter_{ITERATIONS:07d}"
     with cpu_compat():
-        from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel, live_tensors
+        from megatron_demix.train.weights import load_weights
 
         job = jobs["reference"]
         initialize_parallel(job.parallel, seed=1, timeout_s=60)

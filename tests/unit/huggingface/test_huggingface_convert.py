@@ -72,8 +72,8 @@ def megatron_logits(checkpoint: Path, spec: ModelSpec, tokens: torch.Tensor) -> 
 
     train = TrainSpec(seq_length=SEQUENCE, global_batch_size=1, precision="fp32")
     with cpu_compat():
-        from megatron_demix.train.checkpointing import load_weights
         from megatron_demix.train.model import build_model, destroy_parallel, initialize_parallel
+        from megatron_demix.train.weights import load_weights
 
         initialize_parallel(ParallelSpec(), seed=1, timeout_s=60)
         try:
