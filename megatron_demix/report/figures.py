@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from megatron_demix.report.data import Fit, ReportData
 from megatron_demix.report.drawing import (
@@ -121,7 +120,7 @@ def score_against_share(data: ReportData, score: str) -> str | None:
     if len(found) < 3 or not data.domain_names:
         return None
     values = [value for _, value in found]
-    correlations = {d: spearman([p.shares.get(d, 0.0) for p, _ in found], values) for d in data.domain_names}
+    correlations = {d: _rank_correlation([p.shares.get(d, 0.0) for p, _ in found], values) for d in data.domain_names}
     domain = max(correlations, key=lambda d: abs(correlations[d]))
     figure, axes = new_figure(*CELL)
     xs = [p.shares.get(domain, 0.0) for p, _ in found]
@@ -188,18 +187,11 @@ def loss_curves(group: str, curves: Mapping[str, Mapping[str, Sequence[float]]])
     return render(figure, f"loss curves of {group}")
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation with average ranks for ties; 0.0 where either side is constant."""
-    import numpy as np
+def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """0.0 where either side is constant."""
+    from scipy.stats import spearmanr
 
-    def ranks(values: Sequence[float]) -> Any:
-        _, inverse, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-    a, b = ranks(x), ranks(y)
-    if a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
+    return float(spearmanr(x, y).statistic) if min(len(set(x)), len(set(y))) > 1 else 0.0
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -4,13 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.report.caveats import not_measured, warnings
 from megatron_demix.report.data import FinalRun, ReportData
-from megatron_demix.report.figures import spearman
 from megatron_demix.report.verdict import judge
 
 
@@ -120,12 +117,3 @@ def test_what_was_not_measured_is_always_said(whole):
         assert "interpolating the components' own scores" in text
         assert "no downstream task was run" in text
     assert "no final run is finished" in text
-
-
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=30))
-def test_rank_correlation_agrees_with_scipy(pairs):
-    from scipy.stats import spearmanr
-
-    x, y = zip(*pairs, strict=True)
-    expected = 0.0 if len(set(x)) == 1 or len(set(y)) == 1 else spearmanr(x, y).statistic
-    assert spearman(x, y) == pytest.approx(expected, abs=1e-12)
