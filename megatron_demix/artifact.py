@@ -244,6 +244,19 @@ def _rename_into_place(temporary: Path, target: Path, key: str) -> None:
     sync_path(target.parent)
 
 
+def rename_new(temporary: Path, target: Path) -> None:
+    """Put a complete folder at `target`, durably, where nothing or an empty folder is. Raises OutputExists, OSError."""
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    try:
+        os.rename(temporary, target)
+    except OSError as e:
+        if target.exists():
+            raise OutputExists(f"{target} has appeared meanwhile. Nothing was published.") from e
+        raise
+    sync_path(target.parent)
+
+
 def sync_path(path: Path) -> None:
     """Put a file, or a folder's entries, on stable storage."""
     descriptor = os.open(path, os.O_RDONLY)

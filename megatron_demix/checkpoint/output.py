@@ -12,16 +12,19 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_demix import __version__
 from megatron_demix.artifact import (
     is_temporary,
     only_maker,
     read_json,
     remove_leftovers,
+    rename_new,
     sync_path,
     temporary_beside,
     write_json,
@@ -31,6 +34,9 @@ from megatron_demix.checkpoint.layout import BACKEND, COMMON, METADATA, TRACKER,
 from megatron_demix.checkpoint.writer import CopiedItem, Placement, TensorItem
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 from megatron_demix.native import crc32, reserve
+
+_SEALED = ("software", "checksums")
+"""What Output.seal adds to the provenance: not which checkpoint it is, so that a later version finds what is there."""
 
 
 def is_published(
@@ -42,16 +48,16 @@ def is_published(
 ) -> bool:
     """True if target already holds this very checkpoint. Raises OutputExists if it holds anything else.
 
-    provenance: what was, or would be, written to the file `described_in` beside the checkpoint. identity: what of it says which
-    checkpoint it is; of what is found there as well, whatever that is.
+    provenance: what was, or would be, given to Output.seal for the file `described_in` beside the checkpoint. identity: what of
+    it says which checkpoint it is; of what is found there as well, whatever that is.
     """
     target = Path(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     described = target / folder / described_in
     held = read_json(described) if described.is_file() else None
-    known = isinstance(held, dict) and identity({k: v for k, v in held.items() if k != "checksums"}) == identity(provenance)
-    if not isinstance(held, dict) or not known:
+    found = {k: v for k, v in held.items() if k not in _SEALED} if isinstance(held, dict) else {}
+    if not isinstance(held, dict) or identity(found) != identity(provenance):
         what = "a checkpoint made from other inputs or settings" if held else "something else"
         raise OutputExists(f"{target} already holds {what}. Nothing is overwritten: move it away or choose another output.")
     for file, facts in held.get("checksums", {}).get("files", {}).items():
@@ -196,7 +202,8 @@ class Output:
                 (self.folder / name).write_bytes(data)
             small = {name: (self.folder / name).stat().st_size for name in (METADATA, BACKEND, COMMON)}
             checksums = {"files": sizes | small, "tensors_crc32": _combined(placements, crcs)}
-            write_json(self.folder / self._described_in, dict(provenance) | {"checksums": checksums})
+            sealed = {"software": f"megatron_demix {__version__}", "checksums": checksums}
+            write_json(self.folder / self._described_in, dict(provenance) | sealed)
             (self.temporary / TRACKER).write_text(tracker)
             for path in (*self.folder.iterdir(), self.folder, *self.temporary.iterdir(), self.temporary):
                 # A file that another process is still writing, for a second time, is of no use to anyone.
@@ -210,15 +217,7 @@ class Output:
         with storage_errors(f"publishing {self.target}"):
             for path in self.folder.glob(f"*{_RECORD}"):
                 path.unlink()
-            if self.target.is_dir() and not any(self.target.iterdir()):
-                self.target.rmdir()
-            try:
-                os.rename(self.temporary, self.target)
-            except OSError as e:
-                if self.target.exists():
-                    raise OutputExists(f"{self.target} has appeared meanwhile. Nothing was published.") from e
-                raise
-            sync_path(self.target.parent)
+            rename_new(self.temporary, self.target)
             for path in self.target.parent.glob(f"{escape(_work(self.target))}*"):
                 shutil.rmtree(path, ignore_errors=True)  # shared work that was given up: there is nothing left to make
 
@@ -263,8 +262,6 @@ def _open_direct(path: Path) -> int:
 
 def _combined(placements: Sequence[Placement], crcs: Sequence[int]) -> str:
     """One digest of every tensor's CRC, to compare two merges without reading them."""
-    from hashlib import blake2b
-
     keys = [p.item.key for p in placements if isinstance(p.item, TensorItem)]
     return blake2b(repr(sorted(zip(keys, crcs, strict=True))).encode(), digest_size=16).hexdigest()
 

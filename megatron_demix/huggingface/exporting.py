@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.artifact import remove_leftovers, temporary_beside
+from megatron_demix.artifact import remove_leftovers, rename_new, sync_path, temporary_beside
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.elements import ARRAY_DTYPES, ElementReader
 from megatron_demix.checkpoint.metadata import TensorInfo
@@ -82,12 +81,9 @@ def export_checkpoint(
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             with progress_bar(f"exporting {output.name}", sum(sizes.values()), unit="bytes", enabled=progress) as advance:
                 write_weights(temporary, sizes, source.tensors(advance), shard_bytes)
-            for path in temporary.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            if output.is_dir():
-                output.rmdir()
-            os.rename(temporary, output)
+            for path in (*temporary.iterdir(), temporary):
+                sync_path(path)
+            rename_new(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

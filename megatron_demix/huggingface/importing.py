@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_demix import __version__
 from megatron_demix.artifact import hash_file
 from megatron_demix.checkpoint.archive import write_archive
 from megatron_demix.checkpoint.common_state import new_common_state
@@ -67,7 +66,6 @@ def import_folder(
     dtypes = _check_tensors(folder, table, model)
     provenance = {
         "format": 2,  # 1 had no extra states of norms
-        "software": f"megatron_demix {__version__}",
         "source": {file.name: hash_file(file) for file in [*folder.files, *companions(source)]},
         "layout": vars(layout) | {"transformer_impl": transformer_impl},
     }

@@ -15,6 +15,7 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from megatron_demix.merge.engine import Merge
     from megatron_demix.merge.methods import Method
 
 
@@ -112,7 +113,8 @@ def _method(arguments: argparse.Namespace) -> Method:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from megatron_demix.merge.engine import merge_checkpoints
+    from megatron_demix.merge.components import without_collector
+    from megatron_demix.merge.engine import check_means, plan_merge, write_merge
 
     components, mixtures, single = _what(arguments)
     said: dict[str, dict[str, Any]] = {}
@@ -121,25 +123,30 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.normalize = "affine"
     if arguments.threads is not None and arguments.threads < 1:
         raise ConfigError(f"--threads is {arguments.threads}, expected at least 1.")
-    written = merge_checkpoints(
-        components,
-        mixtures,
-        arguments.output,
-        layout=arguments.layout,
-        normalize=arguments.normalize,
-        threads=arguments.threads,
-        progress=not arguments.quiet,
-        verify=arguments.verify,
-        max_memory=arguments.max_memory,
-        max_chunk=arguments.max_chunk,
-        worker=_worker(arguments),
-        into_output=single,
-        method=_method(arguments),
-        said=said,
-        dry_run=arguments.dry_run,
-    )
-    if arguments.dry_run:
-        return _show_plan(components, mixtures, written, arguments)
+    with without_collector():
+        merge = plan_merge(
+            components,
+            mixtures,
+            arguments.output,
+            layout=arguments.layout,
+            normalize=arguments.normalize,
+            max_chunk=arguments.max_chunk,
+            worker=_worker(arguments),
+            into_output=single,
+            method=_method(arguments),
+            said=said,
+        )
+        if arguments.dry_run:
+            check_means(merge, threads=arguments.threads, max_memory=arguments.max_memory)
+            _show_plan(merge, arguments.output)
+            return 0
+        written = write_merge(
+            merge,
+            threads=arguments.threads,
+            progress=not arguments.quiet,
+            verify=arguments.verify,
+            max_memory=arguments.max_memory,
+        )
     for path in written:
         print(path)
     if len(written) < len(mixtures):
@@ -235,20 +242,15 @@ def _corrected(
     return coefficients, made_from
 
 
-def _show_plan(
-    components: dict[str, Path], mixtures: dict[str, dict[str, float]], todo: Sequence[Path], arguments: argparse.Namespace
-) -> int:
-    from megatron_demix.merge.components import Components
-
-    method = _method(arguments)
-    parts = Components(method.sources(components))
-    bound = method.bind(parts)
-    size = sum(c.location.length for info in parts.tensors.values() for c in info.chunks)
+def _show_plan(merge: Merge, output: Path) -> None:
+    job, parts = merge.job, merge.job.parts
+    size = sum(p.length for p in job.placements)
     print(f"{len(parts.names)} components, {len(parts.tensors)} tensors, {format_bytes(size)} each")
     for name, checkpoint in zip(parts.names, parts.checkpoints, strict=True):
         location = checkpoint.location
         iteration = "" if location.iteration is None else f", iteration {location.iteration}"
         print(f"  {name}: {location.path} ({location.kind}{iteration})")
+    bound = job.method
     described = bound.describe()
     options = [f"{k} {v}" for k, v in described.items() if k not in ("name", "base", "fused", "rules")]
     within = f"{bound.partition.num_parts} logical tensors" if bound.partition else "all tensors alike"
@@ -257,6 +259,6 @@ def _show_plan(
         print(f"  rule: {', '.join(f'{k} {v}' for k, v in rule.items())}")
     if fused := described.get("fused"):
         print(f"  fused projections: {', '.join(f'{k} {v}' for k, v in fused.items())}")
-    done = f" ({len(mixtures) - len(todo)} are there already)" if len(todo) < len(mixtures) else ""
-    print(f"{len(mixtures)} mixtures{done}, {format_bytes(size * len(todo))} to write under {arguments.output}")
-    return 0
+    done = f" ({len(merge.targets) - len(merge.todo)} are there already)" if len(merge.todo) < len(merge.targets) else ""
+    to_write = format_bytes(job.bytes_each * len(merge.todo))
+    print(f"{len(merge.targets)} mixtures{done}, {to_write} to write under {output}")

@@ -22,14 +22,18 @@ FILE, VALIDATION = "losses.jsonl", "validation.jsonl"
 def read_losses(path: Path) -> list[dict[str, float]]:
     """The lines of a losses.jsonl: "iteration" (from 1), "lm loss", "learning-rate", "grad-norm"; or of a validation.jsonl:
     "iteration", "lm loss validation-<name>". A half-written last line is left out. Raises CorruptInput."""
-    rows = []
-    lines = path.read_text().split("\n") if path.exists() else [""]
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise CorruptInput(f"{path} line {number}: not JSON ({e}).") from e
-    return rows
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    return [_parsed(line, f"{path} line {number}") for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _parsed(line: bytes, where: str) -> dict[str, float]:
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise CorruptInput(f"{where}: not JSON ({e}).") from e
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+        raise CorruptInput(f"{where}: {line[:60]!r} says no iteration. Delete the folder to train again from the start.")
+    return row
 
 
 class LossLog:

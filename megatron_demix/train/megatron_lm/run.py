@@ -54,11 +54,35 @@ def run_rank(job: StockJob, lock: IO) -> int:
     if int(environment["RANK"]) < int(environment["WORLD_SIZE"]) - 1:
         os.set_inheritable(lock.fileno(), True)
         os.execvpe(job.command[0], job.command, environment)
-    # Buffered, a line would come long after its iteration.
+    with closing(_Listener(job)) as listener:  # before anything is started that it could not listen to
+        script = _started(job, environment, lock)
+        assert script.stdout is not None
+        with script:
+            try:
+                for line in script.stdout:
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
+                    if iteration := parse_iteration(line):
+                        listener.heard(iteration)
+            except BaseException:
+                script.kill()
+                raise
+    if script.returncode < 0:  # torchrun has to see it die of the same signal
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), -script.returncode)
+    return script.returncode
+
+
+def _started(job: StockJob, environment: dict[str, str], lock: IO) -> subprocess.Popen[str]:
+    """The script, to which signals to stop are passed on."""
+    told: list[int] = []
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, lambda number, _: told.append(number))
     script = subprocess.Popen(
         job.command,
         stdout=subprocess.PIPE,
-        env=environment | {"PYTHONUNBUFFERED": "1"},
+        env=environment | {"PYTHONUNBUFFERED": "1"},  # buffered, a line would come long after its iteration
         text=True,
         errors="replace",
         preexec_fn=die_with_parent,
@@ -66,22 +90,9 @@ def run_rank(job: StockJob, lock: IO) -> int:
     )
     for signum in STOP_SIGNALS:
         signal.signal(signum, lambda *_: script.send_signal(signal.SIGTERM))
-    assert script.stdout is not None
-    with script, closing(_Listener(job)) as listener:
-        try:
-            for line in script.stdout:
-                sys.stdout.write(line)
-                sys.stdout.flush()
-                if iteration := parse_iteration(line):
-                    listener.heard(iteration)
-        except BaseException:
-            script.kill()
-            raise
-    if script.returncode < 0:  # torchrun has to see it die of the same signal
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), -script.returncode)
-    return script.returncode
+    if told:
+        script.send_signal(signal.SIGTERM)
+    return script
 
 
 def alone() -> dict[str, str]:

@@ -440,6 +440,22 @@ def test_an_export_to_a_full_disk(llama, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+def test_an_export_whose_place_is_taken_meanwhile(llama, tmp_path, monkeypatch):
+    import_folder(llama, tmp_path / "base", progress=False)
+
+    def slow(*given):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other").write_text("")
+        return write_weights(*given)
+
+    write_weights = exporting.write_weights
+    monkeypatch.setattr(exporting, "write_weights", slow)
+    with pytest.raises(OutputExists, match=r"has appeared meanwhile\. Nothing was published"):
+        export_checkpoint(tmp_path / "base", tmp_path / "out", progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["other"]
+
+
 def test_done_is_skipped_and_nothing_is_overwritten(llama, tmp_path):
     import_folder(llama, tmp_path / "base", progress=False)
     import_folder(llama, tmp_path / "base", progress=False)

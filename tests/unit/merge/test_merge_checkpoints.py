@@ -9,6 +9,8 @@ import torch
 import yaml
 from dist_checkpoints import bits, one_large_tensor, read_checkpoint, small_model, three_components, write_checkpoint
 
+import megatron_demix
+from megatron_demix.checkpoint import output
 from megatron_demix.checkpoint.layout import TRACKER
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import (
@@ -19,7 +21,7 @@ from megatron_demix.errors import (
 )
 from megatron_demix.merge import engine
 from megatron_demix.merge.command import main
-from megatron_demix.merge.engine import merge_checkpoints
+from megatron_demix.merge.engine import check_means, merge_checkpoints, plan_merge
 
 WEIGHTS = {"a": 0.5, "b": 0.25, "c": 0.25}
 
@@ -224,9 +226,19 @@ def test_outputs_that_are_links_are_followed_and_those_that_cannot_be_renamed_to
         merge_checkpoints(parts, {"m": WEIGHTS}, ".", progress=False, into_output=True)
 
 
+def test_a_later_version_finds_what_is_there(parts, tmp_path, monkeypatch):
+    made = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    monkeypatch.setattr(output, "__version__", "99.0")
+    assert merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False) == made
+    provenance = json.loads((made[0] / "release" / "demix_merge.json").read_text())
+    assert provenance["software"] == f"megatron_demix {megatron_demix.__version__}"
+
+
 def test_a_dry_run_looks_at_the_place_and_writes_nothing(parts, tmp_path):
     def dry(mixtures, output):
-        return merge_checkpoints(parts, mixtures, output, progress=False, dry_run=True)
+        merge = plan_merge(parts, mixtures, output)
+        check_means(merge)
+        return [merge.targets[m] for m in merge.todo]
 
     assert dry({"m": WEIGHTS}, tmp_path / "new" / "er") == [tmp_path / "new" / "er" / "m"]
     assert not (tmp_path / "new").exists()

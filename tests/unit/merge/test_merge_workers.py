@@ -49,6 +49,12 @@ def test_the_last_worker_publishes_the_bytes_of_one_alone(parts, tmp_path):
     assert merge(parts, out, (0, 3)) == [out / "m", out / "n"]
 
 
+def test_an_empty_folder_is_no_published_output(parts, tmp_path):
+    (tmp_path / "out" / "m").mkdir(parents=True)
+    assert merge(parts, tmp_path / "out", (0, 2)) == []
+    assert merge(parts, tmp_path / "out", (1, 2)) == [tmp_path / "out" / "m", tmp_path / "out" / "n"]
+
+
 @pytest.mark.parametrize("workers", [2, 40])
 def test_at_the_same_time(parts, tmp_path, workers):
     merge(parts, tmp_path / "alone")

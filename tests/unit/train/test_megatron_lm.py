@@ -236,6 +236,15 @@ def test_a_run_that_ends_early_is_incomplete_and_goes_on(study, capsys, caplog):
     assert (start / "release").resolve() == study.parent / "base" / "iter_0000100"
 
 
+def test_nothing_is_started_that_could_not_be_listened_to(study, capsys):
+    assert run(study, "early") == 75
+    before = sorted(p.name for p in work(study).iterdir())
+    (work(study) / "losses.jsonl").write_bytes(b"\xff\n")
+    assert run(study, "early") == 7
+    assert "losses.jsonl line 1: not JSON" in capsys.readouterr().err
+    assert sorted(p.name for p in work(study).iterdir()) == before
+
+
 def test_a_refused_checkpoint_is_not_deleted(tmp_path):
     folder = write_checkpoint(tmp_path / "iter_0000002", {"w": torch.zeros(2)})
     (folder / ".metadata").write_bytes(pickle.dumps(Fraction(1, 2)))

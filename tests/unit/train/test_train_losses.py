@@ -39,9 +39,14 @@ def test_missing_and_foreign_lines_are_corrupt(tmp_path):
     log.close()
     with pytest.raises(CorruptInput, match=r"losses.jsonl has 1 of the lines 1 to 2, though the run was saved at iteration 2"):
         LossLog(path, iteration=2)
-    path.write_text("iteration 1\n")
-    with pytest.raises(CorruptInput, match=r"losses.jsonl line 1: not JSON"):
-        read_losses(path)
+    for line in (b"iteration 1", b"\xff"):
+        path.write_bytes(line + b"\n")
+        with pytest.raises(CorruptInput, match=r"losses.jsonl line 1: not JSON"):
+            read_losses(path)
+    for line in ("5", '{"lm loss": 1.0}'):
+        path.write_text(line + "\n")
+        with pytest.raises(CorruptInput, match=r"losses.jsonl line 1: .* says no iteration"):
+            read_losses(path)
     assert read_losses(tmp_path / "absent.jsonl") == []
 
 
