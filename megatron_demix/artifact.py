@@ -188,7 +188,7 @@ def publish(target: Path, key: str, kind: str, settings: Mapping[str, Any], *, w
     target = Path(target)
     if is_done(target, key):
         raise OutputExists(f"{target} is already done (key {key}); check is_done() before making it.")
-    with storage_errors(f"writing {target}"):
+    with storage_errors(f"writing {target}", under=target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = work or temporary_beside(target)
         temporary.mkdir(exist_ok=work is not None)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_demix.errors import ConfigError, DemixError, StorageError, limit_reached
+from megatron_demix.errors import FULL, ConfigError, DemixError, StorageError, limit_reached
 
 INTERRUPTED = 130
 """As a shell counts a process that SIGINT ended."""
 BROKEN_PIPE = 141
 """The same for SIGPIPE: nobody reads what is printed."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: str = "stopped; nothing was published.") -> int:
@@ -40,10 +38,10 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
             return limit.exit_code
         said = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e) or type(e).__name__
         advice = " Correct the path or its permissions, then run again." if e.filename else ""
-        if e.errno in _FULL:
+        if e.errno in FULL:
             advice = " Free space or choose another disk, then run again."
         print(f"{speaker}: {said}.{advice}", file=sys.stderr)
-        return StorageError.exit_code if e.errno in _FULL else ConfigError.exit_code
+        return StorageError.exit_code if e.errno in FULL else ConfigError.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED

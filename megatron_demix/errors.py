@@ -6,8 +6,10 @@ Codes 16 and 17 are those of Megatron-LM's rerun state machine, passed through; 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class DemixError(Exception):
@@ -108,18 +110,25 @@ def limit_reached(e: Exception) -> ConfigError | None:
     )
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What the operating system says of a disk that takes no more."""
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+
+
 @contextmanager
-def storage_errors(what: str) -> Iterator[None]:
+def storage_errors(what: str, *, under: Path | None = None) -> Iterator[None]:
     """Turn what the operating system says of a full disk, and of places where nothing can be written, into StorageError naming
-    `what` was being written."""
+    `what` was being written. under: the folder that is written to, where files elsewhere are read meanwhile: they are no place
+    to write."""
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        if e.errno in FULL:
             raise StorageError(
                 f"{what}: {e.strerror or e} ({e.filename or 'no path'}). Free space or choose another disk, then run again; "
                 "nothing that was finished is lost."
             ) from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        elsewhere = under and e.filename and not os.path.abspath(os.fspath(e.filename)).startswith(f"{os.path.abspath(under)}/")
+        if e.errno in _NO_PLACE and not elsewhere:
             raise StorageError(f"{what}: {e.strerror or e} ({e.filename or 'no path'}). Choose another place.") from e
         raise

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_demix.artifact import fingerprint, read_json, write_json
-from megatron_demix.errors import CorruptInput, StageFailed
+from megatron_demix.errors import CorruptInput, StageFailed, StorageError
 from megatron_demix.pipeline.stage import Stage
 
 MOST_ATTEMPTS = 3
@@ -68,6 +69,18 @@ class Attempts:
     def write(self, stage: Stage) -> None:
         stage.log.parent.mkdir(parents=True, exist_ok=True)
         write_json(_path(stage), asdict(self))
+
+
+def failed(stage: Stage, said: str) -> None:
+    """Keep for `demix status` why a stage will not be tried again. On a full disk, or one that is gone, this is not kept: what
+    failed is still to be heard of."""
+    with suppress(OSError, StorageError):
+        Attempts(failed=of_stage(stage, said)).write(stage)
+
+
+def of_stage(stage: Stage, said: str) -> str:
+    """What went wrong, with the stage's name, which it may have already."""
+    return said if said.startswith("stage ") else f"stage {stage.name}: {said}"
 
 
 def forget(stage: Stage) -> None:

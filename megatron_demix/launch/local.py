@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_demix.artifact import remove_leftovers, this_place
 from megatron_demix.errors import Incomplete
-from megatron_demix.launch.attempts import Attempts, forget
+from megatron_demix.launch.attempts import failed, forget
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.stage import failure, stage_lock, start_ranks
 from megatron_demix.locks import is_locked, take_lock
@@ -114,8 +114,7 @@ def _remembered(stage: Stage) -> Iterator[None]:
         yield
     except Exception as e:
         if not isinstance(e, Incomplete):
-            said = str(e)
-            Attempts(failed=said if said.startswith("stage ") else f"stage {stage.name}: {said}").write(stage)
+            failed(stage, str(e))
         raise
 
 

@@ -416,7 +416,7 @@ def main() -> int:
 
     try:
         study = load_study(options.study)
-        dag = build_dag(study, options.root / "study.yaml", options.run)
+        dag = build_dag(study, options.root, options.run)
         Slurm(dag, options.root, Started.of(study, options.until)).conclude()
     except DemixError as e:
         print(f"demix: {e}", file=sys.stderr, flush=True)

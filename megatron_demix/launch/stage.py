@@ -38,7 +38,7 @@ from megatron_demix.errors import (
     VerificationFailed,
     limit_reached,
 )
-from megatron_demix.launch.attempts import Attempts
+from megatron_demix.launch.attempts import Attempts, of_stage
 from megatron_demix.launch.started import Started
 from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline import preflight
@@ -290,7 +290,7 @@ def _make_and_judge(
                 f"nodes: {stage.log.with_suffix('')}*.log"
             )
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
-        said = said if said.startswith("stage ") else f"stage {stage.name}: {said}"
+        said = of_stage(stage, said)
         print(f"demix: {said}", file=sys.stderr, flush=True)
         over = isinstance(e, FINAL) or attempts.over
         if (nodes.rank == 0 or over) and not isinstance(e, NeedMissing):
@@ -353,7 +353,7 @@ def main() -> int:
         from megatron_demix.study.load import load_study
 
         study = load_study(options.study)
-        dag = build_dag(study, (options.root or options.study.resolve().parent) / "study.yaml", options.run)
+        dag = build_dag(study, options.root or options.study, options.run)
         stage = dag.stage(options.stage)
         last = Started.read(dag.run)
         beside = dag.until(last.until if last else None) if stage.kind not in PARTS["prepare"] | {"clean"} else []

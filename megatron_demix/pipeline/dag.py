@@ -86,15 +86,15 @@ class Dag(Foundation):
         return with_needs(found)
 
 
-def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: Absent = "refused") -> Dag:
+def build_dag(study: Study, place: Path, run: Path, *, absent_inputs: Absent = "refused") -> Dag:
     """Wire the stages of `study` together. Reads the inputs once (their digests are part of the keys), runs nothing.
 
-    study_path: relative inputs are resolved from its folder. Raises ConfigError or CorruptInput for inputs that are missing,
-    as far as absent_inputs says that this is one.
+    place: the study's file, from whose folder relative inputs are resolved; or that folder, where the file is not known. Raises
+    ConfigError or CorruptInput for inputs that are missing, as far as absent_inputs says that this is one.
     """
     digests = InputDigests(run / "cache" / "input_digests.json", absent=absent_inputs)
     try:
-        dag = _wired(study, study_path.resolve(), run, digests, ())
+        dag = _wired(study, place.resolve(), run, digests, ())
     except BaseException:  # Ctrl-C, too: reading a large corpus takes hours
         digests.keep()
         raise
@@ -105,12 +105,12 @@ def build_dag(study: Study, study_path: Path, run: Path, *, absent_inputs: Absen
     return dag
 
 
-def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> Dag:
+def _wired(study: Study, place: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> Dag:
     """naming: the studies that name this one as an earlier one, directly or through others."""
-    root = path.parent
+    root = place if place.is_dir() else place.parent
     study = with_sizes_of_base(with_base(study, root, digests), root, digests)
     study = without_unused(study.model_copy(update={"trainer": study.trainer.under(root)}))
-    before = _earlier_dags(study, path, run, digests, naming)
+    before = _earlier_dags(study, root, run, digests, (*naming, place))
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
     data_stages.check_prefixes(study, root)
     inputs = {d.name: _inputs(d, root, digests) for d in study.domains}
@@ -159,19 +159,20 @@ def _wired(study: Study, path: Path, run: Path, digests: InputDigests, naming: t
     )
 
 
-def _earlier_dags(study: Study, path: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> list[Dag]:
-    """All stages of each study of search.earlier. Its run lies beside `run`, or is `run` where the studies have one name."""
+def _earlier_dags(study: Study, root: Path, run: Path, digests: InputDigests, naming: tuple[Path, ...]) -> list[Dag]:
+    """All stages of each study of search.earlier. Its run lies beside `run`, or is `run` where the studies have one name.
+    naming: this study, and those that name it."""
     found: dict[str, Dag] = {}
     for spec in study.search.earlier:
-        place, label = (path.parent / spec.study).resolve(), earlier_stages.label_of(spec)
-        if place in (path, *naming):
+        place, label = (root / spec.study).resolve(), earlier_stages.label_of(spec)
+        if place in naming:
             raise ConfigError(f"search.earlier: {place} is this study, or names it as an earlier one.")
         if label in found:
             raise ConfigError(f"search.earlier: two studies have the file name {label!r}, by which they are told apart.")
         try:
             there = load_study(place)
             there_run = run if there.name == study.name else run.parent / there.name
-            found[label] = _wired(there, place, there_run, digests, (*naming, path))
+            found[label] = _wired(there, place, there_run, digests, naming)
         except DemixError as e:
             raise type(e)(f"search.earlier, {spec.study}: {e}") from e
     return list(found.values())

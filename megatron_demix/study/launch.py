@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -48,7 +49,9 @@ class SlurmResources(Section):
     @classmethod
     def _not_what_is_decided(cls, options: list[str]) -> list[str]:
         for option in options:
-            if option.split("=")[0].split()[0:1] and (name := option.split("=")[0].split()[0]) in _DECIDED:
+            name = re.split(r"[=\s]", option.strip(), maxsplit=1)[0]
+            name = name if name.startswith("--") else name[:2]  # a short option may have its value glued to it
+            if name in _DECIDED:
                 raise ValueError(f"{name} is decided by demix")
         return options
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -77,7 +77,9 @@ def _override(data: dict, text: str) -> None:
 
 def _place(error: ErrorDetails) -> str:
     """Dotted path of the offending key; pydantic's names for the forms of a union, as in "dict[str,float]", are left out."""
-    return ".".join(str(part) for part in error["loc"] if "[" not in str(part))
+    *parents, last = error["loc"] or ("",)
+    forms = {"int", "float", "str", "bool"} if parents else set()  # of a value, so that they come last
+    return ".".join(str(part) for part in (*parents, *([] if last in forms else [last])) if "[" not in str(part))
 
 
 def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
@@ -92,17 +94,15 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _section_at(root: type[BaseModel], location: tuple) -> type[BaseModel] | None:
-    section: Any = root
+    known: Any = root
     for part in location:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part)
-        if field is None:
+        if isinstance(known, type) and issubclass(known, BaseModel):
+            field = known.model_fields.get(part)
+            known = field and field.annotation
+        elif get_origin(known) in (list, dict, tuple):  # the part is an index or a name
+            known = get_args(known)[-1]
+        else:
             return None
-        inner = field.annotation
-        if getattr(inner, "__origin__", None) is list or isinstance(inner, UnionType):
-            inner = inner.__args__[0]
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return None
-        section = inner
-    return section
+        if isinstance(known, UnionType) or get_origin(known) is Union:
+            known = next((form for form in get_args(known) if form is not type(None)), None)
+    return known if isinstance(known, type) and issubclass(known, BaseModel) else None

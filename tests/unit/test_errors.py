@@ -38,6 +38,13 @@ def test_a_disk_that_refuses_is_a_storage_error(number):
     assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_what_is_read_meanwhile_is_no_place_to_write(tmp_path):
+    (tmp_path / "out").mkdir()
+    for where, kind in ((tmp_path / "out" / "x", errors.StorageError), (tmp_path / "corpus.jsonl", PermissionError)):
+        with pytest.raises(kind), errors.storage_errors("writing", under=tmp_path / "out"):
+            raise PermissionError(errno.EACCES, "refused", str(where))
+
+
 def test_other_errors_pass_unchanged():
     with pytest.raises(FileNotFoundError, match="nowhere"), errors.storage_errors("reading"):
         raise FileNotFoundError(errno.ENOENT, "nowhere")

@@ -149,6 +149,11 @@ def put(*path_and_value):
         ),
         (put("launch", {"slurm": {"sbatch": ["--mail-type=FAIL", "--job-name=x"]}}), "--job-name is decided by demix"),
         (put("launch", {"slurm": {"sbatch": ["-M other"]}}), "-M is decided by demix"),
+        (put("launch", {"slurm": {"sbatch": ["-N4"]}}), "-N is decided by demix"),
+        (put("launch", {"slurm": {"kinds": {"final": {"tme": 1}}}}), r"kinds\.final\.tme: unknown key; did you mean 'time'\?"),
+        (put("search", "groups", {"g": {"lowst": 1}}), r"search\.groups\.g\.lowst: unknown key; did you mean 'lowest'\?"),
+        (put("merge", {"rules": [{"tensor": "x"}]}), r"merge\.rules\.0\.tensor: unknown key; did you mean 'tensors'\?"),
+        (put("merge", {"rules": [{"layers": 1.5}]}), r"merge\.rules\.0\.layers: [^\n]*found 1\.5, or [^\n]*found 1\.5$"),
         (
             put("launch", {"slurm": {"time": "4min"}}),
             r"launch\.slurm: .*time is 240 s, and jobs are told to save 300 s \(grace\)",

@@ -1,5 +1,6 @@
 """The local backend: order, skipping, interruption, one process per run."""
 
+import errno
 import fcntl
 import signal
 import subprocess
@@ -7,8 +8,8 @@ import sys
 
 import pytest
 
-from megatron_demix.errors import Incomplete
-from megatron_demix.launch import local
+from megatron_demix.errors import Diverged, Incomplete
+from megatron_demix.launch import attempts, local
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.local import run_stages
 from megatron_demix.pipeline.stage import Stage
@@ -57,6 +58,18 @@ def test_a_failure_keeps_what_is_done(tmp_path):
     assert made == ["a", "b", "c"]
 
 
+def test_a_failure_that_cannot_be_noted_is_still_the_failure(tmp_path, monkeypatch):
+    def diverge(folder):
+        def refused(*_):
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(attempts, "write_json", refused)
+        raise Diverged("the loss is nan")
+
+    with pytest.raises(Diverged, match="the loss is nan"):
+        run_all([Stage("one/a", tmp_path, {}, (), diverge)], tmp_path)
+
+
 def test_a_second_process_is_told_of_the_first(tmp_path):
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -95,7 +108,7 @@ def test_sigterm_ends_as_incomplete(tmp_path):
 import sys, time
 from pathlib import Path
 from megatron_demix.errors import DemixError
-from megatron_demix.launch import local
+from megatron_demix.launch import attempts, local
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.local import run_stages
 from megatron_demix.pipeline.stage import Stage

@@ -356,6 +356,15 @@ def test_studies_that_name_one_another(folder):
         dag_of(write(folder, "v2.yaml", STUDY.replace(MATH, "")))
 
 
+def test_a_job_knows_the_folder_alone_and_finds_an_earlier_study_of_any_name(folder):
+    """It has a frozen copy of the study, which lies elsewhere."""
+    (folder / "v1.yaml").rename(folder / "study.yaml")
+    searched(folder / "study.yaml")
+    path = write(folder, "v2.yaml", STUDY.replace(MATH, LAW), "{study: study.yaml}")
+    run = path.parent / "runs" / "s"
+    assert keys(build_dag(load_study(path), folder, run)) == keys(build_dag(load_study(path), path, run))
+
+
 def test_a_score_that_no_earlier_study_has_needs_a_first_round(folder):
     searched(folder / "v1.yaml")
     path = write(folder, "v2.yaml", STUDY.replace(MATH, LAW))
