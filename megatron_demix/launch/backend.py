@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
-
-from megatron_demix.launch.started import Started
-from megatron_demix.pipeline.dag import Dag
 
 
 @dataclass(frozen=True)
@@ -43,14 +39,3 @@ class Backend(Protocol):
     def activity(self) -> Mapping[str, Activity]:
         """By the name of each stage that is under way, and of work that a scheduler does between stages."""
         ...
-
-
-def backend_of(dag: Dag, study_path: Path, arguments: list[str], started: Started) -> Backend:
-    """The backend the study names. arguments: those that `demix run` needs to do the same; started: what that is."""
-    if dag.study.launch.backend == "slurm":
-        from megatron_demix.launch.slurm import Slurm
-
-        return Slurm(dag, study_path.resolve().parent, started)
-    from megatron_demix.launch.background import Background
-
-    return Background(dag, arguments)

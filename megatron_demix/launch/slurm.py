@@ -156,9 +156,10 @@ class Slurm:
         submitting again would change nothing."""
         missing = [s for s in self._stages if not s.done()]
         if not missing:
-            from megatron_demix.pipeline.reporting import verdict, write_report
+            from megatron_demix.pipeline.reporting import write_report
 
-            print(f"{verdict(self._dag)}\nreport: {write_report(self._dag)}", flush=True)
+            page, sentence = write_report(self._dag)
+            print(f"{sentence}\nreport: {page}", flush=True)
             return
         if self._scripts.cancelled.exists():
             raise Incomplete("cancelled; `demix resume` goes on.")

@@ -15,10 +15,10 @@ from megatron_demix.launch.backend import Activity, Backend
 from megatron_demix.pipeline.dag import Dag
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.progress import Heartbeat
+from megatron_demix.terminal import new_table, on_terminal
 from megatron_demix.units import format_duration
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 COLOURS = {
@@ -133,7 +133,7 @@ def _shown(found: Sequence[dict[str, Any]], run: Path | None) -> tuple[Table, st
     from rich.markup import escape
 
     by_jobs = any("job" in row for row in found)
-    table = new_table("stage", "state", *(["job"] if by_jobs else []), "progress", "left", "log")
+    table = new_table("stage", "state", *(["job"] if by_jobs else []), "progress", "left", "log", right=("progress", "left"))
     for row in found:
         state = row["state"]
         progress = f"{100 * row['progress']:.0f} %" if "progress" in row else ""
@@ -162,22 +162,3 @@ def _next_step(states: set[str], run: Path) -> str:
 
 def counts(states: Sequence[str]) -> str:
     return "  ".join(f"{states.count(state)} {state}" for state in COLOURS if state in states)
-
-
-def new_table(*columns: str) -> Table:
-    """The last column, which holds paths, gives way where a terminal is narrow: it goes on in the next line."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        justify = "right" if column in ("ranks", "progress", "left") else "left"
-        folds = column == columns[-1]
-        table.add_column(column, no_wrap=not folds, overflow="fold" if folds else "ellipsis", justify=justify)  # type: ignore[arg-type]
-    return table
-
-
-def on_terminal() -> Console:
-    from rich.console import Console
-
-    # What is not a terminal may be grep: a row is a line, however long.
-    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False)

@@ -247,6 +247,12 @@ def prefixes(data: Stage, split: str) -> list[Path]:
     return list(data.stands_for[split]) if isinstance(data.stands_for, Mapping) else [data.folder / split]
 
 
+def splits(data: Stage) -> dict[str, dict[str, int]]:
+    """ "documents" and "tokens" of each split of a finished data stage, and "bytes" of its text where there was text."""
+    found: dict[str, dict[str, int]] = read_json(data.folder / STATS)["splits"]
+    return found
+
+
 def tokens(data: Mapping[str, Stage], split: str) -> dict[str, int]:
     """Tokens of one split, by domain, of finished data stages."""
-    return {name: read_json(stage.folder / STATS)["splits"][split]["tokens"] for name, stage in data.items()}
+    return {name: splits(stage)[split]["tokens"] for name, stage in data.items()}

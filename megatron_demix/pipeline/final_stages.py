@@ -14,9 +14,9 @@ from megatron_demix.pipeline.merging import merge_settings, method_of, normaliza
 from megatron_demix.pipeline.scoring import scoring
 from megatron_demix.pipeline.search_stages import CHOICE
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.report.data import FOUND
 from megatron_demix.study.study import Study
 
-FOUND = "found"
 BLEND = "blend"
 PROXIES = "merge/proxies"
 

@@ -9,7 +9,7 @@ from megatron_demix.artifact import write_json
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.huggingface.config import from_huggingface, read_config
 from megatron_demix.pipeline.inputs import InputDigests
-from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.stage import POINTER, Stage
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
@@ -95,6 +95,6 @@ def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stag
             transformer_impl="local" if study.model.transformer_impl == "local" else "transformer_engine",
             progress=False,
         )
-        write_json(target / "pointer.json", {"checkpoint": IMPORTED})
+        write_json(target / POINTER, {"checkpoint": IMPORTED})
 
     return Stage("base/base", run, settings, (), make)

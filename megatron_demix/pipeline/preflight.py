@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture, apportion, tokens_of_epochs
-from megatron_demix.pipeline.data_stages import STATS
+from megatron_demix.pipeline.data_stages import splits
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.study.study import Study
 from megatron_demix.units import format_count
@@ -36,7 +35,7 @@ def check_filled(
     data: finished stages by domain; those of weight 0 may be absent. setting: of the budget. remedies: what else helps.
     """
     used = [domain for domain in study.domains if mixture[domain.name] > 0]
-    sizes = {d.name: read_json(data[d.name].folder / STATS)["splits"]["train"]["tokens"] for d in used}
+    sizes = {d.name: splits(data[d.name])["train"]["tokens"] for d in used}
     limits = {d.name: tokens_of_epochs(sizes[d.name], d.max_epochs) for d in used}
     wanted = dict(zip(limits, apportion(budget, [mixture[name] for name in limits]), strict=True))
     step = study.train.global_batch_size * study.train.seq_length
@@ -57,7 +56,7 @@ def check_windows(study: Study, name: str, data: Mapping[str, Stage], split: str
     few tokens and documents."""
     window = study.train.seq_length + 1
     for domain, stage in data.items():
-        held = read_json(stage.folder / STATS)["splits"][split]
+        held = splits(stage)[split]
         if held["tokens"] < window:
             raise ConfigError(
                 f"stage {name}: the {split} split of domain {domain!r} has {_held(held['tokens'], held['documents'])}, but one "

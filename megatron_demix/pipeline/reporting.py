@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_demix.artifact import read_json
-from megatron_demix.evaluate.job import NOTES
+from megatron_demix.evaluate.job import NOTES, SCORES
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.final_stages import FOUND
@@ -18,19 +18,38 @@ from megatron_demix.pipeline.scoring import MERGED_CENTROID, proxy_score_of, sco
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
 from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.train_stages import horizon_line
+from megatron_demix.report.data import (
+    BlendRow,
+    Choice,
+    Domain,
+    FinalRun,
+    Fit,
+    FrontPoint,
+    Maturity,
+    Optimum,
+    Proxy,
+    ReportData,
+    Round,
+    Task,
+)
 
 if TYPE_CHECKING:
     from megatron_demix.pipeline.dag import Dag
-    from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Maturity, ReportData, Round, Task
-
 
 _FINISHED = "finished-"
 
 
-def write_report(dag: Dag) -> Path:
+class Report(NamedTuple):
+    page: Path
+    sentence: str
+    """One honest sentence about the final table."""
+
+
+def write_report(dag: Dag) -> Report:
     """Write <run>/report/index.html, replacing an earlier one: it is derived, and may be made again at any time. One with final
     runs is kept beside it, since its data may not be there again."""
     from megatron_demix.report.build import build_report
+    from megatron_demix.report.verdict import judge
 
     page = dag.run / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +57,7 @@ def write_report(dag: Dag) -> Path:
     build_report(data, page)
     if data.final:
         build_report(data, page.with_name(f"{_FINISHED}{dag.final_scores.key}.html"))
-    return page
+    return Report(page, judge(data).sentence)
 
 
 def finished_reports(run: Path) -> list[Path]:
@@ -46,17 +65,8 @@ def finished_reports(run: Path) -> list[Path]:
     return sorted((run / "report").glob(f"{_FINISHED}*.html"))
 
 
-def verdict(dag: Dag) -> str:
-    """One honest sentence about the final table."""
-    from megatron_demix.report.verdict import judge
-
-    return judge(collect(dag)).sentence
-
-
 def collect(dag: Dag) -> ReportData:
     """What is done so far, as plain data."""
-    from megatron_demix.report.data import ReportData
-
     choice = _choice(dag)
     blends = _blends(dag)
     line = horizon_line(dag.study)
@@ -90,7 +100,6 @@ def _tasks(dag: Dag) -> dict[str, Task]:
     if not dag.study.evaluate.tasks:
         return {}
     from megatron_demix.evaluate.tasks.suite import share_items
-    from megatron_demix.report.data import Task
 
     stages = unique(r.scores for r in dag.rounds)
     notes = [row for stage in stages if (file := stage.folder / NOTES).is_file() for row in read_json(file).values()]
@@ -104,14 +113,12 @@ def _tasks(dag: Dag) -> dict[str, Task]:
 
 
 def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:
-    from megatron_demix.report.data import Domain
-
     if not all(stage.is_intact() for stage in dag.data.values()):
         return []  # shares of some would be no shares
     total = sum(data_stages.tokens(dag.data, "train").values())
     rows = []
     for name, stage in dag.data.items():
-        splits = read_json(stage.folder / data_stages.STATS)["splits"]
+        splits = data_stages.splits(stage)
         train, share = splits["train"], splits["train"]["tokens"] / total
         held_out = {split: (splits[split]["tokens"], splits[split]["documents"]) for split in ("valid", "test")}
         rows.append(Domain(name, train["documents"], train["tokens"], train.get("bytes"), share, epochs.get(name), held_out))
@@ -123,7 +130,7 @@ def _few(dag: Dag) -> list[str]:
     said = []
     for name in scored_losses(dag):
         if dag.data[name].is_intact():
-            splits = read_json(dag.data[name].folder / data_stages.STATS)["splits"]
+            splits = data_stages.splits(dag.data[name])
             said += [few(dag.study, name, split, **splits[split]) for split in ("valid", "test")]
     return [sentence[0].upper() + sentence[1:] for sentence in said if sentence]
 
@@ -139,7 +146,6 @@ def _losses(dag: Dag) -> Iterator[tuple[str, dict[str, list[float]]]]:
 
 
 def _rounds(dag: Dag) -> list[Round]:
-    from megatron_demix.report.data import Fit, Proxy, Round
     from megatron_demix.search.surrogate import LITTLE_SKILL
 
     rounds = []
@@ -149,7 +155,7 @@ def _rounds(dag: Dag) -> list[Round]:
         if not r.proposal.is_intact():
             break
         mixtures = [Proxy(m["name"], m["weights"], m["shares"]) for m in read_json(r.proposal.folder / MIXTURES)]
-        table = ScoreTable.read(r.scores.folder / "scores.json") if r.scores.is_intact() else ScoreTable([])
+        table = ScoreTable.read(r.scores.folder / SCORES) if r.scores.is_intact() else ScoreTable([])
         # In the order of the table; before the first fit, as the merged models have scored.
         rows = {m.name: counted.get(m.name, table.rows.get(m.name, {})) for m in mixtures}
         order = [score.name for score in table.scores]
@@ -181,22 +187,19 @@ def _earlier(dag: Dag) -> list[str]:
 
 
 def _maturity(dag: Dag) -> Maturity | None:
-    from megatron_demix.report.data import Maturity
-
     if dag.maturity is None or not dag.maturity.scores.is_intact():
         return None
-    rows = ScoreTable.read(dag.maturity.scores.folder / "scores.json").rows
+    rows = ScoreTable.read(dag.maturity.scores.folder / SCORES).rows
     trained = [rows[name] for name in dag.maturity.trained]
     return Maturity(rows[MERGED_CENTROID], trained, rows[BASE], mixed_centroid(dag.study) is not None)
 
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:
-    tables = [ScoreTable.read(r.scores.folder / "scores.json") for r in dag.rounds if r.scores.is_intact()]
+    tables = [ScoreTable.read(r.scores.folder / SCORES) for r in dag.rounds if r.scores.is_intact()]
     return frozenset(score.name for table in tables for score in table.scores if score.direction == "higher")
 
 
 def _choice(dag: Dag) -> Choice | None:
-    from megatron_demix.report.data import Choice, FrontPoint, Optimum
     from megatron_demix.search.outcome import natural_in_words
 
     if not dag.choice.is_intact():
@@ -229,21 +232,16 @@ def _sentence(bound: dict[str, Any]) -> str:
     if bound["constraint"] == "max_kl":
         return f"max_kl: the shares are as far from the natural ones as {limit:g} nats allow."
     if bound["constraint"] == "anchor":
-        return (
-            f"component.anchor: no merge of these components has {side.removeprefix('at ')} than {limit:.1%} of {of}.".replace(
-                "most than", "more than"
-            ).replace("least than", "less than")
-        )
+        more = {"at most": "more", "at least": "less"}[side]
+        return f"component.anchor: no merge of these components has {more} than {limit:.1%} of {of}."
     name = f"group {of}" if bound["constraint"] == "group" else f"{bound['constraint']} of {of}"
     return f"{name}: {side} {limit:.1%} of the data."
 
 
 def _final(dag: Dag) -> list[FinalRun]:
-    from megatron_demix.report.data import FinalRun
-
     if not dag.final_scores.is_intact():
         return []
-    rows = ScoreTable.read(dag.final_scores.folder / "scores.json").rows
+    rows = ScoreTable.read(dag.final_scores.folder / SCORES).rows
     runs = ((*name.rpartition("-seed")[::2], rows[name]) for name in dag.finals)
     return [FinalRun(mixture, int(seed), scores) for mixture, seed, scores in runs]
 
@@ -251,14 +249,12 @@ def _final(dag: Dag) -> list[FinalRun]:
 def _untrained(dag: Dag) -> dict[str, dict[str, float]]:
     if not dag.final_scores.is_intact():
         return {}
-    rows = ScoreTable.read(dag.final_scores.folder / "scores.json").rows
+    rows = ScoreTable.read(dag.final_scores.folder / SCORES).rows
     named = {"base": "base", "found, merged only": "proxy"}
     return {label: rows[name] for label, name in named.items() if name in rows}
 
 
 def _blends(dag: Dag) -> dict[str, dict[str, BlendRow]]:
-    from megatron_demix.report.data import BlendRow
-
     found = {}
     for mixture, stage in dag.blends.items():
         if stage.is_intact():

@@ -14,6 +14,8 @@ from megatron_demix.artifact import fingerprint, is_done, publish
 from megatron_demix.errors import CorruptInput, OutputExists
 
 State = Literal["done", "damaged", "partial", "to do"]
+POINTER = "pointer.json"
+"""In an artifact that stands for a checkpoint: where that is, as {"checkpoint": path}, from the artifact's folder."""
 _MADE = ".made-part-"
 
 

@@ -15,7 +15,7 @@ from megatron_demix.pipeline import data_stages, preflight
 from megatron_demix.pipeline.given_checkpoint import check_function, look_at
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
-from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.stage import POINTER, Stage
 from megatron_demix.search.horizon import Line
 from megatron_demix.study.section import MixtureSpec
 from megatron_demix.study.study import Study
@@ -26,7 +26,7 @@ from megatron_demix.train.megatron_lm.command import FROM_DATA, prepare, shown_c
 from megatron_demix.train.megatron_lm.work import check_finished, settle
 
 PhaseName = Literal["base", "component", "proxy", "final"]
-POINTER, AVERAGE = "pointer.json", "average"
+AVERAGE = "average"
 MIXTURES = "mixtures.json"
 """A round's mixtures, in the artifact that proposed them."""
 _TOKENS = {"base": "base.tokens", "component": "component.tokens", "proxy": "search.proxy_tokens", "final": "final.tokens"}

@@ -152,9 +152,9 @@ def _sentence(
     )
     if closest.interval is None or seed_sd is None:
         return text + "with one seed each nothing says how much of it is chance. Set final.seeds to 2 or more."
-    low, high = closest.interval
+    low, high = sorted(-end if closest.difference < 0 else end for end in closest.interval)
     return text + (
-        f"the {CONFIDENCE:.0%} interval of that difference is {_signed(low)} to {_signed(high)}, from a seed standard "
+        f"the {CONFIDENCE:.0%} interval of that is {_signed(low)} to {_signed(high)}, from a seed standard "
         f"deviation of {seed_sd:.4f} ({_seeds([found, *baselines])}, {freedom} degrees of freedom)."
     )
 

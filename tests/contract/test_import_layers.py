@@ -16,12 +16,14 @@ PACKAGE = "megatron_demix"
 
 # Lower rooms know nothing of higher ones.
 LAYERS = [
-    {"errors", "units", "mixture", "native", "progress", "process", "locks", "command", "yaml_file", "__init__"},
+    {"errors", "units", "mixture", "native", "progress", "process", "locks", "command", "terminal", "yaml_file", "__init__"},
     {"artifact", "study"},
     {"indexed", "checkpoint"},
     {"data", "train", "merge", "evaluate", "search", "report", "huggingface"},
     {"pipeline"},
     {"launch"},
+    {"printing"},
+    {"commands"},
     {"cli", "tools"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

@@ -95,7 +95,7 @@ def test_the_trained_centroid_is_the_mixed_component_and_the_merged_one_is_not(d
     job = read_json(dag.maturity.scores.job)
     assert job["mixtures"] == {"merged": {"code": 0.5, "english": 0.5}}
     assert check.merged["code"] != check.trained[0]["code"]
-    page = write_report(dag).read_text()
+    page = write_report(dag).page.read_text()
     assert "corrected to second order by 1 component that was trained on a mixture (component.mixed): centroid" in page
     assert "without component.mixed" in page
     # A checkpoint that is given by its path has the same scores.

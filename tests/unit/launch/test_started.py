@@ -228,3 +228,13 @@ def test_submitting_a_part_submits_no_more(study, capsys):
         assert ("--until search" in scripts) != ended
     assert demix(study, "submit", "--dry-run", "--until", "search") == 0
     assert capsys.readouterr().out.endswith("--until search\n")
+
+
+def test_scripts_as_json(study, capsys):
+    assert demix(study, "submit", "--dry-run", "--set", "launch.backend=slurm", "--json") == 0
+    assert "#SBATCH" in json.loads(capsys.readouterr().out)["scripts"]
+
+
+def test_a_flag_about_given_checkpoints_is_refused_without_one(study, capsys):
+    assert demix(study, "evaluate", "--final") == 2
+    assert "--final goes with --checkpoint" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_a_finished_report_is_kept_beside_that_of_other_settings(study, capsys, 
     finished = ReportData("s", {}, {"code": 1}, final=[FinalRun("found", 1, {"code": 1.0})])
     with monkeypatch.context() as patched:
         patched.setattr(reporting, "collect", lambda dag: finished)
-        page = write_report(dag_of(study)).read_text()
+        page = write_report(dag_of(study)).page.read_text()
     kept = folder / f"finished-{dag_of(study).final_scores.key}.html"
     assert main(["report", str(study), "--set", "seed=5", *overrides]) == 0
     assert f"note: finished reports, of other data or settings: {kept}\n" in capsys.readouterr().err

@@ -12,7 +12,6 @@ from small_texts import write_texts
 
 from megatron_demix import artifact, progress
 from megatron_demix.artifact import fingerprint, hash_file
-from megatron_demix.cli import _result
 from megatron_demix.errors import ConfigError, CorruptInput, MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import inputs
@@ -22,6 +21,7 @@ from megatron_demix.pipeline.given_scores import given_scores
 from megatron_demix.pipeline.reporting import _timings
 from megatron_demix.pipeline.stage import with_needs
 from megatron_demix.pipeline.train_stages import _Filling, num_iterations, num_tokens, training_settings
+from megatron_demix.printing import result
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -189,8 +189,8 @@ def test_what_the_anchor_leaves_no_room_for_is_refused_before_anything_runs(stud
 def test_a_merges_result_is_the_checkpoint(study_path):
     dag = build_dag(load_study(study_path), study_path, study_path.parent / "run")
     merging = dag.stage("merge/proxies")
-    assert _result(merging) == merging.folder / "proxies" / "found"
-    assert _result(dag.base) == dag.base.folder
+    assert result(merging) == merging.folder / "proxies" / "found"
+    assert result(dag.base) == dag.base.folder
 
 
 NAMED = [

@@ -121,7 +121,7 @@ def test_an_added_domain(folder):
     assert set(found["predicted"]) == {"code", "english", "math", "law"}
     assert found["weights"]["code"] > found["weights"]["law"] > found["weights"]["math"]
     assert dag.earlier[0].said("24 proxies") == "v1: 24 proxies, with code, english, math; not law: no domain of it"
-    page = write_report(dag).read_text()
+    page = write_report(dag).page.read_text()
     assert (
         "of an earlier study, and not shown here: v1: 24 proxies, with code, english, math; not law: no domain of it." in page
     )

@@ -69,7 +69,7 @@ def test_every_proxy_s_score_is_continued(path, proxy_score):
     fit = read_json(dag.choice.folder / "fit.json")
     assert fit["surrogates"]["code"]["measured"] == pytest.approx(expected)
     assert fit["extrapolated"]["coefficients"] == pytest.approx({"5": -2, "10": 3})
-    page = write_report(dag).read_text()
+    page = write_report(dag).page.read_text()
     assert "Shown are scores after 5 and 10 iterations, continued on a line in their logarithm to 40, with 3.6 times" in page
     assert "search.extrapolate multiplies the noise of scores by 3.6." in page
 

@@ -162,7 +162,7 @@ def test_the_report_says_what_a_proxy_s_score_is(path):
     measured = read_json(dag.choice.folder / "fit.json")["surrogates"]["code"]["measured"]
     shown = [data.rounds[n].scores[m.name]["code"] for n in (0, 1) for m in data.rounds[n].mixtures]
     assert shown == measured
-    page = write_report(dag).read_text()
+    page = write_report(dag).page.read_text()
     assert "16 ensemble proxies" in page
     assert "those of the components&#39; probabilities, averaged for every token" in page
     assert "No proxy was merged for them" in page

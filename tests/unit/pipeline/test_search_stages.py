@@ -114,7 +114,7 @@ def test_the_search_goes_on_without_proxies_that_have_no_number(study_path):
     fitted = {name: facts["models"] for name, facts in fit["surrogates"].items()}
     assert set(fitted["math"]) - set(fitted["code"]) == {"r1_003", "r2_001"}
     assert read_json(dag.choice.folder / "mixture.json")["weights"]["code"] > 0.5
-    assert "Round 1: 1 of 24 proxies have no finite objective" in write_report(dag).read_text()
+    assert "Round 1: 1 of 24 proxies have no finite objective" in write_report(dag).page.read_text()
 
 
 def test_a_score_that_is_no_number_of_any_proxy_ends_the_search(study_path):
@@ -251,7 +251,7 @@ def test_a_task_is_an_objective(with_tasks):
     assert "sums/exact_match" not in found["predicted"]
     # What is the same for every proxy prefers none: the search goes on without it, and says so.
     assert read_json(dag.choice.folder / "fit.json")["constant"] == {"sums/exact_match": 0.0}
-    page = write_report(dag).read_text()
+    page = write_report(dag).page.read_text()
     assert "sums/exact_match was 0 for every proxy: the search could not use it" in page
     assert "compared on the very items of quiz, sums" in page, "arc has a validation split, but not in this one file"
     assert "Other tasks than quiz, sums." in page

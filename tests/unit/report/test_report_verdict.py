@@ -31,7 +31,7 @@ def test_a_win_beyond_the_noise():
     assert comparison.interval == pytest.approx((-0.1 - 4.302653 * v.seed_sd, -0.1 + 4.302653 * v.seed_sd), abs=1e-6)
     assert "1.2020 bits per byte with the found mixture, against 1.3020 (uniform)" in v.sentence
     assert "That is 0.1000 (7.68 %) better than uniform, the best baseline" in v.sentence
-    assert "95% interval of that difference is −0.1122 to −0.0878" in v.sentence
+    assert "95% interval of that is +0.0878 to +0.1122" in v.sentence
     assert "seed standard deviation of 0.0028 (2 seeds a mixture, 2 degrees of freedom)" in v.sentence
 
 
