@@ -130,7 +130,8 @@ class TrainSpec(Section):
         for key, default in retired.items():
             if given.get(key, default) != default:
                 warnings.warn(
-                    f"train.{key} has no effect: a study scores finished models (evaluate). Take it out.", stacklevel=2
+                    f"train.{key} has no effect: a study scores finished models (evaluate). Take it out.",
+                    stacklevel=1,  # the place of a caller, pydantic, would have it shown as a warning of pydantic's
                 )
         return {key: value for key, value in given.items() if key not in retired}
 

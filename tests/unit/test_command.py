@@ -15,6 +15,13 @@ raise SystemExit(exit_code(run))
 """
 
 
+RETIRED = """
+from megatron_demix.command import exit_code
+from megatron_demix.study.training import TrainSpec
+exit_code(lambda: TrainSpec.model_validate({"seq_length": 128, "global_batch_size": 8, "eval_interval": 10}) is None)
+"""
+
+
 def test_a_warning_of_a_script_that_was_called_by_a_relative_path_is_a_line(tmp_path):
     (tmp_path / "tool.py").write_text(
         "import warnings\nfrom megatron_demix.command import exit_code\n"
@@ -22,6 +29,13 @@ def test_a_warning_of_a_script_that_was_called_by_a_relative_path_is_a_line(tmp_
     )
     done = subprocess.run([sys.executable, "tool.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.stderr == "warning: a share is off\n"
+
+
+def test_a_setting_of_earlier_versions_is_warned_of_in_a_line():
+    done = subprocess.run([sys.executable, "-c", RETIRED], capture_output=True, text=True, timeout=60)
+    assert (
+        done.stderr == "warning: train.eval_interval has no effect: a study scores finished models (evaluate). Take it out.\n"
+    )
 
 
 def test_a_warning_is_a_line_without_its_place_in_the_code():
