@@ -8,14 +8,14 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from megatron_demix.study.section import Bytes, CutOff, Name, Section
+from megatron_demix.study.section import Bytes, CutOff, ExpandedPath, ExpandedPattern, Name, Section
 from megatron_demix.units import Cut
 
 
 class TokenizerSpec(Section):
     type: Literal["byte", "bpe", "huggingface", "sentencepiece", "tiktoken"] = "bpe"
     """byte: 256 bytes and EOD, no training. bpe: a byte-level BPE trained on the study's text. The rest load `model`."""
-    model: Path | None = None
+    model: ExpandedPath | None = None
     """The tokenizer's file or folder, for the types that load one."""
     train_vocab_size: int = Field(4096, ge=300)
     """bpe: number of ids, EOD included."""
@@ -35,9 +35,9 @@ class TokenizerSpec(Section):
 
 class DomainSpec(Section):
     name: Name
-    inputs: list[str] = []
+    inputs: list[ExpandedPattern] = []
     """Files or globs: .jsonl, .txt, ... relative to the study file."""
-    prefixes: dict[Literal["train", "valid", "test"], list[Path]] | None = None
+    prefixes: dict[Literal["train", "valid", "test"], list[ExpandedPath]] | None = None
     """Already tokenized data instead of `inputs`: Megatron path prefixes (without .bin/.idx), by split."""
     json_key: str = "text"
     max_epochs: float = Field(4.0, gt=0)
@@ -73,7 +73,7 @@ class NearDuplicatesSpec(Section):
 
 
 class ContaminationSpec(Section):
-    tasks: dict[Name, list[str]] = Field(min_length=1)
+    tasks: dict[Name, list[ExpandedPattern]] = Field(min_length=1)
     """By task: files or globs with one item a line. A document that contains an n-gram of an item is removed."""
     ngram: int = Field(13, ge=1)
     """Words in an n-gram."""
@@ -82,9 +82,9 @@ class ContaminationSpec(Section):
 
 
 class PerplexitySpec(Section):
-    model: Path
+    model: ExpandedPath
     """KenLM's .arpa or binary file."""
-    sentencepiece: Path | None = None
+    sentencepiece: ExpandedPath | None = None
     """SentencePiece model that the KenLM model's tokens come from (as CCNet's do); null: words between blanks."""
     drop: CutOff = Cut(0.02, True)
     """The worst of each domain: 2% of the documents, or those above a perplexity. The paper: about 2 %."""
@@ -92,7 +92,7 @@ class PerplexitySpec(Section):
 
 
 class QualitySpec(Section):
-    model: Path
+    model: ExpandedPath
     """fastText's .bin file."""
     label: str = "high"
     """The label whose probability is the score."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_demix.study.section import Name, Seconds, Section, Tokens, nearest
+from megatron_demix.study.section import ExpandedPath, Name, Seconds, Section, Tokens, nearest
 
 Surrogate = Literal[
     "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
@@ -38,7 +37,7 @@ class GroupSpec(Section):
 class EarlierSpec(Section):
     """A study of other domains whose proxies count in this one, wherever a score of theirs is still what it would be here."""
 
-    study: Path
+    study: ExpandedPath
     """Its file as it was run, relative to this one. Its run lies beside this study's, and is not added to."""
     rounds: int | None = Field(None, ge=1)
     """How many of its rounds count. Default: all; they have to be done."""
@@ -133,7 +132,7 @@ class TaskSpec(Section):
     name: Name
     format: Literal["arc", "hellaswag", "piqa", "siqa", "winogrande", "gsm8k", "math", "humaneval", "mbpp"]
     """How the files are made: as the public data set of this name ships, JSON lines or Parquet."""
-    path: Path
+    path: ExpandedPath
     """A file, or a folder in which files are named after their split."""
     split: Literal["train", "validation", "test"] | None = None
     """What the search is scored on. Default: validation where that is published with answers, else test."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from megatron_demix.errors import DemixError
 from megatron_demix.units import Cut, parse_bytes, parse_cut, parse_duration, parse_tokens
@@ -27,6 +29,9 @@ Tokens = Annotated[int, Field(gt=0), _or_value_error(parse_tokens)]
 Bytes = Annotated[int, Field(gt=0), _or_value_error(parse_bytes)]
 Seconds = Annotated[int, Field(gt=0), _or_value_error(parse_duration)]
 CutOff = Annotated[Cut, _or_value_error(lambda value: value if isinstance(value, Cut) else parse_cut(value))]
+ExpandedPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+ExpandedPattern = Annotated[str, AfterValidator(os.path.expanduser)]
+"""Paths, and globs, that may begin with ~. A relative one starts at the study file's folder."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 MixtureSpec = Literal["natural", "uniform"] | dict[str, float]

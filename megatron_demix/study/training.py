@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_demix.mixture import Mixture
-from megatron_demix.study.section import MixtureSpec, Name, Seconds, Section, Share, Tokens
+from megatron_demix.study.section import ExpandedPath, MixtureSpec, Name, Seconds, Section, Share, Tokens
 
 
 class ModelSpec(Section):
@@ -188,9 +188,9 @@ class TrainerSpec(Section):
 
     backend: Literal["megatron_core", "megatron_lm"] = "megatron_core"
     """megatron_core: this project's trainer. megatron_lm: stock Megatron-LM from `checkout`, which is never changed."""
-    checkout: Path | None = None
+    checkout: ExpandedPath | None = None
     """Folder of Megatron-LM, relative to the study file."""
-    script: Path = Path("pretrain_gpt.py")
+    script: ExpandedPath = Path("pretrain_gpt.py")
     """Relative to the checkout; or the absolute path of one of your own that calls Megatron's pretrain()."""
     args: str = ""
     """More of Megatron-LM's flags, as on a command line. What the study decides is refused here."""
@@ -203,7 +203,7 @@ class TrainerSpec(Section):
 
     def under(self, root: Path) -> TrainerSpec:
         """The same with the checkout's path starting at `root`."""
-        return self if self.checkout is None else self.model_copy(update={"checkout": root / self.checkout.expanduser()})
+        return self if self.checkout is None else self.model_copy(update={"checkout": root / self.checkout})
 
 
 class Phase(Section):
@@ -219,9 +219,9 @@ class Phase(Section):
 class BaseSpec(Phase):
     tokens: Tokens | None = None  # type: ignore[assignment]
     mixture: MixtureSpec = "natural"
-    checkpoint: Path | None = None
+    checkpoint: ExpandedPath | None = None
     """A Megatron torch_dist checkpoint to start from instead of training a base."""
-    huggingface: Path | None = None
+    huggingface: ExpandedPath | None = None
     """The same with a Hugging Face folder of a supported family, which is made a checkpoint first."""
 
     @model_validator(mode="after")

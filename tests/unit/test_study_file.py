@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
@@ -54,6 +55,37 @@ def test_a_study_is_read_with_its_defaults(load):
 def test_a_study_cannot_be_changed_after_it_was_read(load):
     with pytest.raises(ValueError, match="frozen"):
         load().train.lr = 1.0
+
+
+def test_paths_may_begin_with_the_home_folder(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    study = load(
+        overrides=[
+            "domains.0.inputs=[~/code/*.jsonl, math]",
+            "domains.1={name: math, prefixes: {train: [~/train], valid: [valid]}}",
+            "tokenizer={type: huggingface, model: ~/tokenizer}",
+            "prepare.clean={quality: {model: ~/q.bin}, contamination: {tasks: {arc: [~/arc.jsonl]}}}",
+            "base={checkpoint: ~/ckpt/base}",
+            "trainer={checkout: ~/Megatron-LM}",
+            "search.earlier=[{study: ~/study_v1.yaml}]",
+            "evaluate.tasks=[{name: arc, format: arc, path: ~/arc}]",
+        ]
+    )
+    assert study.domains[0].inputs == ["/home/me/code/*.jsonl", "math"]
+    assert study.domains[1].prefixes == {"train": [Path("/home/me/train")], "valid": [Path("valid")]}
+    assert study.prepare.clean.contamination.tasks == {"arc": ["/home/me/arc.jsonl"]}
+    assert [
+        str(path)
+        for path in (
+            study.tokenizer.model,
+            study.prepare.clean.quality.model,
+            study.base.checkpoint,
+            study.trainer.checkout,
+            study.search.earlier[0].study,
+            study.evaluate.tasks[0].path,
+        )
+    ] == [f"/home/me/{name}" for name in ("tokenizer", "q.bin", "ckpt/base", "Megatron-LM", "study_v1.yaml", "arc")]
+    assert load(overrides=["base={huggingface: ~nobody_here/x}"]).base.huggingface == Path("~nobody_here/x")
 
 
 def test_mixtures_by_name_and_by_weight(load):
