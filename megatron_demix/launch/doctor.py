@@ -60,11 +60,15 @@ _PACKAGES = (
     _Package("sentencepiece", "SentencePiece tokenizers", "data"),
     _Package("tiktoken", "tiktoken tokenizers", "data"),
     _Package("pyarrow", "Parquet input", "data"),
+    _Package("zstandard", "text in .zst", "data"),
+    _Package("camel-kenlm", "cleaning by perplexity", "data"),
+    _Package("fasttext-numpy2-wheel", "cleaning by quality", "data"),
+    _Package("nltk", "tools/preprocess_data.py --split-sentences", "data"),
     _Package("safetensors", "Hugging Face folders in and out", "hf"),
     _Package("transformers", "the judge of exported models, in the tests", "dev"),
     _Package("lm-eval", "tasks of lm-evaluation-harness", "eval"),
     _Package("math-verify", "tasks of format math", "eval"),
-    _Package("transformer-engine", "layers, fused and with FP8, on GPUs", "te"),
+    _Package("transformer-engine", "fused layers and context parallelism, on GPUs", "te"),
 )
 _ALSO_FIT = {"megatron-core"}
 """Packages whose requirements, of all their extras, count beside ours."""

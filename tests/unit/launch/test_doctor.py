@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 
 import pytest
 
@@ -105,3 +106,10 @@ def test_all_of_it_runs_here():
     names = [f.name for f in doctor.examine()]
     assert len(names) == len(set(names))
     assert {"torch", "megatron-core", "compiled core", "CUDA", "CUDA merge", "SLURM", "apex (NVIDIA's)"} <= set(names)
+
+
+def test_every_extra_is_looked_at():
+    """Of [data] all but what datatrove alone needs, or a tool that trains a model."""
+    lines = importlib.metadata.requires("megatron-demix") or []
+    named = {re.split(r"[^\w.-]", line)[0] for line in lines if re.search(r"extra == .(data|search|te|eval|hf).$", line)}
+    assert named - {p.distribution for p in doctor._PACKAGES} <= {"orjson", "kaldingram"}
