@@ -23,3 +23,10 @@ def test_megatron_lm_is_given_what_it_insists_on():
     text = (ROOT / "examples/slurm/megatron_lm.sbatch").read_text()
     assert "--tensor-model-parallel-size 2" in text
     assert "\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
+
+
+def test_megatron_lm_reads_the_file_that_build_blend_writes():
+    text = (ROOT / "examples/slurm/megatron_lm.sbatch").read_text()
+    prefix = re.search(r"--mode args --output (\S+)", text)
+    assert prefix
+    assert f"\nblend={prefix[1]}.args.txt\n" in text
