@@ -27,8 +27,19 @@ def parser() -> argparse.ArgumentParser:
         "folders, globs; of duplicates across domains the domain named first keeps its own")  # fmt: skip
     add("--output", type=Path, required=True, metavar="DIR")
     add("--json-key", default="text", metavar="KEY", help="field or column that holds the text (default: text)")
-    add("--on-bad-document", choices=("error", "reject"), default="error", help="stop at what is no document, or list it")
-    add("--workers", type=int, default=1, metavar="N", help="files worked on at a time; changes no byte of the output")
+    add(
+        "--on-bad-document",
+        choices=("error", "reject"),
+        default="error",
+        help="stop at what is no document (default), or list it",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="files worked on at a time; changes no byte of the output (default: 1)",
+    )
     add("--slurm", nargs="+", metavar="KEY=VALUE", help="submit job arrays instead: settings of datatrove's "
         "SlurmPipelineExecutor, such as partition=cpu time=8:00:00 workers=64 mem_per_cpu_gb=4")  # fmt: skip
     group = parser.add_argument_group("duplicates")
@@ -46,12 +57,16 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("perplexity (tools/train_filters.py perplexity makes a model)")
     group.add_argument("--perplexity", type=Path, metavar="MODEL", help="KenLM's .arpa or binary file")
     group.add_argument("--sentencepiece", type=Path, metavar="MODEL", help="whose pieces are the KenLM model's tokens")
-    group.add_argument("--perplexity-drop", default="2%", metavar="CUT", help="share of each domain, or a perplexity (2%%)")
+    group.add_argument(
+        "--perplexity-drop", default="2%", metavar="CUT", help="share of each domain, or a perplexity (default: 2%%)"
+    )
     group.add_argument("--perplexity-domains", nargs="+", metavar="DOMAIN", help="default: all")
     group = parser.add_argument_group("quality (tools/train_filters.py quality makes a model)")
     group.add_argument("--quality", type=Path, metavar="MODEL", help="fastText's .bin file")
-    group.add_argument("--quality-label", default="high", metavar="LABEL", help="its probability is the score (high)")
-    group.add_argument("--quality-drop", default="3%", metavar="CUT", help="share of each domain, or a probability (3%%)")
+    group.add_argument("--quality-label", default="high", metavar="LABEL", help="its probability is the score (default: high)")
+    group.add_argument(
+        "--quality-drop", default="3%", metavar="CUT", help="share of each domain, or a probability (default: 3%%)"
+    )
     group.add_argument("--quality-domains", nargs="+", metavar="DOMAIN", help="default: all")
     group.add_argument("--grades", nargs="+", default=[], metavar="DOMAIN=NAME:CUT,...,NAME", help="best grade first, the last "
                        "is the rest: math=high:20%%,medium:50%%,low makes math_high, math_medium and math_low")  # fmt: skip

@@ -59,7 +59,11 @@ def run() -> int:
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text; for Parquet, a column")
     parser.add_argument(
-        "--tokenizer-type", choices=TYPES, default="HuggingFaceTokenizer", metavar="TYPE", help=", ".join(TYPES)
+        "--tokenizer-type",
+        choices=TYPES,
+        default="HuggingFaceTokenizer",
+        metavar="TYPE",
+        help=f"{', '.join(TYPES)} (default: %(default)s)",
     )
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
                         help="tokenizer.json, .model or .tiktoken file, or a folder that holds one")  # fmt: skip

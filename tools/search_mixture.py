@@ -16,6 +16,7 @@ from megatron_demix.pipeline.consistency import add_arguments as add_consistency
 SURROGATES = (
     "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack",
 )  # fmt: skip
+DEFAULT = "default: %(default)s"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,11 +35,20 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="feasible mixtures of the domains, as merge weights")
     sample.add_argument(
-        "--domains", type=Path, required=True, help="YAML: domains with tokens and max_epochs, target_tokens, anchor"
+        "--domains",
+        type=Path,
+        required=True,
+        help="YAML: domains (of each its tokens and, where it is limited, max_epochs, min_share, max_share), target_tokens "
+        "and, where there are any, anchor, groups, max_kl; see docs/FORMATS.md",
     )
     sample.add_argument("--num", type=int, required=True, help="mixtures to write")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--design", default="dirichlet", choices=("dirichlet", "sobol", "lattice", "optimal"))
+    sample.add_argument("--seed", type=int, default=0, help=DEFAULT)
+    sample.add_argument(
+        "--design",
+        default="dirichlet",
+        choices=("dirichlet", "sobol", "lattice", "optimal"),
+        help=f"how they are spread ({DEFAULT})",
+    )
     sample.add_argument("--output", type=Path, required=True, help="CSV of merge weights")
     sample.add_argument("--shares", type=Path, help="also write the actual data shares these weights stand for")
     sample.set_defaults(run=_sample)
@@ -48,26 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--scores", type=Path, required=True, help="CSV of their scores")
     fit.add_argument("--predict", type=Path, required=True, help="CSV of mixtures to predict, as actual shares")
     fit.add_argument("--output", type=Path, required=True, help="CSV: each score and <score>_std at the mixtures to predict")
-    fit.add_argument("--surrogate", default="auto", choices=SURROGATES)
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--surrogate", default="auto", choices=SURROGATES, help=DEFAULT)
+    fit.add_argument("--seed", type=int, default=0, help=DEFAULT)
     fit.set_defaults(run=_fit)
 
     choose = commands.add_parser("choose", help="the best feasible mixture, how sure it is, and what to try next")
-    choose.add_argument("--domains", type=Path, required=True, help="the YAML that the mixtures were sampled from")
+    choose.add_argument("--domains", type=Path, required=True, help="the file that the mixtures were sampled from (see sample)")
     choose.add_argument("--mixtures", type=Path, required=True, help="CSV of measured mixtures, as merge weights")
     choose.add_argument("--scores", type=Path, required=True, help="CSV of their scores")
     choose.add_argument("--objective", nargs="+", required=True, metavar="SCORE=WEIGHT", help="relative weights of the scores")
     choose.add_argument(
-        "--aim", default="mean", choices=("mean", "worst", "percentile_rank"), help="what is made of the scores"
+        "--aim", default="mean", choices=("mean", "worst", "percentile_rank"), help=f"what is made of the scores ({DEFAULT})"
     )
     choose.add_argument("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses")
-    choose.add_argument("--surrogate", default="auto", choices=SURROGATES)
-    choose.add_argument("--candidates", type=int, default=200_000)
-    choose.add_argument("--top", type=int, default=128, help="the choice is the mean of this many best candidates")
-    choose.add_argument("--bootstraps", type=int, default=50, help="searches on resampled proxies; 0: none")
+    choose.add_argument("--surrogate", default="auto", choices=SURROGATES, help=DEFAULT)
+    choose.add_argument("--candidates", type=int, default=200_000, help=f"mixtures that are compared ({DEFAULT})")
+    choose.add_argument("--top", type=int, default=128, help=f"best candidates whose mean is the choice ({DEFAULT})")
+    choose.add_argument("--bootstraps", type=int, default=50, help=f"searches on resampled proxies; 0: none ({DEFAULT})")
     choose.add_argument("--propose", type=int, default=0, metavar="N", help="also propose N mixtures for the next round")
     choose.add_argument("--next", type=Path, metavar="CSV", help="where the proposed merge weights go")
-    choose.add_argument("--seed", type=int, default=0)
+    choose.add_argument("--seed", type=int, default=0, help=DEFAULT)
     choose.add_argument("--output", type=Path, required=True, help="JSON: weights (actual shares), merge_weights, predictions")
     choose.set_defaults(run=_choose)
 

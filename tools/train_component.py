@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Train one model with megatron.core. Starting the same command again resumes it.
 
-Flags have Megatron-LM's names, but one that is left out has this project's default and not Megatron's: adam-beta2 0.95,
-weight-decay 0.1, cosine decay after 1 % of warm-up, no dropout, RMSNorm, swiglu (its width rounded up to a multiple of 64, not
-down), rope, no biases. --help shows each.
+Takes those of Megatron-LM's flags that --help lists, and refuses others, such as --bf16 (the default; --precision fp32 is the
+other) and --ckpt-format (always torch_dist). A flag that is left out has this project's default and not Megatron's: adam-beta2
+0.95, weight-decay 0.1, cosine decay after 1 % of warm-up, no dropout, RMSNorm, swiglu (its width rounded up to a multiple of
+64, not down), rope, no biases.
 
   ranks="python -m megatron_demix.launch.ranks --standalone --nproc-per-node N"
   $ranks tools/train_component.py --job job.json        (a megatron_demix.train.job.TrainJob)

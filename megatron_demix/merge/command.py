@@ -54,7 +54,12 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         metavar="BYTES",
         help="cut tensors anew, by layer and expert, into chunks of at most this (default: as the first component is cut)",
     )
-    add("--verify", choices=("none", "sample", "full"), default="sample", help="what is read again before publishing")
+    add(
+        "--verify",
+        choices=("none", "sample", "full"),
+        default="sample",
+        help="what is read again before publishing (default: sample)",
+    )
     method = parser.add_argument_group("method", "what the weights mean; see below")
     option = method.add_argument
     option("--method", default="linear", metavar="NAME", help="default: linear")

@@ -25,6 +25,7 @@ _FLAGS = {
     "timeout": "distributed-timeout-seconds",
 }
 """Flags that are not simply the setting's name with dashes."""
+_SEED = 1234
 _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelSpec, "parallel": ParallelSpec, "train": TrainSpec}
 _Spec = TypeVar("_Spec", bound=BaseModel)
 _JOB_FLAGS: dict[str, tuple[str, type]] = {
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 _add(group, name, field)
     group = parser.add_argument_group("run")
     for name, (flag, kind) in _JOB_FLAGS.items():
-        default = TrainJob.model_fields[name].default
+        default = _SEED if name == "seed" else TrainJob.model_fields[name].default
         shown = None if default in (None, PydanticUndefined) else f"default: {default}"
         group.add_argument(f"--{flag}", dest=name, type=kind, default=argparse.SUPPRESS, help=shown)
     group.add_argument(
@@ -90,7 +91,7 @@ def job_from_arguments(arguments: argparse.Namespace, *, world_size: int) -> Tra
     data["parallel"]["data"] = world_size // ranks
     if "work" in data:
         data = {"name": data["work"].name, "index_cache": data["work"].with_name(f"{data['work'].name}.index")} | data
-    data |= {"seed": data.get("seed", 1234), "blend": _blend(arguments)}
+    data |= {"seed": data.get("seed", _SEED), "blend": _blend(arguments)}
     data["valid"] = dict(_named_prefix(text) for text in arguments.valid_data_path)
     job = _checked(TrainJob, data)
     return job.model_copy(update={"keep_at_end": job.train.keep_checkpoints})

@@ -85,6 +85,33 @@ def test_the_flags_of_the_contract_are_there(command):
     assert missing == []
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    {
+        "search_mixture.py sample": {"seed": 0, "design": "dirichlet"},
+        "search_mixture.py fit": {"seed": 0, "surrogate": "auto"},
+        "search_mixture.py choose": {
+            "aim": "mean",
+            "surrogate": "auto",
+            "candidates": 200000,
+            "top": 128,
+            "bootstraps": 50,
+            "seed": 0,
+        },
+        "merge_dist_ckpt.py": {"layout": "release", "normalize": "error", "verify": "sample"},
+        "clean_data.py": {"workers": 1, "quality-label": "high"},
+        "preprocess_data.py": {"tokenizer-type": "HuggingFaceTokenizer", "workers": 1},
+        "train_component.py": {"seed": 1234, "precision": "bf16"},
+    }.items(),
+)
+def test_the_help_says_what_a_flag_is_by_default(command, defaults):
+    script, *rest = command.split()
+    options = re.split(r"\n  (?=-)", run(f"tools/{script}", *rest, "--help").stdout)
+    for flag, value in defaults.items():
+        text = " ".join(next(o for o in options if re.match(f"--{flag}\\b(?!-)", o)).split())
+        assert re.search(rf"default: {value}\b|{value} [^;]*\(default\)", text), text
+
+
 def test_every_tool_is_in_the_contract():
     assert {t.name for t in TOOLS} == {command.split()[0] for command in CONTRACT}
 
