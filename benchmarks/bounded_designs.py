@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_demix.artifact import write_json
 from megatron_demix.mixture import Mixture
+from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import choose_mixture
 from megatron_demix.search.sample import distinct, sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
@@ -95,7 +96,7 @@ def regrets_of(space: SearchSpace, seed: int) -> dict[str, float]:
         shares_MD = space.shares(drawn(space, design, seed))
         noisy_M = loss(shares_MD) + NOISE * spread * np.random.default_rng(seed).standard_normal(len(shares_MD))
         surrogates = {"loss": fit_surrogate(shares_MD, noisy_M, "gaussian_process")}
-        chosen = choose_mixture(space, surrogates, {"loss": 1.0}, candidates=20_000)
+        chosen = choose_mixture(Objective(space, surrogates, {"loss": 1.0}), candidates=20_000)
         shares_D = np.array([[chosen.shares[name] for name in DOMAINS]])
         found[design] = (float(loss(shares_D)[0]) - best) / spread
     return found

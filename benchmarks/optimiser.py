@@ -60,11 +60,11 @@ def measured(num: int, capped: bool, seed: int) -> dict[str, float]:
         power_law.fit(shares_MD, scale.to_standard(scores_M))
         errors = {"measured_M": scores_M, "predicted_M": scale.to_scores(power_law.mean(shares_MD))}
         surrogates[f"s{t}"] = Surrogate("power_law", ((1.0, power_law),), shares_MD, scores_M, errors, scale, 1.0)
-    objective = dict.fromkeys(surrogates, 1.0)
-    goal, choice = Objective(space, surrogates, objective), choose_mixture(space, surrogates, objective, seed=seed)
+    goal = Objective(space, surrogates, dict.fromkeys(surrogates, 1.0), seed=seed)
+    choice = choose_mixture(goal)
     chosen_D = np.array([choice.weights[name] for name in names])
     gain = choice.expected_gain[0] / (choice.expected_gain[0] + further(space, goal, chosen_D))
-    spread = optimum_distribution(space, surrogates, objective, choice, num=BOOTSTRAPS, seed=seed)
+    spread = optimum_distribution(goal, choice, num=BOOTSTRAPS)
     again = np.random.default_rng(seed)  # as optimum_distribution draws
     samples = [again.integers(len(shares_MD), size=len(shares_MD)) for _ in range(BOOTSTRAPS)]
     possible = np.mean([further(space, goal.refit(rows), chosen_D) for rows in samples])

@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
+from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import choose_mixture, propose
 from megatron_demix.search.sample import sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
@@ -106,9 +107,9 @@ def measure(num: int, candidates: int) -> dict[str, float]:
     fitted = {}
     for kind in ("gaussian_process", "power_law", "auto"):
         fitted[kind] = timed(took, f"fit_{kind}", lambda kind=kind: fit_surrogate(shares_MD, scores_M, kind))
-    surrogates = {"loss": fitted["auto"]}
-    timed(took, "propose_64", lambda: propose(space, surrogates, {"loss": 1}, num=64, candidates=candidates))
-    timed(took, "choose", lambda: choose_mixture(space, surrogates, {"loss": 1}, candidates=candidates))
+    goal = Objective(space, {"loss": fitted["auto"]}, {"loss": 1})
+    timed(took, "propose_64", lambda: propose(goal, num=64, candidates=candidates))
+    timed(took, "choose", lambda: choose_mixture(goal, candidates=candidates))
     return took
 
 

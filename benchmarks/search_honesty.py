@@ -18,18 +18,17 @@ Writes benchmarks/results/search_honesty.json.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from megatron_demix.artifact import write_json
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.objective import Aim
+from megatron_demix.search.objective import Aim, Objective
 from megatron_demix.search.optimise import Choice, choose_mixture
 from megatron_demix.search.sample import sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate, fit_surrogate
+from megatron_demix.search.surrogate import fit_surrogate
 from megatron_demix.search.uncertainty import optimum_distribution
 
 DOMAINS = 5
@@ -58,13 +57,17 @@ class Truth:
         return 1 + (0.3 + (powers_MSD * self._worth_SD).sum(axis=2)) ** -self._fall_S
 
 
-def fitted(shares_MD: np.ndarray, scores_MS: np.ndarray, kind: str, seed: int) -> dict[str, Surrogate]:
-    return {f"s{s}": fit_surrogate(shares_MD, scores_MS[:, s], kind, seed=seed) for s in range(scores_MS.shape[1])}
+def fitted(
+    space: SearchSpace, shares_MD: np.ndarray, scores_MS: np.ndarray, kind: str, seed: int, aim: Aim = "mean"
+) -> Objective:
+    """Of all scores alike."""
+    surrogates = {f"s{s}": fit_surrogate(shares_MD, scores_MS[:, s], kind, seed=seed) for s in range(scores_MS.shape[1])}
+    return Objective(space, surrogates, dict.fromkeys(surrogates, 1.0), aim=aim, seed=seed)
 
 
-def chosen(space: SearchSpace, surrogates: Mapping[str, Surrogate], aim: Aim, seed: int) -> tuple[Choice, np.ndarray]:
-    choice = choose_mixture(space, surrogates, dict.fromkeys(surrogates, 1.0), candidates=4000, top=32, seed=seed, aim=aim)
-    return choice, np.array([[choice.shares[name] for name in space.domains]])
+def chosen(goal: Objective) -> tuple[Choice, np.ndarray]:
+    choice = choose_mixture(goal, candidates=4000, top=32)
+    return choice, np.array([[choice.shares[name] for name in goal.space.domains]])
 
 
 def gain(num: int, noise: float | None, kind: str, seed: int) -> dict[str, float]:
@@ -74,11 +77,9 @@ def gain(num: int, noise: float | None, kind: str, seed: int) -> dict[str, float
     true_MS = truth.scores(shares_MD) if noise else np.full((num, 2), 5.0)
     spread_S = true_MS.std(axis=0) if noise else np.ones(2)
     scores_MS = true_MS + (noise or 1.0) * spread_S * rng.standard_normal((num, 2))
-    surrogates = fitted(shares_MD, scores_MS, kind, seed)
-    choice, found_1D = chosen(truth.space, surrogates, "mean", seed)
-    spread = optimum_distribution(
-        truth.space, surrogates, dict.fromkeys(surrogates, 1.0), choice, num=50, candidates=1000, seed=seed
-    )
+    goal = fitted(truth.space, shares_MD, scores_MS, kind, seed)
+    choice, found_1D = chosen(goal)
+    spread = optimum_distribution(goal, choice, num=50, candidates=1000)
     unit = float((true_MS if noise else scores_MS).mean(axis=1).std())
     natural_1D = truth.space.shares(truth.space.centre_D[None])
     won = float((truth.scores(natural_1D) - truth.scores(found_1D)).mean()) if noise else 0.0
@@ -101,7 +102,7 @@ def cover(correlation: float, seed: int) -> dict[str, float]:
         shared_N1, own_NS = rng.standard_normal((len(true_NS), 1)), rng.standard_normal(true_NS.shape)
         return true_NS + noise * true_MS.std(axis=0) * (correlation**0.5 * shared_N1 + (1 - correlation) ** 0.5 * own_NS)
 
-    choice, found_1D = chosen(truth.space, fitted(shares_MD, measured(true_MS), "ridge", seed), "mean", seed)
+    choice, found_1D = chosen(fitted(truth.space, shares_MD, measured(true_MS), "ridge", seed))
     again_N = measured(np.repeat(truth.scores(found_1D), 100, axis=0)).mean(axis=1)
     return {"cover": float((np.abs(again_N - choice.objective[0]) <= _Z90 * choice.objective[1]).mean())}
 
@@ -113,7 +114,7 @@ def ranks(aim: Aim, seed: int) -> dict[str, float]:
     true_M = truth.scores(shares_MD)[:, 0]
     real_M = (true_M - true_M.mean()) / true_M.std() + 0.1 * rng.standard_normal(num)
     scores_MS = np.stack([real_M, *rng.standard_normal((3, num))], axis=1)
-    choice, found_1D = chosen(truth.space, fitted(shares_MD, scores_MS, "ridge", seed), aim, seed)
+    choice, found_1D = chosen(fitted(truth.space, shares_MD, scores_MS, "ridge", seed, aim))
     best = truth.scores(truth.space.shares(sample_candidates(truth.space, 20_000, seed))).min()
     return {"loses": float((truth.scores(found_1D)[0, 0] - best) / true_M.std()), "std": choice.objective[1]}
 

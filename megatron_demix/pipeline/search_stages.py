@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.errors import ConfigError
@@ -26,9 +26,12 @@ from megatron_demix.pipeline.scoring import (
 from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates
 from megatron_demix.pipeline.train_stages import MIXTURES
-from megatron_demix.study.search import MIN_PROXIES
+from megatron_demix.study.search import MIN_PROXIES, SearchSpec
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import AnchorSpec
+
+if TYPE_CHECKING:
+    from megatron_demix.search.objective import Objective
 
 FIT = "fit.json"
 CHOICE = "mixture.json"
@@ -194,7 +197,7 @@ def _fit(
         fitted = fit_surrogates(study, space, scores, proposals, centroid, earlier)
         surrogates, higher = fitted.surrogates, fitted.higher_is_better
         objective = usable_objective(search.objective, fitted.constant)
-        goal = Objective(space, surrogates, objective, aim=search.aim, higher_is_better=higher)
+        goal = Objective(space, surrogates, objective, aim=search.aim, higher_is_better=higher, seed=study.seed + number)
         measured = zip(fitted.names, goal.measured().tolist(), strict=True)
         facts: dict[str, Any] = {
             "surrogates": {name: fit_facts(surrogate, fitted.names) for name, surrogate in surrogates.items()},
@@ -204,26 +207,17 @@ def _fit(
             **({"earlier": fitted.earlier} if earlier else {}),
             **({"extrapolated": line.facts} if (line := train_stages.horizon_line(study)) else {}),
         }
-        aims: dict[str, Any] = {"aim": search.aim, "higher_is_better": higher, "seed": study.seed + number}
         if last:
-            found = outcome(
-                space,
-                surrogates,
-                objective,
-                candidates=search.candidates,
-                top=search.top,
-                bootstraps=search.bootstraps,
-                **aims,
-            )
+            found = outcome(goal, candidates=search.candidates, top=search.top, bootstraps=search.bootstraps)
             write_json(folder / CHOICE, found)
         elif search.stop is not None and proposals and not read_json(proposals[-1].folder / MIXTURES):
             # Nothing was measured since: deciding anew, with another seed, could only begin the rounds again by chance.
             facts["spread"] = read_json(proposals[-1].folder / FIT)["spread"]
             write_json(folder / MIXTURES, [])
         else:
-            proposed_MD = propose(space, surrogates, objective, num=search.rounds[number], candidates=search.candidates, **aims)
+            proposed_MD = propose(goal, num=search.rounds[number], candidates=search.candidates)
             if search.stop is not None:
-                facts["spread"] = spread = _spread_so_far(study, space, surrogates, objective, aims)
+                facts["spread"] = spread = _spread_so_far(goal, search)
                 if spread["enough"]:
                     proposed_MD = proposed_MD[:0]
             _write_mixtures(folder, number + 1, space, proposed_MD)
@@ -239,20 +233,14 @@ def _fit(
     return Stage(f"rounds/{number}/fit", foundation.run, settings, needs, make)
 
 
-def _spread_so_far(
-    study: Study, space: Any, surrogates: Mapping[str, Any], objective: Mapping[str, float], aims: Mapping[str, Any]
-) -> dict[str, Any]:
+def _spread_so_far(goal: Objective, search: SearchSpec) -> dict[str, Any]:
     """Whether another round is worth its cost: what is left to win, and what has been won over the natural mixture."""
     from megatron_demix.search.optimise import choose_mixture
     from megatron_demix.search.uncertainty import optimum_distribution
 
-    search = study.search
     assert search.stop is not None
-    wanted = {name: surrogate for name, surrogate in surrogates.items() if objective.get(name)}
-    aims = {**aims, "higher_is_better": aims["higher_is_better"] & set(wanted)}
-    choice = choose_mixture(space, wanted, objective, candidates=search.candidates, top=search.top, **aims)
-    aims["candidates"] = max(1000, search.candidates // 10)
-    spread = optimum_distribution(space, wanted, objective, choice, num=search.bootstraps, **aims)
+    choice = choose_mixture(goal, candidates=search.candidates, top=search.top)
+    spread = optimum_distribution(goal, choice, num=search.bootstraps, candidates=max(1000, search.candidates // 10))
     return {
         "expected_regret": spread.expected_regret,
         "expected_gain": spread.expected_gain,

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import TOLERANCE
 from megatron_demix.search.consistency import rank_consistency
-from megatron_demix.search.objective import Aim, usable_objective
+from megatron_demix.search.objective import Aim, Objective, usable_objective
 from megatron_demix.search.optimise import propose
 from megatron_demix.search.outcome import outcome
 from megatron_demix.search.reach import distances, far_off
@@ -147,13 +147,9 @@ def choose_from_tables(
     objective = usable_objective(
         {name: weight for name, weight in objective.items() if weight or name not in left_out}, constant
     )
-    aims: dict[str, Any] = {
-        "aim": aim,
-        "higher_is_better": set(higher_is_better) - set(left_out),
-        "candidates": candidates,
-        "seed": seed,
-    }
-    report = outcome(space, surrogates, objective, top=top, bootstraps=bootstraps, **aims)
+    higher = set(higher_is_better) - set(left_out)
+    goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher, seed=seed)
+    report = outcome(goal, candidates=candidates, top=top, bootstraps=bootstraps)
     nearest, usual = report["distance"]["nearest"], report["distance"]["usual"]
     if far_off(nearest, usual):
         notice(
@@ -162,7 +158,7 @@ def choose_from_tables(
         )
     further_MD = np.empty((0, len(space.domains)))
     if next_round:
-        further_MD = propose(space, surrogates, objective, num=next_round, **aims)
+        further_MD = propose(goal, num=next_round, candidates=candidates)
     return report, further_MD
 
 

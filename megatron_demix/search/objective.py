@@ -43,6 +43,8 @@ class Objective:
     straight line beyond these; for scores whose units do not compare. Measured, and not predicted: a score of which nothing is
     known but noise would else rank mixtures by it as firmly as any other. Errors of different scores go together as they do
     out of fold.
+    surrogates: of every score that is to be predicted; those of weight 0, or none, have no part in the objective. seed: of what
+    percentile_rank draws, and of every search for this objective's optimum.
     Raises MixtureError: a score that was not measured, weights that are not usable.
     """
 
@@ -58,8 +60,10 @@ class Objective:
     ) -> None:
         if aim not in get_args(Aim):
             raise MixtureError(f"objective: aim {aim!r} is unknown; expected one of {', '.join(get_args(Aim))}.")
+        self.space, self.surrogates, self.aim, self.seed = space, surrogates, aim, seed
+        self.higher_is_better = frozenset(higher_is_better)
         self.weights = _normalised(weights, surrogates)
-        if unknown := sorted(set(higher_is_better) - set(surrogates)):
+        if unknown := sorted(self.higher_is_better - set(surrogates)):
             raise MixtureError(
                 f"higher_is_better: score {unknown[0]!r} was not measured; the scores are {', '.join(surrogates)}."
             )
@@ -68,8 +72,7 @@ class Objective:
                 f"objective: aim 'worst' compares scores as equals, but their weights are {dict(weights)}. Make "
                 "them equal, or 0."
             )
-        self._surrogates, self._aim = surrogates, aim
-        self._signs = {name: -1.0 if name in higher_is_better else 1.0 for name in self.weights}
+        self._signs = {name: -1.0 if name in self.higher_is_better else 1.0 for name in self.weights}
         self._ranked: dict[str, _Ranks] = {}
         if aim == "percentile_rank":
             pool_MD = space.shares(sample_mixtures(space, _RANKED, seed, landmarks=False))
@@ -78,33 +81,38 @@ class Objective:
                 mean_M, std_M = surrogates[name].predict(pool_MD)
                 self._ranked[name] = _Ranks(np.sort(sign * (mean_M + std_M * noise_M)))
 
+    @property
+    def aimed(self) -> dict[str, Surrogate]:
+        """The surrogates that have a part in it, in their order."""
+        return {name: surrogate for name, surrogate in self.surrogates.items() if name in self.weights}
+
     def refit(self, rows: np.ndarray) -> Objective:
-        """The same objective with every surrogate fitted on other rows of its proxies (Surrogate.refit)."""
+        """The same objective with each of its surrogates fitted on other rows of its proxies (Surrogate.refit)."""
         again = Objective.__new__(Objective)
         again.__dict__.update(self.__dict__)
-        again._surrogates = {name: self._surrogates[name].refit(rows) for name in self.weights}
+        again.surrogates = {name: surrogate.refit(rows) for name, surrogate in self.aimed.items()}
         return again
 
     def means(self, shares_MD: np.ndarray) -> np.ndarray:
         """value_M at actual shares, without uncertainty: for many mixtures."""
-        return self._combined([self._term(name, self._surrogates[name].mean(shares_MD)) for name in self.weights])
+        return self._combined([self._term(name, self.surrogates[name].mean(shares_MD)) for name in self.weights])
 
     def measured(self) -> np.ndarray:
         """value_M of the proxies that the surrogates were fitted on, from their measured scores; NaN where one is missing."""
-        return self._combined([self._term(name, self._surrogates[name].scores_M) for name in self.weights])
+        return self._combined([self._term(name, self.surrogates[name].scores_M) for name in self.weights])
 
     def _combined(self, terms: list[np.ndarray]) -> np.ndarray:
-        return np.max(terms, axis=0) if self._aim == "worst" else np.sum(terms, axis=0)
+        return np.max(terms, axis=0) if self.aim == "worst" else np.sum(terms, axis=0)
 
     def predict(self, shares_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """value_M and standard deviation_M at actual shares."""
         terms, stds = [], []
         for name in self.weights:
-            mean_M, std_M = self._surrogates[name].predict(shares_MD)
+            mean_M, std_M = self.surrogates[name].predict(shares_MD)
             terms.append(self._term(name, mean_M))
             stds.append((self._term(name, mean_M + std_M) - self._term(name, mean_M - std_M)) / 2)
         stds_SM = np.stack(stds)
-        if self._aim == "worst":
+        if self.aim == "worst":
             worst_M = np.argmax(terms, axis=0)[None]
             return np.take_along_axis(np.stack(terms), worst_M, 0)[0], np.abs(np.take_along_axis(stds_SM, worst_M, 0)[0])
         return np.sum(terms, axis=0), np.sqrt(np.einsum("sm,st,tm->m", stds_SM, self._correlations_SS, stds_SM))
@@ -114,17 +122,17 @@ class Objective:
         """Of the scores' errors out of fold: one proxy errs in many at once. Independent where too few proxies have all."""
         if len(self.weights) == 1:
             return np.ones((1, 1))
-        errors_MS = np.stack([self._surrogates[name].errors_M for name in self.weights], axis=1)
+        errors_MS = np.stack([self.surrogates[name].errors_M for name in self.weights], axis=1)
         errors_MS = errors_MS[np.isfinite(errors_MS).all(axis=1)]
         if len(errors_MS) < MIN_PROXIES or not (errors_MS.std(axis=0) > 0).all():
             return np.eye(len(self.weights))
         return np.corrcoef(errors_MS, rowvar=False)
 
     def _term(self, name: str, score_M: np.ndarray) -> np.ndarray:
-        if self._aim == "mean":
+        if self.aim == "mean":
             return self.weights[name] * self._signs[name] * score_M
-        if self._aim == "worst":
-            measured_M = self._surrogates[name].scores_M
+        if self.aim == "worst":
+            measured_M = self.surrogates[name].scores_M
             return self._signs[name] * (score_M - np.nanmean(measured_M)) / np.nanstd(measured_M)
         return self.weights[name] * self._ranked[name].of(self._signs[name] * score_M)
 

@@ -5,17 +5,15 @@ Everything is a choice among feasible candidates, so any objective and any bound
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.objective import Aim, Objective
+from megatron_demix.search.objective import Objective
 from megatron_demix.search.sample import SAME, corners, distinct, farthest, sample_around, sample_candidates, sample_mixtures
-from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate
 
 _ELITE = 64
 _STAGES, _CENTRES = 32, 32
@@ -50,71 +48,50 @@ class ParetoFront:
     predicted_MT: np.ndarray
 
 
-def propose(
-    space: SearchSpace,
-    surrogates: Mapping[str, Surrogate],
-    objective: Mapping[str, float],
-    *,
-    num: int,
-    candidates: int = 200_000,
-    seed: int = 0,
-    aim: Aim = "mean",
-    higher_is_better: Collection[str] = (),
-    within: float = 1.0,
-) -> np.ndarray:
+def propose(goal: Objective, *, num: int, candidates: int = 200_000) -> np.ndarray:
     """Merge weights_MD of the next round: `num` rows spread over the candidates that may well be the best.
 
-    Those are predicted `within` standard deviations of the best one (at least 8 x num distinct ones). The first row is the best
+    Those are predicted within a standard deviation of the best one (at least 8 x num distinct ones). The first row is the best
     candidate; each further one is the farthest from those before it, so that the round explores the whole promising region
     instead of one point, and that region shrinks as the surrogates grow sure. What was measured is not proposed again, unless
     the bounds leave nothing else.
     """
-    goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
-    weights_MD, values_M = best_candidates(space, goal, candidates, seed)
+    space = goal.space
+    weights_MD, values_M = best_candidates(goal, candidates, goal.seed)
     order = np.argsort(values_M, kind="stable")
     _, std_1 = goal.predict(space.shares(weights_MD[order[:1]]))
-    good_MD = distinct(weights_MD[order[: int((values_M <= values_M[order[0]] + within * std_1[0]).sum())]])
-    good_MD = _not_measured(good_MD, space, surrogates)
+    good_MD = distinct(weights_MD[order[: int((values_M <= values_M[order[0]] + std_1[0]).sum())]])
+    good_MD = _not_measured(good_MD, goal)
     if len(good_MD) < 8 * num:
-        good_MD = _not_measured(distinct(weights_MD[order]), space, surrogates)[: 8 * num]
+        good_MD = _not_measured(distinct(weights_MD[order]), goal)[: 8 * num]
     rows_MD = farthest(good_MD, min(num, len(good_MD))) if len(good_MD) else good_MD
     if len(rows_MD) < num:
-        more_MD = _not_measured(distinct(sample_mixtures(space, 2 * num, seed), rows_MD), space, surrogates)
+        more_MD = _not_measured(distinct(sample_mixtures(space, 2 * num, goal.seed), rows_MD), goal)
         rows_MD = np.concatenate([rows_MD, more_MD])
     if len(rows_MD) == 0:
         rows_MD = weights_MD[order[:1]]
     return rows_MD[np.arange(num) % len(rows_MD)]
 
 
-def _not_measured(weights_MD: np.ndarray, space: SearchSpace, surrogates: Mapping[str, Surrogate]) -> np.ndarray:
+def _not_measured(weights_MD: np.ndarray, goal: Objective) -> np.ndarray:
     """Those whose actual shares are those of no proxy: a surrogate knows all, also where its score is missing."""
     from scipy.spatial import cKDTree
 
-    measured_MD = next(iter(surrogates.values())).shares_MD
+    measured_MD = next(iter(goal.surrogates.values())).shares_MD
     shares_MD = np.zeros((len(weights_MD), measured_MD.shape[1]))  # none of a domain that was dropped
-    shares_MD[:, : len(space.domains)] = space.shares(weights_MD)
+    shares_MD[:, : len(goal.space.domains)] = goal.space.shares(weights_MD)
     gaps_M, _ = cKDTree(measured_MD).query(shares_MD, p=np.inf, distance_upper_bound=2 * SAME)
     return weights_MD[gaps_M > SAME]
 
 
-def choose_mixture(
-    space: SearchSpace,
-    surrogates: Mapping[str, Surrogate],
-    objective: Mapping[str, float],
-    *,
-    candidates: int = 200_000,
-    top: int = 128,
-    seed: int = 0,
-    aim: Aim = "mean",
-    higher_is_better: Collection[str] = (),
-) -> Choice:
+def choose_mixture(goal: Objective, *, candidates: int = 200_000, top: int = 128) -> Choice:
     """The mean of the `top` best predicted candidates (DeMix, section 3.3), which is feasible because the space is convex."""
-    goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
-    weights_MD, values_M = best_candidates(space, goal, candidates, seed)
+    space = goal.space
+    weights_MD, values_M = best_candidates(goal, candidates, goal.seed)
     best_MD = weights_MD[np.argsort(values_M, kind="stable")[:top]]
     pair_2D = space.nearest(np.stack([best_MD.mean(axis=0), space.centre_D]))
     values_2, stds_2 = goal.predict(space.shares(pair_2D))
-    predicted = {name: surrogate.predict(space.shares(pair_2D)) for name, surrogate in surrogates.items()}
+    predicted = {name: surrogate.predict(space.shares(pair_2D)) for name, surrogate in goal.surrogates.items()}
     chosen, natural = ({name: (float(m[i]), float(s[i])) for name, (m, s) in predicted.items()} for i in (0, 1))
     return Choice(
         space.mixture(pair_2D[0]),
@@ -127,7 +104,7 @@ def choose_mixture(
 
 
 def best_candidates(
-    space: SearchSpace, goal: Objective, num: int, seed: int, *, known_MD: np.ndarray | None = None
+    goal: Objective, num: int, seed: int, *, known_MD: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`num` candidate merge weights_MD and their objective's means_M: half over the whole space, half around the best, in
     stages that draw closer and closer. known_MD: further candidates, with which the search begins.
@@ -135,7 +112,7 @@ def best_candidates(
     A stage draws around the best so far and around midpoints between them: in many dimensions each of these has come near the
     optimum in some directions by chance and not in others, and midpoints even that out.
     """
-    rng = np.random.default_rng(seed)
+    space, rng = goal.space, np.random.default_rng(seed)
     each = num // 2 // _STAGES
     wide_MD = sample_candidates(space, num - _STAGES * each, seed)
     if known_MD is not None:
@@ -153,29 +130,21 @@ def best_candidates(
     return np.concatenate([rows_MD for rows_MD, _ in drawn]), np.concatenate([values_M for _, values_M in drawn])
 
 
-def pareto_front(
-    space: SearchSpace,
-    surrogates: Mapping[str, Surrogate],
-    scores: Sequence[str],
-    *,
-    num: int = 64,
-    candidates: int = 20_000,
-    seed: int = 0,
-    higher_is_better: Collection[str] = (),
-) -> ParetoFront:
-    """At most `num` mixtures on the predicted front of two or more scores, spread over it. Raises MixtureError."""
+def pareto_front(goal: Objective, scores: Sequence[str], *, num: int = 64, candidates: int = 20_000) -> ParetoFront:
+    """At most `num` mixtures on the predicted front of two or more of the goal's scores, spread over it: whatever their weights
+    and its aim. Raises MixtureError."""
+    space, surrogates = goal.space, goal.surrogates
     if len(scores) < 2 or (unknown := [name for name in scores if name not in surrogates]):
         seen = (
             f"score {unknown[0]!r} was not measured" if len(scores) >= 2 else f"{len(scores)} scores given, expected at least 2"
         )
         raise MixtureError(f"Pareto front: {seen}; the scores are {', '.join(surrogates)}.")
-    signs_T = np.array([-1.0 if name in higher_is_better else 1.0 for name in scores])
+    signs_T = np.array([-1.0 if name in goal.higher_is_better else 1.0 for name in scores])
     corners_MD = corners(space)
-    drawn = [np.concatenate([corners_MD, sample_candidates(space, candidates - len(corners_MD), seed)])]
-    for name in scores:
-        goal = Objective(space, surrogates, {name: 1.0}, higher_is_better=set(higher_is_better) & {name})
-        best = np.argsort(goal.means(space.shares(drawn[0])), kind="stable")[:_ELITE]
-        drawn.append(sample_around(space, drawn[0][best], candidates // len(scores) // 4, seed + 1))
+    drawn = [np.concatenate([corners_MD, sample_candidates(space, candidates - len(corners_MD), goal.seed)])]
+    for name, sign in zip(scores, signs_T, strict=True):
+        best = np.argsort(sign * surrogates[name].mean(space.shares(drawn[0])), kind="stable")[:_ELITE]
+        drawn.append(sample_around(space, drawn[0][best], candidates // len(scores) // 4, goal.seed + 1))
     weights_MD = np.concatenate(drawn)
     predicted_MT = np.stack([surrogates[name].mean(space.shares(weights_MD)) for name in scores], axis=1)
     front = _not_dominated(predicted_MT * signs_T)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from megatron_demix.search.binding import binding
-from megatron_demix.search.objective import Aim, Objective
+from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import ParetoFront, choose_mixture, pareto_front
 from megatron_demix.search.reach import distances
 from megatron_demix.search.space import SearchSpace
@@ -21,51 +21,33 @@ _FRONT_SCORES = 6
 UNIT = "weights are actual shares of trained tokens; merge_weights are the proxy's weights over the components"
 
 
-def outcome(
-    space: SearchSpace,
-    surrogates: Mapping[str, Surrogate],
-    objective: Mapping[str, float],
-    *,
-    aim: Aim = "mean",
-    higher_is_better: Collection[str] = (),
-    candidates: int = 200_000,
-    top: int = 128,
-    bootstraps: int = 50,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """mixture.json (docs/FORMATS.md) as data. surrogates: of every score that is to be predicted, not the objective's alone."""
-    goal = {name: surrogate for name, surrogate in surrogates.items() if objective.get(name)}
-    # The objective's checks name what was measured: they see a misspelt score too.
-    aims: dict[str, Any] = {"aim": aim, "seed": seed, "higher_is_better": set(higher_is_better) & set(goal)}
-    Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better)
-    choice = choose_mixture(space, goal, objective, candidates=candidates, top=top, **aims)
+def outcome(goal: Objective, *, candidates: int = 200_000, top: int = 128, bootstraps: int = 50) -> dict[str, Any]:
+    """mixture.json (docs/FORMATS.md) as data. What all of the goal's surrogates predict is in it, also those of no weight."""
+    space, aimed = goal.space, goal.aimed
+    choice = choose_mixture(goal, candidates=candidates, top=top)
     shares_1D = np.array([[choice.shares[name] for name in space.domains]])
     natural_1D = space.shares(space.centre_D[None])
-    nearest_1, usual = distances(goal, shares_1D)
+    nearest_1, usual = distances(aimed, shares_1D)
     report: dict[str, Any] = {
         "weights": dict(choice.shares),
         "merge_weights": dict(choice.weights),
         "unit": UNIT,
-        "aim": aim,
+        "aim": goal.aim,
         "objective": choice.objective,
         "expected_gain": choice.expected_gain,
-        "predicted": _predictions(surrogates, shares_1D),
-        "natural": _predictions(surrogates, natural_1D),
+        "predicted": _predictions(goal.surrogates, shares_1D),
+        "natural": _predictions(goal.surrogates, natural_1D),
         "natural_distance": float(np.abs(natural_1D[0] - list(space.natural.values())).sum() / 2),
         "distance": {"nearest": float(nearest_1[0]), "usual": usual},
         "binding": [asdict(bound) for bound in binding(space, choice.weights)],
     }
-    aims["candidates"] = max(1000, candidates // 10)  # of each repeated search, and of each end of the front
+    again = max(1000, candidates // 10)  # candidates of each repeated search, and of each end of the front
     if bootstraps:
-        spread = optimum_distribution(space, goal, objective, choice, num=bootstraps, **aims)
-        report["optimum"] = optimum_as_json(spread)
-    if len(goal) > 1:
+        report["optimum"] = optimum_as_json(optimum_distribution(goal, choice, num=bootstraps, candidates=again))
+    if len(aimed) > 1:
         # Of many scores nearly every mixture is best in some combination.
-        heaviest = sorted(goal, key=lambda name: -objective[name])[:_FRONT_SCORES]
-        aims = {key: value for key, value in aims.items() if key != "aim"}
-        aims["higher_is_better"] &= set(heaviest)
-        front = pareto_front(space, goal, heaviest, **aims)
-        report["pareto"] = _front_as_json(space, front)
+        heaviest = sorted(aimed, key=lambda name: -goal.weights[name])[:_FRONT_SCORES]
+        report["pareto"] = _front_as_json(space, pareto_front(goal, heaviest, candidates=again))
     return report
 
 

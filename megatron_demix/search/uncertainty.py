@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_demix.errors import IncompatibleInputs
-from megatron_demix.search.objective import Aim, Objective
+from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import Choice, best_candidates
-from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate
 
 _BOOTSTRAPS_A_SPLIT = 5
 
@@ -57,38 +54,28 @@ class OptimumDistribution:
 
 
 def optimum_distribution(
-    space: SearchSpace,
-    surrogates: Mapping[str, Surrogate],
-    objective: Mapping[str, float],
-    choice: Choice,
-    *,
-    num: int = 50,
-    candidates: int = 20_000,
-    top: int = 32,
-    seed: int = 0,
-    aim: Aim = "mean",
-    higher_is_better: Collection[str] = (),
+    goal: Objective, choice: Choice, *, num: int = 50, candidates: int = 20_000, top: int = 32
 ) -> OptimumDistribution:
     """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew, the choice
     among the candidates; and on both halves of a fifth as many random splits. (Hyperparameters found anew on half of few
     proxies often see noise alone, and no gain where there is one.)
 
-    All surrogates must know the same proxies, which are resampled together: IncompatibleInputs otherwise. Proxies that lack
-    the same scores are resampled, and split, among themselves, so that a score that few have is not lost in a sample.
+    All of its surrogates must know the same proxies, which are resampled together: IncompatibleInputs otherwise. Proxies that
+    lack the same scores are resampled, and split, among themselves, so that a score that few have is not lost in a sample.
     """
-    goal = Objective(space, surrogates, objective, aim=aim, higher_is_better=higher_is_better, seed=seed)
-    sizes = {name: len(surrogates[name].scores_M) for name in goal.weights}
+    space, aimed = goal.space, goal.aimed
+    sizes = {name: len(surrogate.scores_M) for name, surrogate in aimed.items()}
     if len(set(sizes.values())) > 1:
         raise IncompatibleInputs(
             f"surrogates were fitted on different numbers of proxies ({sizes}); fit all of them on the same ones."
         )
     chosen_1D = np.array([[choice.weights[name] for name in space.domains]])
-    rng = np.random.default_rng(seed)
-    alike = _alike(np.stack([np.isfinite(surrogates[name].scores_M) for name in goal.weights], axis=1))
+    rng = np.random.default_rng(goal.seed)
+    alike = _alike(np.stack([np.isfinite(aimed[name].scores_M) for name in goal.weights], axis=1))
     optima, regrets, gains = [], [], []
     for b in range(num):
         again = goal.refit(np.concatenate([rows[rng.integers(len(rows), size=len(rows))] for rows in alike]))
-        weights_MD, values_M = best_candidates(space, again, candidates, seed + b, known_MD=chosen_1D)
+        weights_MD, values_M = best_candidates(again, candidates, goal.seed + b, known_MD=chosen_1D)
         best = np.argsort(values_M, kind="stable")[:top]
         optima.append(space.shares(weights_MD[best].mean(axis=0)))
         regrets.append(max(again.means(space.shares(chosen_1D))[0] - values_M[best[0]], 0.0))
@@ -96,7 +83,7 @@ def optimum_distribution(
         order = np.concatenate([rng.permutation(rows) for rows in alike])
         halves = [goal.refit(order[start::2]) for start in (0, 1)]
         for by, judge in (halves, halves[::-1]):
-            weights_MD, values_M = best_candidates(space, by, candidates, seed + split)
+            weights_MD, values_M = best_candidates(by, candidates, goal.seed + split)
             best_1D = weights_MD[np.argsort(values_M, kind="stable")[:top]].mean(axis=0, keepdims=True)
             chosen, natural = judge.means(space.shares(np.concatenate([best_1D, space.centre_D[None]])))
             gains.append(natural - chosen)

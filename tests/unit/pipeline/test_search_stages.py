@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_texts import write_texts
 from task_files import ARC, GSM8K, write_lines
@@ -16,7 +17,9 @@ from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline import search_stages
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.reporting import write_report
+from megatron_demix.pipeline.surrogates import fit_surrogates
 from megatron_demix.pipeline.task_inputs import check_tasks
+from megatron_demix.search.objective import Objective
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -168,6 +171,27 @@ def test_other_aims(study_path, aim):
     assert "optimum" not in found
     # All domains alike: near a third each, whatever is made of their losses.
     assert all(share == pytest.approx(1 / 3, abs=0.12) for share in found["weights"].values())
+
+
+def test_proxies_and_the_found_mixture_have_one_objective(study_path):
+    """The report draws both on one axis: their ranks have to be among the same random mixtures."""
+    dag = searched(study_path, "search.aim=percentile_rank", "search.bootstraps=0")
+    space = search_stages.search_space(dag.study, dag.data)
+    fitted = fit_surrogates(dag.study, space, [[r.scores for r in dag.rounds]], [r.proposal for r in dag.rounds], None)
+    objective, aim = dag.study.search.objective, dag.study.search.aim
+    goal = Objective(space, fitted.surrogates, objective, aim=aim, seed=dag.study.seed + len(dag.rounds))
+    found = read_json(dag.choice.folder / "mixture.json")
+    values_1, stds_1 = goal.predict(np.array([list(found["weights"].values())]))
+    assert found["objective"] == pytest.approx([values_1[0], stds_1[0]])
+    told = read_json(dag.choice.folder / "fit.json")["objective"]
+    assert told == pytest.approx(dict(zip(fitted.names, goal.measured(), strict=True)))
+
+
+def test_a_score_of_weight_0_is_predicted_and_has_no_part_in_the_choice(study_path):
+    found = read_json(searched(study_path, "search.objective={code: 1, math: 1, english: 0}").choice.folder / "mixture.json")
+    assert set(found["predicted"]) == {"code", "english", "math"}
+    assert found["weights"]["english"] == pytest.approx(0.2 / 3, abs=0.03), "no more than the anchor's part"
+    assert set(found["pareto"][0]["predicted"]) == {"code", "math"}
 
 
 def test_scores_of_which_more_is_better_are_maximised(study_path):

@@ -34,8 +34,7 @@ def free() -> tuple[SearchSpace, dict[str, Surrogate]]:
 
 
 def test_the_known_optimum_is_found(free) -> None:
-    space, surrogates = free
-    choice = choose_mixture(space, surrogates, OBJECTIVE, candidates=20_000, top=64)
+    choice = choose_mixture(Objective(*free, OBJECTIVE), candidates=20_000, top=64)
     for name in DOMAINS:
         assert choice.shares[name] == pytest.approx(OBJECTIVE[name], abs=0.04)
         assert choice.shares[name] == pytest.approx(0.1 / 3 + 0.9 * choice.weights[name])
@@ -86,12 +85,13 @@ def test_however_many_domains_the_optimum_is_found_and_what_it_loses_on_other_pr
 
     logs, measured_MD = Logs(importances_D, []), space.shares(sample_mixtures(space, 20, 1))
     surrogates = {"loss": Surrogate("logs", ((1.0, logs),), measured_MD, logs.mean(measured_MD), {}, Scale(False, 0, 1), 1.0)}
-    choice = choose_mixture(space, surrogates, {"loss": 1}, candidates=50_000)
+    goal = Objective(space, surrogates, {"loss": 1})
+    choice = choose_mixture(goal, candidates=50_000)
     assert space.feasible(np.array([list(choice.weights.values())])).all()
     possible = logs.mean(space.shares(space.centre_D[None]))[0] - least(logs)
     assert choice.expected_gain[0] > 0.98 * possible
 
-    spread = optimum_distribution(space, surrogates, {"loss": 1}, choice, num=6, candidates=20_000)
+    spread = optimum_distribution(goal, choice, num=6, candidates=20_000)
     shares_1D = np.array([list(choice.shares.values())])
     others = [Logs(drawn_D, []) for drawn_D in logs.drawn[:6]]  # two more for the halves
     regrets_B = np.array([other.mean(shares_1D)[0] - least(other) for other in others])
@@ -101,7 +101,7 @@ def test_however_many_domains_the_optimum_is_found_and_what_it_loses_on_other_pr
 
 def test_caps_bind_the_choice_exactly_where_the_optimum_lies_beyond_them() -> None:
     space = SearchSpace(NATURAL, Mixture.uniform(NATURAL), 0.1, {"code": 0.35})
-    choice = choose_mixture(space, fitted(space), OBJECTIVE, candidates=20_000, top=64)
+    choice = choose_mixture(Objective(space, fitted(space), OBJECTIVE), candidates=20_000, top=64)
     assert space.feasible(np.array([list(choice.weights.values())])).all()
     assert 0.33 < choice.shares["code"] <= 0.35 + 1e-12
     # Given the cap, the rest splits as .3 to .1.
@@ -114,43 +114,44 @@ def test_a_score_of_which_more_is_better_is_maximised(free) -> None:
     mean, std = surrogates["code"].predict(np.eye(3))
     np.testing.assert_allclose(values, -mean)
     np.testing.assert_allclose(stds, std)
-    choice = choose_mixture(space, surrogates, {"code": 1}, candidates=5000, top=8, higher_is_better={"code"})
+    choice = choose_mixture(Objective(space, surrogates, {"code": 1}, higher_is_better={"code"}), candidates=5000, top=8)
     assert choice.shares["code"] < 0.1
 
 
 def test_the_next_round_is_good_feasible_and_spread(free) -> None:
     space, surrogates = free
-    weights_MD = propose(space, surrogates, OBJECTIVE, num=16, candidates=20_000, seed=4)
+    goal = Objective(space, surrogates, OBJECTIVE, seed=4)
+    weights_MD = propose(goal, num=16, candidates=20_000)
     assert weights_MD.shape == (16, 3)
     assert space.feasible(weights_MD).all()
-    assert np.array_equal(weights_MD, propose(space, surrogates, OBJECTIVE, num=16, candidates=20_000, seed=4))
-    goal = Objective(space, surrogates, OBJECTIVE)
+    assert np.array_equal(weights_MD, propose(goal, num=16, candidates=20_000))
     values_M, pool_M = goal.means(space.shares(weights_MD)), goal.means(space.shares(sample_mixtures(space, 5000, 9)))
     assert values_M.max() < np.quantile(pool_M, 0.05)
     gaps = np.abs(weights_MD[:, None] - weights_MD).sum(axis=2)[np.triu_indices(16, k=1)]
     assert gaps.min() > 0.002
-    # The surer the surrogates, the narrower the region worth exploring; asked for a wider one, it spreads further.
-    wider_MD = propose(space, surrogates, OBJECTIVE, num=16, candidates=20_000, seed=4, within=8)
+    # The surer the surrogates, the narrower the region worth exploring.
+    unsure = {name: replace(surrogate, widen=8 * surrogate.widen) for name, surrogate in surrogates.items()}
+    wider_MD = propose(Objective(space, unsure, OBJECTIVE, seed=4), num=16, candidates=20_000)
     assert np.ptp(wider_MD[:, 1]) > np.ptp(weights_MD[:, 1])
 
 
 def test_what_was_measured_is_not_proposed_again(free) -> None:
     space, surrogates = free
-    first_MD = propose(space, surrogates, OBJECTIVE, num=16, candidates=20_000, seed=4)
+    first_MD = propose(Objective(space, surrogates, OBJECTIVE, seed=4), num=16, candidates=20_000)
     shares_MD = surrogates["code"].shares_MD
     known_MD = np.concatenate([shares_MD, space.shares(first_MD)])
     again = {
         name: replace(s, shares_MD=known_MD, scores_M=np.append(s.scores_M, np.full(16, np.nan)))
         for name, s in surrogates.items()
     }
-    second_MD = propose(space, again, OBJECTIVE, num=16, candidates=20_000, seed=4)
+    second_MD = propose(Objective(space, again, OBJECTIVE, seed=4), num=16, candidates=20_000)
     assert np.abs(first_MD[:, None] - second_MD).max(axis=2).min() > 1e-6
     # Bounds that leave one mixture leave nothing else.
     third = dict.fromkeys(DOMAINS, 1 / 3)
     only = SearchSpace(NATURAL, Mixture.uniform(NATURAL), 0.1, third, third)
     measured_MD = np.concatenate([shares_MD[1:], only.shares(only.centre_D[None])])
     tight = {"code": fit_surrogate(measured_MD, losses(measured_MD)["code"], "ridge")}
-    np.testing.assert_allclose(propose(only, tight, {"code": 1}, num=2, candidates=500), 1 / 3, atol=1e-6)
+    np.testing.assert_allclose(propose(Objective(only, tight, {"code": 1}), num=2, candidates=500), 1 / 3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +164,13 @@ def test_what_was_measured_is_not_proposed_again(free) -> None:
 )
 def test_bad_objectives_are_refused(free, objective, message) -> None:
     with pytest.raises(MixtureError, match=message):
-        choose_mixture(*free, objective)
+        Objective(*free, objective)
 
 
 def test_other_aims(free) -> None:
     space, surrogates = free
-    worst = choose_mixture(space, surrogates, dict.fromkeys(DOMAINS, 1), candidates=20_000, top=16, aim="worst")
     goal = Objective(space, surrogates, dict.fromkeys(DOMAINS, 1), aim="worst")
+    worst = choose_mixture(goal, candidates=20_000, top=16)
     pool_M = goal.means(space.shares(sample_mixtures(space, 5000, 9)))
     assert worst.objective[0] <= pool_M.min() + 0.02
     z = [
@@ -177,21 +178,21 @@ def test_other_aims(free) -> None:
         for name, s in surrogates.items()
     ]
     assert worst.objective[0] == pytest.approx(max(z))
-    ranked = choose_mixture(space, surrogates, OBJECTIVE, candidates=20_000, top=16, aim="percentile_rank")
+    ranked = choose_mixture(Objective(space, surrogates, OBJECTIVE, aim="percentile_rank"), candidates=20_000, top=16)
     assert 0 <= ranked.objective[0] < 0.5
     # A rank, unlike a mean, does not change when a score's unit does.
     squashed = dict(surrogates)
     shares_MD = surrogates["code"].shares_MD
     squashed["code"] = fit_surrogate(shares_MD, 1000 * surrogates["code"].scores_M, "gaussian_process")
-    again = choose_mixture(space, squashed, OBJECTIVE, candidates=20_000, top=16, aim="percentile_rank")
+    again = choose_mixture(Objective(space, squashed, OBJECTIVE, aim="percentile_rank"), candidates=20_000, top=16)
     for name in DOMAINS:
         assert again.shares[name] == pytest.approx(ranked.shares[name], abs=0.02)
     with pytest.raises(MixtureError, match="aim 'worst' compares scores as equals"):
-        choose_mixture(space, surrogates, OBJECTIVE, aim="worst")
+        Objective(space, surrogates, OBJECTIVE, aim="worst")
     with pytest.raises(MixtureError, match="aim 'best' is unknown; expected one of mean, worst, percentile_rank"):
-        choose_mixture(space, surrogates, OBJECTIVE, aim="best")
+        Objective(space, surrogates, OBJECTIVE, aim="best")
     with pytest.raises(MixtureError, match="higher_is_better: score 'law' was not measured"):
-        choose_mixture(space, surrogates, OBJECTIVE, higher_is_better={"law"})
+        Objective(space, surrogates, OBJECTIVE, higher_is_better={"law"})
 
 
 def test_ranks_tell_mixtures_apart_that_are_better_than_all_they_are_ranked_among(free) -> None:
@@ -215,7 +216,8 @@ def test_ranks_tell_mixtures_apart_that_are_better_than_all_they_are_ranked_amon
 
 def test_the_pareto_front_runs_from_one_scores_best_to_the_others(free) -> None:
     space, surrogates = free
-    front = pareto_front(space, surrogates, ("code", "math"), num=20, candidates=8000)
+    goal = Objective(space, surrogates, OBJECTIVE)
+    front = pareto_front(goal, ("code", "math"), num=20, candidates=8000)
     assert 10 <= len(front.weights_MD) <= 20
     assert space.feasible(front.weights_MD).all()
     assert (np.diff(front.predicted_MT[:, 0]) > 0).all()
@@ -228,9 +230,9 @@ def test_the_pareto_front_runs_from_one_scores_best_to_the_others(free) -> None:
     for point in front.predicted_MT:
         assert not (pool_MT < point - 0.02).all(axis=1).any()
     with pytest.raises(MixtureError, match="Pareto front: 1 scores given, expected at least 2"):
-        pareto_front(space, surrogates, ("code",))
+        pareto_front(goal, ("code",))
     with pytest.raises(MixtureError, match="Pareto front: score 'law' was not measured"):
-        pareto_front(space, surrogates, ("code", "law"))
+        pareto_front(goal, ("code", "law"))
 
 
 def test_noise_widens_the_optimum_and_the_regret(free) -> None:
@@ -242,8 +244,9 @@ def test_noise_widens_the_optimum_and_the_regret(free) -> None:
             name: fit_surrogate(shares_MD, values + noise * rng.standard_normal(40), "ridge")
             for name, values in losses(shares_MD).items()
         }
-        choice = choose_mixture(space, surrogates, OBJECTIVE, candidates=4000, top=16)
-        found[noise] = optimum_distribution(space, surrogates, OBJECTIVE, choice, num=20, candidates=2000, top=8)
+        goal = Objective(space, surrogates, OBJECTIVE)
+        choice = choose_mixture(goal, candidates=4000, top=16)
+        found[noise] = optimum_distribution(goal, choice, num=20, candidates=2000, top=8)
     quiet, noisy = found[0.002], found[0.6]
     assert quiet.domains == DOMAINS
     assert quiet.shares["code"][0] == pytest.approx(0.6, abs=0.1)
@@ -257,7 +260,7 @@ def test_noise_widens_the_optimum_and_the_regret(free) -> None:
         "math": fit_surrogate(shares_MD[:20], losses(shares_MD)["math"][:20], "ridge"),
     }
     with pytest.raises(IncompatibleInputs, match="different numbers of proxies"):
-        optimum_distribution(space, mixed, {"code": 1, "math": 1}, choice)
+        optimum_distribution(Objective(space, mixed, {"code": 1, "math": 1}), choice)
 
 
 def test_what_noise_alone_seems_to_win_is_judged_by_proxies_that_did_not_choose(free) -> None:
@@ -266,8 +269,9 @@ def test_what_noise_alone_seems_to_win_is_judged_by_proxies_that_did_not_choose(
     for seed in range(8):
         rng, shares_MD = np.random.default_rng(seed), space.shares(sample_mixtures(space, 40, seed))
         surrogates = {name: fit_surrogate(shares_MD, 5 + rng.standard_normal(40), "ridge") for name in OBJECTIVE}
-        choice = choose_mixture(space, surrogates, OBJECTIVE, candidates=2000, top=16)
-        spread = optimum_distribution(space, surrogates, OBJECTIVE, choice, num=20, candidates=1000, top=16)
+        goal = Objective(space, surrogates, OBJECTIVE)
+        choice = choose_mixture(goal, candidates=2000, top=16)
+        spread = optimum_distribution(goal, choice, num=20, candidates=1000, top=16)
         predicted.append(choice.expected_gain[0])
         judged.append((spread.expected_gain, spread.probability_of_gain))
     gain, probability = np.mean(judged, axis=0)
@@ -281,9 +285,9 @@ def test_a_score_of_noise_hardly_has_ranks() -> None:
     shares_MD, rng = space.shares(sample_mixtures(space, 48, 1)), np.random.default_rng(0)
     scores = {"code": losses(shares_MD)["code"]} | {f"noise {n}": rng.standard_normal(48) for n in range(3)}
     surrogates = {name: fit_surrogate(shares_MD, values_M, "ridge") for name, values_M in scores.items()}
-    goal = dict.fromkeys(scores, 1.0)
-    choice = choose_mixture(space, surrogates, goal, candidates=4000, top=16, aim="percentile_rank")
-    alone = choose_mixture(space, surrogates, {"code": 1}, candidates=4000, top=16)
+    goal = Objective(space, surrogates, dict.fromkeys(scores, 1.0), aim="percentile_rank")
+    choice = choose_mixture(goal, candidates=4000, top=16)
+    alone = choose_mixture(Objective(space, surrogates, {"code": 1}), candidates=4000, top=16)
     assert choice.shares["code"] == pytest.approx(alone.shares["code"], abs=0.15)
     assert choice.objective[1] < 0.5, "in ranks from 0 to 1"
 
@@ -313,10 +317,10 @@ def test_proxies_that_lack_a_score_have_no_objective_and_still_count(aim) -> Non
         "code": fit_surrogate(shares_MD, values["code"], "ridge"),
         "math": fit_surrogate(shares_MD, values["math"], "ridge", measured_M=few_M),
     }
-    objective = {"code": 1, "math": 1}
-    np.testing.assert_array_equal(np.isfinite(Objective(space, surrogates, objective, aim=aim).measured()), few_M)
-    choice = choose_mixture(space, surrogates, objective, candidates=2000, top=16, aim=aim)
+    goal = Objective(space, surrogates, {"code": 1, "math": 1}, aim=aim)
+    np.testing.assert_array_equal(np.isfinite(goal.measured()), few_M)
+    choice = choose_mixture(goal, candidates=2000, top=16)
     assert choice.shares["general"] < 0.1
-    spread = optimum_distribution(space, surrogates, objective, choice, num=10, candidates=1000, top=8, aim=aim)
+    spread = optimum_distribution(goal, choice, num=10, candidates=1000, top=8)
     assert np.isfinite(spread.shares_BD).all()
     assert spread.shares["code"][1] > 0
