@@ -24,12 +24,13 @@ import numpy as np
 
 from megatron_demix.artifact import write_json
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.objective import Aim, Objective
+from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import Choice, choose_mixture
 from megatron_demix.search.sample import sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import fit_surrogate
 from megatron_demix.search.uncertainty import optimum_distribution
+from megatron_demix.study.choices import Aim
 
 DOMAINS = 5
 GAINS = (

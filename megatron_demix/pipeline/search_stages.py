@@ -26,7 +26,8 @@ from megatron_demix.pipeline.scoring import (
 from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates
 from megatron_demix.pipeline.train_stages import MIXTURES
-from megatron_demix.study.search import MIN_PROXIES, SearchSpec
+from megatron_demix.study.choices import MIN_PROXIES
+from megatron_demix.study.search import SearchSpec
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import AnchorSpec
 

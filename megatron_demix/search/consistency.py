@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.errors import IncompatibleInputs, MixtureError
+from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.search.agreement import METRICS
+from megatron_demix.search.objective import normalised
 
 MIN_MIXTURES = 4
 
@@ -33,7 +34,8 @@ def rank_consistency(
     of references against them. Both sides of that have seeds of their own, so a proxy without noise would agree better. By
     classical test theory its correlation is the square root of the ceiling's: "noiseless" has that of Spearman's rho, as
     {"scores": {name: rho}, "macro": rho, "objective": rho}; None where the ceiling's is undefined or below 0.
-    Raises IncompatibleInputs on fewer than 4 mixtures, on other names or lengths, on missing (NaN) scores and on constant ones.
+    Raises IncompatibleInputs on fewer than 4 mixtures, on other names or lengths, on missing (NaN) scores and on constant ones;
+    MixtureError where the objective's weights are not usable.
     """
     proxies, references = _checked(proxies, references, "proxies")
     num = len(next(iter(references.values())))
@@ -121,22 +123,12 @@ def _reports(
     macro["regret"] = np.full(len(counts_BM), np.nan)
     report["macro"] = _interval(macro)
     if objective is not None:
-        weights = _weights(objective, references)
+        weights = normalised(objective, references)
         left_M, right_M = (
             sum(weight * signs[name] * table[name] for name, weight in weights.items()) for table in (proxies, references)
         )
         report["objective"] = _interval(_trace(np.asarray(left_M), np.asarray(right_M), counts_BM))
     return report
-
-
-def _weights(objective: Mapping[str, float], scores: Collection[str]) -> dict[str, float]:
-    total = sum(objective.values())
-    for name, weight in objective.items():
-        if name not in scores:
-            raise MixtureError(f"objective: score {name!r} was not measured; the scores are {', '.join(scores)}.")
-        if weight < 0 or not total > 0:
-            raise MixtureError(f"objective: weights {dict(objective)}: expected all >= 0 and one above 0.")
-    return {name: weight / total for name, weight in objective.items()}
 
 
 def _interval(trace: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:

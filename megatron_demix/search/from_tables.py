@@ -12,13 +12,14 @@ import numpy as np
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import TOLERANCE
 from megatron_demix.search.consistency import rank_consistency
-from megatron_demix.search.objective import Aim, Objective, usable_objective
+from megatron_demix.search.objective import Objective, usable_objective
 from megatron_demix.search.optimise import propose
 from megatron_demix.search.outcome import outcome
 from megatron_demix.search.reach import distances, far_off
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import LITTLE_SKILL, Surrogate, fit_surrogate, is_constant
 from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtures
+from megatron_demix.study.choices import Aim
 
 Notice = Callable[[str], None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -13,9 +13,8 @@ from megatron_demix.errors import IncompatibleInputs, MixtureError
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate
-from megatron_demix.study.search import MIN_PROXIES
+from megatron_demix.study.choices import MIN_PROXIES, Aim
 
-Aim = Literal["mean", "worst", "percentile_rank"]
 _RANKED = 4096
 
 
@@ -62,7 +61,7 @@ class Objective:
             raise MixtureError(f"objective: aim {aim!r} is unknown; expected one of {', '.join(get_args(Aim))}.")
         self.space, self.surrogates, self.aim, self.seed = space, surrogates, aim, seed
         self.higher_is_better = frozenset(higher_is_better)
-        self.weights = _normalised(weights, surrogates)
+        self.weights = normalised(weights, surrogates)
         if unknown := sorted(self.higher_is_better - set(surrogates)):
             raise MixtureError(
                 f"higher_is_better: score {unknown[0]!r} was not measured; the scores are {', '.join(surrogates)}."
@@ -158,10 +157,12 @@ class _Ranks:
         return 0.0
 
 
-def _normalised(weights: Mapping[str, float], surrogates: Mapping[str, Surrogate]) -> dict[str, float]:
+def normalised(weights: Mapping[str, float], scores: Collection[str]) -> dict[str, float]:
+    """An objective's weights above 0, divided by their sum. Raises MixtureError on a score that is not among those measured, on
+    a weight that is no number >= 0, and where all are 0."""
     for name, weight in weights.items():
-        if name not in surrogates:
-            raise MixtureError(f"objective: score {name!r} was not measured; the scores are {', '.join(surrogates)}.")
+        if name not in scores:
+            raise MixtureError(f"objective: score {name!r} was not measured; the scores are {', '.join(scores)}.")
         if not np.isfinite(weight) or weight < 0:
             raise MixtureError(
                 f"objective: weight of {name!r} is {weight}, expected >= 0. List it in higher_is_better to maximise it."

@@ -13,7 +13,16 @@ import numpy as np
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.objective import Objective
-from megatron_demix.search.sample import SAME, corners, distinct, farthest, sample_around, sample_candidates, sample_mixtures
+from megatron_demix.search.sample import (
+    SAME,
+    corners,
+    distinct,
+    farthest,
+    farthest_points,
+    sample_around,
+    sample_candidates,
+    sample_mixtures,
+)
 
 _ELITE = 64
 _STAGES, _CENTRES = 32, 32
@@ -64,7 +73,7 @@ def propose(goal: Objective, *, num: int, candidates: int = 200_000) -> np.ndarr
     good_MD = _not_measured(good_MD, goal)
     if len(good_MD) < 8 * num:
         good_MD = _not_measured(distinct(weights_MD[order]), goal)[: 8 * num]
-    rows_MD = farthest(good_MD, min(num, len(good_MD))) if len(good_MD) else good_MD
+    rows_MD = farthest(good_MD, num)
     if len(rows_MD) < num:
         more_MD = _not_measured(distinct(sample_mixtures(space, 2 * num, goal.seed), rows_MD), goal)
         rows_MD = np.concatenate([rows_MD, more_MD])
@@ -150,8 +159,8 @@ def pareto_front(goal: Objective, scores: Sequence[str], *, num: int = 64, candi
     front = _not_dominated(predicted_MT * signs_T)
     extremes = front[(predicted_MT[front] * signs_T).argmin(axis=0)]
     spread_T = np.ptp(predicted_MT[front], axis=0) + 1e-12
-    picked = _spread(predicted_MT[front] / spread_T, num, np.flatnonzero(np.isin(front, extremes)))
-    rows = front[picked]
+    points_MT, ends = predicted_MT[front] / spread_T, np.flatnonzero(np.isin(front, extremes))[:num]
+    rows = front[np.concatenate([ends, farthest_points(points_MT, points_MT[ends], num - len(ends))])]
     rows = rows[np.argsort(predicted_MT[rows, 0], kind="stable")]
     return ParetoFront(tuple(scores), weights_MD[rows], space.shares(weights_MD[rows]), predicted_MT[rows])
 
@@ -165,13 +174,3 @@ def _not_dominated(values_MT: np.ndarray) -> np.ndarray:
         front.append(left[0])
         left = left[(values_MT[left] < first).any(axis=1)]
     return np.array(front)
-
-
-def _spread(points_MT: np.ndarray, num: int, first: np.ndarray) -> np.ndarray:
-    """Indices of at most `num` points: `first`, then each the farthest from those before."""
-    picked = list(map(int, first[:num]))
-    nearest_M = np.min([np.square(points_MT - points_MT[i]).sum(axis=1) for i in picked], axis=0)
-    while len(picked) < min(num, len(points_MT)) and nearest_M.max() > 0:
-        picked.append(int(nearest_M.argmax()))
-        nearest_M = np.minimum(nearest_M, np.square(points_MT - points_MT[picked[-1]]).sum(axis=1))
-    return np.array(picked)

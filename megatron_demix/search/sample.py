@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from megatron_demix.errors import MixtureError
+from megatron_demix.search.regressors import quadratic_features
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.walk import walk_inside
 from megatron_demix.search.waterfill import GRID
+from megatron_demix.study.choices import Design
 
-Design = Literal["dirichlet", "sobol", "lattice", "optimal"]
 SAME = 1e-6
 """Mixtures whose weights all differ by less are one: their proxies would score the same."""
 _POOL = 4096
@@ -65,7 +66,6 @@ def sample_mixtures(
         rows_MD = np.concatenate([first_MD, _i_optimal(pool_MD, first_MD, num - len(first_MD))])
     if lacking := num - len(rows_MD):
         pool_MD = distinct(walk_inside(space, max(_POOL, 2 * lacking), rng), rows_MD)
-        lacking = min(lacking, len(pool_MD))
         more_MD = pool_MD[:lacking] if design == "dirichlet" else farthest(pool_MD, lacking, chosen_MD=rows_MD)
         rows_MD = np.concatenate([rows_MD, more_MD])
     return rows_MD[np.arange(num) % len(rows_MD)]
@@ -79,8 +79,14 @@ def sample_candidates(space: SearchSpace, num: int, seed: int) -> np.ndarray:
 def distinct(rows_MD: np.ndarray, beside_MD: np.ndarray | None = None) -> np.ndarray:
     """The rows that differ from all before them, and from all of beside_MD."""
     before_MD = rows_MD[:0] if beside_MD is None else beside_MD
-    _, first = np.unique(np.round(np.concatenate([before_MD, rows_MD]) / SAME), axis=0, return_index=True)
-    return rows_MD[np.sort(first[first >= len(before_MD)]) - len(before_MD)]
+    first_K, _ = kinds(np.concatenate([before_MD, rows_MD]))
+    return rows_MD[np.sort(first_K[first_K >= len(before_MD)]) - len(before_MD)]
+
+
+def kinds(rows_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of each of K mixtures that differ (by SAME), and kind_M: which of these each row is."""
+    _, first_K, kind_M = np.unique(np.round(rows_MD / SAME), axis=0, return_index=True, return_inverse=True)
+    return first_K, kind_M.ravel()
 
 
 def sample_around(
@@ -160,7 +166,7 @@ def _lattice_inside(space: SearchSpace, num: int, rng: np.random.Generator, firs
         moved_MD = space.nearest(points_MD)
         new_MD = distinct(moved_MD[_inside(points_MD, moved_MD)], first_MD)
         if len(new_MD) >= total - len(first_MD) or len(parts_MF) > _FINEST:
-            return np.concatenate([first_MD, farthest(new_MD, min(total - len(first_MD), len(new_MD)), chosen_MD=first_MD)])
+            return np.concatenate([first_MD, farthest(new_MD, total - len(first_MD), chosen_MD=first_MD)])
         num = 2 * len(parts_MF)
 
 
@@ -184,27 +190,36 @@ def _lattice(num_domains: int, num: int, rng: np.random.Generator) -> np.ndarray
 
 
 def farthest(pool_MD: np.ndarray, num: int, *, chosen_MD: np.ndarray | None = None) -> np.ndarray:
-    """`num` rows of the pool, each the farthest from all before it (Hellinger distance). Starts away from chosen_MD if that has
-    rows, else with the pool's first row. Where the pool is too small, rows repeat."""
-    roots_MD = np.sqrt(np.clip(pool_MD, 0, None))
-    nearest_M = np.full(len(pool_MD), np.inf)
-    for row_D in () if chosen_MD is None else np.sqrt(np.clip(chosen_MD, 0, None)):
-        nearest_M = np.minimum(nearest_M, ((roots_MD - row_D) ** 2).sum(axis=1))
-    picked = []
-    for _ in range(num):
+    """At most `num` rows of the pool, each the farthest from all before it (Hellinger distance). Starts away from chosen_MD if
+    that has rows, else with the pool's first row."""
+    from_ND = pool_MD[:0] if chosen_MD is None else chosen_MD
+    roots_MD, roots_ND = (np.sqrt(np.clip(rows_MD, 0, None)) for rows_MD in (pool_MD, from_ND))
+    return pool_MD[farthest_points(roots_MD, roots_ND, num)]
+
+
+def farthest_points(points_MF: np.ndarray, from_NF: np.ndarray, num: int) -> np.ndarray:
+    """Indices of at most `num` points, each the farthest from all of from_NF and from those before it; the first is point 0
+    where from_NF has no rows. Fewer where all others coincide with these."""
+    nearest_M = np.full(len(points_MF), np.inf)
+    for point_F in from_NF:
+        nearest_M = np.minimum(nearest_M, np.square(points_MF - point_F).sum(axis=1))
+    picked: list[int] = []
+    while len(picked) < min(num, len(points_MF)) and nearest_M.max() > 0:
         picked.append(int(nearest_M.argmax()))
-        nearest_M = np.minimum(nearest_M, ((roots_MD - roots_MD[picked[-1]]) ** 2).sum(axis=1))
-    return pool_MD[picked]
+        nearest_M = np.minimum(nearest_M, np.square(points_MF - points_MF[picked[-1]]).sum(axis=1))
+    return np.array(picked, np.int64)
 
 
 def _i_optimal(pool_MD: np.ndarray, chosen_MD: np.ndarray, num: int) -> np.ndarray:
     """Greedy I-optimal design for Scheffe's quadratic model: each row lowers the pool's mean predictive variance the most."""
-    features_MF = _scheffe(pool_MD)
+    features_MF = quadratic_features(pool_MD)
     moment_FF = features_MF.T @ features_MF / len(pool_MD)
-    first_MF = _scheffe(chosen_MD)
+    first_MF = quadratic_features(chosen_MD)
     # A weak prior keeps the first rows, when there are fewer of them than features, well defined.
     inverse_FF = np.linalg.inv(first_MF.T @ first_MF + 1e-3 * moment_FF + 1e-9 * np.eye(len(moment_FF)))
-    taken_M, kind_M = _kinds(pool_MD, chosen_MD)
+    _, kinds_NM = kinds(np.concatenate([chosen_MD, pool_MD]))
+    chosen_N, kind_M = np.split(kinds_NM, [len(chosen_MD)])
+    taken_M = np.isin(kind_M, chosen_N)
     picked: list[int] = []
     pulled_MF = features_MF @ inverse_FF
     spread_MF = pulled_MF @ moment_FF
@@ -219,15 +234,3 @@ def _i_optimal(pool_MD: np.ndarray, chosen_MD: np.ndarray, num: int) -> np.ndarr
         pulled_MF -= np.outer(reach_M, pull_F)
         spread_MF -= np.outer(reach_M, lost_F)
     return pool_MD[picked]
-
-
-def _kinds(pool_MD: np.ndarray, chosen_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """bool_M: whether a row of the pool is one of chosen_MD; and a number_M that equal rows of the pool share."""
-    _, kinds = np.unique(np.round(np.concatenate([chosen_MD, pool_MD]) / SAME), axis=0, return_inverse=True)
-    chosen, kind_M = kinds[: len(chosen_MD)], kinds[len(chosen_MD) :]
-    return np.isin(kind_M, chosen), kind_M
-
-
-def _scheffe(weights_MD: np.ndarray) -> np.ndarray:
-    left, right = np.triu_indices(weights_MD.shape[1], k=1)
-    return np.concatenate([weights_MD, weights_MD[:, left] * weights_MD[:, right]], axis=1)

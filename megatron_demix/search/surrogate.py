@@ -13,8 +13,8 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.search.regressors import REGRESSORS, Regressor
-from megatron_demix.search.sample import SAME, distinct
-from megatron_demix.study.search import MIN_PROXIES
+from megatron_demix.search.sample import distinct, kinds
+from megatron_demix.study.choices import MIN_PROXIES
 
 KINDS = ("auto", *REGRESSORS, "stack")
 _FOLDS, _FOLDS_SMALL, _SMALL = 5, 10, 128
@@ -222,11 +222,11 @@ def _candidates(kind: str) -> list[str]:
 def _folds(shares_MD: np.ndarray, seed: int) -> np.ndarray:
     """The fold of each proxy: a seeded shuffle of the mixtures into equal parts. Proxies of one mixture (trained with other
     seeds, say) are in one: each would tell what the others score."""
-    _, first, kind_M = np.unique(np.round(shares_MD / SAME), axis=0, return_index=True, return_inverse=True)
-    num = len(first)
+    first_K, kind_M = kinds(shares_MD)
+    num = len(first_K)
     folds = min(num // 2, _FOLDS_SMALL) if num < _SMALL else _FOLDS
-    in_order = np.argsort(np.argsort(first))  # mixtures by their first proxy, so that folds are the rows' where none repeats
-    return (np.random.default_rng(seed).permutation(num) % folds)[in_order[kind_M.ravel()]]
+    in_order = np.argsort(np.argsort(first_K))  # mixtures by their first proxy, so that folds are the rows' where none repeats
+    return (np.random.default_rng(seed).permutation(num) % folds)[in_order[kind_M]]
 
 
 def _cross_validate(

@@ -7,17 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_demix.study.choices import MIN_PROXIES, Aim, Design, Surrogate
 from megatron_demix.study.section import ExpandedPath, Name, Seconds, Section, Tokens, nearest
-
-Surrogate = Literal[
-    "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
-]
 
 ProxyScore = Literal["merged", "interpolated", "stack", "ensemble"]
 
 MIN_BOOTSTRAPS = 10
-MIN_PROXIES = 8
-"""Fewer do not fix a surrogate."""
 
 
 class GroupSpec(Section):
@@ -62,11 +57,11 @@ class SearchSpec(Section):
     """Of each trained proxy. Default: all together cost what the components would."""
     stop: float | None = Field(None, gt=0, lt=1)
     """Later rounds are left empty once a perfect further search could win less than this part of what was won over natural."""
-    design: Literal["dirichlet", "sobol", "lattice", "optimal"] = "dirichlet"
+    design: Design = "dirichlet"
     """How the first round is sampled."""
     objective: dict[str, float] = Field(min_length=1)
     """Weight of each score. A domain's name means its validation loss in bits per byte; the weights are relative."""
-    aim: Literal["mean", "worst", "percentile_rank"] = "mean"
+    aim: Aim = "mean"
     """What is made of the scores: their weighted mean, the worst of them (in standard deviations), or their mean rank."""
     surrogate: Surrogate = "auto"
     candidates: int = Field(200_000, ge=100)

@@ -118,8 +118,10 @@ def test_bad_objectives() -> None:
     table = {"a": np.array([1.0, 2, 3, 4])}
     with pytest.raises(MixtureError, match="objective: score 'b' was not measured; the scores are a"):
         rank_consistency(table, table, objective={"b": 1})
-    with pytest.raises(MixtureError, match="expected all >= 0 and one above 0"):
+    with pytest.raises(MixtureError, match="objective: weight of 'a' is -1, expected >= 0"):
         rank_consistency(table, table, objective={"a": -1})
+    with pytest.raises(MixtureError, match="objective: all weights are 0, expected at least one above 0"):
+        rank_consistency(table, table, objective={"a": 0})
     assert parse_objective([]) is None
     assert parse_objective(["code=0.6", "a=b=1"]) == {"code": 0.6, "a=b": 1.0}
     for text in ("code", "code=x", "=1"):

@@ -73,6 +73,7 @@ def test_farthest_starts_with_the_first_row_and_spreads() -> None:
     pool_MD = np.array([[0.5, 0.5, 0.0], [0.51, 0.49, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     assert farthest(pool_MD, 3).tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     assert farthest(pool_MD, 1, chosen_MD=pool_MD[:1]).tolist() == [[0.0, 0.0, 1.0]]
+    assert len(farthest(np.repeat(pool_MD, 2, axis=0), 9)) == 4, "each once"
 
 
 def test_bad_arguments() -> None:

@@ -1,0 +1,16 @@
+"""What a study may choose from by name, for those who need no study: imports nothing, so that a command's --help is instant."""
+
+from typing import Literal
+
+Surrogate = Literal[
+    "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
+]
+
+Design = Literal["dirichlet", "sobol", "lattice", "optimal"]
+"""How mixtures are sampled."""
+
+Aim = Literal["mean", "worst", "percentile_rank"]
+"""What is made of an objective's scores."""
+
+MIN_PROXIES = 8
+"""Fewer do not fix a surrogate."""
