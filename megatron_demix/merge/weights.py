@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import warnings
@@ -14,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from megatron_demix.artifact import KeyGivenTwice, unique_keys
+from megatron_demix.csv_table import NotATable, read_csv
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import TOLERANCE
 
@@ -82,12 +81,8 @@ def read_weights(path: Path) -> dict[str, dict[str, float]]:
     search_mixture.py writes it, an id and then a column a component. Raises ConfigError, also of one that says in its first
     cell that it holds shares."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e}).") from e
     mixtures: dict[str, dict[str, float]] = {}
-    for where, name, weights in _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text):
+    for where, name, weights in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
         if not _names_a_folder(name):
             raise ConfigError(f"{where}: {name!r} cannot name an output folder.")
         if name in mixtures:
@@ -98,8 +93,12 @@ def read_weights(path: Path) -> dict[str, dict[str, float]]:
     return mixtures
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any, dict[str, float]]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any, dict[str, float]]]:
     """(place, name, weights) of each line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read ({e}).") from e
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -117,34 +116,28 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any, dict[str, floa
         yield where, name, weights
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str, dict[str, float]]]:
+def _csv_rows(path: Path) -> Iterator[tuple[str, str, dict[str, float]]]:
     """(place, name, weights) of each row below the first."""
-    rows = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
-    columns: list[str] | None = None
     try:
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if not "".join(row).strip() and len(row) < 2:
-                continue
-            name, *values = row
-            if columns is None:
-                columns = values
-                if name.strip() == "shares":
-                    raise ConfigError(
-                        f"{where}: the first cell, 'shares', says that these are actual data shares; expected merge weights. "
-                        "Give the file that search_mixture.py sample wrote as --output."
-                    )
-                if repeated := {column for column in columns if columns.count(column) > 1}:
-                    raise ConfigError(f"{where}: column {min(repeated)!r} is given twice. Keep one of them.")
-                continue
-            try:
-                weights = dict(zip(columns, map(float, values), strict=True))
-            except ValueError as e:
-                found = ",".join(row)[:80]
-                raise ConfigError(f"{where}: expected a name and {len(columns)} numbers, found {found!r} ({e!r}).") from e
-            yield where, name, weights
-    except csv.Error as e:
-        raise ConfigError(f"{path}, line {rows.line_num}: not CSV ({e}).") from e
+        rows = read_csv(path)
+    except NotATable as e:
+        raise ConfigError(f"{e.place(path)}: {e}") from e
+    if not rows:
+        return
+    first, (holds, *columns) = rows[0]
+    if holds == "shares":
+        raise ConfigError(
+            f"{path}, line {first}: the first cell, 'shares', says that these are actual data shares; expected merge weights. "
+            "Give the file that search_mixture.py sample wrote as --output."
+        )
+    for line, (name, *values) in rows[1:]:
+        where = f"{path}, line {line}"
+        try:
+            weights = dict(zip(columns, map(float, values), strict=True))
+        except ValueError as e:
+            found = ",".join([name, *values])[:80]
+            raise ConfigError(f"{where}: expected a name and {len(columns)} numbers, found {found!r} ({e!r}).") from e
+        yield where, name, weights
 
 
 def _names_a_folder(name: Any) -> bool:

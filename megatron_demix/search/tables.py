@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_demix.artifact import write_atomic
+from megatron_demix.csv_table import NotATable, read_csv
 from megatron_demix.errors import CorruptInput, IncompatibleInputs, MixtureError
 
 MERGE_WEIGHTS, SHARES = "merge_weights", "shares"
@@ -31,29 +32,23 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        """Raises CorruptInput naming the line: unreadable file, no header, repeated id or column, ragged row, not a number."""
+        """Raises CorruptInput naming the line: what read_csv does not take, no header, repeated id, not a number."""
         path = Path(path)
         try:
-            rows = [
-                (line, row) for line, row in enumerate(csv.reader(io.StringIO(path.read_text("utf-8-sig"))), start=1) if row
-            ]
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise CorruptInput(f"{path}: cannot be read as CSV ({e}).") from e
+            rows = read_csv(path)
+        except NotATable as e:
+            raise CorruptInput(f"{e.place(path)}: {e}") from e
         if not rows or len(rows[0][1]) < 2:
             raise CorruptInput(f"{path}: expected a header of an id column and at least one more column, found none.")
-        header = [name.strip() for name in rows[0][1]]
-        if repeated := {name for name in header if header.count(name) > 1}:
-            raise CorruptInput(f"{path}: column {sorted(repeated)[0]!r} appears twice.")
+        id_name, *columns = rows[0][1]
         ids: dict[str, int] = {}
-        values_MC = np.empty((len(rows) - 1, len(header) - 1))
-        for m, (line, row) in enumerate(rows[1:]):
-            if len(row) != len(header):
-                raise CorruptInput(f"{path}, line {line}: {len(row)} cells, expected {len(header)} as in the header.")
-            if (name := row[0].strip()) in ids:
+        values_MC = np.empty((len(rows) - 1, len(columns)))
+        for m, (line, (name, *cells)) in enumerate(rows[1:]):
+            if name in ids:
                 raise CorruptInput(f"{path}, line {line}: id {name!r} was already on line {ids[name]}.")
             ids[name] = line
-            values_MC[m] = [_number(cell, path, line, column) for cell, column in zip(row[1:], header[1:], strict=True)]
-        return cls(path, header[0], tuple(ids), tuple(header[1:]), values_MC)
+            values_MC[m] = [_number(cell, path, line, column) for cell, column in zip(cells, columns, strict=True)]
+        return cls(path, id_name, tuple(ids), tuple(columns), values_MC)
 
     def write(self, path: Path) -> None:
         """Write as CSV, atomically; numbers with all their digits, NaN as an empty cell. Raises StorageError."""
@@ -101,7 +96,7 @@ class Table:
 
 
 def _number(cell: str, path: Path, line: int, column: str) -> float:
-    if not cell.strip():
+    if not cell:
         return float("nan")
     try:
         return float(cell)

@@ -33,6 +33,8 @@ def test_both_forms(tmp_path, name, text):
         ("w.csv", "id,code,math\na,0.5\n", r"line 2: expected a name and 2 numbers, found 'a,0.5'"),
         ("w.csv", "id,code\na,half\n", r"line 2: expected a name and 1 numbers, found 'a,half'"),
         ("w.csv", "id,code\na,1\na,1\n", r"mixture 'a' appears twice"),
+        ("w.csv", "id,code\na,1\n a ,1\n", r"line 3: mixture 'a' appears twice"),
+        ("w.csv", 'id,code\n"a\nb",1\nc,half\n', r"line 4: expected a name and 1 numbers, found 'c,half'"),
         ("w.csv", "id,code\n../a,1\n", r"'../a' cannot name an output folder"),
         ("w.csv", "", r"holds no mixtures"),
         (

@@ -37,10 +37,14 @@ def test_rows_and_columns_are_selected_by_name(tmp_path: Path) -> None:
     [
         ("", "expected a header of an id column and at least one more column"),
         ("id\nx\n", "expected a header"),
-        ("id,a,a\nx,1,2\n", "column 'a' appears twice"),
+        ("id,a,a\nx,1,2\n", r"t\.csv, line 1: column 'a' is given twice\. Keep one of them"),
         ("id,a\nx,1\nx,2\n", "line 3: id 'x' was already on line 2"),
-        ("id,a\nx,1,2\n", "line 2: 3 cells, expected 2 as in the header"),
+        ("id,a\nx,1,2\n", "line 2: expected a name and 1 numbers, found 'x,1,2'"),
         ("id,a\nx,one\n", "line 2: 'one' in column 'a' is not a number"),
+        ('id,a\n"x\ny",1\n\nz,one\n', "line 5: 'one' in column 'a' is not a number"),
+        ('id,a\n"x\ny",one\n', "line 2: 'one' in column 'a' is not a number"),
+        ('id,a\n"x,1\n', r"t\.csv, line 2: not CSV \(unexpected end of data\)"),
+        ('id,a\n"x"y,1\n', r"t\.csv, line 2: not CSV"),
         ("id,a\nx,\x00\n", "t.csv"),
     ],
 )
