@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,10 +41,10 @@ def fit_tables(
     where merge weights are expected, or the reverse).
     """
     mixtures.check_holds(SHARES if space is None else MERGE_WEIGHTS)
-    shares_MD = _mixtures(mixtures, mixtures.columns, mixtures.path, notice)
-    if space is not None:
-        mixtures.select(mixtures.ids, space.domains, other=Path("the domains file"))
-        shares_MD = space.shares(shares_MD[:, [mixtures.columns.index(name) for name in space.domains]])
+    if space is None:
+        shares_MD = _mixtures(mixtures, notice)
+    else:
+        shares_MD = space.shares(_mixtures(mixtures.with_columns(space.domains, other="the domains file"), notice))
     known = set(mixtures.ids)
     if extra := [name for name in scores.ids if name not in known]:
         raise IncompatibleInputs(f"{scores.path}: id {extra[0]!r} has no mixture in {mixtures.path} ({len(extra)} such).")
@@ -85,16 +84,15 @@ def _usable_scores(scores: Table, mixtures: Table, spare: Collection[str], notic
     return usable
 
 
-def _mixtures(table: Table, columns: Sequence[str], other: Path, notice: Notice) -> np.ndarray:
-    """The table's mixtures with their columns in the order of `columns`, all of which it must have, and no other."""
-    table.select(table.ids, columns, other=other)
+def _mixtures(table: Table, notice: Notice) -> np.ndarray:
+    """shares_MD of the table's mixtures; where rounded ones were divided by their sum, notice is told."""
     shares_MD, gap = as_mixtures(table)
     if gap > TOLERANCE:
         notice(
             f"{table.path.name}: mixtures miss a sum of 1 by up to {gap:.2g}, as rounded numbers do: each was divided "
             "by its sum."
         )
-    return shares_MD[:, [table.columns.index(name) for name in columns]]
+    return shares_MD
 
 
 def predict_scores(
@@ -102,7 +100,7 @@ def predict_scores(
 ) -> Table:
     """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured. Raises as fit_tables does."""
     wanted.check_holds(SHARES)
-    wanted_ND = _mixtures(wanted, mixtures.columns, mixtures.path, notice)
+    wanted_ND = _mixtures(wanted.with_columns(mixtures.columns, other=mixtures.path), notice)
     if clash := sorted(name for name in scores.columns if f"{name}_std" in scores.columns):
         raise IncompatibleInputs(
             f"{scores.path}: {clash[0] + '_std'!r} is a score, and the name of the predicted deviation of {clash[0]!r}. Rename "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +76,13 @@ class Table:
             raise IncompatibleInputs(f"{self.path}: no column {name!r}; the columns are {', '.join(self.columns)}.")
         return self.values_MC[:, self.columns.index(name)]
 
-    def select(self, ids: Sequence[str], columns: Sequence[str], *, other: Path) -> np.ndarray:
-        """values of exactly these rows and columns, in this order, as `other` has them. Raises IncompatibleInputs naming what
-        is absent here, or there."""
+    def with_columns(self, columns: Sequence[str], *, other: Path | str) -> Table:
+        """The same rows with exactly these columns, in this order. Raises as select does."""
+        return replace(self, columns=tuple(columns), values_MC=self.select(self.ids, columns, other=other))
+
+    def select(self, ids: Sequence[str], columns: Sequence[str], *, other: Path | str) -> np.ndarray:
+        """values of exactly these rows and columns, in this order, as `other` (a file, or its name in words) has them. Raises
+        IncompatibleInputs naming what is absent here, or there."""
         for what, wanted, present in (("column", columns, self.columns), ("id", ids, self.ids)):
             here, there = set(present), set(wanted)
             lacking, extra = [x for x in wanted if x not in here], [x for x in present if x not in there]

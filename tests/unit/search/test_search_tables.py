@@ -24,6 +24,10 @@ def test_a_table_reads_back_what_was_written(tmp_path: Path) -> None:
 def test_rows_and_columns_are_selected_by_name(tmp_path: Path) -> None:
     table = Table.read(written(tmp_path, "id,a,b\nx,1,2\n\ny,3,4\n"))
     assert table.select(["y", "x"], ["b", "a"], other=Path("o.csv")).tolist() == [[4, 3], [2, 1]]
+    turned = table.with_columns(["b", "a"], other="the domains file")
+    assert (turned.ids, turned.columns, turned.values_MC.tolist()) == (("x", "y"), ("b", "a"), [[2, 1], [4, 3]])
+    with pytest.raises(IncompatibleInputs, match=r"t\.csv: column 'c' of the domains file is missing \(1 such\)"):
+        table.with_columns(["b", "a", "c"], other="the domains file")
     with pytest.raises(IncompatibleInputs, match=r"t\.csv: id 'z' of o\.csv is missing \(1 such\)"):
         table.select(["z"], ["a", "b"], other=Path("o.csv"))
     with pytest.raises(IncompatibleInputs, match=r"t\.csv: column 'b' is not in o\.csv \(1 such\)"):
