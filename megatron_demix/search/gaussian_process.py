@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ def _lbfgs(steps: int) -> Callable:
     return optimizer
 
 
+@cache
 def _regressor_class() -> type:
     """scikit-learn's regressor for the one kernel used here (made on demand: the import takes seconds)."""
     from scipy.linalg import LinAlgError, cho_factor, cho_solve

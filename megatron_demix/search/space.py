@@ -181,20 +181,6 @@ class SearchSpace:
         natural_D = np.maximum([self.natural[name] for name in self.domains], 1e-12)
         return np.where(shares_MD > 0, shares_MD * np.log(np.maximum(shares_MD, 1e-300) / natural_D), 0.0).sum(axis=1)
 
-    def feasible(self, weights_MD: np.ndarray) -> np.ndarray:
-        """bool_M: rows that lie on the simplex and within every bound (tolerance 1e-9 of a share)."""
-        weights_MD = np.asarray(weights_MD, np.float64)
-        shares_MD = self.shares(weights_MD)
-        good_M = (weights_MD >= -TOLERANCE).all(axis=1) & (np.abs(weights_MD.sum(axis=1) - 1) <= TOLERANCE)
-        good_M &= (shares_MD >= self.bounds_D2[:, 0] - TOLERANCE).all(axis=1)
-        good_M &= (shares_MD <= self.bounds_D2[:, 1] + TOLERANCE).all(axis=1)
-        for group in self.groups.values():
-            sums_M = shares_MD[:, [self.domains.index(name) for name in group.domains]].sum(axis=1)
-            good_M &= (sums_M >= group.lowest - TOLERANCE) & (sums_M <= group.highest + TOLERANCE)
-        if self.max_kl is not None:
-            good_M &= self.kl(weights_MD) <= self.max_kl + TOLERANCE
-        return good_M
-
     def nearest(self, amounts_MD: np.ndarray) -> np.ndarray:
         """Feasible merge weights_MD close to `amounts_MD` (finite, >= 0, any scale): bounded entries are set to their bound and
         what they lack or lose is spread over the others in proportion; a row beyond the leash is pulled towards the centre.
