@@ -1,4 +1,4 @@
-"""What a study may choose from by name, for those who need no study: imports nothing, so that a command's --help is instant."""
+"""What a study chooses from by name. Without pydantic: the search itself and a command's --help need no more than this."""
 
 from typing import Literal
 
