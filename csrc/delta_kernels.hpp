@@ -6,6 +6,7 @@
 #include <string>
 
 #include "dtype.hpp"
+#include "mix.hpp"
 
 namespace demix {
 
@@ -17,10 +18,7 @@ inline std::uint32_t magnitude_bits(float f) {
 
 // Number `index` of the random stream `stream`, uniform over 32 bits: the SplitMix64 generator, entered at any place.
 inline std::uint32_t random_bits(std::uint64_t stream, std::uint64_t index) {
-    std::uint64_t z = stream + (index + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return std::uint32_t((z ^ (z >> 31)) >> 32);
+    return std::uint32_t(mix(stream + (index + 1) * 0x9e3779b97f4a7c15u) >> 32);
 }
 
 struct DeltaKernels {

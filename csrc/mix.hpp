@@ -1,4 +1,4 @@
-// The two mixing steps behind the shuffles and the content hashes.
+// The two mixing steps behind the shuffles, the random streams and the content hashes.
 #pragma once
 #include <cstdint>
 
