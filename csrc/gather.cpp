@@ -2,15 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstring>
 #include <fcntl.h>
 #include <mutex>
-#include <unistd.h>
 
 #include "content_hash.hpp"
 #include "parallel.hpp"
 #include "unaligned.hpp"
+#include "write_all.hpp"
 
 namespace demix {
 
@@ -39,21 +38,16 @@ Gathered gather(const std::uint8_t* lengths, const std::uint8_t* pointers, std::
         std::int64_t position = at[static_cast<std::size_t>(piece)];
         const auto write = [&](const std::uint8_t* data, std::size_t bytes) {
             const std::lock_guard<std::mutex> only(writing);
-            const std::int64_t from = position;
-            while (bytes > 0 && error == 0) {
-                const ssize_t written = ::pwrite(descriptor, data, bytes, position);
-                if (written < 0) {
-                    if (errno != EINTR) error = errno;
-                    continue;
-                }
-                data += written;
-                position += written;
-                bytes -= static_cast<std::size_t>(written);
+            if (bytes == 0 || error != 0) return;
+            if (const int failure = write_all(descriptor, data, bytes, static_cast<std::uint64_t>(position))) {
+                error = failure;
+                return;
             }
 #ifdef __linux__
             // The disk begins at once, not when the caller waits for it. A hint: its failure is not one.
-            (void)::sync_file_range(descriptor, from, position - from, SYNC_FILE_RANGE_WRITE);
+            (void)::sync_file_range(descriptor, position, static_cast<std::int64_t>(bytes), SYNC_FILE_RANGE_WRITE);
 #endif
+            position += static_cast<std::int64_t>(bytes);
         };
         const std::int64_t to = begin + count * (piece + 1) / pieces;
         const auto place = [&](std::int64_t i) {

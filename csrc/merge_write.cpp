@@ -1,8 +1,8 @@
 #include "merge_write.hpp"
 
-#include <unistd.h>
-
 #include <cerrno>
+
+#include "write_all.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,16 +13,6 @@ namespace {
 
 // What direct writes need: a multiple of every common block and page size, in memory and on disk.
 constexpr std::size_t direct_alignment = 4096;
-
-int write_all(int descriptor, const char* data, std::size_t n, std::uint64_t offset) {
-    while (n) {
-        const ssize_t written = ::pwrite(descriptor, data, n, off_t(offset));
-        if (written < 0 && errno == EINTR) continue;
-        if (written <= 0) return written < 0 ? errno : EIO;
-        data += written, offset += std::uint64_t(written), n -= std::size_t(written);
-    }
-    return 0;
-}
 
 }  // namespace
 
