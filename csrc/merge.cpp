@@ -54,20 +54,22 @@ Outcome MergePlan::run(const Settings& settings, const Destinations& to) {
                 while (tile >= x.first_tile[target + 1]) ++target;
                 done_bytes_.fetch_add(worker.make(std::int64_t(target), tile - x.first_tile[target]));
             }
-        } catch (const std::bad_alloc&) {
-            x.error.store(ENOMEM);
+        } catch (...) {
             x.stop.store(true);
+            throw;
         }
     };
-    Threads threads, reader;
-    // A thread that writes to a file waits for the disk most of that time: a second one sums meanwhile.
-    const int num_threads = std::max(1, settings.threads) * (to_files ? buffers_per_thread : 1);
-    for (int i = 0; i < num_threads && threads.start(work); ++i) {}
     // What goes to files is made once, and may be read from the disk for it; models in memory are made again and again.
     std::atomic<bool> finished{false};
+    Threads reader;
     if (to_files) reader.start([&] { read_ahead(x, finished); });
-    if (threads.none()) work();
-    threads.join();
+    // A thread that writes to a file waits for the disk most of that time: a second one sums meanwhile.
+    const int num_threads = std::max(1, settings.threads) * (to_files ? buffers_per_thread : 1);
+    try {
+        on_threads(num_threads, work);
+    } catch (const std::bad_alloc&) {
+        x.error.store(ENOMEM);
+    }
     finished.store(true);
     reader.join();
 

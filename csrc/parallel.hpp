@@ -46,6 +46,41 @@ private:
     std::vector<std::thread> running_;
 };
 
+// What a thread throws, kept for the one that started it; of several failures, one.
+class Failure {
+public:
+    template <class Work>
+    void keep(const Work& work) {
+        try {
+            work();
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(keeping_);
+            kept_ = std::current_exception();
+        }
+    }
+    // Once all threads have ended.
+    void rethrow() const {
+        if (kept_) std::rethrow_exception(kept_);
+    }
+
+private:
+    std::exception_ptr kept_;
+    std::mutex keeping_;
+};
+
+// Calls work() on `threads` threads at once, or on as many as can start; here, where none can. Throws what `work` throws, when all
+// have ended.
+template <class Work>
+void on_threads(int threads, const Work& work) {
+    Failure failure;
+    const auto kept = [&] { failure.keep(work); };
+    Threads workers;
+    for (int i = 0; i < threads && workers.start(kept); ++i) {}
+    if (workers.none()) kept();
+    workers.join();
+    failure.rethrow();
+}
+
 // While it lives: nearest even, denormals kept. A caller that flushes them must not change a result, nor find them kept afterwards.
 class IeeeArithmetic {
 #if defined(__x86_64__)
@@ -68,23 +103,15 @@ public:
 template <class Work>
 void parallel(std::int64_t count, int threads, std::int64_t least, const Work& work) {
     const auto pieces = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, count / least));
-    std::exception_ptr failure;
-    std::mutex failing;
-    const auto piece = [&](std::int64_t p) {
-        try {
-            work(count * p / pieces, count * (p + 1) / pieces);
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(failing);
-            failure = std::current_exception();
-        }
-    };
+    Failure failure;
+    const auto piece = [&](std::int64_t p) { failure.keep([&] { work(count * p / pieces, count * (p + 1) / pieces); }); };
     Threads others;
     std::int64_t started = 1;
     while (started < pieces && others.start([&piece, started] { piece(started); })) ++started;
     piece(0);
     for (; started < pieces; ++started) piece(started);
     others.join();
-    if (failure) std::rethrow_exception(failure);
+    failure.rethrow();
 }
 
 }  // namespace demix

@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <stdexcept>
 
@@ -26,24 +24,16 @@ void in_parallel(std::vector<std::int64_t> sizes, int threads, const MergePlan& 
     std::iota(order.begin(), order.end(), std::size_t(0));
     std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return sizes[a] > sizes[b]; });
     std::atomic<std::size_t> next{0};
-    std::exception_ptr failure;
-    std::mutex failing;
-    const auto loop = [&] {
+    on_threads(std::max(1, threads), [&] {
         const IeeeArithmetic exact;  // as the merge itself
         try {
             const auto work = make_work();
             for (std::size_t i; (i = next.fetch_add(1)) < order.size() && !plan.cancelled();) work(order[i]);
         } catch (...) {
-            const std::lock_guard<std::mutex> lock(failing);
-            failure = std::current_exception();
             next.store(order.size());
+            throw;
         }
-    };
-    Threads workers;
-    for (int i = 0; i < std::max(1, threads) && workers.start(loop); ++i) {}
-    if (workers.none()) loop();
-    workers.join();
-    if (failure) std::rethrow_exception(failure);
+    });
 }
 
 }  // namespace
