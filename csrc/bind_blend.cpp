@@ -26,7 +26,7 @@ T* at(Address address) {
 // lengths, pointers, documents, base, item_shift
 using SourceTuple = std::tuple<Address, Address, std::int64_t, std::int64_t, int>;
 using PartTuple = std::tuple<const demix::Stream*, std::int64_t, std::int64_t, std::int64_t>;  // stream, begin, documents, tokens
-using SpanTuple = std::tuple<Address, std::int64_t, std::int64_t>;  // data, base, bytes
+using SpanTuple = std::tuple<Address, std::int64_t>;  // data, base
 
 }  // namespace
 
@@ -38,7 +38,7 @@ void bind_blend(py::module_& m) {
             c = demix::check_index(at<const std::uint8_t>(data), size, bin_bytes);
         }
         return py::make_tuple(static_cast<int>(c.problem), c.at, c.seen, c.expected, c.dtype_code, c.sequences, c.boundaries,
-                              c.modes, c.tokens, c.end_to_end);
+                              c.tokens, c.end_to_end);
     });
     py::class_<demix::Stream>(m, "Stream")
         .def(py::init([](const std::vector<SourceTuple>& sources, std::uint64_t seed) {
@@ -78,7 +78,7 @@ void bind_blend(py::module_& m) {
     m.def("gather", [](Address lengths, Address pointers, std::int64_t begin, std::int64_t end, int item_bytes,
                        const std::vector<SpanTuple>& spans, int descriptor, std::int64_t offset, int threads) {
         std::vector<demix::Span> list;
-        for (const auto& [data, base, bytes] : spans) list.push_back({at<const std::uint8_t>(data), base, bytes});
+        for (const auto& [data, base] : spans) list.push_back({at<const std::uint8_t>(data), base});
         demix::Gathered g;
         {
             py::gil_scoped_release nogil;

@@ -7,7 +7,7 @@ namespace demix {
 
 struct Span {
     const std::uint8_t* data = nullptr;
-    std::int64_t base = 0, bytes = 0;  // where it lies in the pool
+    std::int64_t base = 0;  // where it lies in the pool
 };
 
 struct Gathered {

@@ -35,8 +35,8 @@ IndexCheck check_index(const std::uint8_t* data, std::size_t size, std::uint64_t
     if (sequences > body / 12 || boundaries > body / 8 || boundaries == 0)
         return fail(c, IndexProblem::bad_size, 18, file_bytes, -1);
     const std::uint64_t plain = sequences * 12 + boundaries * 8;
-    c.modes = sequences != 0 && body == plain + sequences;
-    if (body != plain && !c.modes)
+    const bool modes = sequences != 0 && body == plain + sequences;
+    if (body != plain && !modes)
         return fail(c, IndexProblem::bad_size, 18, file_bytes, static_cast<std::int64_t>(plain + kIndexHeaderBytes));
     c.sequences = static_cast<std::int64_t>(sequences);
     c.boundaries = static_cast<std::int64_t>(boundaries);

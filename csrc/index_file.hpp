@@ -24,7 +24,6 @@ struct IndexCheck {
     std::int64_t at = 0, seen = 0, expected = 0;
     int dtype_code = 0;
     std::int64_t sequences = 0, boundaries = 0;  // boundaries: documents + 1
-    bool modes = false;
     std::int64_t tokens = 0;
     bool end_to_end = false;  // every sequence begins where the one before ends, from byte 0 to the end of the .bin
 };

@@ -22,7 +22,6 @@ class IndexCheck:
     dtype_code: int
     sequences: int
     boundaries: int
-    modes: bool
     tokens: int
     end_to_end: bool
 
@@ -133,7 +132,7 @@ def gather(
     """
     if not 0 <= begin <= end <= len(lengths) == len(pointers):
         raise ValueError(f"documents [{begin}, {end}) of {len(lengths)}")
-    spans = [(_address(data, np.uint8), base, data.size) for data, base in pool]
+    spans = [(_address(data, np.uint8), base) for data, base in pool]
     code, content = core.gather(
         _address(lengths, np.int32), _address(pointers, np.int64), begin, end, item_bytes, spans, descriptor, offset, threads
     )
