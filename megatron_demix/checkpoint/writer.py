@@ -6,6 +6,7 @@ The layout is a function of the items alone, so equal inputs give equal bytes wh
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from megatron_demix.checkpoint.archive import Frame, frame_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES, STORAGE_OF
 from megatron_demix.checkpoint.layout import BACKEND, METADATA
 from megatron_demix.checkpoint.metadata import Shape
-from megatron_demix.checkpoint.pickles import Global, Inert, Pickled, instance, pickled, write_pickle
+from megatron_demix.checkpoint.pickles import Global, Inert, Pickled, inert, instance, pickled, write_pickle
 
 _FILE_BYTES = 512 << 20  # several files let threads, and several workers, write side by side
 
@@ -33,10 +34,7 @@ class TensorItem:
 
     @property
     def num_bytes(self) -> int:
-        n = ITEM_BYTES[self.dtype]
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def frame(self, position: int, crc: int = 0) -> Frame:
         small = {
@@ -161,28 +159,9 @@ def _describe_tensor(dtype: str, shape: Shape) -> bytes:
     for size in reversed(shape):
         strides.append(elements)
         elements *= size
-    storage = ("storage", Global(f"torch.{STORAGE_OF[dtype]}"), "0", "cpu", elements)
+    storage = pickled(("storage", Global(f"torch.{STORAGE_OF[dtype]}"), "0", "cpu", elements))
     # write_pickle has no persistent ids: the one that is needed is spelled out.
-    arguments = [_body(0), _body(tuple(shape)), _body(tuple(reversed(strides))), pickle.NEWFALSE]
-    hooks = _body(instance("collections.OrderedDict", state=None)).replace(pickle.NEWOBJ, pickle.REDUCE)
-    return b"".join(
-        (
-            pickle.PROTO,
-            b"\x02",
-            pickle.GLOBAL,
-            b"torch._utils\n_rebuild_tensor_v2\n",
-            pickle.MARK,
-            _body(storage),
-            pickle.BINPERSID,
-            *arguments,
-            hooks,
-            pickle.TUPLE,
-            pickle.REDUCE,
-            pickle.STOP,
-        )
-    )
-
-
-def _body(value: Any) -> bytes:
-    """A value's opcodes without the protocol header and the stop."""
-    return write_pickle(value)[2:-1]
+    persistent = Pickled(storage + pickle.BINPERSID)
+    hooks = inert("collections.OrderedDict")()
+    tensor = (persistent, 0, tuple(shape), tuple(reversed(strides)), False, hooks)
+    return write_pickle(instance("torch._utils._rebuild_tensor_v2", *tensor))
