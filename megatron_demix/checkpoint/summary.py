@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import fingerprint
 from megatron_demix.checkpoint.common_state import missing_files, model_arguments, read_common_state
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.metadata import TensorInfo
@@ -26,23 +25,6 @@ _SHOWN_ARGUMENTS = (
     "expert_model_parallel_size",
     "consumed_train_samples",
 )
-
-
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """Names the model's weights, wherever they lie. checkpoint: opened without read_ahead.
-
-    `.metadata` is the same for all checkpoints of one shape, and shards are too large to be read for this: it is the CRCs which
-    their archives promise that tell weights apart. Raises as Checkpoint does.
-    """
-    tensors = checkpoint.model_tensors
-    checkpoint.touch_frames(chunk for info in tensors.values() for chunk in info.chunks)
-    chunks = [
-        [key, info.dtype, info.shape, chunk.offset, chunk.shape, checkpoint.payload(info, chunk).crc]
-        for key, info in sorted(tensors.items())
-        for chunk in info.chunks
-    ]
-    checkpoint.check_still_there()
-    return fingerprint(chunks)
 
 
 def summarize(path: Path) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.common_state import missing_files, model_arguments, read_common_state
+from megatron_demix.checkpoint.digest import weights_digest
 from megatron_demix.checkpoint.layout import find_checkpoint
 from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.checkpoint.summary import weights_digest
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.study.study import Study

@@ -13,8 +13,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_demix.checkpoint.digest import weights_digest
 from megatron_demix.checkpoint.reader import Checkpoint
-from megatron_demix.checkpoint.summary import weights_digest
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.train.derived import model_arguments, padded_vocab_size
 from megatron_demix.train.job import TrainJob
