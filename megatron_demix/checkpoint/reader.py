@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,10 +37,6 @@ _TAIL = 1 << 10
 """Bytes at the end of an archive that hold its directory, and its last small entries."""
 
 
-_PLACES = count()
-"""Checkpoints that are opened one after another are summed side by side."""
-
-
 class _Item(NamedTuple):
     """What messages call a chunk: written out only where there is one."""
 
@@ -57,16 +52,17 @@ class _Item(NamedTuple):
 class Checkpoint:
     """Read-only view of one torch_dist checkpoint. Files are mapped when first used and stay mapped with their arrays."""
 
-    def __init__(self, path: Path, *, read_ahead: bool = True) -> None:
+    def __init__(self, path: Path, *, read_ahead: bool = True, place: int = 0) -> None:
         """path: anything find_checkpoint accepts. Raises as find_checkpoint and read_metadata do.
 
         read_ahead: False while a few scattered bytes are read of what is not in the page cache: a disk may otherwise read
         megabytes around each of them. prefetch() then fetches what is needed whole, and start_read_ahead() ends it.
+        place: another one for each checkpoint whose elements are read side by side (csrc/mapped_file.hpp).
         """
         self.location: CheckpointDir = find_checkpoint(path)
         self.metadata: CheckpointMetadata = read_metadata(self.location.path)
         self._read_ahead = read_ahead
-        self._place = next(_PLACES)
+        self._place = place
         self._files: dict[str, MappedFile] = {}
 
     @property

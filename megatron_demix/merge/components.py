@@ -51,7 +51,7 @@ class Components:
         if not paths:
             raise ConfigError("no components to merge. Give at least one checkpoint.")
         self.names = list(paths)
-        self.checkpoints = [Checkpoint(Path(path), read_ahead=False) for path in paths.values()]
+        self.checkpoints = [Checkpoint(Path(path), read_ahead=False, place=k) for k, path in enumerate(paths.values())]
         self._payloads: dict[tuple[int, str, tuple[int, ...]], Payload] = {}
         self._grids: dict[str, list[Grid]] = {}
         self._extents: dict[tuple[int, str], tuple[list[int], int]] = {}
