@@ -159,6 +159,7 @@ def write_merge(
     threads = threads or default_threads()
     job, todo = merge.job, merge.todo
     _outputs_per_pass(job, threads, max_memory)  # before anything is touched
+    _allow_open_files(_open_file_limit(job))
     parents = {target.parent for target in merge.targets}
     for parent in parents:
         with storage_errors(f"writing {parent}"):
@@ -267,19 +268,32 @@ def _outputs_per_pass(job: Job, threads: int, max_memory: int) -> int:
         raise ConfigError(
             f"--max-memory {format_bytes(max_memory)} is less than {threads} threads need ({format_bytes(smallest)})."
         )
-    files = 2 * max(1, len({p.file for p in job.mine}))  # inputs are mapped, and not kept open
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = files * 1024 + 256
-    if soft < wanted:
-        soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    files, limit = _open_files_each(job), _open_file_limit(job)
     in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
-    if soft - in_use < files:
+    if limit - in_use < files:
         raise ConfigError(
-            f"one output takes {files} open files, but this process may open {max(0, soft - in_use)} more (limit: {soft}). "
+            f"one output takes {files} open files, but this process may open {max(0, limit - in_use)} more (limit: {limit}). "
             "Raise the limit (ulimit -n), or share the files among processes (--workers)."
         )
-    return max(1, min(max_memory // smallest, (soft - in_use - 32) // files))
+    return max(1, min(max_memory // smallest, (limit - in_use - 32) // files))
+
+
+def _open_files_each(job: Job) -> int:
+    """Of one output. Inputs are mapped, and not kept open."""
+    return 2 * max(1, len({p.file for p in job.mine}))
+
+
+def _open_file_limit(job: Job) -> int:
+    """The limit on open files that a merge works under: this process's, raised as far as helps and it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _open_files_each(job) * 1024 + 256
+    return max(soft, wanted if hard == resource.RLIM_INFINITY else min(wanted, hard))
+
+
+def _allow_open_files(limit: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _check_outside(targets: Sequence[Path], parts: Components) -> None:

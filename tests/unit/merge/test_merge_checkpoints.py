@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import zlib
 
 import pytest
@@ -21,7 +22,7 @@ from megatron_demix.errors import (
 )
 from megatron_demix.merge import engine
 from megatron_demix.merge.command import main
-from megatron_demix.merge.engine import check_means, merge_checkpoints, plan_merge
+from megatron_demix.merge.engine import check_means, merge_checkpoints, plan_merge, write_merge
 
 WEIGHTS = {"a": 0.5, "b": 0.25, "c": 0.25}
 
@@ -247,6 +248,20 @@ def test_a_dry_run_looks_at_the_place_and_writes_nothing(parts, tmp_path):
         dry({"m": WEIGHTS}, tmp_path / "file" / "x")
     merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
     assert dry({"m": WEIGHTS, "n": {"a": 1.0}}, tmp_path / "out") == [tmp_path / "out" / "n"]
+
+
+def test_only_what_is_written_raises_the_limit_of_open_files(parts, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = (256, before[1])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, few)
+        merge = plan_merge(parts, {"m": WEIGHTS}, tmp_path / "out")
+        check_means(merge)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == few
+        write_merge(merge, progress=False)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) > few
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_strided_sources_whose_runs_end_with_a_single_element(tmp_path):
