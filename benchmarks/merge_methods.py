@@ -27,7 +27,7 @@ from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.merge.logical_tensors import FusedLayout
 from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.proxies import ProxyMerger
-from megatron_demix.merge.sparse import RULES
+from megatron_demix.merge.sparse import THINNINGS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merge_methods.json"
 TOGETHER = 8
@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{'method':20}{'once':>9}{'':>8}{'again':>9}{'':>8}{f'of {TOGETHER}':>9}{'':>8}")
     for name in OPTIONS:
         options = {"density": arguments.density} if "density" in OPTIONS[name] else {}
-        method = make_method(name, base if name in RULES else None, layout=layout, **options)
+        method = make_method(name, base if name in THINNINGS else None, layout=layout, **options)
         rows[name] = costs(folders, live, method, arguments)
         cells = (f"{s:9.3f}{s / rows['linear'][what]:7.1f}x" for what, s in rows[name].items())
         print(f"{name:20}" + "".join(cells), flush=True)

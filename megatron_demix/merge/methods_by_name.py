@@ -8,13 +8,13 @@ from typing import Any, Literal, cast
 from megatron_demix.errors import ConfigError
 from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout
 from megatron_demix.merge.methods import Linear, Method
-from megatron_demix.merge.sparse import RULES, Sparse
+from megatron_demix.merge.sparse import THINNINGS, Sparse
 from megatron_demix.merge.spherical import COEFFICIENTS, Spherical
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "linear": ("scale", "rules"),
     **dict.fromkeys(COEFFICIENTS, ()),
-    **{name: ("scale", *rule.options) for name, rule in RULES.items()},
+    **{name: ("scale", *thinning.options) for name, thinning in THINNINGS.items()},
 }
 
 

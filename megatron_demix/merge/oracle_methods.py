@@ -246,13 +246,13 @@ class _SparseOracle(_ByTensor):
         return expect
 
     def _sums(self, weights_K: np.ndarray, thinned_KN: np.ndarray, base: np.ndarray, dtype: str) -> list[Expected]:
-        rule, scale, used = self._method.rule, self._method.scale, weights_K != 0
+        scale, used = self._method.scale, weights_K != 0
         weights_K, thinned_KN = weights_K[used], thinned_KN[used]
         terms_KN = weights_K[:, np.newaxis] * thinned_KN
         size = np.abs(terms_KN).sum(axis=0)
         slack = (len(weights_K) + 2) * _EPS32 * size
         total = terms_KN.sum(axis=0)
-        if not rule.elect:
+        if not self._method.thinning.elect:
             outcomes = [(total, slack)]
         else:
             # Near zero the sign of a float32 sum may be either.
@@ -270,7 +270,7 @@ class _SparseOracle(_ByTensor):
     ) -> tuple[np.ndarray, np.ndarray]:
         agree = np.where(positive, terms_KN > 0, terms_KN < 0) | np.isnan(terms_KN)
         delta = np.where(agree, terms_KN, 0).sum(axis=0)
-        if not self._method.rule.average:
+        if not self._method.thinning.average:
             return delta, slack
         used = np.where(agree, weights_K[:, np.newaxis], 0).sum(axis=0)
         used[used == 0] = 1
@@ -284,7 +284,7 @@ class _SparseOracle(_ByTensor):
             return result
         for logical, members in self.groups(key, indices):
             for k in range(len(deltas_KN)):
-                if self._method.rule.keep in ("largest", "middle"):
+                if self._method.thinning.keep in ("largest", "middle"):
                     result[k, members] *= self._within(logical, k, deltas_KN[k, members])
                     continue
                 for i in members.tolist():
@@ -305,7 +305,7 @@ class _SparseOracle(_ByTensor):
             larger[order] += len(found) - np.searchsorted(found, wanted[order], "right")
         n = logical.size
         most = int(self._method.density * n)
-        if self._method.rule.keep == "largest":
+        if self._method.thinning.keep == "largest":
             return larger < max(1, most)
         lowest = max(0, n - most - int(self._method.gamma * n))
         return (n - larger > lowest) & (smaller < lowest + most)
@@ -316,7 +316,7 @@ class _SparseOracle(_ByTensor):
 
     def _probability(self, logical: _Logical, k: int, index: Shape, delta: np.float32) -> float:
         density, epsilon = self._method.density, self._method.epsilon
-        if self._method.rule.keep == "random":
+        if self._method.thinning.keep == "random":
             return density
         if logical.rows is None:
             return density

@@ -28,7 +28,7 @@ _ANY = 0xFFFFFFFF  # above every magnitude's bits
 
 
 @dataclass(frozen=True)
-class Rule:
+class Thinning:
     """keep: the largest magnitudes of a tensor; those left when the gamma largest are dropped, too; any, at random; at random
     with a probability that grows with the rank in the row. elect: leave out terms against the sign of the sum. average:
     divide by the weights of those left, instead of adding up."""
@@ -47,20 +47,20 @@ class Rule:
         }[self.keep]
 
 
-RULES = {
-    "ties": Rule("largest", elect=True, average=True),
-    "dare_linear": Rule("random"),
-    "dare_ties": Rule("random", elect=True),
-    "della": Rule("row_rank", elect=True, average=True),
-    "della_linear": Rule("row_rank"),
-    "breadcrumbs": Rule("middle"),
-    "breadcrumbs_ties": Rule("middle", elect=True),
+THINNINGS = {
+    "ties": Thinning("largest", elect=True, average=True),
+    "dare_linear": Thinning("random"),
+    "dare_ties": Thinning("random", elect=True),
+    "della": Thinning("row_rank", elect=True, average=True),
+    "della_linear": Thinning("row_rank"),
+    "breadcrumbs": Thinning("middle"),
+    "breadcrumbs_ties": Thinning("middle", elect=True),
 }
 
 
 @dataclass(frozen=True)
 class Sparse(Method):
-    """One of RULES. density: the share of a delta that stays, in (0, 1]. gamma: the share of largest magnitudes that
+    """One of THINNINGS. density: the share of a delta that stays, in (0, 1]. gamma: the share of largest magnitudes that
     breadcrumbs drops as outliers. epsilon: how far DELLA's probabilities reach from density. seed: of the random drops.
     scale: of the sum.
 
@@ -76,14 +76,14 @@ class Sparse(Method):
     layout: FusedLayout = UNKNOWN
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
-            raise ConfigError(f"method {self.name!r} is not one of {', '.join(RULES)}.")
+        if self.name not in THINNINGS:
+            raise ConfigError(f"method {self.name!r} is not one of {', '.join(THINNINGS)}.")
         if self.base is None:
             raise ConfigError(f"{self.name} needs a base: give the checkpoint that the components were trained from.")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density is {self.density}, expected a share in (0, 1].")
         check_scale(self.scale)
-        options = RULES[self.name].options
+        options = THINNINGS[self.name].options
         if "gamma" in options and not 0 <= self.gamma < 1:
             raise ConfigError(f"gamma is {self.gamma}, expected a share in [0, 1).")
         if "epsilon" in options and self.density < 1 and not 0 <= self.epsilon < min(self.density, 1 - self.density):
@@ -93,14 +93,14 @@ class Sparse(Method):
             )
 
     @property
-    def rule(self) -> Rule:
-        return RULES[self.name]
+    def thinning(self) -> Thinning:
+        return THINNINGS[self.name]
 
     def bind(self, components: Components) -> BoundMethod:
         return _BoundSparse(self, components)
 
     def describe(self, mixture: str | None = None) -> dict[str, Any]:
-        options = {option: getattr(self, option) for option in self.rule.options}
+        options = {option: getattr(self, option) for option in self.thinning.options}
         return {"name": self.name, "base": BASE, "scale": self.scale, **options}
 
 
@@ -112,7 +112,7 @@ class _BoundSparse(BoundMethod):
         super().__init__(method)
         self._components = components
         # A random drop is the same whatever tensor its element is said to belong to, so DARE can do without the layout.
-        self._layout = None if method.rule.keep == "random" else fused_layout(components, method.layout)
+        self._layout = None if method.thinning.keep == "random" else fused_layout(components, method.layout)
         self.partition = Partition(components.tensors, self._layout)
         self._rules: DeltaRules | None = None
 
@@ -120,10 +120,10 @@ class _BoundSparse(BoundMethod):
         return super().describe(mixture) | ({"fused": self._layout.describe()} if self._layout else {})
 
     def prepare(self, plan: BytePlan, threads: int | None) -> None:
-        method, rule = self.method, self.method.rule
+        method, thinning = self.method, self.method.thinning
         num_components = len(self._components.names) - 1
-        shared: dict[str, Any] = {"elect": rule.elect, "average": rule.average, "scale": method.scale}
-        if method.density == 1 or rule.keep in ("largest", "middle"):
+        shared: dict[str, Any] = {"elect": thinning.elect, "average": thinning.average, "scale": method.scale}
+        if method.density == 1 or thinning.keep in ("largest", "middle"):
             windows_SK2 = np.zeros((self.partition.num_parts, num_components, 2), np.int64)
             windows_SK2[:, :, 1] = _ANY
             if method.density < 1:
@@ -134,7 +134,7 @@ class _BoundSparse(BoundMethod):
         numbers = sorted(plan.parts)
         for number, part in zip(numbers, self.partition.parts(numbers), strict=True):
             streams_SK[number] = [random_stream(method.seed, part.name, k) for k in range(num_components)]
-        if rule.keep == "random":
+        if thinning.keep == "random":
             self._rules = DeltaRules("random", density=method.density, streams_SK=streams_SK, **shared)
             return
         tensors, target_S = BytePlan(self._components), np.full(self.partition.num_parts, -1)
@@ -163,7 +163,7 @@ class _BoundSparse(BoundMethod):
             tensors.add_part(part)
         if kept:
             windows_SK2[kept] = tensors.native.delta_magnitudes(np.array(ranks), threads=threads)
-        if self.method.rule.keep == "largest":
+        if self.method.thinning.keep == "largest":
             windows_SK2[kept, :, 1] = _ANY
 
     def recipe(self, weights_MK: np.ndarray, mixtures: Sequence[str]) -> Recipe:
@@ -180,7 +180,7 @@ def kept_ranks(method: Sparse, num_elements: int) -> tuple[int, int]:
     dropped where there are not enough elements. As in mergekit.
     """
     wanted = int(method.density * num_elements)
-    if method.rule.keep == "largest":
+    if method.thinning.keep == "largest":
         return num_elements - max(1, wanted), num_elements - 1
     lowest = max(0, num_elements - wanted - int(method.gamma * num_elements))
     return lowest, lowest + wanted - 1

@@ -13,7 +13,7 @@ from merge_models import NAMES, logical_tensors, model, write_components
 
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.methods_by_name import OPTIONS, make_method
-from megatron_demix.merge.sparse import RULES
+from megatron_demix.merge.sparse import THINNINGS
 
 registry = pytest.importorskip("mergekit.merge_methods.registry", reason="needs mergekit 0.1.5")
 base_module = pytest.importorskip("mergekit.merge_methods.base")
@@ -30,7 +30,7 @@ def sources():
 
 def ours(tmp_path, name, weights, *, deltas=True, **options):
     parts, base = write_components(tmp_path)
-    method = make_method(name, base if deltas or name in RULES else None, **options)
+    method = make_method(name, base if deltas or name in THINNINGS else None, **options)
     (path,) = merge_checkpoints(parts, {"m": weights}, tmp_path / "out", method=method, progress=False, verify="full")
     return logical_tensors(read_checkpoint(path / "release"))
 

@@ -16,7 +16,7 @@ from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.oracle_methods import make_oracle
 from megatron_demix.merge.proxies import ProxyMerger
-from megatron_demix.merge.sparse import RULES
+from megatron_demix.merge.sparse import THINNINGS
 from megatron_demix.merge.verify import verify_merge
 from megatron_demix.native import DeltaRules, MergePlan
 
@@ -27,7 +27,7 @@ BF16 = torch.bfloat16
 def method_of(name, base, *, deltas=True, **options):
     if "density" in OPTIONS[name]:
         options = {"density": 0.6} | options
-    return make_method(name, base if deltas or name in RULES else None, **options)
+    return make_method(name, base if deltas or name in THINNINGS else None, **options)
 
 
 def merged(root, parts, method, mixtures=MIXTURES, **settings):

@@ -22,7 +22,7 @@ from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.logical_tensors import FusedLayout
 from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.proxies import ProxyMerger
-from megatron_demix.merge.sparse import RULES
+from megatron_demix.merge.sparse import THINNINGS
 
 # DEMIX_EXAMPLES=N: so many layouts of each property, for a long run.
 FEW = settings(max_examples=int(os.environ.get("DEMIX_EXAMPLES", "20")), suppress_health_check=list(HealthCheck))
@@ -193,7 +193,7 @@ def test_no_method_sees_how_components_are_stored(data):
     # The first component names the keys, so its layers stay as they are.
     second = [layout(draw, part.tensors, first[0].single if k == 0 else None) for k, part in enumerate(first)]
     name = draw(st.sampled_from(sorted(OPTIONS)))
-    needs_base = name in RULES or name == "linear"
+    needs_base = name in THINNINGS or name == "linear"
     options = {"density": draw(st.sampled_from([0.2, 0.5, 1.0]))} if "density" in OPTIONS[name] else {}
     mixtures = {"even": {"c0": 0.5, "c1": 0.5}, "uneven": {"c0": 0.9, "c1": 0.1}, "one": {"c1": 1.0}}
     with somewhere() as root:
