@@ -7,17 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
 from megatron_demix.checkpoint.metadata import Chunk, Shape, TensorInfo
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.native import crc32
-
-# numpy has no bfloat16: its elements are handled as the 16 bits they are.
-ARRAY_DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype("<u2"),
-}
 
 
 class ElementReader:

@@ -13,7 +13,8 @@ import numpy as np
 
 from megatron_demix.artifact import remove_leftovers, rename_new, sync_path, temporary_beside
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
-from megatron_demix.checkpoint.elements import ARRAY_DTYPES, ElementReader
+from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
+from megatron_demix.checkpoint.elements import ElementReader
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.model_function import DESCRIBING
 from megatron_demix.checkpoint.output import resolved

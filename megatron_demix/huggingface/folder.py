@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.artifact import read_json
-from megatron_demix.checkpoint.elements import ARRAY_DTYPES
+from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 
 COMPANIONS = "huggingface"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
+from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
 from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.metadata import TensorInfo
@@ -24,7 +25,7 @@ from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 from megatron_demix.merge.grid import Grid
 
-MERGEABLE = ("float32", "bfloat16", "float16")
+MERGEABLE = tuple(ARRAY_DTYPES)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_demix.checkpoint.dtypes import ITEM_BYTES
+from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES, ITEM_BYTES
 from megatron_demix.checkpoint.metadata import Shape
 from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.merge.components import Components
@@ -16,7 +16,6 @@ from megatron_demix.merge.components import Components
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TINY = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 
-_NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 # From here on a sum in float32 may overflow where one in float64 does not.
 _OVERFLOW = 3.4e38
 
@@ -42,7 +41,7 @@ def elements(payload: Payload, indices: np.ndarray) -> np.ndarray:
 
 
 def to_float64(raw: bytes, dtype: str) -> np.ndarray:
-    return _widened(np.frombuffer(raw, _NUMPY[dtype]), dtype)
+    return _widened(np.frombuffer(raw, ARRAY_DTYPES[dtype]), dtype)
 
 
 def _widened(stored: np.ndarray, dtype: str) -> np.ndarray:
@@ -78,7 +77,7 @@ def component_box(components: Components, k: int, key: str, lo: Shape, hi: Shape
             continue
         payload = components.payload(k, info, i)
         strides = [s * ITEM_BYTES[info.dtype] for s in payload.strides]
-        stored = np.ndarray(chunk.shape, _NUMPY[info.dtype], payload.record.data, payload.offset_bytes, strides)
+        stored = np.ndarray(chunk.shape, ARRAY_DTYPES[info.dtype], payload.record.data, payload.offset_bytes, strides)
         inside = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, chunk.offset, strict=True))
         box[tuple(slice(a - o, b - o) for a, b, o in zip(first, last, lo, strict=True))] = _widened(stored[inside], info.dtype)
     return box

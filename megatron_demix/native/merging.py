@@ -14,13 +14,8 @@ import numpy as np
 from megatron_demix.native.core import core
 from megatron_demix.native.machine import default_threads, instruction_set
 
-_DTYPES = {
-    "float32": core.DType.f32,
-    "bfloat16": core.DType.bf16,
-    "float16": core.DType.f16,
-}
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
+# The core's name of each type it sums, and the bytes of an element.
+_DTYPES = {"float32": (core.DType.f32, 4), "bfloat16": (core.DType.bf16, 2), "float16": (core.DType.f16, 2)}
 
 # A thread of a merge into files fills one tile of every mixture while another is on its way to the disk.
 BUFFERS_PER_THREAD: int = core.buffers_per_thread
@@ -46,7 +41,7 @@ class MergePlan:
     @property
     def target_bytes(self) -> list[int]:
         """[T] size of each target, in its output dtype."""
-        return [n * _ITEM_BYTES[dtype] for n, dtype in self._targets]
+        return [n * _DTYPES[dtype][1] for n, dtype in self._targets]
 
     def add_record(self, data: np.ndarray, crc: int) -> int:
         """data: contiguous uint8, kept alive by the plan. crc: the CRC-32 its container promises. Returns its index."""
@@ -58,7 +53,7 @@ class MergePlan:
 
     def add_target(self, shape: Sequence[int], dtype_in: str, dtype_out: str) -> int:
         """A box of 1 to 8 dimensions. Returns its index."""
-        index = self._plan.add_target(list(shape), _DTYPES[dtype_in], _DTYPES[dtype_out])
+        index = self._plan.add_target(list(shape), _DTYPES[dtype_in][0], _DTYPES[dtype_out][0])
         self._targets.append((math.prod(shape), dtype_out))
         return index
 
