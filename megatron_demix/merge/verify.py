@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,8 +115,6 @@ def _agree(found: np.ndarray, expected: Expected, dtype: str) -> np.ndarray:
 
 
 def _read_with_torch(merged: Checkpoint, chunks: Sequence[tuple[TensorInfo, int]], label: str) -> None:
-    import io
-
     import torch
     from torch.distributed.checkpoint import FileSystemReader
 

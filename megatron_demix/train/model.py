@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import TransformerConfig
@@ -25,14 +27,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.attention import CausalAttention
 from megatron_demix.train.compat import on_cpu
 from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
-
-if TYPE_CHECKING:
-    from megatron_demix.checkpoint.live import LiveTensor
 
 
 def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) -> None:
@@ -253,11 +253,6 @@ def live_tensors(model: GPTModel) -> list[LiveTensor]:
     Parameters that the checkpoint holds as several tensors (SwiGLU's fc1: gate and up) come as that many views. A tied
     embedding's copy on the last pipeline stage comes under the embedding's key, so that writing all views keeps it equal.
     """
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
-    from megatron_demix.checkpoint.live import LiveTensor
-
     sharded = model.sharded_state_dict()
     apply_factories(sharded)
     return [
