@@ -36,7 +36,6 @@ def bits_per_byte(nats_T: np.ndarray, windows: Windows) -> float:
 
 def _losses(model: torch.nn.Module, windows: Windows, micro_batch_size: int) -> torch.Tensor:
     """float32 [num_targets]; only meaningful on the last pipeline stage."""
-    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     device = next(model.parameters()).device
@@ -67,19 +66,15 @@ def _losses(model: torch.nn.Module, windows: Windows, micro_batch_size: int) -> 
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            for batch in batches():
-                losses_of.append(model(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous()).float())
-        else:
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=batches(),
-                model=[model],
-                num_microbatches=num_micro_batches,
-                seq_length=seq_length,
-                micro_batch_size=micro_batch_size,
-                forward_only=True,
-            )
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches(),
+            model=[model],
+            num_microbatches=num_micro_batches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=True,
+        )
     model.train(was_training)
     if not losses_of:
         return torch.empty(windows.num_targets, dtype=torch.float32, device=device)
