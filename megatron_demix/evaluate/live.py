@@ -47,13 +47,12 @@ class Cache(StaticInferenceContext):
 class LiveModel:
     """A pipeline stage (train.model.build_model with cached=True), whose parameters may change from call to call.
 
-    max_tokens: longest text it takes, in tokens. num_forward_tokens counts what it has been asked to run, per rank.
+    max_tokens: longest text it takes, in tokens.
     """
 
     def __init__(self, stage: GPTModel, *, vocab_size: int, max_tokens: int) -> None:
         self.stage, self.vocab_size, self.max_tokens = stage, vocab_size, max_tokens
         self.device = next(stage.parameters()).device
-        self.num_forward_tokens = 0
         self._pipeline = parallel_state.get_pipeline_model_parallel_group()
         self._experts = parallel_state.get_expert_model_parallel_group()
         self._rank, self._last = self._pipeline.rank(), self._pipeline.size() - 1
@@ -72,7 +71,6 @@ class LiveModel:
         output, [n, R, hidden], on the last pipeline stage; None on the others."""
         tokens = torch.as_tensor(tokens, dtype=torch.int64).to(self.device)
         num_rows, num_new = tokens.shape
-        self.num_forward_tokens += tokens.numel()
         positions = torch.arange(cache.num_tokens, cache.num_tokens + num_new, device=self.device).expand(num_rows, -1)
         config = self.stage.config
         if self._rank > 0:
