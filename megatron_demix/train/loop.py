@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 
@@ -52,68 +52,109 @@ def run(job: TrainJob) -> None:
             guard = DivergenceGuard(job.train, job.name, [row["lm loss"] for row in read_losses(job.work / FILE)])
             evaluated = [journal.evaluated if journal else 0]
             torch.distributed.broadcast_object_list(evaluated)
-
-            def save() -> None:
-                watchdog.progress(f"saving iteration {iteration}")
-                if journal:
-                    journal.sync()
-                checkpoints.save(iteration)
-
-            def is_due(interval: int | None) -> bool:
-                return iteration == job.train_iters or (interval is not None and iteration % interval == 0)
-
+            steps = _Run(job, stepper, clock, checkpoints, guard, journal, watchdog, stop, data, valid, iteration)
             # The last iteration may have been saved, but not evaluated.
-            unevaluated = bool(valid) and iteration > evaluated[0] and is_due(job.eval_interval)
-            if journal and iteration == job.train_iters and not unevaluated:
-                print(f"run {job.name}: all {iteration} iterations are done and saved in {job.work}.", flush=True)
-            while unevaluated or iteration < job.train_iters:
-                row: dict[str, float] = {}
-                stopped, saved = False, True
-                if not unevaluated:
-                    watchdog.progress(f"iteration {iteration + 1}")
-                    result = stepper.train(data, iteration, stop=stop)
-                    iteration += 1
-                    guard.check(iteration, result.loss, result.grad_norm)
-                    row = {
-                        "iteration": iteration,
-                        "lm loss": result.loss,
-                        "learning-rate": result.learning_rate,
-                        "grad-norm": result.grad_norm,
-                    }
-                    if journal:
-                        journal.step(row)
-                    stopped = result.stop
-                    if saved := stopped or iteration in job.keep or is_due(job.train.save_interval):
-                        save()
-                    unevaluated = bool(valid) and is_due(job.eval_interval)
-                if unevaluated and not stopped:
-                    losses = _evaluate(stepper, valid, stop, partial(watchdog.progress, f"evaluating iteration {iteration}"))
-                    unevaluated = stopped = losses is None
-                    if losses is None and not saved:
-                        save()
-                    elif losses is not None and journal:
-                        row |= losses
-                        journal.evaluation({"iteration": iteration, **losses})
-                if "lm loss" in row and is_due(job.train.log_interval):
-                    straggler = compare_ranks(clock)
-                    if journal:
-                        journal.speak(row, straggler)
-                if stopped and (unevaluated or iteration < job.train_iters):
-                    raise Incomplete(
-                        f"run {job.name}: stopped by {stop.signal.name if stop.signal else 'another rank'} after iteration "
-                        f"{iteration} of {job.train_iters}, saved in {job.work}. Run the same command again to go on."
-                    )
+            steps.unevaluated = iteration > evaluated[0] and steps.evaluation_is_due()
+            steps.to_the_end()
         checkpoints.finish()
 
 
-def _evaluate(
-    stepper: Stepper, valid: Mapping[str, torch.utils.data.Dataset], stop: StopRequest, progress: Callable[[], None]
-) -> dict[str, float] | None:
-    """Losses of all validation sets, as validation.jsonl names them; None where a rank was asked to stop."""
-    losses = {}
-    for name, samples in valid.items():
-        loss = stepper.evaluate(samples, stop=stop, progress=progress)
-        if loss is None:
-            return None
-        losses[f"lm loss validation-{name}"] = loss
-    return losses
+@dataclass
+class _Run:
+    """A run between two of its steps. Every rank has one, and takes the same steps; the first one has the journal."""
+
+    job: TrainJob
+    stepper: Stepper
+    clock: StepClock
+    checkpoints: Checkpoints
+    guard: DivergenceGuard
+    journal: Journal | None
+    watchdog: Watchdog
+    stop: StopRequest
+    data: torch.utils.data.Dataset
+    valid: Mapping[str, torch.utils.data.Dataset]
+    iteration: int
+    unevaluated: bool = False
+    """Whether the validation losses of this iteration are due, and not there."""
+    stopped: bool = False
+    """Whether a rank was asked to stop, as all of them know."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.iteration == self.job.train_iters and not self.unevaluated
+
+    def is_due(self, interval: int | None) -> bool:
+        return self.iteration == self.job.train_iters or (interval is not None and self.iteration % interval == 0)
+
+    def evaluation_is_due(self) -> bool:
+        return bool(self.valid) and self.is_due(self.job.eval_interval)
+
+    def to_the_end(self) -> None:
+        """Raises Incomplete, with everything saved, where a rank is asked to stop before that."""
+        if self.journal and self.is_complete:
+            print(f"run {self.job.name}: all {self.iteration} iterations are done and saved in {self.job.work}.", flush=True)
+        if self.unevaluated:
+            self.evaluate()
+            self.end_if_stopped()
+        while self.iteration < self.job.train_iters:
+            row = self.train_one()
+            saved = self.stopped or self.iteration in self.job.keep or self.is_due(self.job.train.save_interval)
+            if saved:
+                self.save()
+            if self.unevaluated and not self.stopped:
+                row |= self.evaluate()
+                if self.stopped and not saved:
+                    self.save()
+            if self.is_due(self.job.train.log_interval):
+                straggler = compare_ranks(self.clock)
+                if self.journal:
+                    self.journal.speak(row, straggler)
+            self.end_if_stopped()
+
+    def train_one(self) -> dict[str, float]:
+        """The iteration's row of losses.jsonl."""
+        self.watchdog.progress(f"iteration {self.iteration + 1}")
+        result = self.stepper.train(self.data, self.iteration, stop=self.stop)
+        self.iteration += 1
+        self.guard.check(self.iteration, result.loss, result.grad_norm)
+        row: dict[str, float] = {
+            "iteration": self.iteration,
+            "lm loss": result.loss,
+            "learning-rate": result.learning_rate,
+            "grad-norm": result.grad_norm,
+        }
+        if self.journal:
+            self.journal.step(row)
+        self.stopped, self.unevaluated = result.stop, self.evaluation_is_due()
+        return row
+
+    def save(self) -> None:
+        self.watchdog.progress(f"saving iteration {self.iteration}")
+        if self.journal:
+            self.journal.sync()
+        self.checkpoints.save(self.iteration)
+
+    def evaluate(self) -> dict[str, float]:
+        """Losses of all validation sets, as validation.jsonl names them; none where a rank was asked to stop."""
+        losses = {}
+        for name, samples in self.valid.items():
+            loss = self.stepper.evaluate(samples, stop=self.stop, progress=self._begin_evaluating)
+            if loss is None:
+                self.stopped = True
+                return {}
+            losses[f"lm loss validation-{name}"] = loss
+        self.unevaluated = False
+        if self.journal:
+            self.journal.evaluation({"iteration": self.iteration, **losses})
+        return losses
+
+    def _begin_evaluating(self) -> None:
+        self.watchdog.progress(f"evaluating iteration {self.iteration}")
+
+    def end_if_stopped(self) -> None:
+        if self.stopped and not self.is_complete:
+            by = self.stop.signal.name if self.stop.signal else "another rank"
+            raise Incomplete(
+                f"run {self.job.name}: stopped by {by} after iteration {self.iteration} of {self.job.train_iters}, saved in "
+                f"{self.job.work}. Run the same command again to go on."
+            )
