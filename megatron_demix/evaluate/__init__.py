@@ -1,1 +1,1 @@
-"""Scores of a model: validation loss per domain in bits per byte, over fixed token windows."""
+"""Scores of models: bits per byte of each domain over fixed token windows, and tasks; of live proxies, or of checkpoints."""

@@ -20,7 +20,7 @@ from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError
 from megatron_demix.evaluate.generate import generate
 from megatron_demix.evaluate.likelihood import Request, likelihoods
-from megatron_demix.evaluate.tasks.suite import TextCodec, encode
+from megatron_demix.evaluate.suite import TextCodec, encode
 
 try:
     from lm_eval.api.model import TemplateLM

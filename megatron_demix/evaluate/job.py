@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.evaluate.ensemble import FOLDER, DomainText, Texts, keep, remove_unfinished
 from megatron_demix.evaluate.scores import Score, ScoreTable
-from megatron_demix.evaluate.tasks.suite import Scored, Suite, TextCodec, read_task
+from megatron_demix.evaluate.tasks.task import read_task
 from megatron_demix.evaluate.windows import Windows, read_windows
 from megatron_demix.native import default_threads
 from megatron_demix.progress import Heartbeat
@@ -27,6 +27,7 @@ from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 if TYPE_CHECKING:
     from megatron_demix.checkpoint.live import LiveTensor
     from megatron_demix.evaluate.patience import Patience
+    from megatron_demix.evaluate.suite import Scored, Suite, TextCodec
 
 SCORES, NOTES = "scores.json", "tasks.json"
 
@@ -182,6 +183,7 @@ def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> 
     assert job.tokenizer is not None
     import torch
 
+    from megatron_demix.evaluate.suite import Suite
     from megatron_demix.evaluate.tasks.sandbox import is_isolated
 
     tasks = [read_task(spec, spec.split or "") for spec in job.tasks]
@@ -219,6 +221,7 @@ def _scorer(
     """What scores the model as it is at the time. Its tokens are those of domains, then those of tasks."""
     from megatron_demix.evaluate.live import LiveModel
     from megatron_demix.evaluate.loss import bits_per_byte, token_nats
+    from megatron_demix.evaluate.suite import Scored
 
     live = LiveModel(model, vocab_size=job.vocab_size, max_tokens=job.max_tokens) if suite else None
 

@@ -99,7 +99,7 @@ def collect(dag: Dag) -> ReportData:
 def _tasks(dag: Dag) -> dict[str, Task]:
     if not dag.study.evaluate.tasks:
         return {}
-    from megatron_demix.evaluate.tasks.suite import share_items
+    from megatron_demix.evaluate.tasks.task import share_items
 
     stages = unique(r.scores for r in dag.rounds)
     notes = [row for stage in stages if (file := stage.folder / NOTES).is_file() for row in read_json(file).values()]

@@ -54,7 +54,7 @@ class TaskInputs:
 def check_tasks(inputs: TaskInputs) -> None:
     """Read the items that will be scored, days from now, and try what judges them. Raises what scoring would."""
     from megatron_demix.evaluate.tasks.answers import Judge
-    from megatron_demix.evaluate.tasks.suite import read_task
+    from megatron_demix.evaluate.tasks.task import read_task
 
     tasks = [read_task(spec, spec.split or "") for spec in [*inputs.search.specs, *inputs.final.specs]]
     for kind in {task.format.kind for task in tasks if task.generates}:
@@ -65,11 +65,11 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
     """root: what relative paths start from. Raises ConfigError where files are absent, unless the digests allow that."""
     if not study.evaluate.tasks:
         return TaskInputs()
-    from megatron_demix.evaluate.tasks import suite
+    from megatron_demix.evaluate.tasks import task
     from megatron_demix.evaluate.tasks.records import with_labels
 
     def read(spec: TaskSpec) -> str:
-        files, shots = suite.task_files(spec, spec.split or "")
+        files, shots = task.task_files(spec, spec.split or "")
         return digests.of(with_labels([*files, *shots]))
 
     def scored(split_of: Callable[[TaskSpec], str]) -> ScoredTasks:
@@ -80,4 +80,4 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
         found = [digests.answer(f"task {spec.model_dump_json()}", partial(read, spec)) for spec in specs]
         return ScoredTasks(specs, found, read)
 
-    return TaskInputs(scored(suite.search_split), scored(suite.final_split))
+    return TaskInputs(scored(task.search_split), scored(task.final_split))

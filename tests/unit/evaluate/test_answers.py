@@ -12,11 +12,11 @@ import pytest
 from task_files import HUMANEVAL, MBPP, write_all
 
 from megatron_demix.errors import ConfigError, StageFailed
-from megatron_demix.evaluate import job
+from megatron_demix.evaluate import job, suite
 from megatron_demix.evaluate.tasks import answers, confine, sandbox
 from megatron_demix.evaluate.tasks.answers import Judge, Judgement, boxed, final_number, normalised
 from megatron_demix.evaluate.tasks.sandbox import run_python
-from megatron_demix.evaluate.tasks.suite import read_task
+from megatron_demix.evaluate.tasks.task import read_task
 from megatron_demix.study.search import TaskSpec
 from megatron_demix.study.training import ParallelSpec
 
@@ -171,7 +171,7 @@ def test_a_library_that_takes_too_long_is_no_answers_fault(elsewhere, monkeypatc
 
 def test_as_many_are_judged_side_by_side_as_there_are_processors_for_this_process(tasks, monkeypatch):
     given = {}
-    monkeypatch.setattr(job, "Suite", lambda *_, **options: given.update(options) or SimpleNamespace(runs_code=False))
+    monkeypatch.setattr(suite, "Suite", lambda *_, **options: given.update(options) or SimpleNamespace(runs_code=False))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     spec = TaskSpec(name="gsm8k", format="gsm8k", path=tasks["gsm8k"], split="test")

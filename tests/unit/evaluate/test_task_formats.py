@@ -8,7 +8,7 @@ from task_files import ARC, ARC_ARCHIVE, GSM8K, HELLASWAG, MATH, MBPP, PIQA, wri
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.tasks.formats import FORMATS
 from megatron_demix.evaluate.tasks.records import with_labels
-from megatron_demix.evaluate.tasks.suite import final_split, read_task, search_split, share_items
+from megatron_demix.evaluate.tasks.task import final_split, read_task, search_split, share_items
 from megatron_demix.study.search import TASK_SCORES, TaskSpec
 
 

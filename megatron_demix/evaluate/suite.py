@@ -1,8 +1,7 @@
-"""The tasks of a study, ready for any number of models: read and encoded once, scored in place."""
+"""The tasks of a study, ready for any number of models: encoded once, scored in place."""
 
 from __future__ import annotations
 
-import filecmp
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,19 +10,18 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.errors import ConfigError
 from megatron_demix.evaluate.ensemble import TaskText
+from megatron_demix.evaluate.generate import generate
+from megatron_demix.evaluate.likelihood import Likelihood, Request, likelihoods
 from megatron_demix.evaluate.scores import Score
 from megatron_demix.evaluate.tasks.answers import Judge
 from megatron_demix.evaluate.tasks.choices import Choices
-from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
-from megatron_demix.evaluate.tasks.records import find_files, read_records
-from megatron_demix.study.search import GENERATED, TaskSpec
+from megatron_demix.evaluate.tasks.formats import Item
+from megatron_demix.evaluate.tasks.task import Task
+from megatron_demix.study.search import GENERATED
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from megatron_demix.evaluate.likelihood import Likelihood, Request
     from megatron_demix.evaluate.live import LiveModel
 
 
@@ -37,80 +35,6 @@ class TextCodec(Protocol):
     def pieces(self) -> Sequence[bytes]: ...
 
     def encode_batch(self, texts: Sequence[str], /) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-def search_split(spec: TaskSpec) -> str:
-    published = FORMATS[spec.format].splits
-    return spec.split or next(s for s in ("validation", "test") if s in published)
-
-
-def final_split(spec: TaskSpec) -> str:
-    published = FORMATS[spec.format].splits
-    return spec.final_split or ("test" if "test" in published else search_split(spec))
-
-
-def task_files(spec: TaskSpec, split: str) -> tuple[list[Path], list[Path]]:
-    """The files of a task's questions, and those of its worked examples. Raises ConfigError."""
-    form = FORMATS[spec.format]
-
-    def found(wanted: str) -> list[Path]:
-        return find_files(spec.path, wanted, spec.name, by_subject=form.by_subject)
-
-    return found(split), found(form.examples) if spec.num_shots and form.examples else []
-
-
-def share_items(searched: TaskSpec, final: TaskSpec) -> bool:
-    """Whether one task, scored on two splits (spec.split), is scored on the same items: the splits may come from one file, or
-    from files of the same bytes. Of files that are gone, the splits' names are believed."""
-    if searched.split == final.split:
-        return True
-    if FORMATS[searched.format].split_of is not None:
-        return False  # one file, whose records say their split
-    try:
-        (files, _), (others, _) = (task_files(spec, spec.split or "") for spec in (searched, final))
-        return any(a.samefile(b) or filecmp.cmp(a, b, shallow=False) for a in files for b in others)
-    except (ConfigError, OSError):
-        return False
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task's questions. header: the worked examples, in front of every context."""
-
-    spec: TaskSpec
-    items: Sequence[Item]
-    header: str
-
-    @property
-    def format(self) -> Format:
-        return FORMATS[self.spec.format]
-
-    @property
-    def generates(self) -> bool:
-        """Whether a model writes answers that have to be judged."""
-        return bool(GENERATED & set(self.spec.score_names.values()))
-
-
-def read_task(spec: TaskSpec, split: str) -> Task:
-    """Raises ConfigError where files are absent, CorruptInput where a record is not what the format has."""
-    form = FORMATS[spec.format]
-    files, shot_files = task_files(spec, split)
-    items = form.items(read_records(files, spec.format, form.keys), split)
-    shots: list[Item] = []
-    if spec.num_shots and form.examples:
-        if shot_files == files and form.split_of is None:
-            shots, items = items[: spec.num_shots], items[spec.num_shots :]
-        else:
-            shots = form.items(read_records(shot_files, spec.format, form.keys), form.examples)[: spec.num_shots]
-    if len(shots) < spec.num_shots:
-        raise CorruptInput(
-            f"task {spec.name!r}: {len(shots)} worked examples in {shot_files[0]}, num_shots is {spec.num_shots}."
-        )
-    if not items:
-        raise CorruptInput(f"task {spec.name!r}: no item of split {split!r} in {files[0]}; nothing could be scored.")
-    count = min(spec.limit or len(items), len(items))
-    spread = [items[i * len(items) // count] for i in range(count)]
-    return Task(spec, spread, "".join(f"{shot.shot}\n\n" for shot in shots))
 
 
 @dataclass
@@ -210,8 +134,6 @@ class _EncodedTask:
     def share_right(self, model: LiveModel, batch_tokens: int, notes: dict[str, int], *, judges: bool) -> float:
         """The share of right answers (NaN without `judges`); adds to the notes how many prompts were cut, how many answers did
         not end by themselves, and how many had to be stopped when they were judged."""
-        from megatron_demix.evaluate.generate import generate
-
         prompts, num_cut = self._prompts
         answers = generate(
             model,
@@ -232,8 +154,6 @@ class _EncodedTask:
 
     def likelihoods(self, model: LiveModel, batch_tokens: int, notes: dict[str, int]) -> list[Likelihood]:
         """Of all answers. Adds to the notes how many texts are too long for the model; their beginning is left out."""
-        from megatron_demix.evaluate.likelihood import likelihoods
-
         notes["cut"] += self._requests[1]
         return likelihoods(model, self._requests[0], batch_tokens=batch_tokens)
 
@@ -271,8 +191,6 @@ def encode_pairs(codec: TextCodec, pairs: Sequence[tuple[str, str]], max_tokens:
     context alone has. Blanks that end a context go to the continuation, where tokenizers have them. An empty context is
     end-of-document.
     """
-    from megatron_demix.evaluate.likelihood import Request
-
     moved = [(c.rstrip(), c[len(c.rstrip()) :] + continuation) for c, continuation in pairs]
     alone = encode(codec, [context for context, _ in moved])
     whole = encode(codec, [context + continuation for context, continuation in moved])
