@@ -10,7 +10,6 @@ this way to predict mixtures).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from megatron_demix.artifact import is_temporary, read_json, sync_path, temporary_beside, write_json
 from megatron_demix.errors import CorruptInput, storage_errors
-from megatron_demix.evaluate.tasks.choices import Choices
+from megatron_demix.evaluate.tasks.choices import Choices, bits_per_byte
 
 FOLDER, TEXTS = "tokens", "texts.json"
 _AT_ONCE = 1 << 22
@@ -134,7 +133,7 @@ class Ensemble:
         begin = 0
         for domain, text in self.texts.domains.items():
             nats_MR = self._nats(weights_MK, begin, text.lengths())
-            found[domain] = nats_MR.sum(axis=1) / math.log(2) / text.target_bytes
+            found[domain] = bits_per_byte(nats_MR.sum(axis=1), text.target_bytes)
             begin += text.num_windows * text.window_tokens
         for task in self.texts.tasks.values():
             nats_MR = self._nats(weights_MK, begin, task.tokens_R)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.evaluate.ensemble import FOLDER, DomainText, Texts, keep, remove_unfinished
 from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.evaluate.tasks.choices import bits_per_byte
 from megatron_demix.evaluate.tasks.task import read_task
 from megatron_demix.evaluate.windows import Windows, read_windows
 from megatron_demix.native import default_threads
@@ -220,14 +221,14 @@ def _scorer(
 ) -> Callable[[], Scored]:
     """What scores the model as it is at the time. Its tokens are those of domains, then those of tasks."""
     from megatron_demix.evaluate.live import LiveModel
-    from megatron_demix.evaluate.loss import bits_per_byte, token_nats
+    from megatron_demix.evaluate.loss import token_nats
     from megatron_demix.evaluate.suite import Scored
 
     live = LiveModel(model, vocab_size=job.vocab_size, max_tokens=job.max_tokens) if suite else None
 
     def score() -> Scored:
         nats = {w.name: token_nats(model, w, micro_batch_size=job.micro_batch_size) for w in windows}
-        losses = {w.name: bits_per_byte(nats[w.name], w) for w in windows}
+        losses = {w.name: bits_per_byte(float(nats[w.name].sum(dtype=np.float64)), w.target_bytes) for w in windows}
         if suite is None or live is None:
             return Scored(losses, token_nats=[*nats.values()])
         tokens = job.micro_batch_size * job.train.seq_length

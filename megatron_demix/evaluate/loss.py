@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,11 +26,6 @@ def token_nats(model: torch.nn.Module, windows: Windows, *, micro_batch_size: in
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
     return losses.cpu().numpy()
-
-
-def bits_per_byte(nats_T: np.ndarray, windows: Windows) -> float:
-    """Sum of -log2 p(target) over all targets, added in float64, divided by the bytes they stand for."""
-    return float(nats_T.sum(dtype=np.float64)) / math.log(2) / windows.target_bytes
 
 
 def _losses(model: torch.nn.Module, windows: Windows, micro_batch_size: int) -> torch.Tensor:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+_Nats = TypeVar("_Nats", float, np.ndarray)
+
+
+def bits_per_byte(nats: _Nats, num_bytes: int) -> _Nats:
+    """From -log p of a text of so many bytes; of one model, or [M] of several."""
+    return nats / math.log(2) / num_bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Choices:
         return {
             "acc": self._share_right(nats_R, first_I),
             "acc_norm": self._share_right(nats_R / self.answer_chars_R, first_I),
-            "bits_per_byte": float(gold_nats) / math.log(2) / self.gold_bytes,
+            "bits_per_byte": bits_per_byte(float(gold_nats), self.gold_bytes),
         }
 
     def _share_right(self, cost_R: np.ndarray, first_I: np.ndarray) -> float:
