@@ -297,6 +297,7 @@ def _make(study: Opened, stages: list[Stage], *, of_study: bool = True) -> None:
             jobs=launch.jobs,
             threads_per_rank=launch.threads_per_rank,
             display=Display(quiet=asked.quiet),
+            foreseen=dag.foreseen(study.started.until) if of_study else (),
             locked=begin,
         )
     if study.started.until == "prepare":
@@ -322,7 +323,7 @@ def _submit(study: Opened) -> None:
     from megatron_demix.pipeline.task_inputs import check_tasks
 
     check_tasks(study.dag.tasks)
-    preflight.check(study.stages)
+    preflight.check(study.dag.foreseen(study.started.until))
     facts = _backend(study).submit()
     print(json.dumps(facts, indent=1) if study.asked.json else facts["said"])
 

@@ -110,7 +110,7 @@ class _EncodedTask:
     def __init__(self, task: Task, codec: TextCodec, max_tokens: int, workers: int) -> None:
         self.spec, self.items, self._task, self._codec, self._max_tokens = task.spec, task.items, task, codec, max_tokens
         self._max_new_tokens = task.spec.max_new_tokens or min(512, max_tokens // 2)
-        if task.generates:
+        if task.spec.generates:
             self._judge = Judge(task.format.kind, timeout_s=task.spec.timeout, workers=workers)
 
     @cached_property

@@ -39,11 +39,13 @@ def run_stages(
     jobs: int,
     threads_per_rank: int,
     display: Display,
+    foreseen: Sequence[Stage] = (),
     locked: Callable[[], None] = lambda: None,
 ) -> None:
     """Make every stage that is not done, needs first, at most `jobs` at a time, each with GPUs of its own where there are any.
 
-    locked: called first, when the run's lock is held; what it raises ends this.
+    foreseen: stages that are to be made later, and have to be possible, too. locked: called first, when the run's lock is held;
+    what it raises ends this.
 
     Raises the error of the first stage that fails, after the children still running have saved and stopped. Raises Incomplete
     on SIGTERM or Ctrl-C, and where another process already works on this run.
@@ -58,7 +60,7 @@ def run_stages(
                 remove_leftovers(folder)
         for stage in pending:
             forget(stage)
-        preflight.check(stages, _remembered)
+        preflight.check([*stages, *foreseen], _remembered)
         display.begin(stages, already_done=[s for s in stages if s not in pending])
         children: list[_Child] = []
         devices = _devices() if jobs > 1 else []
@@ -87,7 +89,7 @@ def run_stages(
                     display.started(stage)
                     _finish(stage, time.monotonic(), metrics, display)
                     if stage.kind in ("data", "rounds"):
-                        preflight.check(stages, _remembered)
+                        preflight.check([*stages, *foreseen], _remembered)
                 else:
                     display.refresh([c.stage for c in children])
                     time.sleep(0.1)

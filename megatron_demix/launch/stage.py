@@ -356,7 +356,7 @@ def main() -> int:
         dag = build_dag(study, options.root or options.study, options.run)
         stage = dag.stage(options.stage)
         last = Started.read(dag.run)
-        beside = dag.until(last.until if last else None) if stage.kind not in PARTS["prepare"] | {"clean"} else []
+        beside = dag.foreseen(last.until if last else None) if stage.kind not in PARTS["prepare"] | {"clean"} else []
         known = True
     except Exception as e:
         stop.settled = True

@@ -19,20 +19,21 @@ from megatron_demix.study.study import Study
 from megatron_demix.study.training import ModelSpec
 from megatron_demix.train import derived
 
-_EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
 class GivenCheckpoint:
     """path: the folder that holds `.metadata`; "" where it is missing, and may be. digest: of the model's tensors, wherever
-    they lie. function, sizes: what the saved arguments say of it (model_function, model_sizes). rows: of its embedding, where
-    it has one."""
+    they lie. function, sizes: what the saved arguments say of it (model_function, model_sizes). rows, dtype: of its embedding,
+    where it has one."""
 
     path: str
     digest: str
     function: Mapping[str, Any]
     rows: int | None
-    sizes: Mapping[str, Any] = field(default_factory=dict)  # earlier versions kept none with the digest
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # earlier versions kept none with the digest, and no dtype
+    dtype: str | None = None
 
 
 def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
@@ -58,8 +59,21 @@ def _facts(folder: Path) -> dict[str, Any]:
     tensors, digest = checkpoint.model_tensors, weights_digest(checkpoint)
     arguments = model_arguments(read_common_state(checkpoint))
     function, sizes = _as_json(model_function(arguments)), _as_json(model_sizes(arguments))
-    rows = tensors[_EMBEDDING].shape[0] if _EMBEDDING in tensors else None
-    return {"digest": digest, "function": function, "rows": rows, "sizes": sizes}
+    embedding = tensors.get(EMBEDDING)
+    seen = {"rows": embedding.shape[0], "dtype": embedding.dtype} if embedding else {"rows": None}
+    return {"digest": digest, "function": function, "sizes": sizes, **seen}
+
+
+def check_precision(study: Study, base: str, dtype: str | None) -> None:
+    """Raises IncompatibleInputs where proxies are merged from what components add to the base, and that is of another type than
+    they will be. dtype: of the base's embedding."""
+    trained = {"fp32": "float32", "bf16": "bfloat16"}[study.train.precision]
+    if study.search.proxies == "merged" and study.merge.needs_base and dtype not in (None, trained):
+        raise IncompatibleInputs(
+            f"study {study.name!r}: the base {base} is {dtype}, and components are trained as {trained} (train.precision); "
+            f"merge.method {study.merge.method} with these options subtracts one from the other, in one type. Give a base that "
+            f"is {trained}, set train.precision to its type, or merge without the base (method linear, no scale)."
+        )
 
 
 def check_function(study: Study, checkpoint: Path, found: GivenCheckpoint) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.artifact import write_json
+from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.huggingface.config import from_huggingface, read_config
+from megatron_demix.pipeline.given_checkpoint import EMBEDDING, check_precision
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import POINTER, Stage
 from megatron_demix.study.study import Study
@@ -95,6 +97,8 @@ def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stag
             transformer_impl="local" if study.model.transformer_impl == "local" else "transformer_engine",
             progress=False,
         )
+        embedding = Checkpoint(target / IMPORTED, read_ahead=False).model_tensors[EMBEDDING]
+        check_precision(study, str(folder), embedding.dtype)
         write_json(target / POINTER, {"checkpoint": IMPORTED})
 
     return Stage("base/base", run, settings, (), make)

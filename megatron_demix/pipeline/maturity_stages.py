@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import TOLERANCE, Mixture
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.foundation import Foundation
@@ -46,6 +47,12 @@ def maturity(foundation: Foundation) -> Maturity:
         trained = train_stages.on_merge_weights(study, name, run, foundation.tokenizer, data, base, centroid, seed=seed)
         return train_stages.averaged(study, run, trained)
 
+    mixed_in = [n for n, rule in enumerate(study.merge.rules or ()) if set(rule.weights or ()) & set(foundation.mixed)]
+    if known and mixed_in:
+        raise ConfigError(
+            f"component.maturity_seeds: where {known!r} is trained anyway, the check merges the components of single domains, "
+            f"and merge.rules.{mixed_in[0]} gives a weight to a mixed one. Take one of both out."
+        )
     trained = {f"{TRAINED_CENTROID}{number}": trained_with(number) for number in range(study.component.maturity_seeds)}
     components = foundation.components if known else foundation.merged
 

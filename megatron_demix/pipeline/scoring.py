@@ -34,16 +34,16 @@ def scores_proxies(study: Study) -> bool:
 def scores_of_merged(foundation: Foundation, number: int, proposal: Stage, at: int | None = None) -> Stage:
     """at: merges of the components as they were after so many iterations."""
     study, components = foundation.study, foundation.merged
-    # The first round also scores the components themselves: as merges, whose weights are one-hot.
-    alone = _alone(components) if number == 1 and proxy_score_of(study) != "merged" else {}
+    with_components = number == 1 and proxy_score_of(study) != "merged"
 
     def models() -> dict[str, Any]:
         order = second_order(study)
         proposed = {m["name"]: order.of(m["weights"]) for m in read_json(proposal.folder / MIXTURES)}
-        return merges(foundation, components, proposed | alone, at)
+        alone, as_they_are = _alone(foundation, at) if with_components else ({}, {})
+        return merges(foundation, components, proposed | alone, at) | as_they_are
 
     needs = (proposal, foundation.base, *components.values())
-    settings = merge_settings(study) | ({"components": True} if alone else {})
+    settings = merge_settings(study) | ({"components": _one_hot_is_itself(study) or "as they are"} if with_components else {})
     name = f"rounds/{number}/scores{_after(at)}"
     return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, settings)
 
@@ -51,13 +51,14 @@ def scores_of_merged(foundation: Foundation, number: int, proposal: Stage, at: i
 def scores_of_components(foundation: Foundation, at: int | None = None) -> Stage:
     """What all rounds need where no proxy is scored itself; with what every token costs, where that decides. at: as above."""
     study, components = foundation.study, foundation.merged
-    alone = _alone(components)
-    kept = {"keep_tokens": list(alone)} if proxy_score_of(study) == "ensemble" else {}
+    kept = {"keep_tokens": [component_row(name) for name in components]} if proxy_score_of(study) == "ensemble" else {}
 
     def models() -> dict[str, Any]:
-        return merges(foundation, components, alone, at) | kept
+        alone, as_they_are = _alone(foundation, at)
+        return merges(foundation, components, alone, at) | as_they_are | kept
 
-    needs, settings = (foundation.base, *components.values()), merge_settings(study) | kept
+    needs = (foundation.base, *components.values())
+    settings = (merge_settings(study) if _one_hot_is_itself(study) else {"components": "as they are"}) | kept
     name = f"rounds/components{_after(at)}"
     return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, settings)
 
@@ -66,8 +67,19 @@ def _after(at: int | None) -> str:
     return "" if at is None else f"_after_{at}"
 
 
-def _alone(components: Mapping[str, Stage]) -> dict[str, dict[str, float]]:
-    return {component_row(name): dict(Mixture.one_hot(components, name)) for name in components}
+def _alone(foundation: Foundation, at: int | None) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """A job's mixtures, or other fields, by which it scores the components themselves: as merges with one-hot weights, which
+    are made in memory, unless the method would change what it merges."""
+    components = foundation.merged
+    if _one_hot_is_itself(foundation.study):
+        return {component_row(name): dict(Mixture.one_hot(components, name)) for name in components}, {}
+    return {}, {"checkpoints": {component_row(n): train_stages.checkpoint_of(c, at) for n, c in components.items()}}
+
+
+def _one_hot_is_itself(study: Study) -> bool:
+    """Not where deltas are thinned or scaled, or certain tensors have weights of their own."""
+    merge = study.merge
+    return merge.method in ("linear", "multislerp", "karcher") and merge.scale in (None, 1) and not merge.rules
 
 
 def merges(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_demix.artifact import read_json, write_json
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.comparable import score_names
@@ -26,6 +26,7 @@ from megatron_demix.pipeline.scoring import (
 from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates
 from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.search.space import TOLERANCE, Group, SearchSpace, epoch_caps
 from megatron_demix.study.choices import MIN_PROXIES
 from megatron_demix.study.search import SearchSpec
 from megatron_demix.study.study import Study
@@ -94,27 +95,36 @@ def _covers(foundation: Foundation, earlier: Sequence[Earlier]) -> bool:
     return any(set(foundation.data) <= set(e.same) and aimed <= set(e.scores) for e in earlier)
 
 
-def search_space(study: Study, data: Mapping[str, Stage]) -> Any:
-    """The megatron_demix.search.space.SearchSpace of a study whose data stages are done."""
-    from megatron_demix.search.space import epoch_caps
-
+def search_space(study: Study, data: Mapping[str, Stage]) -> SearchSpace:
+    """Of a study whose data stages are done. Raises MixtureError where it holds no mixture, or one."""
     tokens = data_stages.tokens(data, "train")
     budget = train_stages.blend_tokens(study)
     caps = epoch_caps(tokens, {d.name: d.max_epochs for d in study.domains}, budget)
-    return _space(study, tokens, _anchor(study), max_kl=study.search.max_kl, epoch_caps=caps)
+    return _with_choice(_space(study, tokens, _anchor(study), max_kl=study.search.max_kl, epoch_caps=caps))
 
 
 def check_bounds(study: Study) -> None:
-    """Raises MixtureError where the anchor leaves no mixture within the bounds, as far as this is known without the data."""
+    """Raises MixtureError where the anchor leaves no mixture within the bounds, or one, as far as this is known without the
+    data."""
     anchor = _anchor(study)
     if anchor.mixture != "natural":
-        _space(study, dict.fromkeys(study.domain_names, 1), anchor)
+        _with_choice(_space(study, dict.fromkeys(study.domain_names, 1), anchor))
 
 
-def _space(study: Study, tokens: Mapping[str, int], anchor: AnchorSpec, **limits: Any) -> Any:
+def _with_choice(space: SearchSpace) -> SearchSpace:
+    lows_D, highs_D = space.ranges_D2.T
+    if len(space.domains) > 1 and (highs_D - lows_D < TOLERANCE).all():
+        floors = "" if not space.anchor_share else ", and component.anchor, below which no domain goes,"
+        raise MixtureError(
+            "the bounds on shares (min_share, max_share, max_epochs, search.groups)"
+            f"{floors} leave one mixture, {', '.join(f'{n} {s:.4g}' for n, s in zip(space.domains, lows_D, strict=True))}, so "
+            "that there is nothing to search for. Loosen one of them."
+        )
+    return space
+
+
+def _space(study: Study, tokens: Mapping[str, int], anchor: AnchorSpec, **limits: Any) -> SearchSpace:
     """tokens: of each domain's training data. limits: what depends on these."""
-    from megatron_demix.search.space import Group, SearchSpace
-
     return SearchSpace(
         natural=Mixture.proportional(tokens, label="natural mixture"),
         anchor=study.mixture(anchor.mixture, tokens, "component.anchor.mixture"),
@@ -153,10 +163,12 @@ def _first_proposal(foundation: Foundation) -> Stage:
         _write_mixtures(folder, 1, space, weights_MD)
 
     settings = {"num": study.search.rounds[0], "design": study.search.design, **_space_settings(study)}
-    return Stage("rounds/1/sample", foundation.run, settings, tuple(data.values()), make)
+    return Stage(
+        "rounds/1/sample", foundation.run, settings, tuple(data.values()), make, check=lambda: search_space(study, data)
+    )
 
 
-def _write_mixtures(folder: Path, number: int, space: Any, weights_MD: Any) -> None:
+def _write_mixtures(folder: Path, number: int, space: SearchSpace, weights_MD: Any) -> None:
     shares_MD = space.shares(weights_MD)
     entries = [
         {

@@ -45,7 +45,7 @@ class Stage:
     make: Callable[[Path], None]
     ranks: int = 0
     make_part: Callable[[Path, tuple[int, int]], None] | None = None
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], object] = lambda: None
     judge: Callable[[Path], None] = lambda folder: None
     script: Callable[[], str] | None = None
     stands_for: Path | Mapping[str, Sequence[Path]] | None = None

@@ -57,7 +57,7 @@ def check_tasks(inputs: TaskInputs) -> None:
     from megatron_demix.evaluate.tasks.task import read_task
 
     tasks = [read_task(spec, spec.split or "") for spec in [*inputs.search.specs, *inputs.final.specs]]
-    for kind in {task.format.kind for task in tasks if task.generates}:
+    for kind in {task.format.kind for task in tasks if task.spec.generates}:
         Judge(kind, timeout_s=1, workers=1)
 
 

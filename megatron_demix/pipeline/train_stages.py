@@ -12,7 +12,7 @@ from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages, preflight
-from megatron_demix.pipeline.given_checkpoint import check_function, look_at
+from megatron_demix.pipeline.given_checkpoint import check_function, check_precision, look_at
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import POINTER, Stage
@@ -199,6 +199,7 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     if spec.huggingface is not None:
         return imported(study, root, run, digests)
     if spec.checkpoint is not None:
+        check_precision(study, str(spec.checkpoint), look_at(root / spec.checkpoint, digests).dtype)
         return given(study, "base/base", root / spec.checkpoint, run, digests)
 
     used = _domains_of(spec.mixture, data)

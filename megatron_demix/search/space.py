@@ -113,6 +113,23 @@ class SearchSpace:
         return blocks + [(np.array([d]), 0.0, 1.0) for d in range(len(self.domains)) if d not in grouped]
 
     @cached_property
+    def ranges_D2(self) -> np.ndarray:
+        """Lowest and highest actual share that each domain can have, all other bounds but max_kl kept."""
+        lows_D, highs_D = self.bounds_D2.T
+        lows_G, highs_G = np.array(
+            [
+                (max(lowest, lows_D[columns].sum()), min(highest, highs_D[columns].sum()))
+                for columns, lowest, highest in self.blocks
+            ]
+        ).T
+        ranges_D2 = np.empty_like(self.bounds_D2)
+        for (columns, _, _), low, high in zip(self.blocks, lows_G, highs_G, strict=True):
+            low, high = max(low, 1 - (highs_G.sum() - high)), min(high, 1 - (lows_G.sum() - low))
+            ranges_D2[columns, 0] = np.maximum(lows_D[columns], low - (highs_D[columns].sum() - highs_D[columns]))
+            ranges_D2[columns, 1] = np.minimum(highs_D[columns], high - (lows_D[columns].sum() - lows_D[columns]))
+        return ranges_D2
+
+    @cached_property
     def grid_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Bounds on merge weights as grid counts: lows_D, highs_D of domains, lows_G, highs_G of blocks.
 

@@ -161,6 +161,11 @@ class TaskSpec(Section):
         """Name in the score table -> the format's score."""
         return {f"{self.name}/{score}": score for score in self.scores or TASK_SCORES[self.format]}
 
+    @property
+    def generates(self) -> bool:
+        """Whether a model writes answers that have to be judged."""
+        return bool(GENERATED & set(self.score_names.values()))
+
 
 class EvaluateSpec(Section):
     losses: Literal["all"] | list[str] = "all"

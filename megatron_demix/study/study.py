@@ -80,18 +80,17 @@ class Study(Section):
                     "tokens with the question"
                 )
         merged = [*names, *self._mixed_names()]
-        for what, used in (
-            ("evaluate.losses", losses),
-            ("search.objective", self.search.objective),
-            ("tokenizer.domains", self.tokenizer.domains or []),
-            ("base.mixture", self.base.mixture),
-            ("component.anchor.mixture", self.component.anchor.mixture),
-            *((f"component.mixed.{label}", weights) for label, weights in _by_name(self.component.mixed)),
-            *((f"merge.rules.{n}.weights", rule.weights or {}) for n, rule in enumerate(self.merge.rules or ())),
-            *((f"search.groups.{label}", group.domains) for label, group in self.search.groups.items()),
-            *((f"search.earlier: split of {old}", parts) for e in self.search.earlier for old, parts in e.split.items()),
+        for what, used, allowed in (
+            ("evaluate.losses", losses, names),
+            ("search.objective", self.search.objective, scores),
+            ("tokenizer.domains", self.tokenizer.domains or [], names),
+            ("base.mixture", self.base.mixture, names),
+            ("component.anchor.mixture", self.component.anchor.mixture, names),
+            *((f"component.mixed.{label}", weights, names) for label, weights in _by_name(self.component.mixed)),
+            *((f"merge.rules.{n}.weights", rule.weights or {}, merged) for n, rule in enumerate(self.merge.rules or ())),
+            *((f"search.groups.{label}", group.domains, names) for label, group in self.search.groups.items()),
+            *((f"search.earlier: split of {old}", parts, names) for e in self.search.earlier for old, parts in e.split.items()),
         ):
-            allowed = scores if what == "search.objective" else merged if what.startswith("merge.rules") else names
             for name in () if isinstance(used, str) else used:
                 if name not in allowed:
                     raise ValueError(f"{what}: {name!r} is not one of {', '.join(allowed)}{nearest(name, allowed)}")
@@ -100,6 +99,11 @@ class Study(Section):
                 Mixture(spec, label=f"study {self.name!r}: {what}")
         if self.trainer.backend == "megatron_lm" and self.seed == 0:
             raise ValueError("seed is 0, and Megatron-LM (trainer.backend) takes seeds of 1 or more")
+        if self.tokenizer.type == "bpe" and all(domain.prefixes for domain in self.domains):
+            raise ValueError(
+                "tokenizer: type 'bpe' is trained on the domains' text, and all of them are tokenized already (prefixes): name "
+                "the tokenizer that they were made with"
+            )
         self._check_bounds()
         self._check_mixed_components()
         self._check_learning_rates()
@@ -147,12 +151,6 @@ class Study(Section):
         if (most := math.fsum(high.values())) < 1 - TOLERANCE:
             listed = ", ".join(f"{name} {share:g}" for name, share in high.items())
             raise ValueError(f"domains: the largest shares (max_share, groups' highest) sum to {most:g}, below 1: {listed}")
-
-        free = [d.name for d in self.domains if d.max_share - d.min_share > TOLERANCE]
-        if len(names := self.domain_names) > 1 and len(free) < 2:
-            raise ValueError(
-                f"domains: min_share and max_share leave one mixture of {', '.join(names)}, so there is nothing to search for"
-            )
 
     def _check_learning_rates(self) -> None:
         phases = ("base", "component", "final") if self.base.tokens else ("component", "final")

@@ -27,18 +27,18 @@ class ModelSpec(Section):
     max_position_embeddings: int | None = Field(None, ge=1)
     """Default: train.seq_length."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    rotary_base: int = 10000
+    rotary_base: int = Field(10000, ge=1)
     use_rope_scaling: bool = False
     """Llama 3's scaling of low frequencies, by rope_scaling_factor."""
     rope_scaling_factor: float = Field(8.0, gt=0)
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = Field(1e-5, gt=0)
     swiglu: bool = True
     qk_layernorm: bool = False
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = False
-    init_method_std: float = 0.02
+    init_method_std: float = Field(0.02, gt=0)
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     make_vocab_size_divisible_by: int = Field(128, ge=1)
@@ -70,6 +70,8 @@ class ModelSpec(Section):
             )
         if self.num_experts is not None and self.moe_router_topk > self.num_experts:
             raise ValueError(f"moe_router_topk {self.moe_router_topk} is more than num_experts {self.num_experts}")
+        if self.num_experts is not None and self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise ValueError("moe_router_topk 1 needs moe_router_pre_softmax: true, without which the router learns nothing")
         return self
 
 

@@ -7,11 +7,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from megatron_demix.study.search import GENERATED
 from megatron_demix.study.study import Study
 
-_GENERATED = ("exact_match", "pass@1")
-"""Scores of tasks for which a model writes answers."""
 _CPUS = ("--exclusive", "--cpus-per-", "-c")
 """How options of sbatch begin that say it, too."""
 _OVERRIDES = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction")
@@ -123,16 +120,18 @@ def _of_search(study: Study) -> Iterator[_Unused]:
         why = "search.proxies is trained, so that there are no components, and nothing is merged"
         yield from _given("component", component, ("anchor", "average", "maturity_seeds"), why)
         yield from _given("merge", study.merge, tuple(type(study.merge).model_fields), why)
-    elif not component.anchor.share:
+    elif not study.evaluate.losses:
+        yield from _given("component", component, ("maturity_seeds",), "it compares losses, and evaluate.losses is empty")
+    if search.proxies == "merged" and not component.anchor.share:
         yield from _given("component.anchor", component.anchor, ("mixture",), "component.anchor.share is 0")
     if len(search.rounds) == 1 and not search.earlier:
         yield from _given("search", search, ("stop",), "there is one round")
-    if not any(GENERATED & set(task.score_names.values()) for task in study.evaluate.tasks):
+    if not any(task.generates for task in study.evaluate.tasks):
         yield from _given("evaluate", study.evaluate, ("generate_batch_size",), "no task has answers generated")
     if not study.evaluate.losses:
         yield from _given("evaluate", study.evaluate, ("tokens_per_domain",), "evaluate.losses is empty")
     for i, task in enumerate(study.evaluate.tasks):
-        if not set(_GENERATED) & set(task.score_names.values()):
+        if not task.generates:
             yield from _given(
                 f"evaluate.tasks.{i}", task, ("max_new_tokens", "timeout"), "no score of it needs written answers"
             )

@@ -235,17 +235,24 @@ def test_each_mistake_is_named(load, change, message):
             ["search.groups={g: {domains: [code]}, h: {domains: [math, code]}}"],
             r"search\.groups: 'code' is in 'g' and in 'h'; expected once",
         ),
-        (["domains.0.min_share=0.6", "domains.0.max_share=0.6"], "leave one mixture of code, math, so there is nothing to"),
         (["search.groups={g: {domains: [code, math], highest: 0.9}}"], "sum to 0.9, below 1: group g 0.9"),
         (
             ["merge.rules=[{weights: {cod: 1.0}}]"],
             r"merge\.rules\.0\.weights: 'cod' is not one of code, math; did you mean 'code'\?",
         ),
+        (["model.num_experts=4", "model.moe_router_topk=1"], "moe_router_topk 1 needs moe_router_pre_softmax: true"),
     ],
 )
 def test_bounds_and_rules_that_no_data_could_meet(load, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load(overrides=overrides)
+
+
+def test_a_tokenizer_cannot_be_trained_on_what_is_tokenized(load):
+    given = ["domains.0={name: code, prefixes: {train: [x], valid: [x], test: [x]}}", "tokenizer={type: bpe}"]
+    load(overrides=given)
+    with pytest.raises(ConfigError, match="type 'bpe' is trained on the domains' text, and all of them are tokenized already"):
+        load(overrides=[*given, given[0].replace("domains.0={name: code", "domains.1={name: math")])
 
 
 def test_a_budget_below_one_step_is_refused(load):

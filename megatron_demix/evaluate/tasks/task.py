@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.tasks.formats import FORMATS, Format, Item
 from megatron_demix.evaluate.tasks.records import find_files, read_records
-from megatron_demix.study.search import GENERATED, TaskSpec
+from megatron_demix.study.search import TaskSpec
 
 
 def search_split(spec: TaskSpec) -> str:
@@ -58,11 +58,6 @@ class Task:
     @property
     def format(self) -> Format:
         return FORMATS[self.spec.format]
-
-    @property
-    def generates(self) -> bool:
-        """Whether a model writes answers that have to be judged."""
-        return bool(GENERATED & set(self.spec.score_names.values()))
 
 
 def read_task(spec: TaskSpec, split: str) -> Task:

@@ -180,6 +180,23 @@ def test_what_means_the_same_is_the_same(folder, arguments):
     build(folder)
 
 
+def test_a_base_of_another_precision_is_refused_where_components_are_merged_with_it(folder):
+    write_checkpoint(folder / "base", small_model(0))
+    build(folder, "merge.scale=0.8")
+    write_checkpoint(folder / "base", {key: tensor.float() for key, tensor in small_model(0).items()})
+    build(folder)
+    with pytest.raises(IncompatibleInputs, match=r"base is float32, and components are trained as bfloat16 \(train\.pre"):
+        build(folder, "merge.scale=0.8")
+    build(folder, "merge.scale=0.8", "train.precision=fp32")
+
+
+def test_rules_of_layers_that_the_model_has_not(folder):
+    write_checkpoint(folder / "base", small_model(0))
+    build(folder, "merge.rules=[{layers: 0-1, scale: 2}]")
+    with pytest.raises(ConfigError, match=r"merge\.rules\.0: layers 1-2, but model\.num_layers is 2, .*: the last is 1"):
+        build(folder, "merge.rules=[{layers: 1-2, scale: 2}]")
+
+
 @pytest.mark.parametrize("rows", [400, 401])
 def test_the_embedding_keeps_all_its_rows(folder, rows):
     write_checkpoint(folder / "base", small_model(0) | {"embedding.word_embeddings.weight": torch.zeros(rows, 8)})

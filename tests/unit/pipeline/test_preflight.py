@@ -100,6 +100,13 @@ def test_proxies_that_are_trained_are_checked_when_their_mixtures_are_known(stud
         preflight.check(dag.all)
 
 
+def test_components_are_not_trained_for_a_search_that_is_impossible(study, capsys):
+    overrides = ["--set", "domains.1.max_epochs=0.2", "--set", "final.tokens=4k", "--runs", str(study.parent / "runs")]
+    assert main(["train", str(study), *overrides]) == 4
+    assert "max_epochs" in capsys.readouterr().err
+    assert not (study.parent / "runs" / "s" / "base").exists()
+
+
 def test_what_is_not_asked_for_is_not_refused(study):
     preflight.check(prepared(study, "final.tokens=40k").until("search"))
 

@@ -121,6 +121,19 @@ def test_one_stage_scores_the_components_for_all_rounds(path, proxy_score):
     assert job.keep_tokens == (job.models if proxy_score == "ensemble" else [])
 
 
+@pytest.mark.parametrize("merge", ["{method: ties, density: 0.5}", "{scale: 0.8}"])
+@pytest.mark.parametrize("proxy_score", ["stack", "ensemble"])
+def test_components_are_scored_as_they_are_where_merging_would_change_them(path, proxy_score, merge):
+    dag = dag_of(path, f"search.proxy_score={proxy_score}", f"merge={merge}")
+    stage = dag.rounds[0].scores
+    for need in (dag.tokenizer, *dag.data.values(), *([dag.rounds[0].proposal] if proxy_score == "stack" else [])):
+        need.finish()
+    assert stage.begin()
+    job = EvaluateJob.model_validate(read_json(stage.job))
+    assert job.checkpoints == {f"component-{n}": dag.components[n].folder for n in ("code", "english")}
+    assert not any(name.startswith("component") for name in job.mixtures)
+
+
 @pytest.mark.parametrize("expert", [1, 2])
 @pytest.mark.parametrize("layout", ["{context: 2}", "{data: 2, expert: 2}", "{pipeline: 2, context: 2}"])
 def test_scoring_starts_as_many_ranks_as_its_job_is_for(path, layout, expert):

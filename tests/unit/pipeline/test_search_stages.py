@@ -46,6 +46,20 @@ def study_path(tmp_path: Path) -> Path:
     return tmp_path / "study.yaml"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["domains.0.min_share=0.5", "domains.1.min_share=0.3", "domains.2.min_share=0.2"],
+        ["search.groups={g: {domains: [code, math], highest: 0.1}}", "domains.1.max_share=0.9", "component.anchor.share=0.15"],
+        ["domains.0.min_share=0.8666666666666667"],  # as large as the anchor lets it be
+        ["search.groups={g: {domains: [code], lowest: 0.8666666666666667}}"],
+    ],
+)
+def test_bounds_that_leave_one_mixture_are_refused(study_path, overrides):
+    with pytest.raises(MixtureError, match=r"leave one mixture, code 0\.\d+, english .* nothing to search for"):
+        build_dag(load_study(study_path, overrides), study_path, study_path.parent / "run")
+
+
 def searched(
     study_path: Path,
     *overrides: str,
