@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_demix.errors import ConfigError, DemixError
 from megatron_demix.pipeline import data_stages, earlier_stages, final_stages, maturity_stages, search_stages, train_stages
 from megatron_demix.pipeline.earlier_stages import Earlier
-from megatron_demix.pipeline.foundation import Foundation
+from megatron_demix.pipeline.foundation import Foundation, Ground
 from megatron_demix.pipeline.given_checkpoint import with_sizes_of_base
 from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import Absent, InputDigests, check_apart
@@ -128,27 +128,28 @@ def _wired(study: Study, place: Path, run: Path, digests: InputDigests, naming: 
     }
     tasks = task_inputs(study, root, digests)
     base = _where_done(train_stages.base(study, root, run, tokenizer, data, digests), elsewhere)
+    ground = Ground(study, run, tokenizer, data, base)
     merged = study.search.proxies == "merged"
 
     def as_merged(trained: Stage) -> Stage:
         return _where_done(train_stages.averaged(study, run, _where_done(trained, elsewhere)), elsewhere)
 
     names = list(data) if merged else []
-    components = {n: as_merged(train_stages.component(study, n, run, tokenizer, data, base)) for n in names}
+    components = {n: as_merged(train_stages.component(ground, n)) for n in names}
     mixtures = study.component.mixed_weights(study.domain_names)
-    mixed = {n: as_merged(train_stages.mixed(study, n, run, tokenizer, data, base, w)) for n, w in mixtures.items()}
+    mixed = {n: as_merged(train_stages.mixed(ground, n, w)) for n, w in mixtures.items()}
     check_rules(study)
     search_stages.check_bounds(study)
     second_order(study)  # raises where a mixed component corrects nothing
-    foundation = Foundation(study, run, tokenizer, data, base, components, mixed, tasks)
+    foundation = Foundation(**vars(ground), components=components, mixed=mixed, tasks=tasks)
     earlier = [
         earlier_stages.earlier(spec, foundation, there, absent_ok=digests.absent_ok)
         for spec, there in zip(study.search.earlier, before, strict=True)
     ]
     maturity = maturity_stages.maturity(foundation) if merged and study.component.maturity_seeds else None
     rounds = search_stages.rounds(foundation, maturity.calibration if maturity else None, earlier)
-    blends = final_stages.blends(study, run, data, rounds[-1].fit)
-    finals = final_stages.finals(study, run, tokenizer, blends, base)
+    blends = final_stages.blends(ground, rounds[-1].fit)
+    finals = final_stages.finals(ground, blends)
     proxies = final_stages.proxies(foundation, rounds[-1].fit) if merged else None
     scores = final_stages.scores(foundation, finals, proxies)
     return Dag(

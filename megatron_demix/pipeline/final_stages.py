@@ -9,7 +9,7 @@ from typing import Any
 from megatron_demix.artifact import read_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, preflight, train_stages
-from megatron_demix.pipeline.foundation import Foundation
+from megatron_demix.pipeline.foundation import Foundation, Ground
 from megatron_demix.pipeline.merging import merge_settings, method_of, normalization, second_order
 from megatron_demix.pipeline.scoring import scoring
 from megatron_demix.pipeline.search_stages import CHOICE
@@ -32,8 +32,9 @@ def _shares(study: Study, name: str, data: Mapping[str, Stage], choice: Stage) -
     return study.mixture(name, data_stages.tokens(data, "train"), name)  # type: ignore[arg-type]
 
 
-def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) -> dict[str, Stage]:
+def blends(ground: Ground, choice: Stage) -> dict[str, Stage]:
     """One indexed data set per final mixture, as large as the final run needs."""
+    study, data = ground.study, ground.data
     target = train_stages.blend_tokens(study)
 
     def blend(name: str) -> Stage:
@@ -71,27 +72,28 @@ def blends(study: Study, run: Path, data: Mapping[str, Stage], choice: Stage) ->
         }
         needs = (*data.values(), *([choice] if name == FOUND else []))
         make_part = make if study.final.blend == "materialise" else None
-        return Stage(f"blend/{name}", run, settings, needs, make, make_part=make_part, check=check)
+        return Stage(f"blend/{name}", ground.run, settings, needs, make, make_part=make_part, check=check)
 
     return {name: blend(name) for name in _mixtures(study)}
 
 
-def finals(study: Study, run: Path, tokenizer: Stage, blends: Mapping[str, Stage], base: Stage) -> dict[str, Stage]:
+def finals(ground: Ground, blends: Mapping[str, Stage]) -> dict[str, Stage]:
     """Final runs by "<mixture>-seed<n>": every mixture, every seed, the same budget."""
+    study, tokenizer = ground.study, ground.tokenizer
+    start = ground.base if study.final.init == "base" else None
 
     def final(name: str, number: int) -> Stage:
-        from_base = study.final.init == "base"
         return train_stages.training(
             study,
+            ground.run,
             f"final/{name}-seed{number}",
             "final",
-            run,
-            needs=(tokenizer, blends[name], *([base] if from_base else [])),
+            train_stages.Filling(lambda: [(blends[name].folder / BLEND, 1.0)]),
+            needs=(tokenizer, blends[name], *([start] if start else [])),
             tokenizer=tokenizer,
             settings={"init": study.final.init},
-            blend=lambda: [(blends[name].folder / BLEND, 1.0)],
             seed=study.seed + number,
-            init=lambda: train_stages.checkpoint_of(base) if from_base else None,
+            start=start,
         )
 
     return {f"{name}-seed{n}": final(name, n) for n in range(study.final.seeds) for name in _mixtures(study)}

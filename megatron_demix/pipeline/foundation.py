@@ -12,8 +12,8 @@ from megatron_demix.study.study import Study
 
 
 @dataclass(frozen=True)
-class Foundation:
-    """Everything that is there before any mixture."""
+class Ground:
+    """What every model is trained from."""
 
     study: Study
     run: Path
@@ -21,6 +21,12 @@ class Foundation:
     data: Mapping[str, Stage]
     """By domain."""
     base: Stage
+
+
+@dataclass(frozen=True)
+class Foundation(Ground):
+    """Everything that is there before any mixture."""
+
     components: Mapping[str, Stage]
     """By domain, as they are merged; empty where the study trains its proxies."""
     mixed: Mapping[str, Stage]

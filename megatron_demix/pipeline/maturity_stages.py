@@ -44,7 +44,7 @@ def maturity(foundation: Foundation) -> Maturity:
         if known and number == 0:
             return foundation.mixed[known]
         name, seed = f"maturity/centroid-seed{number}", study.seed + number
-        trained = train_stages.on_merge_weights(study, name, run, foundation.tokenizer, data, base, centroid, seed=seed)
+        trained = train_stages.on_merge_weights(foundation, name, centroid, seed=seed)
         return train_stages.averaged(study, run, trained)
 
     mixed_in = [n for n, rule in enumerate(study.merge.rules or ()) if set(rule.weights or ()) & set(foundation.mixed)]

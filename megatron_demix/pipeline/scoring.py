@@ -106,10 +106,9 @@ def component_row(component: str) -> str:
 
 
 def scores_of_trained(foundation: Foundation, number: int, proposal: Stage) -> Stage:
-    study, run, tokenizer, data = foundation.study, foundation.run, foundation.tokenizer, foundation.data
     trained = [
-        train_stages.proxy(study, f"rounds/{number}/proxy_{entry:03d}", run, tokenizer, data, foundation.base, proposal, entry)
-        for entry in range(study.search.rounds[number - 1])
+        train_stages.proxy(foundation, f"rounds/{number}/proxy_{entry:03d}", proposal, entry)
+        for entry in range(foundation.study.search.rounds[number - 1])
     ]
 
     def models() -> dict[str, Any]:

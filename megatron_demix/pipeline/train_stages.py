@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from megatron_demix.checkpoint.layout import iteration_folder
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages, preflight
+from megatron_demix.pipeline.foundation import Ground
 from megatron_demix.pipeline.given_checkpoint import check_function, check_precision, look_at
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
@@ -106,24 +107,35 @@ def _stock(study: Study) -> TrainerSpec | None:
     return study.trainer if study.trainer.backend == "megatron_lm" else None
 
 
+@dataclass(frozen=True)
+class Filling:
+    """What a run is trained on. All of it is asked for when the data it needs is there.
+
+    sources: Megatron's blend, train prefixes and weights. check: raises where the data cannot fill the run. wanted: whether
+    there is anything to train; what is not wanted is an empty artifact. known: whether it and check can be asked as soon as
+    the data is there.
+    """
+
+    sources: Callable[[], list[tuple[Path, float]]]
+    check: Callable[[], object] = lambda: None
+    wanted: Callable[[], bool] = lambda: True
+    known: Callable[[], bool] = lambda: True
+
+
 def training(
     study: Study,
+    run: Path,
     name: str,
     phase: PhaseName,
-    run: Path,
+    filling: Filling,
     *,
     needs: Sequence[Stage],
     tokenizer: Stage,
     settings: Mapping[str, Any],
-    blend: Callable[[], list[tuple[Path, float]]],
     seed: int,
-    init: Callable[[], Path | None],
-    check: Callable[[], object] = lambda: None,
-    wanted: Callable[[], bool] = lambda: True,
-    known: Callable[[], bool] = lambda: True,
+    start: Stage | None,
 ) -> Stage:
-    """A training stage. blend, init and wanted are asked when the stage begins, when what it needs is there; what is not
-    wanted is an empty artifact. check: as Stage's. known: whether it and the last can be asked as soon as the data is there."""
+    """A training stage. start: whose checkpoint it begins with; None: with random weights."""
     train: TrainSpec = study.phase(phase)
     iterations, schedule, keep = (
         num_iterations(study, phase),
@@ -133,7 +145,7 @@ def training(
     everything = {**training_settings(study, phase, seed), **settings}
     stock = _stock(study)
 
-    def job(work: Path, vocab_size: int, eod_id: int, sources: list[tuple[Path, float]], start: Path | None) -> TrainJob:
+    def job(work: Path, vocab_size: int, eod_id: int, sources: list[tuple[Path, float]]) -> TrainJob:
         return TrainJob(
             name=name,
             seed=seed,
@@ -146,7 +158,7 @@ def training(
             vocab_size=vocab_size,
             eod_id=eod_id,
             blend=sources,
-            init_checkpoint=start,
+            init_checkpoint=checkpoint_of(start) if start else None,
             work=work,
             index_cache=run / "cache" / "index" / stage.key,
             tensorboard=run / "tensorboard" / f"{name.replace('/', '.')}-{stage.key}",
@@ -157,10 +169,10 @@ def training(
     def make(work: Path) -> None:
         from megatron_demix.data.tokenizer import load_tokenizer
 
-        if not wanted():
+        if not filling.wanted():
             return
         vocabulary = load_tokenizer(tokenizer.folder)
-        described = job(work, vocabulary.vocab_size, vocabulary.eod_id, blend(), init())
+        described = job(work, vocabulary.vocab_size, vocabulary.eod_id, filling.sources())
         if not stock:
             write_json(stage.job, described.model_dump(mode="json"))
         elif settle(work, name) < iterations:
@@ -172,19 +184,19 @@ def training(
         from megatron_demix.data.tokenizer import load_tokenizer
 
         assert stock
-        if all(need.done() for need in needs) and wanted():
+        if all(need.done() for need in needs) and filling.wanted():
             vocabulary = load_tokenizer(tokenizer.folder)
-            described = job(stage.work, vocabulary.vocab_size, vocabulary.eod_id, blend(), init())
+            described = job(stage.work, vocabulary.vocab_size, vocabulary.eod_id, filling.sources())
             return shown_command(described, stock, stage.job)
         unknown = [*FROM_DATA, *([] if study.base.tokens else ["pretrained-checkpoint"])]
-        return shown_command(job(stage.work, 2, 0, [(run, 1.0)], init()), stock, stage.job, unknown=unknown)
+        return shown_command(job(stage.work, 2, 0, [(run, 1.0)]), stock, stage.job, unknown=unknown)
 
     def check_if_wanted() -> None:
-        if known() and wanted():
-            check()
+        if filling.known() and filling.wanted():
+            filling.check()
 
     def judge(folder: Path) -> None:
-        if wanted():
+        if filling.wanted():
             check_finished(folder, name, iterations, keep)
 
     ranks = study.parallel.world_size
@@ -204,20 +216,20 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
 
     used = _domains_of(spec.mixture, data)
 
-    filling = _Filling(study, "base", data, lambda: ("stage base/base", _mixture(study, spec.mixture, data, "base.mixture")))
+    def shares() -> tuple[str, Mixture]:
+        return "stage base/base", _mixture(study, spec.mixture, data, "base.mixture")
 
     return training(
         study,
+        run,
         "base/base",
         "base",
-        run,
+        _filled(study, "base", data, shares),
         needs=(tokenizer, *(data[n] for n in used)),
         tokenizer=tokenizer,
         settings={"mixture": spec.mixture},
-        blend=filling.sources,
-        check=filling.check,
         seed=study.seed,
-        init=lambda: None,
+        start=None,
     )
 
 
@@ -254,19 +266,14 @@ def checkpoint_of(stage: Stage, iteration: int | None = None) -> Path:
     return stage.folder / read_json(pointer)["checkpoint"] if pointer.is_file() else stage.folder
 
 
-def component(study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage) -> Stage:
-    one_hot = Mixture.one_hot(data, name)
-    return on_merge_weights(study, f"components/{name}", run, tokenizer, data, base, one_hot, seed=study.seed)
+def component(ground: Ground, name: str) -> Stage:
+    return on_merge_weights(ground, f"components/{name}", Mixture.one_hot(ground.data, name), seed=ground.study.seed)
 
 
-def mixed(
-    study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, weights: Mixture
-) -> Stage:
+def mixed(ground: Ground, name: str, weights: Mixture) -> Stage:
     """A component that is trained on these merge weights, to correct the merges of the others (component.mixed)."""
     settings = {"weights": {n: w for n, w in weights.items() if w}}
-    return on_merge_weights(
-        study, f"components/mixed/{name}", run, tokenizer, data, base, weights, seed=study.seed, settings=settings
-    )
+    return on_merge_weights(ground, f"components/mixed/{name}", weights, seed=ground.study.seed, settings=settings)
 
 
 def averaged(study: Study, run: Path, trained: Stage) -> Stage:
@@ -288,22 +295,13 @@ def averaged(study: Study, run: Path, trained: Stage) -> Stage:
 
 
 def on_merge_weights(
-    study: Study,
-    name: str,
-    run: Path,
-    tokenizer: Stage,
-    data: Mapping[str, Stage],
-    base: Stage,
-    weights: Mixture,
-    *,
-    seed: int,
-    settings: Mapping[str, Any] | None = None,
+    ground: Ground, name: str, weights: Mixture, *, seed: int, settings: Mapping[str, Any] | None = None
 ) -> Stage:
     """A model trained as components are, on the data that a merge of these weights stands for: a component, where one is 1.
 
     settings: what else is part of its key, where its name does not say the weights.
     """
-    anchor = study.component.anchor
+    study, data, anchor = ground.study, ground.data, ground.study.component.anchor
     anchored = _domains_of(anchor.mixture, data) if anchor.share else []
     used = [n for n in data if weights[n] or n in anchored]
 
@@ -311,26 +309,21 @@ def on_merge_weights(
         mixture = _mixture(study, anchor.mixture, data, "component.anchor.mixture")
         return f"stage {name}", actual_shares(weights, mixture, anchor.share)
 
-    filling = _Filling(study, "component", data, shares)
-
     return training(
         study,
+        ground.run,
         name,
         "component",
-        run,
-        needs=(tokenizer, *(data[n] for n in used), base),
-        tokenizer=tokenizer,
+        _filled(study, "component", data, shares),
+        needs=(ground.tokenizer, *(data[n] for n in used), ground.base),
+        tokenizer=ground.tokenizer,
         settings={"anchor": anchor.model_dump(), **(settings or {})},
-        blend=filling.sources,
-        check=filling.check,
         seed=seed,
-        init=lambda: checkpoint_of(base),
+        start=ground.base,
     )
 
 
-def proxy(
-    study: Study, name: str, run: Path, tokenizer: Stage, data: Mapping[str, Stage], base: Stage, proposal: Stage, entry: int
-) -> Stage:
+def proxy(ground: Ground, name: str, proposal: Stage, entry: int) -> Stage:
     """Proxy number `entry` of the mixtures that `proposal` holds, trained on its shares from the base. Nothing is trained where
     the proposal, in a round that turned out unnecessary, holds no such mixture."""
 
@@ -341,50 +334,40 @@ def proxy(
         chosen = mixtures()[entry]
         return f"stage {name}, mixture {chosen['name']}", Mixture(chosen["shares"], label=chosen["name"])
 
-    filling = _Filling(study, "proxy", data, shares)
-
+    filling = _filled(ground.study, "proxy", ground.data, shares)
     return training(
-        study,
+        ground.study,
+        ground.run,
         name,
         "proxy",
-        run,
-        needs=(tokenizer, *data.values(), base, proposal),
-        tokenizer=tokenizer,
+        replace(filling, wanted=lambda: entry < len(mixtures()), known=proposal.is_intact),
+        needs=(ground.tokenizer, *ground.data.values(), ground.base, proposal),
+        tokenizer=ground.tokenizer,
         settings={"entry": entry},
-        blend=filling.sources,
-        check=filling.check,
-        seed=study.seed,
-        init=lambda: checkpoint_of(base),
-        wanted=lambda: entry < len(mixtures()),
-        known=proposal.is_intact,
+        seed=ground.study.seed,
+        start=ground.base,
     )
 
 
-@dataclass(frozen=True)
-class _Filling:
-    """What a run is trained on. mixture: the run in words, and the shares of its data, once these are known."""
+def _filled(study: Study, phase: PhaseName, data: Mapping[str, Stage], mixture: Callable[[], tuple[str, Mixture]]) -> Filling:
+    """From the domains' training data. mixture: the run in words, and the shares of its data."""
 
-    study: Study
-    phase: PhaseName
-    data: Mapping[str, Stage]
-    mixture: Callable[[], tuple[str, Mixture]]
-
-    def check(self) -> Mixture:
-        """The shares. Megatron would repeat a small domain without a word: raises MixtureError where one is read more often
-        than its max_epochs."""
-        run, shares = self.mixture()
-        preflight.check_filled(self.study, run, shares, num_tokens(self.study, self.phase), self.data, _TOKENS[self.phase])
+    def check() -> Mixture:
+        # Megatron would repeat a small domain without a word.
+        run, shares = mixture()
+        preflight.check_filled(study, run, shares, num_tokens(study, phase), data, _TOKENS[phase])
         return shares
 
-    def sources(self) -> list[tuple[Path, float]]:
-        """Megatron's blend: train prefixes and weights, zero weights left out. A domain of several prefixes spreads its weight
-        over them in proportion to their tokens. Raises as check does."""
+    def sources() -> list[tuple[Path, float]]:
+        """Zero weights left out. A domain of several prefixes spreads its weight over them in proportion to their tokens."""
         from megatron_demix.indexed.reader import read_index
 
-        shares, result = self.check(), []
-        for domain in self.study.domains:
+        shares, result = check(), []
+        for domain in study.domains:
             if share := shares[domain.name]:
-                own = data_stages.prefixes(self.data[domain.name], "train")
+                own = data_stages.prefixes(data[domain.name], "train")
                 sizes = [read_index(p).num_tokens for p in own]
                 result += [(p, share * size / sum(sizes)) for p, size in zip(own, sizes, strict=True)]
         return result
+
+    return Filling(sources, check)

@@ -20,7 +20,7 @@ from megatron_demix.pipeline.data_stages import prefixes
 from megatron_demix.pipeline.given_scores import given_scores
 from megatron_demix.pipeline.reporting import _timings
 from megatron_demix.pipeline.stage import with_needs
-from megatron_demix.pipeline.train_stages import _Filling, num_iterations, num_tokens, training_settings
+from megatron_demix.pipeline.train_stages import _filled, num_iterations, num_tokens, training_settings
 from megatron_demix.printing import result
 from megatron_demix.study.load import load_study
 
@@ -425,6 +425,6 @@ def test_training_never_repeats_a_domain_silently(study_path):
     with pytest.raises(
         MixtureError, match=r"base: its share 0\.75 of domain 'code' is 48k tokens, which repeats the .* there are"
     ):
-        _Filling(study, "base", dag.data, lambda: ("base", Mixture({"code": 0.75, "english": 0.25}))).sources()
-    filling = _Filling(load_study(study_path), "base", dag.data, lambda: ("base", Mixture({"code": 1.0, "english": 0.0})))
+        _filled(study, "base", dag.data, lambda: ("base", Mixture({"code": 0.75, "english": 0.25}))).sources()
+    filling = _filled(load_study(study_path), "base", dag.data, lambda: ("base", Mixture({"code": 1.0, "english": 0.0})))
     assert filling.sources() == [(dag.data["code"].folder / "train", 1.0)]
