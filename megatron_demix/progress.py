@@ -106,6 +106,10 @@ class Heartbeat:
             return None
 
 
+METRICS = "metrics.jsonl"
+"""In a run's folder."""
+
+
 class MetricsLog:
     """Appends one JSON object a line, with the time and the event's name. One write a line, so processes may share the file."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_demix.errors import Incomplete, StageFailed
 from megatron_demix.launch.backend import Activity
-from megatron_demix.launch.local import holder
+from megatron_demix.launch.run_lock import holder
 from megatron_demix.launch.slurm import refuse_beside_jobs
 from megatron_demix.launch.stage import is_being_made
 from megatron_demix.pipeline.dag import Dag

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_demix.artifact import remove_leftovers, this_place
+from megatron_demix.artifact import remove_leftovers
 from megatron_demix.errors import Incomplete
 from megatron_demix.launch.attempts import failed, forget
 from megatron_demix.launch.display import Display
+from megatron_demix.launch.run_lock import only_one
 from megatron_demix.launch.stage import failure, stage_lock, start_ranks
-from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.progress import MetricsLog
+from megatron_demix.progress import METRICS, MetricsLog
 
 SAVE_LIMIT_S = 600
 
@@ -53,7 +53,7 @@ def run_stages(
     run.mkdir(parents=True, exist_ok=True)
     with only_one(run), _interruptible():
         locked()
-        metrics = MetricsLog(run / "metrics.jsonl")
+        metrics = MetricsLog(run / METRICS)
         pending = [s for s in stages if not s.done()]
         for folder in {s.folder.parent for s in pending}:
             if folder.is_dir():
@@ -158,37 +158,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-@contextmanager
-def only_one(run: Path, *, wait_s: float = 0.5) -> Iterator[None]:
-    """Held by the one command that works on a run, or submits it. Raises Incomplete if another has it for longer than wait_s;
-    holder() may have it for a moment."""
-    with open(run / ".lock", "a+") as file:
-        take_lock(file, f"another demix process that works on {run}", wait_s=wait_s)
-        file.truncate(0)
-        file.write(f"{this_place()} {os.getpid()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
-def holder(run: Path) -> int | None:
-    """The id of the process that works on a run now; None if there is none.
-
-    Raises Incomplete where it is of another machine or container that shares the disk: here its number may be any process's.
-    """
-    try:
-        with open(run / ".lock", "r+") as file:
-            text = file.read() if is_locked(file) else ""
-    except FileNotFoundError:
-        return None
-    where, _, pid = text.rpartition(" ")
-    if not pid.isdigit():
-        return None
-    if where != this_place():
-        host = where.rpartition("-")[0] or "another machine"
-        raise Incomplete(f"process {pid} on {host} works on {run}: cancel it there.")
-    return int(pid)

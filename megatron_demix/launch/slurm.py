@@ -22,7 +22,7 @@ from megatron_demix.artifact import fingerprint, read_json, write_atomic, write_
 from megatron_demix.errors import ConfigError, DemixError, Incomplete, StageFailed
 from megatron_demix.launch.attempts import Attempts, forget
 from megatron_demix.launch.backend import Activity
-from megatron_demix.launch.local import only_one
+from megatron_demix.launch.run_lock import only_one
 from megatron_demix.launch.slurm_scripts import CONCLUDE, FOLDER, Group, Scripts, check_kinds, group
 from megatron_demix.launch.started import Started
 from megatron_demix.pipeline.dag import PARTS, Dag
@@ -64,7 +64,7 @@ class Slurm:
     def __init__(self, dag: Dag, root: Path, started: Started | None = None) -> None:
         self._dag, self._started = dag, started
         until = started.until if started else None
-        self._stages = dag.until(until) if until else dag.all
+        self._stages = dag.until(until)
         self._scripts = Scripts(dag.study.launch.slurm, dag.study.name, dag.run, root, until)
         check_kinds(dag.study.launch.slurm, dag.all)
 

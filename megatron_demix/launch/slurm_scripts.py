@@ -107,7 +107,9 @@ class Scripts:
         inside = "python3" if self.spec.container else sys.executable
         python, study, run, root = (shlex.quote(str(p)) for p in (self.spec.python or inside, self.study, self.run, self.root))
         loader = jinja2.PackageLoader("megatron_demix.launch", "")
-        environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+        environment = jinja2.Environment(
+            loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        )
         ranks = f", {stage.ranks} ranks each" if len(group.stages) > 1 else f", {stage.ranks} ranks"
         return environment.get_template("stage.sbatch.j2").render(
             title=f"Study {self.study_name}: {group.name}{ranks if stage.ranks else ''}.",

@@ -44,7 +44,7 @@ from megatron_demix.locks import is_locked, take_lock
 from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.process import PYTHON_M, die_with_parent, leave_usr1_to_parent
-from megatron_demix.progress import MetricsLog
+from megatron_demix.progress import METRICS, MetricsLog
 from megatron_demix.train.watch import STOP_SIGNALS
 
 FINAL = (
@@ -231,7 +231,7 @@ def make(stage: Stage, *, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> N
             _wait_for_ranks(stage, threads_per_rank, held, nodes, stop)
         stage.finish()
     wall_s = round(time.monotonic() - started, 3)
-    MetricsLog(stage.run / "metrics.jsonl").write("stage", name=stage.name, key=stage.key, wall_s=wall_s)
+    MetricsLog(stage.run / METRICS).write("stage", name=stage.name, key=stage.key, wall_s=wall_s)
 
 
 def _wait_for_ranks(stage: Stage, threads_per_rank: int, held: IO | None, nodes: Nodes, stop: _Stop) -> None:

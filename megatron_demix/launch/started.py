@@ -27,7 +27,7 @@ class Started:
 
     @classmethod
     def of(cls, study: Study, until: str | None) -> Started:
-        return cls(json.loads(study.model_dump_json()), until)
+        return cls(study.model_dump(mode="json"), until)
 
     @classmethod
     def read(cls, run: Path) -> Started | None:

@@ -10,6 +10,7 @@ from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.scoring import proxy_score_of, scored_losses, scores_proxies
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.study.training import PhaseName
 
 _ABSENT = "nothing"
 
@@ -23,7 +24,7 @@ def differences(here: Foundation, there: Foundation) -> Iterator[str]:
     yield from _unlike(here.tokenizer, there.tokenizer, "tokenizer.domains keeps one as it is")
     if here.tokenizer.key == there.tokenizer.key:
         yield from _unlike(here.base, there.base, "a base.mixture that names its domains keeps it as it is")
-    phase: train_stages.PhaseName = "component" if kind == "merged" else "proxy"
+    phase: PhaseName = "component" if kind == "merged" else "proxy"
     settings, others = (train_stages.training_settings(f.study, phase, f.study.seed) for f in (here, there))
     yield from (f"{phase}: {text}" for text in _unequal(settings, others))
     if kind == "trained":

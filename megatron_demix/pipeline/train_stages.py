@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_demix.artifact import hash_file, read_json, write_json
 from megatron_demix.checkpoint.layout import iteration_folder
@@ -17,16 +17,16 @@ from megatron_demix.pipeline.given_checkpoint import check_function, check_preci
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import POINTER, Stage
+from megatron_demix.progress import METRICS
 from megatron_demix.search.horizon import Line
 from megatron_demix.study.section import MixtureSpec
 from megatron_demix.study.study import Study
-from megatron_demix.study.training import TrainerSpec, TrainSpec
+from megatron_demix.study.training import PhaseName, TrainerSpec, TrainSpec
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.megatron_lm.arguments import own_arguments
 from megatron_demix.train.megatron_lm.command import FROM_DATA, prepare, shown_command
 from megatron_demix.train.megatron_lm.work import check_finished, settle
 
-PhaseName = Literal["base", "component", "proxy", "final"]
 AVERAGE = "average"
 MIXTURES = "mixtures.json"
 """A round's mixtures, in the artifact that proposed them."""
@@ -176,7 +176,7 @@ def training(
         if not stock:
             write_json(stage.job, described.model_dump(mode="json"))
         elif settle(work, name) < iterations:
-            metrics = run / "metrics.jsonl"
+            metrics = run / METRICS
             write_json(stage.job, prepare(described, stock, stage.job, metrics).model_dump(mode="json"))
 
     def script() -> str:

@@ -20,6 +20,7 @@ MERGE_OPTIONS: dict[str, tuple[str, ...]] = {
     "breadcrumbs": ("scale", "density", "gamma"),
     "breadcrumbs_ties": ("scale", "density", "gamma"),
 }
+"""The options of each method (megatron_demix.merge.methods_by_name). Random drops take the study's seed."""
 
 
 class MergeRule(Section):

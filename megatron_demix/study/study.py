@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -18,12 +18,14 @@ from megatron_demix.study.merging import MergeSpec
 from megatron_demix.study.search import EvaluateSpec, SearchSpec
 from megatron_demix.study.section import MixtureSpec, Name, Section, nearest
 from megatron_demix.study.training import (
+    OVERRIDES,
     BaseSpec,
     ComponentSpec,
     FinalSpec,
     ModelSpec,
     ParallelSpec,
     Phase,
+    PhaseName,
     TrainerSpec,
     TrainSpec,
     check_layout,
@@ -153,9 +155,9 @@ class Study(Section):
             raise ValueError(f"domains: the largest shares (max_share, groups' highest) sum to {most:g}, below 1: {listed}")
 
     def _check_learning_rates(self) -> None:
-        phases = ("base", "component", "final") if self.base.tokens else ("component", "final")
+        phases: tuple[PhaseName, ...] = ("base", "component", "final") if self.base.tokens else ("component", "final")
         for name in phases:
-            train = self.phase(name)  # type: ignore[arg-type]
+            train = self.phase(name)
             if train.min_lr > train.lr and train.lr_decay_style != "constant":
                 raise ValueError(
                     f"{name}: min_lr {train.min_lr:g} is above lr {train.lr:g}; set {name}.min_lr, or train.min_lr"
@@ -224,12 +226,10 @@ class Study(Section):
                 f"({format_count(self.component.tokens)}), so there is nothing to extrapolate to; take it out"
             )
 
-    def phase(self, name: Literal["base", "component", "proxy", "final"]) -> TrainSpec:
+    def phase(self, name: PhaseName) -> TrainSpec:
         """`train` with the overrides of one phase applied. Trained proxies are trained as components are."""
         section: Phase = getattr(self, "component" if name == "proxy" else name)
-        overrides = {
-            k: v for k in ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction") if (v := getattr(section, k)) is not None
-        }
+        overrides = {key: value for key in OVERRIDES if (value := getattr(section, key)) is not None}
         return self.train.model_copy(update=overrides)
 
     def mixture(self, spec: MixtureSpec, natural: Mapping[str, float], label: str) -> Mixture:

@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 from megatron_demix.mixture import Mixture
 from megatron_demix.study.section import ExpandedPath, MixtureSpec, Name, Seconds, Section, Share, Tokens
 
+PhaseName = Literal["base", "component", "proxy", "final"]
+LrDecayStyle = Literal["constant", "linear", "cosine", "WSD"]
+
 
 class ModelSpec(Section):
     """megatron.core TransformerConfig and GPTModel, by Megatron's argument names."""
@@ -97,7 +100,7 @@ class TrainSpec(Section):
     """Sequences in one optimiser step."""
     lr: float = Field(3e-4, gt=0)
     min_lr: float = Field(0.0, ge=0)
-    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    lr_decay_style: LrDecayStyle = "cosine"
     lr_warmup_fraction: float = Field(0.01, ge=0, lt=1)
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -214,8 +217,12 @@ class Phase(Section):
     tokens: Tokens
     lr: float | None = Field(None, gt=0)
     min_lr: float | None = Field(None, ge=0)
-    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] | None = None
+    lr_decay_style: LrDecayStyle | None = None
     lr_warmup_fraction: float | None = Field(None, ge=0, lt=1)
+
+
+OVERRIDES = tuple(key for key in Phase.model_fields if key != "tokens")
+"""The settings of `train` that a phase may have another of."""
 
 
 class BaseSpec(Phase):
@@ -265,9 +272,6 @@ class ComponentSpec(Phase):
         if self.average and any(a >= b for a, b in pairwise(self.average)):
             raise ValueError(f"average: {self.average} has to ascend: parts of the run, such as [0.6, 0.65, 0.7, 0.75]")
         return self
-
-
-# The options of each merge method (megatron_demix.merge.methods_by_name). Random drops take the study's seed.
 
 
 class FinalSpec(Phase):

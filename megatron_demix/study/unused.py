@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from megatron_demix.study.study import Study
+from megatron_demix.study.training import OVERRIDES, PhaseName
 
 _CPUS = ("--exclusive", "--cpus-per-", "-c")
 """How options of sbatch begin that say it, too."""
-_OVERRIDES = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction")
 
 
 class _Unused(NamedTuple):
@@ -105,9 +105,9 @@ def _of_training(study: Study) -> Iterator[_Unused]:
     if study.trainer.backend == "megatron_core":
         yield from _given("trainer", study.trainer, ("checkout", "script", "args"), "trainer.backend is megatron_core")
     if study.base.tokens is None:
-        yield from _given("base", study.base, ("mixture", *_OVERRIDES), "the base is given, and not trained")
-    trained = [*(["base"] if study.base.tokens else []), "component", "final"]
-    constant = [name for name in trained if study.phase(name).lr_decay_style == "constant"]  # type: ignore[arg-type]
+        yield from _given("base", study.base, ("mixture", *OVERRIDES), "the base is given, and not trained")
+    trained: list[PhaseName] = [*(["base"] if study.base.tokens else []), "component", "final"]  # type: ignore[list-item]
+    constant = [name for name in trained if study.phase(name).lr_decay_style == "constant"]
     for name in constant:
         yield from _given(name, getattr(study, name), ("min_lr",), "the learning rate stays constant")
     if constant == trained:

@@ -8,14 +8,15 @@ import pytest
 
 from megatron_demix.errors import Incomplete, StageFailed
 from megatron_demix.launch import background
-from megatron_demix.launch.local import holder
+from megatron_demix.launch.run_lock import holder
 
 # What `demix run` does as far as these tests can see: it holds the run's lock until it is told to stop.
 WORKS = """
 import sys, time
 from pathlib import Path
 from megatron_demix.errors import DemixError
-from megatron_demix.launch.local import _interruptible, only_one
+from megatron_demix.launch.local import _interruptible
+from megatron_demix.launch.run_lock import only_one
 try:
     with only_one(Path(sys.argv[1])), _interruptible():
         time.sleep(120)

@@ -12,7 +12,7 @@ from megatron_demix.launch import slurm
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.background import Background
-from megatron_demix.launch.local import only_one
+from megatron_demix.launch.run_lock import only_one
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.launch import SlurmSpec
 

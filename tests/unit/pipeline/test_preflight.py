@@ -10,7 +10,7 @@ from megatron_demix.cli import main
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.launch import stage as task
 from megatron_demix.launch.attempts import Attempts
-from megatron_demix.launch.local import only_one
+from megatron_demix.launch.run_lock import only_one
 from megatron_demix.launch.started import Started
 from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.dag import Dag, build_dag
