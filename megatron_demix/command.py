@@ -47,6 +47,18 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
         return INTERRUPTED
 
 
+def rank_exit_code(run: Callable[[], int]) -> int:
+    """The same of one of several ranks, whose errors are printed with its number; bugs keep their traceback."""
+    try:
+        return run()
+    except (DemixError, RuntimeError, OSError) as raised:
+        e = raised if isinstance(raised, DemixError) else limit_reached(raised)
+        if e is None:
+            raise
+        print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
+        return e.exit_code
+
+
 _formatted = warnings.formatwarning
 
 

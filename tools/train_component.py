@@ -27,7 +27,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_demix.errors import DemixError, storage_errors
+from megatron_demix.command import rank_exit_code
+from megatron_demix.errors import storage_errors
 from megatron_demix.locks import take_lock
 from megatron_demix.process import die_with_parent
 
@@ -49,7 +50,8 @@ def main() -> int:
 
     warnings.simplefilter("ignore")  # megatron.core warns about every package it can do without
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+
+    def run() -> int:
         job = TrainJob.read(arguments.job) if arguments.job else job_from_arguments(arguments, world_size=world_size)
         order_kernels(job.parallel)
         # After the flags have been read: this imports torch, and --help should not.
@@ -63,10 +65,9 @@ def main() -> int:
             # If torchrun is killed, ranks that still save keep the next run waiting.
             take_lock(held, f"another run that writes into {job.work}", wait_s=_LOCK_WAIT_S)
         train(job)
-    except DemixError as e:
-        print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
-        return e.exit_code
-    return 0
+        return 0
+
+    return rank_exit_code(run)
 
 
 if __name__ == "__main__":

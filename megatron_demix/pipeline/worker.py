@@ -5,13 +5,13 @@ Exit codes are those of errors.py; an error is printed once, by the rank that me
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
+from typing import IO
 
 from megatron_demix.artifact import read_json
-from megatron_demix.errors import DemixError, limit_reached
+from megatron_demix.command import rank_exit_code
 from megatron_demix.locks import take_lock
 from megatron_demix.process import die_with_parent
 
@@ -24,38 +24,35 @@ def main() -> int:
     warnings.filterwarnings("default", module=r"megatron_demix\.")
     path = Path(sys.argv[1])
     held = open(path.with_suffix(".lock"), "a+")  # noqa: SIM115  # as long as this process works
-    try:
-        # If torchrun is killed, ranks that still save keep the next run waiting.
-        take_lock(held, f"another process that works on {path}", wait_s=_LOCK_WAIT_S, shared=True)
-        job = read_json(path)
-        if job["kind"] == "train":
-            from megatron_demix.train.derived import order_kernels
-            from megatron_demix.train.job import TrainJob
+    return rank_exit_code(lambda: _work(path, held))
 
-            run = TrainJob.model_validate(job)
-            order_kernels(run.parallel)
-            from megatron_demix.train.trainer import train  # which imports torch
 
-            train(run)
-        elif job["kind"] == "megatron_lm":
-            from megatron_demix.train.megatron_lm.run import StockJob, run_rank
+def _work(path: Path, held: IO) -> int:
+    # If torchrun is killed, ranks that still save keep the next run waiting.
+    take_lock(held, f"another process that works on {path}", wait_s=_LOCK_WAIT_S, shared=True)
+    job = read_json(path)
+    if job["kind"] == "train":
+        from megatron_demix.train.derived import order_kernels
+        from megatron_demix.train.job import TrainJob
 
-            return run_rank(StockJob.model_validate(job), held)
-        else:
-            from megatron_demix.data.tokenizer import load_tokenizer
-            from megatron_demix.evaluate.job import EvaluateJob, evaluate
-            from megatron_demix.merge.proxies import ProxyMerger
-            from megatron_demix.pipeline.merging import method_of
+        run = TrainJob.model_validate(job)
+        order_kernels(run.parallel)
+        from megatron_demix.train.trainer import train  # which imports torch
 
-            evaluation = EvaluateJob.model_validate(job)
-            method, threads = method_of(evaluation.merge, evaluation.base, evaluation.seed), evaluation.threads_per_rank
-            evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=threads, method=method), load_tokenizer)
-    except (DemixError, RuntimeError, OSError) as raised:
-        e = raised if isinstance(raised, DemixError) else limit_reached(raised)
-        if e is None:
-            raise
-        print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
-        return e.exit_code
+        train(run)
+    elif job["kind"] == "megatron_lm":
+        from megatron_demix.train.megatron_lm.run import StockJob, run_rank
+
+        return run_rank(StockJob.model_validate(job), held)
+    else:
+        from megatron_demix.data.tokenizer import load_tokenizer
+        from megatron_demix.evaluate.job import EvaluateJob, evaluate
+        from megatron_demix.merge.proxies import ProxyMerger
+        from megatron_demix.pipeline.merging import method_of
+
+        evaluation = EvaluateJob.model_validate(job)
+        method, threads = method_of(evaluation.merge, evaluation.base, evaluation.seed), evaluation.threads_per_rank
+        evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=threads, method=method), load_tokenizer)
     return 0
 
 
