@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
-from megatron_demix.locks import take_lock
+from megatron_demix.locks import open_lock, take_lock
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except KeyGivenTwice as e:
         raise CorruptInput(f"{path}: {e}") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CorruptInput(f"{path}: not readable as JSON ({e}).") from e
 
 
@@ -207,7 +207,7 @@ def only_maker(target: Path) -> Iterator[None]:
     """One process at a time, of all that share the disk, puts together what is published at `target`; the others wait."""
     path = target.parent / f".{target.name}.lock"
     while True:
-        with open(path, "w") as file:
+        with open_lock(path) as file:
             take_lock(file, f"another process that makes {target}")
             # Whoever held it before may have removed the file that this is a lock on.
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,14 @@ from megatron_demix.errors import Incomplete
 _POLL_S = 0.2
 _SILENT_S = 5.0
 logger = logging.getLogger(__name__)
+
+
+def open_lock(path: Path) -> IO:
+    """A lock file, open to be read and written, made where it is absent and left as it is where it is not. Raises OSError where
+    a link stands there: in a folder that others may write, it could lead to any file of this user."""
+    # Read, too: NFSv4 shares locks only on files that may be.
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "a+")
 
 
 def take_lock(file: IO, holder: str, *, wait_s: float = math.inf, shared: bool = False) -> None:

@@ -33,9 +33,11 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
         print(json.dumps(rows, indent=1))
         preflight.check(stages)
         return
+    from rich.markup import escape
+
     table = new_table("stage", "state", "ranks", "artifact", right=("ranks",))
     for stage, state in zip(stages, states, strict=True):
-        table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), shown(stage.folder))
+        table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), escape(shown(stage.folder)))
     on_terminal().print(table, counts(states))
     for line in [*used_of_earlier(dag, stages), *_added_by_mixed(dag), *_extrapolated(dag)]:
         print(line)

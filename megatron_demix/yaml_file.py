@@ -28,4 +28,7 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(text: str) -> Any:
     """Plain data of a YAML document. Raises yaml.YAMLError, for a key given twice as well, with its line."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as e:
+        raise yaml.YAMLError("it is nested too deeply") from e

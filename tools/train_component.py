@@ -29,7 +29,7 @@ from pathlib import Path
 
 from megatron_demix.command import rank_exit_code
 from megatron_demix.errors import storage_errors
-from megatron_demix.locks import take_lock
+from megatron_demix.locks import open_lock, take_lock
 from megatron_demix.process import die_with_parent
 
 _LOCK_WAIT_S = 60
@@ -60,7 +60,7 @@ def main() -> int:
         work = job.work.resolve()
         with storage_errors(f"making {work.parent}"):
             work.parent.mkdir(parents=True, exist_ok=True)
-            held = open(work.with_name(f".{work.name}.lock"), "a+")  # noqa: SIM115 (as long as this process works)
+            held = open_lock(work.with_name(f".{work.name}.lock"))  # as long as this process works
         if os.environ.get("RANK", "0") == "0":
             # If torchrun is killed, ranks that still save keep the next run waiting.
             take_lock(held, f"another run that writes into {job.work}", wait_s=_LOCK_WAIT_S)

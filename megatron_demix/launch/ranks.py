@@ -6,10 +6,13 @@ ranks that were asked to stop the time they need to save.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -37,6 +40,16 @@ def _keeping_sigterm() -> Iterator[None]:
         signal.signal = set_handler
 
 
+def _met_in(folder: str, arguments: argparse.Namespace) -> argparse.Namespace:
+    """With --standalone, torchrun meets itself in a file that only this user can open. By default it listens on all of the
+    machine's addresses, and unpickles what anyone puts there."""
+    if arguments.standalone:
+        arguments.standalone = False
+        arguments.rdzv_backend, arguments.rdzv_conf = "c10d", "store_type=file"
+        arguments.rdzv_endpoint, arguments.rdzv_id = os.path.join(folder, "rendezvous"), secrets.token_hex(8)
+    return arguments
+
+
 def main() -> int:
     import psutil  # not in the handler: a second signal would find it half imported
 
@@ -60,8 +73,8 @@ def main() -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
-        with _keeping_sigterm():
-            run(parse_args(sys.argv[1:]))
+        with _keeping_sigterm(), tempfile.TemporaryDirectory(prefix="demix-ranks-") as private:
+            run(_met_in(private, parse_args(sys.argv[1:])))
     except ChildFailedError as e:
         _, first = e.get_first_failure()
         if asked and first.exitcode == -signal.SIGTERM:  # it was still importing

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from megatron_demix.artifact import this_place
 from megatron_demix.errors import Incomplete
-from megatron_demix.locks import is_locked, take_lock
+from megatron_demix.locks import is_locked, open_lock, take_lock
 
 
 @contextmanager
 def only_one(run: Path, *, wait_s: float = 0.5) -> Iterator[None]:
     """Held by the one command that works on a run, or submits it. Raises Incomplete if another has it for longer than wait_s;
     holder() may have it for a moment."""
-    with open(run / ".lock", "a+") as file:
+    with open_lock(run / ".lock") as file:
         take_lock(file, f"another demix process that works on {run}", wait_s=wait_s)
         file.truncate(0)
         file.write(f"{this_place()} {os.getpid()}")

@@ -68,6 +68,12 @@ class Scripts:
     root: Path
     until: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError where a path would end a line of a script, and what follows it run as a command."""
+        for what, path in (("run's folder", self.run), ("study's folder", self.root)):
+            if not str(path).isprintable():
+                raise ConfigError(f"the {what} is {str(path)!r}: SLURM's scripts cannot hold its name. Choose another.")
+
     @property
     def folder(self) -> Path:
         return self.run / FOLDER

@@ -40,7 +40,7 @@ from megatron_demix.errors import (
 )
 from megatron_demix.launch.attempts import Attempts, of_stage
 from megatron_demix.launch.started import Started
-from megatron_demix.locks import is_locked, take_lock
+from megatron_demix.locks import is_locked, open_lock, take_lock
 from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.process import PYTHON_M, die_with_parent, leave_usr1_to_parent
@@ -127,7 +127,7 @@ def start_ranks(
 def stage_lock(stage: Stage) -> Iterator[IO]:
     """Held by whoever makes a stage, and by the ranks it started. Raises Incomplete if others have it for too long."""
     stage.lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(stage.lock, "a+") as file:  # NFSv4 shares locks only on files that may be read
+    with open_lock(stage.lock) as file:
         take_lock(file, f"ranks of stage {stage.name} that an earlier run started", wait_s=_RANKS_SAVE_S)
         yield file
 

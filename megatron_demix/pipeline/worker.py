@@ -12,7 +12,7 @@ from typing import IO
 
 from megatron_demix.artifact import read_json
 from megatron_demix.command import rank_exit_code
-from megatron_demix.locks import take_lock
+from megatron_demix.locks import open_lock, take_lock
 from megatron_demix.process import die_with_parent
 
 _LOCK_WAIT_S = 30
@@ -23,7 +23,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")  # megatron.core warns about every package it can do without
     warnings.filterwarnings("default", module=r"megatron_demix\.")
     path = Path(sys.argv[1])
-    held = open(path.with_suffix(".lock"), "a+")  # noqa: SIM115  # as long as this process works
+    held = open_lock(path.with_suffix(".lock"))  # as long as this process works
     return rank_exit_code(lambda: _work(path, held))
 
 

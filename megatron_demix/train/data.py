@@ -20,7 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_demix.artifact import fingerprint, hash_file
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError, storage_errors
-from megatron_demix.locks import take_lock
+from megatron_demix.locks import open_lock, take_lock
 from megatron_demix.train.derived import blend_surplus
 from megatron_demix.train.job import TrainJob
 
@@ -113,7 +113,7 @@ def _building_alone(cache: Path) -> Iterator[None]:
         return
     with storage_errors(f"making {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / ".lock", "w") as file:
+    with open_lock(cache / ".lock") as file:
         take_lock(file, f"another run that builds indices in {cache}")
         yield
 

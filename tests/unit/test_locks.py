@@ -21,3 +21,13 @@ def test_a_long_wait_is_said_once(tmp_path, monkeypatch, caplog):
         threading.Timer(0.5, fcntl.flock, (held, fcntl.LOCK_UN)).start()
         locks.take_lock(wanted, "the other one")
     assert caplog.record_tuples == [("megatron_demix.locks", logging.WARNING, "waiting for the other one ...")]
+
+
+def test_a_lock_leads_to_no_other_file(tmp_path):
+    (tmp_path / "other").write_text("x")
+    (tmp_path / "lock").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="symbolic links"):
+        locks.open_lock(tmp_path / "lock")
+    assert (tmp_path / "other").read_text() == "x"
+    with locks.open_lock(tmp_path / "new") as file:
+        locks.take_lock(file, "nobody")

@@ -50,6 +50,7 @@ def boxed(text: str) -> str | None:
 
 def normalised(formula: str) -> str:
     """Without what does not change a formula's value: blanks, sizes of brackets, units in text, degree and dollar signs."""
+    formula = re.sub(r"\s+", " ", formula)
     formula = re.sub(r"\\(?:left|right|[!,:; ]|quad|qquad|displaystyle)(?![a-zA-Z])", "", formula)
     formula = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", formula)
     formula = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", formula)

@@ -7,7 +7,8 @@ program must not have. Where the kernel lets an ordinary user make namespaces: t
 any file but those in an empty folder in memory. Where the kernel has Landlock (since 5.13), whoever the user is: all files but
 those of that folder and, to read, of Python and the system; since 6.12 also signals to processes outside. Everywhere: memory,
 processor time, open files, large files, core dumps, outliving whoever started it, and many processes (except for root, whose
-the kernel does not count); on x86-64 and 64-bit ARM sockets, among them those that files lead to, such as a container daemon's.
+the kernel does not count); on x86-64 and 64-bit ARM sockets, among them those that files lead to, such as a container daemon's,
+memory that outlives its processes, and other processes' limits. Memory is counted by process: all of them may have it.
 Then the program runs in a child that is the first process of its namespace, so that all it has started ends with it.
 """
 
@@ -26,7 +27,11 @@ _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, -100, 0x
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER, _SECCOMP_RET_ALLOW, _SECCOMP_RET_ERRNO = 2, 0x7FFF0000, 0x00050000
 _LOAD, _AND, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # instructions of the kernel's packet filters
-_CALLS = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}  # the processor's name; socket(2), socketpair(2)
+# The processor's name; socket(2), shmget(2), semget(2), msgget(2); socketpair(2); prlimit(2).
+_CALLS = {
+    "x86_64": (0xC000003E, (41, 29, 64, 68), 53, 302),
+    "aarch64": (0xC00000B7, (198, 194, 190, 186), 199, 261),
+}
 _SOCK_STREAM = 1
 _IO_URING_SETUP, _X32 = 425, 0x40000000  # another way to sockets; other numbers for the same calls
 _SYS_LANDLOCK = 444, 445, 446  # make a ruleset, add a rule, restrict this process; of all processors
@@ -114,31 +119,40 @@ class _Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction))]
 
 
-def refuse_sockets(libc: ctypes.CDLL) -> bool:
-    """socket(2) fails from now on; False if the kernel has no filters, or the processor is another.
+def refuse_calls(libc: ctypes.CDLL) -> bool:
+    """From now on calls fail that make sockets, or what stays in memory when all processes have ended, or set another process's
+    limits, which Landlock does not know; False if the kernel has no filters, or the processor is another.
 
     Pairs of streams, which asyncio and multiprocessing need, can still be made: they stay connected to each other, while a
     datagram socket of a pair could send to any other that a file leads to.
     """
     if os.uname().machine not in _CALLS:
         return False
-    processor, socket, socketpair = _CALLS[os.uname().machine]
+    processor, refused, socketpair, prlimit = _CALLS[os.uname().machine]
+    # A name to go to, the instruction, where to go if it holds, and if it does not (nowhere: to the next line), its value.
     program = (
-        (_LOAD, 0, 0, 4),  # the processor that the call is made for
-        (_IF_EQUAL, 0, 10, processor),
-        (_LOAD, 0, 0, 0),  # the call's number
-        (_IF_AT_LEAST, 8, 0, _X32),
-        (_IF_EQUAL, 7, 0, _IO_URING_SETUP),
-        (_IF_EQUAL, 6, 0, socket),
-        (_IF_EQUAL, 1, 0, socketpair),
-        (_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
-        (_LOAD, 0, 0, 24),  # its second argument, the type, and flags
-        (_AND, 0, 0, 0xF),
-        (_IF_EQUAL, 0, 1, _SOCK_STREAM),
-        (_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
-        (_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EACCES),
+        ("", _LOAD, "", "", 4),  # the processor that the call is made for
+        ("", _IF_EQUAL, "", "refuse", processor),
+        ("", _LOAD, "", "", 0),  # the call's number
+        ("", _IF_AT_LEAST, "refuse", "", _X32),
+        *(("", _IF_EQUAL, "refuse", "", number) for number in (_IO_URING_SETUP, *refused)),
+        ("", _IF_EQUAL, "pair", "", socketpair),
+        ("", _IF_EQUAL, "", "allow", prlimit),
+        ("", _LOAD, "", "", 16),  # its first argument, the process; 0: the one that calls
+        ("", _IF_EQUAL, "allow", "refuse", 0),
+        ("pair", _LOAD, "", "", 24),  # its second argument, the type, and flags
+        ("", _AND, "", "", 0xF),
+        ("", _IF_EQUAL, "allow", "refuse", _SOCK_STREAM),
+        ("allow", _RETURN, "", "", _SECCOMP_RET_ALLOW),
+        ("refuse", _RETURN, "", "", _SECCOMP_RET_ERRNO | errno.EACCES),
     )
-    instructions = (_Instruction * len(program))(*(_Instruction(*line) for line in program))
+    places = {name: at for at, (name, *_) in enumerate(program)}
+    instructions = (_Instruction * len(program))(
+        *(
+            _Instruction(code, *(places[to] - at - 1 if to else 0 for to in (then, otherwise)), value)
+            for at, (_, code, then, otherwise, value) in enumerate(program)
+        )
+    )
     return libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Filter(len(program), instructions)), 0, 0) == 0
 
 
@@ -197,6 +211,7 @@ def main() -> None:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     token = sys.stdin.readline()
     program = sys.stdin.read()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # what it was, a file, holds the token
     folder = os.getcwd()
     sys.path += settings["packages"]
     software = {*_SOFTWARE, *settings["packages"], *library_folders()}
@@ -212,7 +227,7 @@ def main() -> None:
     limit(settings, others)
     drop_capabilities(libc)
     isolated = restrict_files(libc, folder, software) >= _SCOPED_SINCE or isolated
-    isolated = refuse_sockets(libc) and isolated
+    isolated = refuse_calls(libc) and isolated
     if settings["probe"]:
         print(ISOLATED if isolated else "limits")
     sys.argv = ["program.py"]

@@ -81,7 +81,7 @@ def _hellaswag(record: Record) -> Item:
 
 def _without_markup(text: str) -> str:
     """WikiHow's marks, of which [title] begins a sentence."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    return re.sub(r"\[[^\]\n]*\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _piqa(record: Record) -> Item:

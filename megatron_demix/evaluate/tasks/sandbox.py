@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def run_python(
     }
     # What it writes goes into files of limited size, not into this process's memory.
     with (
-        tempfile.TemporaryDirectory(prefix="demix-answer-", ignore_cleanup_errors=True) as folder,
+        _empty_folder() as folder,
         tempfile.TemporaryFile() as source,
         tempfile.TemporaryFile() as verdict,
         tempfile.TemporaryFile() as output,
@@ -87,6 +88,16 @@ def run_python(
         verdict.seek(0)
         passed = verdict.read() == token and process.returncode == 0 and not timed_out
         return Outcome(passed, timed_out, _read(output), _last_line(_read(errors, end=True)))
+
+
+@contextmanager
+def _empty_folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="demix-answer-")
+    try:
+        yield folder
+    finally:
+        # Not shutil: a thousand folders within folders are more than Python's stack holds.
+        subprocess.run(["rm", "-rf", "--", folder], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def _ends_within(process: subprocess.Popen, timeout_s: float) -> bool:

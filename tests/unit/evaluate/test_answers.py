@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import socket
 import threading
 import time
@@ -250,6 +251,40 @@ def test_nothing_outside_can_be_reached(program, isolate):
     assert not outcome.passed
     assert os.path.getsize(__file__)
     assert not os.path.exists("/tmp/demix-escaped")
+
+
+@isolated
+def test_limits_of_other_processes_cannot_be_set():
+    """Landlock keeps signals in, and knows nothing of prlimit(2)."""
+    own = resource.getrlimit(resource.RLIMIT_FSIZE)
+    program = f"import resource; resource.prlimit({os.getpid()}, resource.RLIMIT_FSIZE, (0, 0))"
+    assert not run_python(program, timeout_s=20, isolate=False).passed
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == own
+    assert run_python(
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))", timeout_s=20, isolate=False
+    ).passed
+
+
+@isolated
+@pytest.mark.parametrize("call", ["shmget", "semget", "msgget"])
+def test_nothing_stays_in_memory(call):
+    arguments = {"shmget": "0, 4096, 0o1600", "semget": "0, 1, 0o1600", "msgget": "0, 0o1600"}[call]
+    program = f"import ctypes; assert ctypes.CDLL(None).{call}({arguments}) >= 0"
+    assert not run_python(program, timeout_s=20, isolate=False).passed
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_folders_within_folders_are_removed(isolate, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    program = "import os\nfor _ in range(2000):\n    os.mkdir('d'); os.chdir('d')"
+    assert run_python(program, timeout_s=60, isolate=isolate).passed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_the_token_of_a_pass_cannot_be_read_again(isolate):
+    steals = "import os; os.lseek(0, 0, 0); t = os.read(0, 99).split(b'\\n')[0] + b'\\n'; [os.write(n, t) for n in range(3, 9)]"
+    assert not run_python(f"{steals}; os._exit(0)", timeout_s=20, isolate=isolate).passed
 
 
 @isolated

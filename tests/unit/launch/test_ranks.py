@@ -33,9 +33,10 @@ def test_torchrun_is_given_its_arguments_alone(monkeypatch):
     """Of those that it has had since torch 2.6: --signals-to-handle is newer."""
     import torch.distributed.run as torchrun
 
-    given = []
-    monkeypatch.setattr(torchrun, "parse_args", lambda words: given.append(words))
-    monkeypatch.setattr(torchrun, "run", lambda arguments: None)
+    given, ran = [], []
+    parse_args = torchrun.parse_args
+    monkeypatch.setattr(torchrun, "parse_args", lambda words: given.append(words) or parse_args(words))
+    monkeypatch.setattr(torchrun, "run", ran.append)
     monkeypatch.setattr(ranks, "die_with_parent", lambda: None)
     monkeypatch.setattr("sys.argv", ["ranks", "--standalone", "-m", "module"])
     before = signal.getsignal(signal.SIGTERM)
@@ -44,3 +45,6 @@ def test_torchrun_is_given_its_arguments_alone(monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert given == [["--standalone", "-m", "module"]]
+    # torchrun's own way to be alone is a store that listens on all addresses, and unpickles what anyone puts there.
+    (arguments,) = ran
+    assert (arguments.standalone, arguments.rdzv_backend, arguments.rdzv_conf) == (False, "c10d", "store_type=file")

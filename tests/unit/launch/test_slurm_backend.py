@@ -22,7 +22,9 @@ def dag(tmp_path):
     first = [Stage(f"data/{name}", tmp_path, {}, (), lambda folder: None) for name in ("a", "b")]
     base = Stage("base/base", tmp_path, {}, tuple(first), lambda folder: None, ranks=2)
     study = SimpleNamespace(name="s", launch=SimpleNamespace(slurm=SlurmSpec()), model_dump=lambda mode: {})
-    return SimpleNamespace(study=study, run=tmp_path, all=[*first, base])
+    dag = SimpleNamespace(study=study, run=tmp_path, all=[*first, base])
+    dag.until = lambda part: dag.all
+    return dag
 
 
 @pytest.fixture

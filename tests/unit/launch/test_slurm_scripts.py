@@ -257,3 +257,8 @@ def test_the_number_of_a_node_is_slurms(job, tmp_path):
 def test_a_job_waits_for_the_controller_to_take_it_back(job):
     assert job(0, 75, refused=2) == (75, 3)
     assert job(0, 75, refused=9) == (75, 3)  # it answers, and refuses
+
+
+def test_no_path_ends_a_line_of_a_script(tmp_path):
+    with pytest.raises(ConfigError, match=r"the run's folder is '.*\\ntouch x'"):
+        Scripts(SlurmSpec(), "s", tmp_path / "a\ntouch x", tmp_path)
