@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_demix.checkpoint.collector import without_collector
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import BACKEND, METADATA
 from megatron_demix.checkpoint.pickles import Inert, inert, ordered_dict, plain_tuple, read_pickle, shown
@@ -100,9 +102,10 @@ _ALLOWED: dict[str, Any] = {
 }
 
 
-def read_metadata(folder: Path) -> CheckpointMetadata:
+def read_metadata(folder: Path, wanted: Callable[[str], bool] | None = None) -> CheckpointMetadata:
     """Read and check `.metadata` (and metadata.json, where there is one) in a checkpoint's folder.
 
+    wanted: whether a tensor is of interest, by key; of others only where they lie is looked at. None: all are.
     Raises CorruptInput naming the file: a forbidden class (nothing is executed), damage, another backend, or chunks that leave
     their tensor, are stored nowhere, or point out of the folder.
     """
@@ -114,7 +117,8 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     except OSError as e:
         raise CorruptInput(f"{path}: cannot be read ({e.strerror}).") from e
     try:
-        return _interpret(read_pickle(data, _ALLOWED, str(path)), path)
+        with without_collector():
+            return _interpret(read_pickle(data, _ALLOWED, str(path)), path, wanted)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e:
         raise CorruptInput(f"{path}: is not the metadata of a torch_dist checkpoint ({type(e).__name__}: {e}).") from e
 
@@ -132,7 +136,7 @@ def _check_backend(path: Path) -> None:
         )
 
 
-def _interpret(root: Any, path: Path) -> CheckpointMetadata:
+def _interpret(root: Any, path: Path, wanted: Callable[[str], bool] | None) -> CheckpointMetadata:
     stored: dict[tuple[str, Shape | None], Location] = {}
     for index, info in root["storage_data"].items():
         key, offset = index["fqn"], index.get("offset")
@@ -148,7 +152,7 @@ def _interpret(root: Any, path: Path) -> CheckpointMetadata:
             if (key, None) not in stored:
                 raise CorruptInput(f"{path}: object {key!r} is listed but stored nowhere.")
             objects[key] = stored[key, None]
-        else:
+        elif wanted is None or wanted(key):
             tensors[key] = _tensor(key, entry, stored, path)
     return CheckpointMetadata(tensors, objects)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 
 from megatron_demix.checkpoint.archive import check_archive
 from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint
+from megatron_demix.checkpoint.maps import out_of_maps
 from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, Shape, TensorInfo, read_metadata
 from megatron_demix.checkpoint.payload import Payload, read_payload
 from megatron_demix.errors import CorruptInput
@@ -52,15 +54,16 @@ class _Item(NamedTuple):
 class Checkpoint:
     """Read-only view of one torch_dist checkpoint. Files are mapped when first used and stay mapped with their arrays."""
 
-    def __init__(self, path: Path, *, read_ahead: bool = True, place: int = 0) -> None:
+    def __init__(self, path: Path, *, read_ahead: bool = True, place: int = 0, model_only: bool = False) -> None:
         """path: anything find_checkpoint accepts. Raises as find_checkpoint and read_metadata do.
 
         read_ahead: False while a few scattered bytes are read of what is not in the page cache: a disk may otherwise read
         megabytes around each of them. prefetch() then fetches what is needed whole, and start_read_ahead() ends it.
         place: another one for each checkpoint whose elements are read side by side (csrc/mapped_file.hpp).
+        model_only: metadata has no tensors of optimizers, which are most of what a training checkpoint lists.
         """
         self.location: CheckpointDir = find_checkpoint(path)
-        self.metadata: CheckpointMetadata = read_metadata(self.location.path)
+        self.metadata: CheckpointMetadata = read_metadata(self.location.path, is_model_key if model_only else None)
         self._read_ahead = read_ahead
         self._place = place
         self._files: dict[str, MappedFile] = {}
@@ -118,6 +121,11 @@ class Checkpoint:
             with suppress(CorruptInput):
                 self._mapped(name).touch(places)
 
+    def unmap(self) -> None:
+        """Give back the maps that no array is left of. Raises as check_still_there() does, of what was read until now."""
+        self.check_still_there()
+        self._files = {}
+
     def check_still_there(self) -> None:
         """Raises CorruptInput if a file was cut short, or its disk failed, since it was opened: zeros may have been read."""
         for name, file in self._files.items():
@@ -165,6 +173,8 @@ class Checkpoint:
             try:
                 file = MappedFile(path, self._place)
             except OSError as e:
+                if e.errno == errno.ENOMEM:
+                    raise out_of_maps(path) from e
                 raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
             if not self._read_ahead:
                 file.expect_scattered_reads(True)

@@ -118,7 +118,7 @@ def _method(arguments: argparse.Namespace) -> Method:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from megatron_demix.merge.components import without_collector
+    from megatron_demix.checkpoint.collector import without_collector
     from megatron_demix.merge.engine import check_means, plan_merge, write_merge
 
     components, mixtures, single = _what(arguments)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -28,19 +26,6 @@ from megatron_demix.merge.grid import Grid
 MERGEABLE = tuple(ARRAY_DTYPES)
 
 
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """No search for reference cycles meanwhile: nothing that is made of chunks has any, and where there are tens of thousands
-    of them (experts), looking through all of it again and again takes long."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class Components:
     """K checkpoints by name. `tensors`: the float tensors they share, by key. `copied`: those of other types, not averaged.
 
@@ -52,7 +37,9 @@ class Components:
         if not paths:
             raise ConfigError("no components to merge. Give at least one checkpoint.")
         self.names = list(paths)
-        self.checkpoints = [Checkpoint(Path(path), read_ahead=False, place=k) for k, path in enumerate(paths.values())]
+        self.checkpoints = [
+            Checkpoint(Path(path), read_ahead=False, place=k, model_only=True) for k, path in enumerate(paths.values())
+        ]
         self._payloads: dict[tuple[int, str, tuple[int, ...]], Payload] = {}
         self._grids: dict[str, list[Grid]] = {}
         self._extents: dict[tuple[int, str], tuple[list[int], int]] = {}
@@ -128,8 +115,18 @@ class Components:
         for checkpoint in self.checkpoints:
             checkpoint.check_still_there()
 
-    def digest(self, k: int) -> str:
-        """A fingerprint of component k's model: names, shapes, types, and the CRCs its archives promise for all elements."""
+    @property
+    def num_files(self) -> int:
+        """That hold the tensors, of all components together."""
+        return sum(
+            len({chunk.location.file for info in tensors.values() for chunk in info.chunks}) for tensors in self._tensors
+        )
+
+    def digest(self, k: int, *, keep: bool = True) -> str:
+        """A fingerprint of component k's model: names, shapes, types, and the CRCs its archives promise for all elements.
+
+        keep: its files stay mapped, for a plan that needs most of them.
+        """
         hashed = blake2b(digest_size=16)
         self.checkpoints[k].touch_frames(chunk for info in self.checkpoints[k].model_tensors.values() for chunk in info.chunks)
         for key, info in sorted(self.checkpoints[k].model_tensors.items()):
@@ -139,6 +136,9 @@ class Components:
                 hashed.update(
                     repr((key, info.dtype, info.shape, chunk.offset, chunk.shape, self.payload(k, info, i).crc)).encode()
                 )
+        if not keep:
+            self._payloads = {at: payload for at, payload in self._payloads.items() if at[0] != k}
+            self.checkpoints[k].unmap()
         return hashed.hexdigest()
 
     def _check_against_first(self, k: int) -> None:

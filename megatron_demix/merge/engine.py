@@ -13,9 +13,11 @@ from typing import Any, get_args
 import numpy as np
 
 from megatron_demix.artifact import remove_leftovers
+from megatron_demix.checkpoint.collector import without_collector
+from megatron_demix.checkpoint.maps import check_maps
 from megatron_demix.checkpoint.output import Output, resolved
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError, VerificationFailed, storage_errors
-from megatron_demix.merge.components import Components, without_collector
+from megatron_demix.merge.components import Components
 from megatron_demix.merge.job import Job, Layout
 from megatron_demix.merge.methods import Linear, Method
 from megatron_demix.merge.verify import Verify, verify_merge
@@ -126,7 +128,9 @@ def plan_merge(
     method.check_names(list(mixtures))
     targets = [resolved(Path(output) if into_output else Path(output) / name) for name in mixtures]
     _check_outside(targets, parts)
-    job = Job(parts, layout, method.bind(parts), max_chunk)
+    if worker is None:
+        check_maps(parts.num_files, f"the tensors of {len(parts.names)} components")
+    job = Job(parts, layout, method.bind(parts), max_chunk, shared=worker is not None)
     provenances = [
         job.provenance(name, row, normalize) | dict((said or {}).get(name, {}))
         for name, row in zip(mixtures, weights_MK, strict=True)

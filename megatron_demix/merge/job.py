@@ -32,8 +32,12 @@ PROVENANCE = "demix_merge.json"
 class Job:
     """What all outputs of a merge have in common: targets, placement, copied items, common state."""
 
-    def __init__(self, parts: Components, layout: Layout, method: BoundMethod, max_chunk: int | None) -> None:
+    def __init__(
+        self, parts: Components, layout: Layout, method: BoundMethod, max_chunk: int | None, *, shared: bool = False
+    ) -> None:
+        """shared: other processes write parts of it, so that most of the components' files are of no use to this one."""
         self.parts = parts
+        self._shared = shared
         self.max_chunk = max_chunk
         self.method = method
         first = parts.checkpoints[0]
@@ -135,7 +139,8 @@ class Job:
 
     @cached_property
     def _digests(self) -> list[str]:
-        return [self.parts.digest(k) for k in range(len(self.parts.names))]
+        # The first one's files stay in any case: what is copied lies there.
+        return [self.parts.digest(k, keep=k == 0 or not self._shared) for k in range(len(self.parts.names))]
 
     def _items(self) -> list[TensorItem | CopiedItem]:
         """In the order the first component stores them, so that reading it is sequential; what is cut anew lies together."""

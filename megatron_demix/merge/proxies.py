@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_demix.checkpoint.collector import without_collector
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
-from megatron_demix.merge.components import MERGEABLE, Components, without_collector
+from megatron_demix.merge.components import MERGEABLE, Components
 from megatron_demix.merge.device import DeviceMerge, Staged, finish
 from megatron_demix.merge.methods import Linear, Method, Recipe
 from megatron_demix.merge.plan import Box, BytePlan

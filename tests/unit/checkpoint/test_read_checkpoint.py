@@ -1,5 +1,6 @@
 """Reading checkpoints: what torch wrote is found, what is damaged or disagrees is refused."""
 
+import gc
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import pytest
 import torch
 from dist_checkpoints import bits, blob_of, edited_metadata, parallel_cuts, small_model, write_checkpoint
 
+from megatron_demix.checkpoint import metadata as metadata_module
 from megatron_demix.checkpoint.common_state import (
     read_common_state,
 )
@@ -76,6 +78,29 @@ def test_optimizer_and_random_state_are_not_the_model():
     ):
         assert not is_model_key(key)
     assert is_model_key("decoder.layers.mlp.linear_fc1.weight")
+
+
+def test_entries_are_read_without_a_search_for_cycles(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, small_model(0))
+    seen, read = [], metadata_module.read_pickle
+    monkeypatch.setattr(metadata_module, "read_pickle", lambda *a: seen.append(gc.isenabled()) or read(*a))
+    monkeypatch.setattr(metadata_module, "_check_apart", lambda *_: seen.append(gc.isenabled()))
+    assert gc.isenabled()
+    read_metadata(tmp_path)
+    assert (seen, gc.isenabled()) == ([False, False], True)
+
+
+def test_a_merge_keeps_nothing_of_an_optimizer(tmp_path):
+    tensors = small_model(0)
+    states = {f"optimizer.state.exp_avg.{key}": tensor.float() for key, tensor in tensors.items()}
+    folder = write_checkpoint(tmp_path, tensors | states, objects={"rng_state/shard_0_1": b"x"})
+    checkpoint = Checkpoint(folder, model_only=True)
+    assert set(checkpoint.metadata.tensors) == set(tensors)
+    assert set(Checkpoint(folder).metadata.tensors) == set(tensors | states)
+    # Where it lies is looked at all the same.
+    edited_metadata(folder, lambda m: setattr(list(m.storage_data.values())[-1], "offset", 0))
+    with pytest.raises(CorruptInput, match="lie at the same bytes"):
+        Checkpoint(folder, model_only=True)
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
