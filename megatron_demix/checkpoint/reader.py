@@ -22,9 +22,11 @@ from megatron_demix.errors import CorruptInput
 from megatron_demix.native import MappedFile
 
 # What a training checkpoint holds beside the model. Distributed optimizers, chained optimizers, schedulers, random states.
+# Whole names: a model may have a tensor `rng_state_embedding`.
 _NOT_MODEL = re.compile(
-    r"(chained_\d+\.)?optimizer\.|opt_param_scheduler|rng_state|rerun_state_machine|common_state|modelopt_state"
+    r"((chained_\d+\.)?optimizer|opt_param_scheduler|rng_state|rerun_state_machine(_state)?|common_state|modelopt_state)(\.|/|$)"
 )
+_EXTRA_STATE = "_extra_state"
 
 # The name of one of the objects that layers, experts or ranks saved under one key: <key>/shard_<index>_<how many, by axis>.
 _SHARD = re.compile(r"(.+)/shard_[\d.]+_(\d+(?:\.\d+)*)")
@@ -75,7 +77,7 @@ class Checkpoint:
     @property
     def model_objects(self) -> dict[str, Location]:
         """Pickled objects of the model's layers (`_extra_state`). Raises CorruptInput if shards of one are missing."""
-        found = {k: v for k, v in self.metadata.objects.items() if is_model_key(k) and "_extra_state" in k}
+        found = {k: v for k, v in self.metadata.objects.items() if is_model_key(k) and _EXTRA_STATE in k}
         shards: dict[tuple[str, str], int] = {}
         for key in found:
             if match := _SHARD.fullmatch(key):
@@ -87,6 +89,12 @@ class Checkpoint:
                     "all ranks, or its .metadata is damaged."
                 )
         return found
+
+    @property
+    def unknown_objects(self) -> list[str]:
+        """Names of objects that are neither these nor known state of training; one name for all shards of an object."""
+        names = (k for k in self.metadata.objects if is_model_key(k) and _EXTRA_STATE not in k)
+        return sorted({match[1] if (match := _SHARD.fullmatch(name)) else name for name in names})
 
     def blob(self, location: Location, key: str) -> np.ndarray:
         """The bytes of one stored item, uint8. Raises CorruptInput if the file is missing or too short."""

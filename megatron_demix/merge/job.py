@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -27,6 +28,7 @@ from megatron_demix.merge.weights import Normalize
 
 Layout = Literal["release", "iter"]
 PROVENANCE = "demix_merge.json"
+_NAMED = 4  # in a warning; demix_merge.json has all
 
 
 class Job:
@@ -54,6 +56,7 @@ class Job:
         run_config = merged_run_config(first.location)
         self.carried = {} if run_config is None else {RUN_CONFIG: run_config}
         self.common, self.left_out = merged_common_state(self.common_state, self.iteration)
+        self.left_out += _unknown_objects(parts)
         self.mine = self.placements
 
     def output(self, target: Path, provenance: Mapping[str, Any], worker: tuple[int, int] | None) -> Output:
@@ -163,6 +166,23 @@ class Job:
         for key, location in first.model_objects.items():
             located.append(((location.file, location.position), CopiedItem(key, first.sound_blob(location, key).data)))
         return [item for _, item in sorted(located, key=lambda entry: entry[0])]
+
+
+def _unknown_objects(parts: Components) -> list[str]:
+    """Of all components. Warns of them: no weights say what is to become of them."""
+    holders: dict[str, str] = {}
+    for part, checkpoint in zip(parts.names, parts.checkpoints, strict=True):
+        for name in checkpoint.unknown_objects:
+            holders.setdefault(name, part)
+    names = sorted(holders)
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"component {holders[names[0]]!r} holds objects that are not known as a part of models or of training, and are not "
+            f"merged: {', '.join(map(repr, names[:_NAMED]))}{more}. A model that computes with them needs them from elsewhere.",
+            stacklevel=4,
+        )
+    return names
 
 
 def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:

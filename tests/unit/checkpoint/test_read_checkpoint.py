@@ -75,9 +75,12 @@ def test_optimizer_and_random_state_are_not_the_model():
         "chained_0.optimizer.param_groups",
         "rng_state/shard_0_1",
         "common_state/shard_0_1",
+        "rerun_state_machine_state/shard_0.0_1.2",
+        "opt_param_scheduler",
     ):
         assert not is_model_key(key)
-    assert is_model_key("decoder.layers.mlp.linear_fc1.weight")
+    for key in ("decoder.layers.mlp.linear_fc1.weight", "rng_state_emb.weight", "opt_param_scheduler_emb", "optimizers.w"):
+        assert is_model_key(key)
 
 
 def test_entries_are_read_without_a_search_for_cycles(tmp_path, monkeypatch):

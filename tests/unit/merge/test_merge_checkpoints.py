@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import warnings
 import zlib
 
 import pytest
@@ -275,3 +277,27 @@ def test_strided_sources_whose_runs_end_with_a_single_element(tmp_path):
     found = read_checkpoint(path / "release")["w"].float()
     expected = (whole["a"]["w"].float() + whole["b"]["w"].float()) / 2
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
+
+
+def test_objects_that_are_not_known_are_named(tmp_path):
+    state = {"rng_state/shard_0_1": b"x", "rerun_state_machine_state/shard_0_1": b"x", "x._extra_state/shard_0_1": b"x"}
+    own = {"router.map/shard_0_2": b"x", "router.map/shard_1_2": b"x"}
+    extra = {"rng_state_emb": torch.ones(4)}
+    parts = {
+        name: write_checkpoint(tmp_path / name, small_model(0) | extra, objects=state | (own if name == "b" else {}))
+        for name in "abc"
+    }
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        merge_checkpoints({k: parts[k] for k in "ac"}, {"m": {"a": 1.0}}, tmp_path / "out", progress=False)
+        assert said == []
+        merge_checkpoints(parts, {"n": {"a": 1.0}}, tmp_path / "out", progress=False)
+    (warning,) = said
+    assert re.fullmatch(
+        r"component 'b' holds objects that are not known .* not merged: 'router.map'\. A model .*", str(warning.message)
+    )
+    left_out = {
+        name: json.loads((tmp_path / "out" / name / "release" / "demix_merge.json").read_text())["left_out"] for name in "mn"
+    }
+    assert left_out == {"m": [], "n": ["router.map"]}
+    assert "rng_state_emb" in Checkpoint(tmp_path / "out" / "m").model_tensors
