@@ -217,10 +217,14 @@ def _what(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dic
 
 
 def _check_distinct(components: dict[str, Path]) -> None:
+    """Raises ConfigError where two are one checkpoint, whatever leads there: links, or a run's root and its tracker."""
+    from megatron_demix.checkpoint.layout import find_checkpoint
+
     seen: dict[Path, str] = {}
     for name, path in components.items():
-        if (other := seen.setdefault(path.resolve(), name)) != name:
-            raise ConfigError(f"components {other!r} and {name!r} are one folder, {path.resolve()}. Add up its weights.")
+        folder = find_checkpoint(path).path.resolve()
+        if (other := seen.setdefault(folder, name)) != name:
+            raise ConfigError(f"components {other!r} and {name!r} are one checkpoint, {folder}. Add up its weights.")
 
 
 def _corrected(

@@ -9,6 +9,7 @@ import torch
 from dist_checkpoints import bits, read_checkpoint, small_model, write_checkpoint
 from merge_models import write_components
 
+from megatron_demix.checkpoint.layout import TRACKER
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import ConfigError, MixtureError, OutputExists
 from megatron_demix.merge.command import main
@@ -106,7 +107,22 @@ def test_methods_on_the_command_line(tmp_path, capsys):
     assert main([*command, "--max-chunk", "many"]) == 2
     assert "'many' is not understood" in capsys.readouterr().err
     assert main([*weighted, f"{parts['a'].parent}/./{parts['a'].name}/:0.5", "--output", str(tmp_path / "o")]) == 2
-    assert "are one folder" in capsys.readouterr().err
+    assert "are one checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_and_the_iteration_that_its_tracker_names_are_one(tmp_path, capsys):
+    for name in ("iter_0000100", "iter_0000200"):
+        write_checkpoint(tmp_path / "run" / name, small_model(0))
+    (tmp_path / "run" / TRACKER).write_text("100")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "weights.csv").write_text("name,a,b\nm,0.5,0.5\n")
+    named = ["--weights", str(tmp_path / "weights.csv"), "--output", str(tmp_path / "out"), "--quiet", "--components"]
+    for other in ("run/iter_0000100", "link"):
+        assert main([f"{tmp_path}/run:0.5", f"{tmp_path}/{other}:0.5", "--output", str(tmp_path / "out")]) == 2
+        assert "are one checkpoint, " in capsys.readouterr().err
+        assert main([*named, f"a={tmp_path}/run", f"b={tmp_path}/{other}"]) == 2
+        assert "'a' and 'b' are one checkpoint, " in capsys.readouterr().err
+    assert main([*named, f"a={tmp_path}/run", f"b={tmp_path}/run/iter_0000200"]) == 0
 
 
 def test_mixed_components_on_the_command_line(tmp_path, capsys):
