@@ -52,13 +52,7 @@ class Components:
         for k in range(len(self.names)):
             self._check_against_first(k)
             self._check_function(k)
-        for name, checkpoint, state in zip(self.names, self.checkpoints, self.common_states, strict=True):
-            if not state:
-                warnings.warn(
-                    f"component {name!r}: {checkpoint.location.path} holds no {COMMON}, so that its arguments cannot be "
-                    "compared with the others', nor be carried into what is merged. Copy the whole folder, if it had one.",
-                    stacklevel=3,
-                )
+        self._warn_without_common_state()
         for key, info in first.items():
             self._check_type(info)
             (self.tensors if info.dtype in MERGEABLE else self.copied)[key] = info
@@ -183,6 +177,18 @@ class Components:
                 "the other: equal weights would be different functions. Components must be trained from one base with one "
                 "architecture."
             )
+
+    def _warn_without_common_state(self) -> None:
+        lacking = [k for k, state in enumerate(self.common_states) if not state]
+        if not lacking:
+            return
+        names = ", ".join(repr(self.names[k]) for k in lacking)
+        warnings.warn(
+            f"component{'s' if len(lacking) > 1 else ''} {names}: no {COMMON} in {self.checkpoints[lacking[0]].location.path}"
+            f"{', nor in the others' if len(lacking) > 1 else ''}, so that arguments cannot be compared"
+            f"{', nor be carried into what is merged' if lacking[0] == 0 else ''}. Copy the whole folder, if it had one.",
+            stacklevel=4,
+        )
 
     def _check_type(self, info: TensorInfo) -> None:
         if info.dtype.startswith(("float8", "float4")):

@@ -119,10 +119,22 @@ def test_chunks_with_a_hole(tmp_path):
 
 
 def test_a_component_without_common_state(tmp_path):
-    parts = {name: write_checkpoint(tmp_path / name, small_model(0), common={"iteration": 1}) for name in "ab"}
+    parts = {name: write_checkpoint(tmp_path / name, small_model(0), common={"iteration": 1}) for name in "abc"}
     (parts["b"] / "common.pt").unlink()
-    with pytest.warns(UserWarning, match="component 'b': .*/b holds no common.pt, .* cannot be compared with"):
-        merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
+    with pytest.warns(UserWarning, match=r"component 'b': no common.pt in .*/b, so that arguments cannot be compared\."):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+
+def test_components_without_common_state_are_warned_of_at_once(tmp_path):
+    parts = {name: write_checkpoint(tmp_path / name, small_model(0), common={"iteration": 1}) for name in "abc"}
+    for name in "ac":
+        (parts[name] / "common.pt").unlink()
+    together = (
+        r"components 'a', 'c': no common.pt in .*/a, nor in the others, so that arguments cannot be compared, nor be carried"
+    )
+    with pytest.warns(UserWarning, match=together) as said:
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("change", [{"rotary_base": 500_000}, {"num_attention_heads": 8}, {"swiglu": False}])
