@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_demix.checkpoint.archive import check_entry, read_archive, write_archive
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
-from megatron_demix.checkpoint.layout import BACKEND, COMMON
+from megatron_demix.checkpoint.layout import BACKEND, COMMON, unreadable
 from megatron_demix.checkpoint.pickles import (
     Global,
     Inert,
@@ -109,7 +109,10 @@ def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     path = checkpoint.location.path / COMMON
     if path.is_file():
-        data, what = np.frombuffer(path.read_bytes(), np.uint8), str(path)
+        try:
+            data, what = np.frombuffer(path.read_bytes(), np.uint8), str(path)
+        except OSError as e:
+            raise unreadable(path, e) from e
     elif _INSIDE in checkpoint.metadata.objects:
         data, what = checkpoint.blob(checkpoint.metadata.objects[_INSIDE], _INSIDE), f"{checkpoint.location.path} ({_INSIDE})"
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_demix.checkpoint.collector import without_collector
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
-from megatron_demix.checkpoint.layout import BACKEND, METADATA
+from megatron_demix.checkpoint.layout import BACKEND, METADATA, convert, other_format, unreadable
 from megatron_demix.checkpoint.pickles import Inert, inert, ordered_dict, plain_tuple, read_pickle, shown
 from megatron_demix.errors import CorruptInput
 
@@ -106,8 +106,8 @@ def read_metadata(folder: Path, wanted: Callable[[str], bool] | None = None) -> 
     """Read and check `.metadata` (and metadata.json, where there is one) in a checkpoint's folder.
 
     wanted: whether a tensor is of interest, by key; of others only where they lie is looked at. None: all are.
-    Raises CorruptInput naming the file: a forbidden class (nothing is executed), damage, another backend, or chunks that leave
-    their tensor, are stored nowhere, or point out of the folder.
+    Raises CorruptInput naming the file: a forbidden class (nothing is executed), damage, or chunks that leave their tensor, are
+    stored nowhere, or point out of the folder; IncompatibleInputs for another backend, ConfigError for what may not be read.
     """
     folder = Path(folder)
     _check_backend(folder / BACKEND)
@@ -115,7 +115,7 @@ def read_metadata(folder: Path, wanted: Callable[[str], bool] | None = None) -> 
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise CorruptInput(f"{path}: cannot be read ({e.strerror}).") from e
+        raise unreadable(path, e) from e
     try:
         with without_collector():
             return _interpret(read_pickle(data, _ALLOWED, str(path)), path, wanted)
@@ -128,12 +128,12 @@ def _check_backend(path: Path) -> None:
         return
     try:
         backend = json.loads(path.read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except OSError as e:
+        raise unreadable(path, e) from e
+    except (ValueError, KeyError, TypeError) as e:
         raise CorruptInput(f"{path}: cannot be read ({e!r}).") from e
     if backend != "torch_dist":
-        raise CorruptInput(
-            f"{path}: the checkpoint's format is {backend!r}, expected 'torch_dist'. Save it with --ckpt-format torch_dist."
-        )
+        raise other_format(path, repr(backend), convert(backend))
 
 
 def _interpret(root: Any, path: Path, wanted: Callable[[str], bool] | None) -> CheckpointMetadata:

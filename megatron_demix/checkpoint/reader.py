@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_demix.checkpoint.archive import check_archive
-from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint
+from megatron_demix.checkpoint.layout import CheckpointDir, find_checkpoint, unreadable
 from megatron_demix.checkpoint.maps import out_of_maps
 from megatron_demix.checkpoint.metadata import CheckpointMetadata, Chunk, Location, Shape, TensorInfo, read_metadata
 from megatron_demix.checkpoint.payload import Payload, read_payload
@@ -183,7 +183,7 @@ class Checkpoint:
             except OSError as e:
                 if e.errno == errno.ENOMEM:
                     raise out_of_maps(path) from e
-                raise CorruptInput(f"{path}: cannot be read ({e.strerror}), but .metadata refers to it.") from e
+                raise unreadable(path, e, ", but .metadata refers to it") from e
             if not self._read_ahead:
                 file.expect_scattered_reads(True)
             self._files[name] = file

@@ -3,7 +3,7 @@ to export it for Hugging Face."""
 
 from __future__ import annotations
 
-from megatron_demix.checkpoint.layout import CheckpointDir
+from megatron_demix.checkpoint.layout import CheckpointDir, unreadable
 from megatron_demix.errors import CorruptInput
 
 RUN_CONFIG = "run_config.yaml"
@@ -21,7 +21,9 @@ def merged_run_config(location: CheckpointDir) -> bytes | None:
 
     try:
         config = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as e:
+    except OSError as e:
+        raise unreadable(path, e) from e
+    except yaml.YAMLError as e:
         raise CorruptInput(
             f"{path}: cannot be read ({getattr(e, 'problem', None) or e}). Correct it, or take it away: the merge goes without."
         ) from e

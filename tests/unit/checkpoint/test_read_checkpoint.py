@@ -19,7 +19,7 @@ from megatron_demix.checkpoint.payload import read_payload
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
 from megatron_demix.checkpoint.summary import summarize
 from megatron_demix.checkpoint.tiling import tile
-from megatron_demix.errors import CorruptInput
+from megatron_demix.errors import CorruptInput, IncompatibleInputs
 
 
 def test_every_chunk_is_found_with_its_bytes(tmp_path):
@@ -202,7 +202,7 @@ def test_inconsistent_metadata(tmp_path, edit, says):
 def test_other_backends_and_damaged_files(tmp_path):
     write_checkpoint(tmp_path, {"w": torch.zeros(4)})
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
-    with pytest.raises(CorruptInput, match=r"format is 'zarr', expected 'torch_dist'"):
+    with pytest.raises(IncompatibleInputs, match=r"format is 'zarr', expected 'torch_dist'"):
         read_metadata(tmp_path)
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(CorruptInput, match=r"metadata\.json: cannot be read"):
