@@ -2,6 +2,9 @@
 
 Megatron stacks the layers of a uniform model and stores those of a mixed one (some dense, some with experts) by themselves; the
 bytes of a layer are the same. What is changed here is names, shapes and offsets, never a chunk.
+
+With the metadata flag singleton_local_shards megatron.core stores by itself what it stacks or joins otherwise: layers, experts
+(`mlp.experts.experts.5.linear_fc1...`), and the halves of a gated projection (`linear_fc1.weight_w` and `_v`, gate and up).
 """
 
 from __future__ import annotations
@@ -14,11 +17,21 @@ from megatron_demix.checkpoint.metadata import TensorInfo
 
 _STACKED = re.compile(r"((?:^|.*\.)layers\.)(?!\d)(.+)")
 _SINGLE = re.compile(r"((?:^|.*?\.)layers\.)(\d+)\.(.+)")
+_SINGLE_EXPERT = re.compile(r"(.*\.experts\.experts\.)(\d+)\.(.+)")
+_HALF = re.compile(r"((?:^|.*\.)linear_fc1\.(?:weight|bias))_[wv]")
 
 
 def with_keys(tensors: Mapping[str, TensorInfo], keys: Iterable[str]) -> dict[str, TensorInfo]:
-    """The tensors, with those of the same layers seen under the names of `keys`. What fits none of them stays as it is."""
+    """The tensors, with those of the same layers seen under the names of `keys`. What fits none of them stays as it is.
+
+    Experts and halves by themselves are seen stacked and joined, if `keys` has none; not the other way round.
+    """
+    keys = list(keys)
     left = dict(tensors)
+    if not any(map(_HALF.fullmatch, keys)):
+        left = _halves_joined(left)
+    if not any(map(_SINGLE_EXPERT.fullmatch, keys)):
+        left = _experts_stacked(left)
     found: dict[str, TensorInfo] = {}
     missing = []
     for key in keys:
@@ -43,6 +56,44 @@ def with_keys(tensors: Mapping[str, TensorInfo], keys: Iterable[str]) -> dict[st
             del left[stacked_key]
             found.update({key: _layer(info, n, key) for n, key in layers})
     return found | left
+
+
+def has_singletons(keys: Iterable[str]) -> bool:
+    """Whether experts, or the halves of gated projections, are stored by themselves."""
+    return any(_HALF.fullmatch(key) or _SINGLE_EXPERT.fullmatch(key) for key in keys)
+
+
+def _halves_joined(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    found = dict(tensors)
+    for key, gate in tensors.items():
+        match, up = _HALF.fullmatch(key), tensors.get(f"{key[:-1]}v")
+        if match is None or key.endswith("v") or up is None or match[1] in found:
+            continue
+        axis = len(gate.shape) - (2 if match[1].endswith("weight") else 1)
+        if (gate.shape, gate.dtype) != (up.shape, up.dtype) or axis < 0:
+            continue
+        rows = gate.shape[axis]
+        moved = [replace(c, offset=(*c.offset[:axis], c.offset[axis] + rows, *c.offset[axis + 1 :])) for c in up.chunks]
+        chunks = tuple(sorted((*gate.chunks, *moved), key=lambda c: c.offset))
+        shape = (*gate.shape[:axis], 2 * rows, *gate.shape[axis + 1 :])
+        found[match[1]] = TensorInfo(match[1], gate.dtype, shape, chunks)
+        del found[key], found[up.key]
+    return found
+
+
+def _experts_stacked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    found = dict(tensors)
+    experts: dict[str, dict[int, TensorInfo]] = {}
+    for key, info in tensors.items():
+        if match := _SINGLE_EXPERT.fullmatch(key):
+            experts.setdefault(match[1] + match[3], {})[int(match[2])] = info
+    for key, by_number in experts.items():
+        infos = [by_number[n] for n in range(len(by_number)) if n in by_number]
+        if key not in found and len(infos) == len(by_number) and (stacked := _stack(key, infos)):
+            found[key] = stacked
+            for info in infos:
+                del found[info.key]
+    return found
 
 
 def _num_layers(tensors: Mapping[str, TensorInfo], head: str, tail: str) -> int:

@@ -37,6 +37,8 @@ def is_model_key(key: str) -> bool:
     return _NOT_MODEL.match(key) is None
 
 
+_MOST_STACKED = 2
+"""Dimensions that chunks of with_keys() may have before those that are stored: layers and experts."""
 _TAIL = 1 << 10
 """Bytes at the end of an archive that hold its directory, and its last small entries."""
 
@@ -167,8 +169,9 @@ class Checkpoint:
         payload = read_payload(self.blob(chunk.location, info.key), what)
         if chunk.layer is not None and payload.shape and chunk.layer < payload.shape[0]:
             payload = payload.at(chunk.layer)
-        elif len(payload.shape) == len(chunk.shape) - 1 and chunk.shape[0] == 1:
-            payload = payload.stacked()
+        for _ in range(_MOST_STACKED):
+            if (missing := len(chunk.shape) - len(payload.shape)) > 0 and chunk.shape[missing - 1] == 1:
+                payload = payload.stacked()
         if payload.dtype != info.dtype or payload.shape != chunk.shape:
             raise CorruptInput(
                 f"{what}: holds {payload.dtype} {payload.shape}, but .metadata promises {info.dtype} {chunk.shape}."

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
-from megatron_demix.checkpoint.layers import with_keys
+from megatron_demix.checkpoint.layers import has_singletons, with_keys
 from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.model_function import differing, model_function
@@ -143,7 +143,7 @@ class Components:
             has, lacks = (first_name, name) if key in first else (name, first_name)
             raise IncompatibleInputs(
                 f"{pair} are not versions of one model: {key!r} is in {has!r} but not in {lacks!r} ({len(missing)} such "
-                "tensors). Components must be trained from one base with one architecture."
+                f"tensors). {self._advice(k)}"
             )
         for key, info in tensors.items():
             if info.shape != first[key].shape:
@@ -168,6 +168,15 @@ class Components:
                     f"its shape {info.shape} {info.elements}. The checkpoint was not saved by all ranks, or saves some "
                     "elements twice."
                 )
+
+    def _advice(self, k: int) -> str:
+        """What to do about a component that has not the first one's keys."""
+        if has_singletons(self._tensors[0]) and not has_singletons(self._tensors[k]):
+            return (
+                f"{self.names[0]!r} was saved with singleton_local_shards (experts and halves of linear_fc1 by themselves), "
+                f"{self.names[k]!r} without: give {self.names[k]!r} first, and all are merged as it is saved."
+            )
+        return "Components must be trained from one base with one architecture."
 
     def _check_function(self, k: int) -> None:
         first, other = (model_function(model_arguments(self.common_states[i])) for i in (0, k))

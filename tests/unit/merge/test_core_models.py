@@ -17,6 +17,7 @@ from dist_checkpoints import bits
 from merge_reference import linear_merge
 
 from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
@@ -102,14 +103,15 @@ def fill(model, name):
     return found
 
 
-def save(model, folder, **beside):
+def save(model, folder, singletons=False, **beside):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     folder.mkdir(parents=True)
     if hasattr(filesystem_async, "_results_queue"):
         filesystem_async._results_queue = queue.Queue()
-    state = {"model": model.sharded_state_dict(), "iteration": 10, "checkpoint_version": 3.0} | beside
+    saved = model.sharded_state_dict(metadata={"singleton_local_shards": True}) if singletons else model.sharded_state_dict()
+    state = {"model": saved, "iteration": 10, "checkpoint_version": 3.0} | beside
     dist_checkpointing.save(state, str(folder))
 
 
@@ -157,6 +159,33 @@ def test_what_core_saves_merges_and_is_loaded_by_it(core, tmp_path, name):
     assert any("q_layernorm" in k for k in keys) is bool(MODELS[name][0].get("qk_layernorm"))
     # Extra states are the first component's; the loader asks for all of them.
     assert set(Checkpoint(mixed).model_objects) == set(Checkpoint(parts["a"]).model_objects) != set()
+
+
+@pytest.mark.parametrize(
+    "name", ["experts, bf16", "dense and expert layers, fp32", "grouped queries, tied, fp32", "gpt2, fp16"]
+)
+def test_experts_and_halves_that_are_saved_by_themselves(core, tmp_path, name):
+    """With the flag singleton_local_shards, of some components and of all."""
+    model = build(name)
+    parts, values = {part: tmp_path / part for part in WEIGHTS}, {}
+    for part, folder in parts.items():
+        values[part] = fill(model, part)
+        save(model, folder, singletons=part != "a")
+    keys = {part: set(Checkpoint(folder).model_tensors) for part, folder in parts.items()}
+    assert any(key.endswith("linear_fc1.weight_w") for key in keys["b"]) is ("gpt2" not in name)
+    assert any(".experts.experts.1.linear_fc" in key for key in keys["b"]) is ("expert" in name)
+
+    (mixed,) = merge_checkpoints(parts, {"mixed": WEIGHTS}, tmp_path / "out", progress=False, verify="full")
+    expected = {key: linear_merge([values[p][key] for p in WEIGHTS], list(WEIGHTS.values())) for key in values["a"]}
+    assert set(Checkpoint(mixed).model_tensors) == keys["a"]
+    assert {k: bits(p.detach()) for k, p in load(model, mixed / "release").items()} == {k: bits(t) for k, t in expected.items()}
+
+    both = {part: parts[part] for part in "bc"}
+    (alike,) = merge_checkpoints(both, {"alike": {"b": 0.5, "c": 0.5}}, tmp_path / "out", progress=False, verify="full")
+    assert set(Checkpoint(alike).model_tensors) == keys["b"]
+    if "gpt2" not in name:  # whose layers alone are saved by themselves
+        with pytest.raises(IncompatibleInputs, match=r"'b' was saved with singleton_local_shards .* give 'a' first"):
+            merge_checkpoints(both | {"a": parts["a"]}, {"refused": WEIGHTS}, tmp_path / "out", progress=False)
 
 
 def test_what_training_saves_beside_the_model_is_left_out(core, tmp_path):

@@ -111,6 +111,52 @@ def test_experts_of_any_expert_parallelism(tmp_path):
     assert torch.equal(merged, (0.5 * tensors[0][key].double() + 0.5 * tensors[1][key].double()).bfloat16())
 
 
+FC1 = "decoder.layers.mlp.experts.experts.linear_fc1."
+
+
+def by_expert(tensors):
+    """As megatron.core stores them with singleton_local_shards: layers, experts, gate and up by themselves."""
+    found = {}
+    for key, tensor in tensors.items():
+        for layer, experts in enumerate(tensor):
+            for expert, one in enumerate(experts):
+                name = key.replace("layers.", f"layers.{layer}.").replace("experts.experts.", f"experts.experts.{expert}.")
+                found |= dict(zip((f"{name}_w", f"{name}_v"), one.chunk(2), strict=True)) if "fc1" in key else {name: one}
+    return found
+
+
+@pytest.mark.parametrize("single_layers", [True, False])
+def test_experts_and_halves_by_themselves(tmp_path, single_layers):
+    shapes = {FC1 + "weight": (2, 3, 8, 4), FC1 + "bias": (2, 3, 8), FC1.replace("fc1", "fc2") + "weight": (2, 3, 4, 4)}
+    tensors = [{key: torch.randn(shape) for key, shape in shapes.items()} for _ in "ab"]
+    single = by_expert(tensors[1])
+    halves = {key: [[2, 4], *([n] for n in tensor.shape[1:])] for key, tensor in single.items() if "fc1" in key}
+    whole = by_layer(tensors[0]) if single_layers else tensors[0]
+    parts = {
+        "a": write_checkpoint(tmp_path / "a", whole),
+        "b": write_checkpoint(
+            tmp_path / "b", single, halves, odd=True, num_files=3, transposed=[k for k in single if k.endswith("weight_v")]
+        ),
+    }
+    mixtures = {"m": {"a": 0.5, "b": 0.5}, "b": {"b": 1.0}}
+    mixed, alone = merge_checkpoints(parts, mixtures, tmp_path / "out", progress=False, verify="full")
+    expected = by_layer(tensors[1]) if single_layers else tensors[1]
+    assert {k: bits(v) for k, v in read_checkpoint(alone / "release").items()} == {k: bits(v) for k, v in expected.items()}
+    for key, tensor in read_checkpoint(mixed / "release").items():
+        assert torch.equal(tensor, (0.5 * whole[key].double() + 0.5 * expected[key].double()).float())
+
+
+@pytest.mark.parametrize("lost", ["layers.1.mlp.experts.experts.1.linear_fc1.weight_v", "experts.0.linear_fc1.weight_w"])
+def test_a_half_that_is_missing_is_noticed(tmp_path, lost):
+    tensors = {FC1 + "weight": torch.randn(2, 3, 8, 4)}
+    single = {key: tensor for key, tensor in by_expert(tensors).items() if lost not in key}
+    parts = {"a": write_checkpoint(tmp_path / "a", tensors), "b": write_checkpoint(tmp_path / "b", single)}
+    with pytest.raises(IncompatibleInputs, match="not versions of one model"):
+        merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
+    with pytest.raises(IncompatibleInputs, match=r"'b' was saved with singleton_local_shards .*, 'a' without: give 'a' first"):
+        merge_checkpoints({n: parts[n] for n in "ba"}, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False)
+
+
 # --- cutting anew ---------------------------------------------------------------------------------------------------
 
 
