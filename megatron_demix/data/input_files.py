@@ -3,10 +3,12 @@ document of plain text, are refused."""
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_demix.errors import ConfigError, CorruptInput
@@ -15,9 +17,13 @@ JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
 _ABOUT = re.compile(r"(readme|licen[sc]e|copying|notice|citation)([-_.][a-z]{2})?(\.(md|txt|rst|cff|html))?", re.IGNORECASE)
 """Names of files that lie beside published records and speak of them."""
 _TABLES, _ARCHIVES = (".csv", ".tsv"), (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z")
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
+
+Look = Callable[[Path], os.stat_result]
+"""os.stat, or something that remembers what it says: corpora have files by the ten thousand, on disks that others use."""
 
 
-def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> list[Path]:
+def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".", look: Look = os.stat) -> list[Path]:
     """Files for patterns (files, folders or globs relative to root), sorted within a pattern, each once: of the names of one
     file, which links and different ways to write a path give it, the first.
 
@@ -25,28 +31,38 @@ def resolve_inputs(patterns: Sequence[str | Path], root: Path | str = ".") -> li
     Spark's _SUCCESS, with _ are left out, and so is a README or LICENSE beside records (JSON Lines, Parquet).
     Raises ConfigError for a pattern without a file and for a table or an archive, CorruptInput for an empty file.
     """
-    files: dict[Path, None] = {}
+    files: dict[Path, os.stat_result] = {}
     for pattern in patterns:
         path = Path(root) / pattern
-        if path.is_dir():
-            found = _files([folder / name for folder, names in _folders(path) for name in names])
-        elif path.is_file():
-            found = [path]
+        facts = facts_of(path, look)
+        if facts and stat.S_ISDIR(facts.st_mode):
+            found = _data([folder / name for folder, names in _folders(path) for name in names], look)
+        elif facts and stat.S_ISREG(facts.st_mode):
+            found = {path: facts}
         elif "**" in path.parts:
-            found = _files(_matches(Path(glob.escape(str(root))) / pattern))
+            found = _data(_matches(Path(glob.escape(str(root))) / pattern), look)
         else:
-            found = [p for p in _matches(Path(glob.escape(str(root))) / pattern) if p.is_file()]
+            found = _files(_matches(Path(glob.escape(str(root))) / pattern), look)
         if not found:
             raise ConfigError(f"inputs: {pattern} matches no file (looked in {Path(root).resolve()}). Correct the path.")
-        files.update(dict.fromkeys(sorted(found)))
+        files.update(sorted(found.items()))
     once: dict[tuple[int, int], Path] = {}
-    for file in files:
+    for file, facts in files.items():
         _check_format(file)
-        facts = file.stat()
         if facts.st_size == 0:
             raise CorruptInput(f"{file} is empty, expected text. Remove it from the inputs, or write it again.")
         once.setdefault((facts.st_dev, facts.st_ino), file)
     return list(once.values())
+
+
+def facts_of(path: Path, look: Look = os.stat) -> os.stat_result | None:
+    """What lies at a path, links followed; None where nothing does."""
+    try:
+        return look(path)
+    except OSError as e:
+        if e.errno not in _NOT_THERE:
+            raise
+        return None
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -62,12 +78,17 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(path), [name for name in names if not name.startswith((".", "_"))]
 
 
-def _files(paths: list[Path]) -> list[Path]:
+def _files(paths: list[Path], look: Look) -> dict[Path, os.stat_result]:
+    """The files among some paths."""
+    seen = {path: facts_of(path, look) for path in paths}
+    return {path: facts for path, facts in seen.items() if facts and stat.S_ISREG(facts.st_mode)}
+
+
+def _data(paths: list[Path], look: Look) -> dict[Path, os.stat_result]:
     """The files among what a folder or ** holds; where some of them hold records, without those that speak of the data."""
-    files = [p for p in paths if p.is_file()]
-    if any(format_of(p).endswith((*JSON_LINES, PARQUET)) for p in files):
-        files = [p for p in files if format_of(p).endswith((*JSON_LINES, PARQUET)) or not _ABOUT.fullmatch(p.name)]
-    return files
+    files = _files(paths, look)
+    records = {path for path in files if format_of(path).endswith((*JSON_LINES, PARQUET))}
+    return {p: facts for p, facts in files.items() if not records or p in records or not _ABOUT.fullmatch(p.name)}
 
 
 def _cannot_be_read(e: OSError) -> None:

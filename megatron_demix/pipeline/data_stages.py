@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.data.clean import REVISION
+from megatron_demix.data.input_files import Look, facts_of, resolve_inputs
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
@@ -22,17 +25,16 @@ STATS = "stats.json"
 SPLITS: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
 
 
-def resolve(spec: DomainSpec, root: Path) -> list[Path]:
+def resolve(spec: DomainSpec, root: Path, look: Look = os.stat) -> list[Path]:
     """A domain's input files: its text, or the .bin and .idx files of its prefixes."""
-    from megatron_demix.data.input_files import resolve_inputs
-
     if spec.prefixes is None:
-        return resolve_inputs(spec.inputs, root)
+        return resolve_inputs(spec.inputs, root, look)
     files = [
         root / f"{prefix}{suffix}" for split in SPLITS for prefix in spec.prefixes.get(split, []) for suffix in (".bin", ".idx")
     ]
     for file in files:
-        if not file.is_file():
+        facts = facts_of(file, look)
+        if facts is None or not stat.S_ISREG(facts.st_mode):
             raise CorruptInput(f"domain {spec.name!r}: {file} does not exist; prefixes are paths without .bin/.idx.")
     for split in SPLITS:
         if not spec.prefixes.get(split):
@@ -74,10 +76,10 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
             )
         settings[place] = digests.of([path])
     if spec.contamination:
-        from megatron_demix.data.input_files import resolve_inputs
 
         def digest(files: list[str]) -> str:
-            return digests.answer(f"items in {root} of {files}", lambda: digests.of(resolve_inputs(files, root)))
+            question = json.dumps([str(root), files])
+            return digests.answer(question, lambda: digests.of(resolve_inputs(files, root, digests.look)), kind="task items")
 
         settings["tasks"] = {task: digest(files) for task, files in spec.contamination.tasks.items()}
         settings["contamination"].pop("tasks")
@@ -133,7 +135,9 @@ def tokenizer(
     elif spec.model:
         from megatron_demix.data.tokenizer import source_files
 
-        settings["model"] = digests.answer(f"tokenizer {model}", lambda: digests.of(source_files(spec.type, model)))
+        settings["model"] = digests.answer(
+            f"{spec.type} {model}", lambda: digests.of(source_files(spec.type, model)), kind="tokenizer"
+        )
 
     def make(folder: Path) -> None:
         from megatron_demix.data.tokenizer import train_tokenizer

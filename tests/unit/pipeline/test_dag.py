@@ -337,16 +337,16 @@ def test_what_was_read_of_inputs_is_remembered_where_that_is_all(study_path, mon
     """Ctrl-C while a large corpus is read; `submit --dry-run`."""
     digest, read = inputs._digest, []
 
-    def interrupted(path, advance):
+    def interrupted(path, *how):
         if path.name == "english.jsonl" and absent == "refused":
             raise KeyboardInterrupt
-        return digest(path, advance)
+        return digest(path, *how)
 
     monkeypatch.setattr(inputs, "_digest", interrupted)
     study, run = load_study(study_path), study_path.parent / "run"
     with pytest.raises(KeyboardInterrupt) if absent == "refused" else nullcontext():
         build_dag(study, study_path, run, absent_inputs=absent)
-    monkeypatch.setattr(inputs, "_digest", lambda path, advance: [digest(path, advance), read.append(path.name)][0])
+    monkeypatch.setattr(inputs, "_digest", lambda path, *how: [digest(path, *how), read.append(path.name)][0])
     build_dag(study, study_path, run)
     assert read == (["english.jsonl"] if absent == "refused" else [])
 
