@@ -17,10 +17,11 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_demix.command import exit_code
+from megatron_demix.command import check_at_least, exit_code
 from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.data.prepare import preprocess
 from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_demix.data.vocabularies import GPT2, find_file
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.data import TokenizerSpec
 
@@ -31,6 +32,7 @@ TYPES = {
     "bpe": "bpe",
     "huggingface": "huggingface",
     "HuggingFaceTokenizer": "huggingface",
+    "GPT2BPETokenizer": "gpt2",
     "sentencepiece": "sentencepiece",
     "SentencePieceTokenizer": "sentencepiece",
     "GPTSentencePieceTokenizer": "sentencepiece",
@@ -39,7 +41,13 @@ TYPES = {
 }
 
 
-def tokenizer_from(kind: str, model: Path | None) -> Tokenizer:
+def tokenizer_from(kind: str, model: Path | None, vocabulary: Path | None, merges: Path | None) -> Tokenizer:
+    if TYPES[kind] == "gpt2":
+        if vocabulary is None or merges is None or model is not None:
+            raise ConfigError(f"--tokenizer-type {kind} needs --vocab-file and --merge-file, and takes no --tokenizer-model.")
+        return Tokenizer(GPT2("gpt2", find_file("gpt2", vocabulary), None, merges))
+    if vocabulary is not None or merges is not None:
+        raise ConfigError(f"--vocab-file and --merge-file are for GPT2BPETokenizer, --tokenizer-type is {kind}.")
     if model is not None and (model / "meta.json").is_file():
         return load_tokenizer(model)
     if TYPES[kind] == "bpe":
@@ -67,6 +75,8 @@ def run() -> int:
     )
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
                         help="tokenizer.json, .model or .tiktoken file, or a folder that holds one")  # fmt: skip
+    parser.add_argument("--vocab-file", type=Path, metavar="JSON", help="GPT2BPETokenizer's vocab.json")
+    parser.add_argument("--merge-file", type=Path, metavar="TXT", help="GPT2BPETokenizer's merges.txt")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--split-sentences", action="store_true", help="one sequence a sentence (for BERT; GPTDataset would "
                         "shuffle sentences apart, so a blend refuses such data)")  # fmt: skip
@@ -83,7 +93,10 @@ def run() -> int:
     arguments = parser.parse_args()
     if arguments.keep_newlines and not arguments.split_sentences:
         raise ConfigError("--keep-newlines has no effect without --split-sentences.")
-    tokenizer = tokenizer_from(arguments.tokenizer_type, arguments.tokenizer_model)
+    check_at_least("--workers", arguments.workers, 1)
+    check_at_least("--partitions", arguments.partitions, 1)
+    given = arguments
+    tokenizer = tokenizer_from(given.tokenizer_type, given.tokenizer_model, given.vocab_file, given.merge_file)
     inputs = resolve_inputs(arguments.input)
     sentences = None
     if arguments.split_sentences:
@@ -91,7 +104,7 @@ def run() -> int:
 
         sentences = punkt(keep_newlines=arguments.keep_newlines)
     number = arguments.partitions
-    if number < 1 or not 0 <= (arguments.partition or 0) < number:
+    if not 0 <= (arguments.partition or 0) < number:
         raise ConfigError(f"--partition is {arguments.partition} of {number} partitions, expected 0 to {number - 1}.")
     parts = [(i, number) for i in range(number)] if arguments.partition is None else [(arguments.partition, number)]
     for key in arguments.json_keys:

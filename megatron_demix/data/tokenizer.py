@@ -1,7 +1,8 @@
 """Tokenizers: one folder format and one class for every kind, whatever library encodes.
 
 A folder holds `meta.json` ({"type", "vocab_size", "eod_id"}) and, except for type byte, the tokenizer's own file under the
-name its library expects: tokenizer.json, tokenizer.model or <encoding>.tiktoken.
+name its library expects: tokenizer.json, tokenizer.model or <encoding>.tiktoken; of type gpt2 a
+vocab.json and a merges.txt.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ def source_files(type: str, model: Path) -> list[Path]:
     """What a tokenizer is copied from: its file, and those beside it that count. Raises ConfigError."""
     source = vocabularies.find_file(type, model)
     beside = [source.parent / name for name in ("tokenizer_config.json", f"{source.name}.json")]
+    if type == "gpt2":
+        beside = [vocabularies.find_file(type, vocabularies.merges_beside(source))]
     return [source, *(file for file in beside if file.is_file())]
 
 
@@ -158,7 +161,7 @@ def _copy(spec: TokenizerSpec, output: Path) -> Path | None:
     if spec.model is None:
         return None
     source, *beside = source_files(spec.type, spec.model)
-    target = output / (source.name if spec.type == "tiktoken" else vocabularies.FILE_NAMES[spec.type])
+    target = output / vocabularies.FILE_NAMES.get(spec.type, source.name)
     shutil.copyfile(source, target)
     for file in beside:
         shutil.copyfile(file, output / file.name)

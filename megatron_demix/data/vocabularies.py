@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 from megatron_demix.artifact import fingerprint, hash_file, read_json
 from megatron_demix.data import engines
 from megatron_demix.data.engines import Engine
-from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.errors import ConfigError, CorruptInput, DemixError
 
 FILE_NAMES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+_PATTERNS = {"tiktoken": "*.tiktoken", "gpt2": "*vocab.json"}
+"""Of kinds whose files keep their names."""
 EOD = "<|endoftext|>"
 # What tokenizers of the field call the token that ends a document, where no tokenizer_config.json says so.
 EOD_NAMES = (EOD, "<|end_of_text|>", "<|endofdoc|>", "<EOD>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -65,8 +67,8 @@ def same_kind(kind: str) -> list[str]:
 def find_file(kind: str, path: Path) -> Path:
     """The tokenizer's file: `path` itself, or within the folder `path`."""
     if path.is_dir():
-        candidates = sorted(path.glob("*.tiktoken")) if kind == "tiktoken" else [path / FILE_NAMES[kind]]
-        path = next((c for c in candidates if c.is_file()), candidates[0] if candidates else path / "*.tiktoken")
+        name = _PATTERNS.get(kind) or FILE_NAMES[kind]
+        path = next(iter(sorted(c for c in path.glob(name) if c.is_file())), path / name)
     if not path.is_file():
         raise ConfigError(f"tokenizer type {kind!r}: {path} does not exist. Correct `model`.")
     return path
@@ -88,20 +90,26 @@ class HuggingFace(Vocabulary):
     """A tokenizer.json."""
 
     def __init__(self, kind: str, file: Path, eod_id: int | None) -> None:
+        self.digest = hash_file(file)
+        self._load(kind, file, lambda: file.read_text(encoding="utf-8"), "a Hugging Face tokenizer.json")
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.eod_id = _find_eod(vocabulary, file, _configured_eod(file.parent)) if eod_id is None else eod_id
+
+    def _load(self, kind: str, file: Path, read: Callable[[], str], what: str) -> None:
         from tokenizers import Tokenizer
 
-        self.type, self.name, self.digest = kind, str(file), hash_file(file)
+        self.type, self.name = kind, str(file)
         try:
-            self._json = file.read_text(encoding="utf-8")
+            self._json = read()
             self._tokenizer = Tokenizer.from_str(self._json)
+        except DemixError:
+            raise
         except Exception as e:  # the library raises a bare Exception
-            raise CorruptInput(f"tokenizer {file}: not a Hugging Face tokenizer.json ({e}).") from e
+            raise CorruptInput(f"tokenizer {file}: not {what} ({e}).") from e
         # A file keeps those of whoever saved it last, and documents are whole.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.eod_id = _find_eod(vocabulary, file, _configured_eod(file.parent)) if eod_id is None else eod_id
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def reference_engine(self) -> Engine:
         return engines.huggingface_engine(self._tokenizer)
@@ -116,6 +124,49 @@ class HuggingFace(Vocabulary):
         if _uses_byte_level(data):
             return {i: _from_byte_level(t) for i, t in spelled.items()}
         return {i: _from_sentencepiece(t) for i, t in spelled.items()}
+
+
+class GPT2(HuggingFace):
+    """GPT-2's vocab.json and merges.txt, or others like them, with the ids that Megatron's own GPT2BPETokenizer gives; from
+    megatron.core 0.15 on that is transformers', which also reads <|endoftext|> in text as the token.
+
+    merges: by default beside the file, whose name has "merges" for "vocab" and ends in .txt.
+    """
+
+    def __init__(self, kind: str, file: Path, eod_id: int | None, merges: Path | None = None) -> None:
+        merges = find_file(kind, merges or merges_beside(file))
+        self.digest = fingerprint([hash_file(file), hash_file(merges)])
+        self._load(kind, file, lambda: _gpt2_json(file, merges), f"a vocabulary that {merges} makes tokens of")
+        self.eod_id = _find_eod(self._tokenizer.get_vocab(), file, EOD) if eod_id is None else eod_id
+
+
+def merges_beside(vocabulary: Path) -> Path:
+    return vocabulary.with_name(vocabulary.stem.replace("vocab", "merges") + ".txt")
+
+
+def _gpt2_json(file: Path, merges: Path) -> str:
+    """A tokenizer.json of the two files. Raises ConfigError, CorruptInput, and what the library raises."""
+    vocabulary = read_json(file)
+    if missing := [c for c in (EOD, *_FROM_BYTE_LEVEL) if c not in vocabulary]:
+        raise CorruptInput(
+            f"tokenizer {file}: has no {missing[0]!r}, expected GPT-2's spelling of all 256 bytes, and {EOD}, which ends a "
+            "document. Give the vocab.json that belongs to the merges."
+        )
+    first, *lines = merges.read_text(encoding="utf-8").split("\n")
+    last = lines.pop() if lines else ""
+    if not first.startswith("#version") or last:
+        seen = f"begins with {first!r}" if not first.startswith("#version") else f"ends with {last!r} and no line break"
+        raise ConfigError(
+            f"tokenizer {merges}: {seen}. Megatron passes over the first line, expected '#version: 0.2', and over what comes "
+            "after the last line break; other readers do not. Write the file so that neither is a merge."
+        )
+    pairs = []
+    for line in filter(str.strip, lines):
+        left, _, right = line.strip().partition(" ")
+        if not right or " " in right:
+            raise CorruptInput(f"tokenizer {merges}: {line!r} is no pair of tokens. Copy the file again from its source.")
+        pairs.append((left, right))
+    return _byte_level_bpe(vocabulary, pairs)
 
 
 class SentencePiece(Vocabulary):
@@ -179,6 +230,7 @@ class Tiktoken(Vocabulary):
 _KINDS: dict[str, type[HuggingFace] | type[SentencePiece] | type[Tiktoken]] = {
     "bpe": HuggingFace,
     "huggingface": HuggingFace,
+    "gpt2": GPT2,
     "sentencepiece": SentencePiece,
     "tiktoken": Tiktoken,
 }
@@ -187,13 +239,18 @@ _KINDS: dict[str, type[HuggingFace] | type[SentencePiece] | type[Tiktoken]] = {
 def train_bpe(text: bytes, vocab_size: int) -> str:
     """A tokenizer.json: byte-level BPE with GPT-2's pre-tokenizer, ids 0-255 the bytes, then merges, last end-of-document."""
     import gigatoken
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     with _silent():
         vocabulary, merges = gigatoken.train_bpe(text, vocab_size - 1, [])
     spelled = {_to_byte_level(token): i for i, token in vocabulary.items()}
-    model = models.BPE(vocab=spelled, merges=[(_to_byte_level(a), _to_byte_level(b)) for a, b in merges])
-    tokenizer = Tokenizer(model)
+    return _byte_level_bpe(spelled, [(_to_byte_level(a), _to_byte_level(b)) for a, b in merges])
+
+
+def _byte_level_bpe(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> str:
+    """A tokenizer.json with GPT-2's pre-tokenizer; end-of-document has the next id where it has none."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOD, special=True, normalized=False)])

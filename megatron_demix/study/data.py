@@ -13,8 +13,9 @@ from megatron_demix.units import Cut
 
 
 class TokenizerSpec(Section):
-    type: Literal["byte", "bpe", "huggingface", "sentencepiece", "tiktoken"] = "bpe"
-    """byte: 256 bytes and EOD, no training. bpe: a byte-level BPE trained on the study's text. The rest load `model`."""
+    type: Literal["byte", "bpe", "huggingface", "gpt2", "sentencepiece", "tiktoken"] = "bpe"
+    """byte: 256 bytes and EOD, no training. bpe: a byte-level BPE trained on the study's text. The rest load `model`; gpt2 the
+    vocab.json and merges.txt of Megatron's GPT2BPETokenizer."""
     model: ExpandedPath | None = None
     """The tokenizer's file or folder, for the types that load one."""
     train_vocab_size: int = Field(4096, ge=300)

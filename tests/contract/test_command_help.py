@@ -39,6 +39,8 @@ CONTRACT = {
         "--output-prefix",
         "--tokenizer-type",
         "--tokenizer-model",
+        "--vocab-file",
+        "--merge-file",
         "--append-eod",
         "--workers",
         "--partitions",

@@ -105,7 +105,13 @@ def models(tmp_path_factory):
     )  # fmt: skip
     ranks = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
     (folder / "r50k_base.tiktoken").write_bytes(ranks)
+    trained = json.loads((folder / "bpe" / "tokenizer.json").read_text())
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2" / "vocab.json").write_text(json.dumps({**trained["model"]["vocab"], "<|endoftext|>": 399}))
+    merges = "".join(f"{' '.join(pair)}\n" for pair in trained["model"]["merges"])
+    (folder / "gpt2" / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
     specs = {
+        "GPT2BPETokenizer": TokenizerSpec(type="gpt2", model=folder / "gpt2"),
         "HuggingFaceTokenizer": TokenizerSpec(type="huggingface", model=folder / "bpe" / "tokenizer.json"),
         "SentencePieceTokenizer": TokenizerSpec(type="sentencepiece", model=folder / "sp.model"),
         "tiktoken": TokenizerSpec(type="tiktoken", model=folder / "r50k_base.tiktoken"),
@@ -115,12 +121,22 @@ def models(tmp_path_factory):
     return {kind: (spec, getattr(spec, "model", spec)) for kind, spec in specs.items()}
 
 
-@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer", "tiktoken", "byte", "bpe"])
+def flags_of(kind, path):
+    """As Megatron's scripts name a tokenizer's files."""
+    if kind == "GPT2BPETokenizer":
+        return ["--vocab-file", path / "vocab.json", "--merge-file", path / "merges.txt"]
+    return ["--tokenizer-model", path] if path else []
+
+
+@pytest.mark.parametrize(
+    "kind", ["HuggingFaceTokenizer", "GPT2BPETokenizer", "SentencePieceTokenizer", "tiktoken", "byte", "bpe"]
+)
 def test_tokenizers(call, models, tmp_path, kind):
     spec, path = models[kind]
     (tmp_path / "x.jsonl").write_bytes(lines())
-    model = ["--tokenizer-model", path] if path else []
-    code, said, _ = call("--input", "x.jsonl", "--output-prefix", "p", "--tokenizer-type", kind, *model, "--append-eod")
+    code, said, _ = call(
+        "--input", "x.jsonl", "--output-prefix", "p", "--tokenizer-type", kind, *flags_of(kind, path), "--append-eod"
+    )
     assert code == 0
     tokenizer = load_tokenizer(spec, engine="reference")
     ids, offsets = tokenizer.encode_batch(TEXTS)
@@ -174,6 +190,11 @@ def test_again_in_parts_and_over_something_else(call, tmp_path):
         (b"", [], 7, "x.jsonl is empty, expected text"),
         (lines(), ["--tokenizer-type", "HuggingFaceTokenizer"], 2, "needs --tokenizer-model"),
         (lines(), ["--input", "absent"], 2, "absent matches no file"),
+        (lines(), ["--partitions", "0"], 2, "--partitions is 0, expected at least 1"),
+        (lines(), ["--workers", "0"], 2, "--workers is 0, expected at least 1"),
+        (lines(), ["--vocab-file", "v"], 2, "are for GPT2BPETokenizer, --tokenizer-type is byte"),
+        (lines(), ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "v"], 2, "needs --vocab-file and --merge-file"),
+        (lines(), ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "v", "--merge-file", "m"], 2, "v does not exist"),
     ],
 )
 def test_what_is_refused(call, tmp_path, data, flags, code, message):

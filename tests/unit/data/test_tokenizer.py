@@ -3,6 +3,7 @@
 import argparse
 import base64
 import inspect
+import itertools
 import json
 import pydoc_data.topics
 import random
@@ -152,6 +153,92 @@ def test_huggingface_end_of_document(bpe, tmp_path):
     assert load_tokenizer(spec).eod_id == 599
 
 
+@pytest.fixture
+def gpt2(bpe, tmp_path):
+    """A vocabulary of the trained tokenizer's tokens in GPT-2's two files, with ids of its own."""
+    data = json.loads((bpe / "tokenizer.json").read_text())
+    tokens = [vocabularies.EOD, *sorted(data["model"]["vocab"])]
+    (tmp_path / "gpt2-vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in data["model"]["merges"])]
+    (tmp_path / "gpt2-merges.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return tmp_path
+
+
+def as_megatron_does(folder, text):
+    """Ids by the rules of Megatron-LM's megatron/training/tokenizer/gpt2_tokenization.py."""
+    import regex
+
+    vocabulary = json.loads((folder / "gpt2-vocab.json").read_text())
+    lines = (folder / "gpt2-merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
+    words = regex.findall(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", text
+    )  # fmt: skip
+    ids = []
+    for word in words:
+        parts = list(vocabularies._to_byte_level(word.encode()))
+        while known := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
+            left, right = min(known, key=ranks.__getitem__)
+            merged, place = [], 0
+            while place < len(parts):
+                both = parts[place : place + 2] == [left, right]
+                merged.append(left + right if both else parts[place])
+                place += 1 + both
+            parts = merged
+        ids += [vocabulary[part] for part in parts]
+    return ids
+
+
+def test_gpt2_has_the_ids_of_megatrons_own(gpt2, tmp_path):
+    """Also of "<|endoftext|>" in a document, which is thirteen characters to it."""
+    pytest.importorskip("regex")
+    spec = TokenizerSpec(type="gpt2", model=gpt2)
+    texts = [*TEXTS, *PROBE, *REAL[-3:]]
+    tokenizer = check_against_reference(spec, texts)
+    ids, offsets = tokenizer.encode_batch(texts)
+    found = [ids[begin:end].tolist() for begin, end in itertools.pairwise(offsets.tolist())]
+    assert found == [as_megatron_does(gpt2, text) for text in texts]
+    assert (tokenizer.engine_name, tokenizer.vocab_size, tokenizer.eod_id) == ("gigatoken", 600, 0)
+    assert text_bytes(tokenizer, texts) == [len(t.encode()) for t in texts]
+    train_tokenizer(spec, {}, tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert copy.fingerprint == tokenizer.fingerprint
+    assert np.array_equal(copy.encode_batch(texts)[0], ids)
+    (gpt2 / "gpt2-merges.txt").write_text("#version: 0.2\n")
+    assert load_tokenizer(spec).fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "error", "message"),
+    [
+        ("merges.txt", lambda text: text.split("\n", 1)[1], ConfigError, "begins with .* expected '#version: 0.2'"),
+        ("merges.txt", lambda text: text.rstrip("\n"), ConfigError, "ends with .* and no line break"),
+        ("merges.txt", lambda text: text + "a b c\n", CorruptInput, "'a b c' is no pair of tokens"),
+        (
+            "merges.txt",
+            lambda text: text + "Q Q\n",
+            CorruptInput,
+            "gpt2-vocab.json: not a vocabulary that .*gpt2-merges.txt makes",
+        ),
+        (
+            "vocab.json",
+            lambda text: text.replace(vocabularies.EOD, "<over>"),
+            CorruptInput,
+            r"has no '<\|endoftext\|>', expected",
+        ),
+        ("vocab.json", lambda text: text.replace('"A": ', '"AAAA": '), CorruptInput, "has no 'A', expected"),
+    ],
+)
+def test_what_is_no_gpt2(gpt2, file, spoil, error, message):
+    path = gpt2 / f"gpt2-{file}"
+    path.write_text(spoil(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(error, match=message):
+        load_tokenizer(TokenizerSpec(type="gpt2", model=gpt2 / "gpt2-vocab.json"))
+    (gpt2 / "gpt2-merges.txt").unlink()
+    with pytest.raises(ConfigError, match=r"type 'gpt2': .*gpt2-merges\.txt does not exist"):
+        load_tokenizer(TokenizerSpec(type="gpt2", model=gpt2))
+
+
 def test_sentencepiece(corpus, tmp_path):
     import sentencepiece
 
@@ -228,7 +315,7 @@ def test_bad_tokenizers(bpe, tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"type": "word"}))
     with pytest.raises(
-        ConfigError, match="tokenizer type 'word' is not one of byte, bpe, huggingface, sentencepiece, tiktoken"
+        ConfigError, match="tokenizer type 'word' is not one of byte, bpe, huggingface, gpt2, sentencepiece, tiktoken"
     ):
         load_tokenizer(tmp_path)
 
