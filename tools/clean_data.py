@@ -10,14 +10,22 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from megatron_demix.command import exit_code
+from megatron_demix.command import check_at_least, exit_code
 from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.errors import ConfigError
+from megatron_demix.study.choices import Heuristic
 from megatron_demix.units import Cut, parse_cut
 
-HEURISTICS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
+HEURISTICS = get_args(Heuristic)
+BELONG_TO = {
+    "heuristics": ("heuristics_domains",),
+    "tasks": ("task_ngram", "task_keys"),
+    "perplexity": ("sentencepiece", "perplexity_drop", "perplexity_domains"),
+    "quality": ("quality_label", "quality_drop", "quality_domains"),
+}
+"""Options that say how another one is meant. None of them has a default here: CleanSpec has them."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,29 +52,25 @@ def parser() -> argparse.ArgumentParser:
         "SlurmPipelineExecutor, such as partition=cpu time=8:00:00 workers=64 mem_per_cpu_gb=4")  # fmt: skip
     group = parser.add_argument_group("duplicates")
     group.add_argument("--keep-exact-duplicates", action="store_true")
-    group.add_argument("--ngram", type=int, default=24, help="words in a shingle; 0 keeps near duplicates (default: 24)")
-    group.add_argument("--bands", type=int, default=20, help="default: 20")
-    group.add_argument("--hashes", type=int, default=13, help="MinHashes in a band (default: 13)")
+    group.add_argument("--ngram", type=int, metavar="WORDS", help="in a shingle; 0 keeps near duplicates (default: 24)")
+    group.add_argument("--bands", type=int, metavar="N", help="default: 20")
+    group.add_argument("--hashes", type=int, metavar="N", help="MinHashes in a band (default: 13)")
     group = parser.add_argument_group("junk")
     group.add_argument("--heuristics", nargs="*", default=[], choices=HEURISTICS, metavar="NAME", help=", ".join(HEURISTICS))
     group.add_argument("--heuristics-domains", nargs="+", metavar="DOMAIN", help="default: all")
     group = parser.add_argument_group("evaluation tasks", "documents that contain an n-gram of a task's item are removed")
     group.add_argument("--tasks", nargs="+", default=[], metavar="TASK=PATH", help="files with one item a line")
-    group.add_argument("--task-ngram", type=int, default=13, metavar="WORDS", help="default: 13")
-    group.add_argument("--task-keys", nargs="+", default=[], metavar="KEY", help="fields of an item that count (default: all)")
+    group.add_argument("--task-ngram", type=int, metavar="WORDS", help="default: 13")
+    group.add_argument("--task-keys", nargs="+", metavar="KEY", help="fields of an item that count (default: all)")
     group = parser.add_argument_group("perplexity (tools/train_filters.py perplexity makes a model)")
     group.add_argument("--perplexity", type=Path, metavar="MODEL", help="KenLM's .arpa or binary file")
     group.add_argument("--sentencepiece", type=Path, metavar="MODEL", help="whose pieces are the KenLM model's tokens")
-    group.add_argument(
-        "--perplexity-drop", default="2%", metavar="CUT", help="share of each domain, or a perplexity (default: 2%%)"
-    )
+    group.add_argument("--perplexity-drop", metavar="CUT", help="share of each domain, or a perplexity (default: 2%%)")
     group.add_argument("--perplexity-domains", nargs="+", metavar="DOMAIN", help="default: all")
     group = parser.add_argument_group("quality (tools/train_filters.py quality makes a model)")
     group.add_argument("--quality", type=Path, metavar="MODEL", help="fastText's .bin file")
-    group.add_argument("--quality-label", default="high", metavar="LABEL", help="its probability is the score (default: high)")
-    group.add_argument(
-        "--quality-drop", default="3%", metavar="CUT", help="share of each domain, or a probability (default: 3%%)"
-    )
+    group.add_argument("--quality-label", metavar="LABEL", help="its probability is the score (default: high)")
+    group.add_argument("--quality-drop", metavar="CUT", help="share of each domain, or a probability (default: 3%%)")
     group.add_argument("--quality-domains", nargs="+", metavar="DOMAIN", help="default: all")
     group.add_argument("--grades", nargs="+", default=[], metavar="DOMAIN=NAME:CUT,...,NAME", help="best grade first, the last "
                        "is the rest: math=high:20%%,medium:50%%,low makes math_high, math_medium and math_low")  # fmt: skip
@@ -79,6 +83,8 @@ def main() -> int:
 
 def run() -> int:
     arguments = parser().parse_args()
+    check_at_least("--workers", arguments.workers, 1)
+    check_effects(arguments)
     inputs: dict[str, list[Path]] = {}
     for domain, pattern in pairs("--input", arguments.input):
         inputs.setdefault(domain, []).extend(resolve_inputs([pattern]))
@@ -104,6 +110,18 @@ def run() -> int:
     return 0
 
 
+def check_effects(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError on options that are given without the one they belong to."""
+    for option, others in BELONG_TO.items():
+        for other in others:
+            if getattr(arguments, other) is not None and not getattr(arguments, option):
+                raise ConfigError(f"--{other.replace('_', '-')} has no effect without --{option}.")
+    if arguments.ngram == 0 and (arguments.bands or arguments.hashes):
+        raise ConfigError(
+            f"--{'bands' if arguments.bands else 'hashes'} has no effect with --ngram 0, which keeps near duplicates."
+        )
+
+
 def settings(arguments: argparse.Namespace) -> Any:
     from megatron_demix.study.load import clean_spec
 
@@ -111,19 +129,26 @@ def settings(arguments: argparse.Namespace) -> Any:
     tasks: dict[str, list[str]] = {}
     for task, pattern in pairs("--tasks", given.tasks):
         tasks.setdefault(task, []).append(pattern)
+    sections = {
+        "heuristics": {"use": given.heuristics or None, "domains": given.heuristics_domains},
+        "contamination": {"tasks": tasks or None, "ngram": given.task_ngram, "keys": given.task_keys},
+        "perplexity": {
+            "model": given.perplexity,
+            "sentencepiece": given.sentencepiece,
+            "drop": given.perplexity_drop,
+            "domains": given.perplexity_domains,
+        },
+        "quality": {
+            "model": given.quality,
+            "label": given.quality_label,
+            "drop": given.quality_drop,
+            "domains": given.quality_domains,
+        },
+    }
+    spec: dict[str, Any] = {name: {k: v for k, v in said.items() if v is not None} or None for name, said in sections.items()}
     near = {"ngram": given.ngram, "bands": given.bands, "hashes": given.hashes}
-    perplexity = {"model": given.perplexity, "sentencepiece": given.sentencepiece, "drop": given.perplexity_drop}
-    quality = {"model": given.quality, "label": given.quality_label, "drop": given.quality_drop}
-    return clean_spec(
-        {
-            "heuristics": {"use": given.heuristics, "domains": given.heuristics_domains} if given.heuristics else None,
-            "exact_duplicates": not given.keep_exact_duplicates,
-            "contamination": {"tasks": tasks, "ngram": given.task_ngram, "keys": given.task_keys} if tasks else None,
-            "near_duplicates": near if given.ngram else None,
-            "perplexity": perplexity | {"domains": given.perplexity_domains} if given.perplexity else None,
-            "quality": quality | {"domains": given.quality_domains} if given.quality else None,
-        }
-    )
+    spec["near_duplicates"] = None if given.ngram == 0 else {k: v for k, v in near.items() if v is not None}
+    return clean_spec(spec | {"exact_duplicates": not given.keep_exact_duplicates})
 
 
 def pairs(flag: str, given: list[str]) -> list[tuple[str, str]]:

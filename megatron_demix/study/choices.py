@@ -12,5 +12,8 @@ Design = Literal["dirichlet", "sobol", "lattice", "optimal"]
 Aim = Literal["mean", "worst", "percentile_rank"]
 """What is made of an objective's scores."""
 
+Heuristic = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
+"""Published rules for what is junk."""
+
 MIN_PROXIES = 8
 """Fewer do not fix a surrogate."""

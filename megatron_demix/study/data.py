@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from megatron_demix.study.choices import Heuristic
 from megatron_demix.study.section import Bytes, CutOff, ExpandedPath, ExpandedPattern, Name, Section
 from megatron_demix.units import Cut
 
@@ -57,7 +58,7 @@ class DomainSpec(Section):
 
 
 class HeuristicsSpec(Section):
-    use: list[Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]] = Field(min_length=1)
+    use: list[Heuristic] = Field(min_length=1)
     """Published rules, in this order. c4 also takes lines out of the documents that it keeps."""
     domains: list[Name] | None = None
     """Domains they are for; null: all."""
