@@ -69,8 +69,8 @@ def run() -> int:
                         "materialise: documents written out; args: weights and paths for Megatron's own blending")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1234, help="of the shuffle (default: 1234)")
     parser.add_argument("--on-shortfall", choices=("error", "cap", "redistribute"), default="error",
-                        help="a domain has too little: stop and say what would fit (default), take less in all, or give its "
-                        "part to the others")  # fmt: skip
+                        help="a domain has too little: stop and say what would fit (default), take what it has and as much "
+                        "of the others as without it, or give its part to the others; both change the shares")  # fmt: skip
     parser.add_argument("--worker", type=int, metavar="I", help="with --workers: this process writes shards I, I + N, ...")
     parser.add_argument("--workers", type=int, metavar="N", help="materialise together with N - 1 other processes, such as a "
                         "SLURM array; the last publishes")  # fmt: skip

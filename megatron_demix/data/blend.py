@@ -28,7 +28,7 @@ from megatron_demix import native
 from megatron_demix.artifact import fingerprint, only_maker
 from megatron_demix.data import blend_files
 from megatron_demix.data.pool import Domain, OpenPool, Pool, Source, open_pool
-from megatron_demix.data.quota import OnShortfall, feasible_max_shares, quotas
+from megatron_demix.data.quota import OnShortfall, feasible_max_shares, fitting_target, quotas
 from megatron_demix.data.source_digest import fingerprint_sources
 from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError, storage_errors
 from megatron_demix.mixture import Mixture, apportion
@@ -58,13 +58,18 @@ class DomainPlan:
 
 @dataclass(frozen=True)
 class BlendPlan:
-    """Which documents make the blend. pool: of the domains that give any; the others are `dropped`."""
+    """Which documents make the blend. pool: of the domains that give any; the others are `dropped`.
+
+    short: domains that have fewer tokens left than were asked of them; fits: where there are such, the largest target without.
+    """
 
     pool: OpenPool
     seed: int
     target_tokens: int
     parts: tuple[DomainPlan, ...]
     dropped: tuple[str, ...]
+    short: tuple[str, ...] = ()
+    fits: int = 0
 
     @property
     def documents(self) -> int:
@@ -158,7 +163,8 @@ def plan_blend(
     used = pool.only(n for n in planned if chosen[n][0])
     parts = tuple(DomainPlan(d, shares[n], requested[n], planned[n], start[n], *chosen[n]) for n, d in used.domains.items())
     dropped = tuple(n for n in pool.domains if n not in used.domains)
-    plan = BlendPlan(used, seed, target_tokens, parts, dropped)
+    short, fits = tuple(n for n in planned if planned[n] < requested[n]), fitting_target(pool.domains, mixture, taken)
+    plan = BlendPlan(used, seed, target_tokens, parts, dropped, short, fits)
     if plan.documents >= 2**31:
         raise IncompatibleInputs(
             f"the blend has {plan.documents:,} documents; Megatron's GPTDataset numbers documents with int32 and holds "
@@ -242,11 +248,13 @@ def _warn_of_other_shares(plan: BlendPlan, asked: Mixture, label: str) -> None:
     off = {n: given.get(n, 0.0) for n, share in asked.items() if abs(given.get(n, 0.0) - share) > _NOTICEABLE * share}
     if off:
         listed = ", ".join(f"{name} {share:.4g} instead of {asked[name]:.4g}" for name, share in off.items())
-        warnings.warn(
-            f"{label}: the shares of its tokens are not those asked for: {listed}. Documents are whole and epochs "
-            "limited; a larger target, or shorter documents, would come nearer.",
-            stacklevel=3,
-        )
+        why = "Documents are whole; a larger target, or shorter documents, would come nearer."
+        if plan.short:
+            fits = (
+                f"a target of at most {plan.fits:,} tokens keeps the shares, and so does" if plan.fits else "what keeps them is"
+            )
+            why = f"{', '.join(plan.short)}: too few tokens within max_epochs for this target; {fits} a larger max_epochs."
+        warnings.warn(f"{label}: the shares of its tokens are not those asked for: {listed}. {why}", stacklevel=3)
 
 
 def _manifest(

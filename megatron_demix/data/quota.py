@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Literal
 
@@ -28,7 +28,8 @@ def quotas(
     *,
     taken: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Tokens of each domain (zero weights left out), by largest remainder; they sum to the target unless "cap" cuts them.
+    """Tokens of each domain (zero weights left out), by largest remainder; they sum to the target unless "cap" cuts those of
+    domains that have less, each on its own, so that the others' shares grow.
 
     taken: tokens that earlier stages of a curriculum have used up. Raises MixtureError with what would fit.
     """
@@ -38,7 +39,7 @@ def quotas(
         raise ConfigError(f"on_shortfall is {on_shortfall!r}, expected error, cap or redistribute.")
     shares = mixture.over(list(domains))
     names = [name for name in domains if shares[name] > 0]
-    limits = {name: max(0, domains[name].most_tokens - (taken or {}).get(name, 0)) for name in names}
+    limits = _limits(domains, names, taken)
     wanted = dict(zip(names, apportion(target_tokens, [shares[n] for n in names]), strict=True))
     short = [name for name in names if wanted[name] > limits[name]]
     if not short:
@@ -47,7 +48,18 @@ def quotas(
         return {name: min(wanted[name], limits[name]) for name in names}
     if on_shortfall == "redistribute" and sum(limits.values()) >= target_tokens:
         return _spread(shares, limits, target_tokens)
-    raise MixtureError(_explain(domains, shares, limits, wanted, short, target_tokens))
+    raise MixtureError(_explain(domains, shares, limits, wanted, short, target_tokens, fitting_target(domains, mixture, taken)))
+
+
+def fitting_target(domains: Mapping[str, Domain], mixture: Mixture, taken: Mapping[str, int] | None = None) -> int:
+    """The largest target of which the domains can give their shares."""
+    shares = mixture.over(list(domains))
+    limits = _limits(domains, [name for name in domains if shares[name] > 0], taken)
+    return min(int(Fraction(limit) / Fraction(shares[name])) for name, limit in limits.items())
+
+
+def _limits(domains: Mapping[str, Domain], names: Iterable[str], taken: Mapping[str, int] | None) -> dict[str, int]:
+    return {name: max(0, domains[name].most_tokens - (taken or {}).get(name, 0)) for name in names}
 
 
 def _spread(shares: Mixture, limits: Mapping[str, int], total: int) -> dict[str, int]:
@@ -73,6 +85,7 @@ def _explain(
     wanted: Mapping[str, int],
     short: list[str],
     target: int,
+    fits: int,
 ) -> str:
     lines = []
     for name in short:
@@ -82,7 +95,6 @@ def _explain(
             f"domain {name!r} has {d.tokens:,} tokens x {d.max_epochs:g} epochs = {d.most_tokens:,} tokens{left}, but a share "
             f"of {shares[name]:.4g} of {target:,} tokens is {wanted[name]:,}: {wanted[name] - limits[name]:,} short."
         )
-    fits = min(int(Fraction(limits[n]) / Fraction(shares[n])) for n in limits)
     lines.append(f"What would fit: a target of at most {fits:,} tokens at this mixture;")
     if sum(limits.values()) >= target:
         nearest = _spread(shares, limits, target)

@@ -179,6 +179,28 @@ def test_cap_and_redistribute(pool, tmp_path):
         build(pool, tmp_path / "n", target=10**7, on_shortfall="redistribute")
 
 
+@pytest.mark.parametrize("how", ["cap", "redistribute"])
+def test_where_domains_have_too_little_the_target_that_fits_is_named(pool, tmp_path, how):
+    """Less of all keeps the shares, and no larger target does."""
+    fits = int(4 * IndexedReader(tmp_path / "pool" / "math_0").index.num_tokens / 0.3)
+    with pytest.warns(UserWarning, match="are not those asked for") as said:
+        build(pool, tmp_path / "b", target=120_000, on_shortfall=how)
+    (message,) = [str(warning.message) for warning in said]
+    assert message.endswith(
+        f"math: too few tokens within max_epochs for this target; a target of at most {fits:,} tokens keeps the shares, and so "
+        "does a larger max_epochs."
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(pool, tmp_path / "c", target=fits, on_shortfall=how)
+
+
+def test_no_target_keeps_the_share_of_what_is_used_up(pool, tmp_path):
+    available = 4 * IndexedReader(tmp_path / "pool" / "math_0").index.num_tokens
+    with pytest.warns(UserWarning, match="for this target; what keeps them is a larger max_epochs"):
+        build(pool, tmp_path / "b", target=10_000, on_shortfall="cap", begin={"math": (0, available)})
+
+
 def test_bad_arguments(pool, tmp_path):
     for options, message in (
         ({"target": 0}, "target is 0 tokens, expected at least 1"),
@@ -207,7 +229,7 @@ def test_stale_index_caches_are_named(pool, tmp_path):
 def test_shares_that_are_not_those_asked_for_are_named(pool, tmp_path):
     """One document dwarfs its domain's part of the budget: it comes whole, or not at all."""
     pool["math"] = Source((make_indexed(tmp_path / "m", [30_000]),))
-    message = "shares of its tokens are not those asked for: .*math 0.* instead of 0.3"
+    message = "shares of its tokens are not those asked for: .*math 0.* instead of 0.3.* a larger target"
     with pytest.warns(UserWarning, match=f"^blend {tmp_path / 'b'}: the {message}"):
         report = build(pool, tmp_path / "b")
     with pytest.warns(UserWarning, match=f"^blend/found: the {message}"):
