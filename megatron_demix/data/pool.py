@@ -167,7 +167,7 @@ def open_pool(pool: Mapping[str, Source]) -> OpenPool:
     """Read and check every index.
 
     Raises ConfigError (no prefix, one used twice, a bad limit), CorruptInput (an unreadable index), IncompatibleInputs
-    (dtypes, tokenizers, sentence-split data), MixtureError (an empty domain).
+    (dtypes, tokenizers, documents of several sequences), MixtureError (an empty domain).
     """
     if not pool:
         raise ConfigError("pool: no domains. Give at least one domain with its prefixes.")
@@ -208,10 +208,11 @@ def _laid_out(domains: Sequence[Domain]) -> dict[str, Domain]:
 def _check_usable(index: Index) -> None:
     if index.dtype.kind not in "iu":
         raise IncompatibleInputs(f"{index.prefix}.idx holds {index.dtype} values, expected token ids (integers).")
-    if index.is_sentence_split:
+    if index.has_several_sequences:
         raise IncompatibleInputs(
-            f"{index.prefix} is sentence-split: {index.num_sequences} sequences in {index.num_documents} documents. GPTDataset "
-            "shuffles sequences, so it would tear documents apart. Prepare the text again without --split-sentences."
+            f"{index.prefix} has {index.num_sequences} sequences in {index.num_documents} documents, expected one a document: "
+            "GPTDataset shuffles sequences, so it would tear documents apart. If they are sentences, prepare the text again "
+            "without --split-sentences; if they are texts that were packed together, write each as a document of its own."
         )
 
 

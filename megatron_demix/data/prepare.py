@@ -59,7 +59,7 @@ def prepare_domain(
         run.make_part(part)
         return None
     with run.whole() as outputs:
-        documents = _check_documents(inputs, outputs)
+        documents = _check_documents(inputs, outputs, f"{REJECTED} beside the tokens")
         for name, share in zip(SPLITS, split, strict=True):
             if share > 0 and outputs.counts[name]["documents"] == 0:
                 raise ConfigError(
@@ -115,7 +115,7 @@ def preprocess(
             if not is_sealed(work, run.identity):
                 unseal(work)
                 with run.whole() as outputs:
-                    _check_documents(inputs, outputs)
+                    _check_documents(inputs, outputs, f"{prefix}.{REJECTED}")
                     outputs.close({"rejected": outputs.num_rejected, "made_from": run.identity})
                 seal(work, prefix.name, run.identity)
             publish(work, prefix)
@@ -183,7 +183,8 @@ def _named(inputs: Sequence[Path]) -> str:
     return f"{inputs[0]}{more}" if inputs else "no files"
 
 
-def _check_documents(inputs: Sequence[Path], outputs: Outputs) -> int:
+def _check_documents(inputs: Sequence[Path], outputs: Outputs, rejected_list: str) -> int:
+    """How many there are. rejected_list: where the others will be listed. Raises CorruptInput where all were rejected."""
     documents, rejected = sum(c["documents"] for c in outputs.counts.values()), outputs.num_rejected
     first = outputs.first_rejected() if rejected > MANY_REJECTED * (documents + rejected) or not documents else ""
     if documents == 0:
@@ -195,7 +196,7 @@ def _check_documents(inputs: Sequence[Path], outputs: Outputs) -> int:
     if first:
         warnings.warn(
             f"{_named(inputs)}: {rejected} of {documents + rejected} documents are empty or rejected, the first, {first}. "
-            f"{REJECTED} beside the tokens lists them; they are left out.",
+            f"{rejected_list} lists them; they are left out.",
             stacklevel=3,
         )
     return documents

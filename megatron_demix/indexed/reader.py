@@ -48,7 +48,7 @@ class Index:
         return len(self.documents) - 1
 
     @property
-    def is_sentence_split(self) -> bool:
+    def has_several_sequences(self) -> bool:
         """Whether a document has several sequences, which GPTDataset would shuffle apart. One without any is no harm."""
         return any(
             np.diff(self.documents[start : start + _CHUNK + 1]).max() > 1 for start in range(0, self.num_documents, _CHUNK)

@@ -139,12 +139,13 @@ def test_different_tokenizers_are_refused(pool, tmp_path):
             build({**blends, "math": pool["math"]}, tmp_path / "b", target=100, mixture=Mixture.uniform(["all", "math"]))
 
 
-def test_sentence_split_data_is_refused(tmp_path):
+def test_documents_of_several_sequences_are_refused(tmp_path):
+    """Sentences, or sequences that were packed: what lies there does not say which."""
     from megatron_demix.indexed.writer import IndexedWriter
 
     with IndexedWriter(tmp_path / "s", np.dtype("<u2"), sentences=True) as writer:
         writer.add(np.arange(10), np.array([4, 6]), sequences_a_document=np.array([2]))
-    with pytest.raises(IncompatibleInputs, match="sentence-split: 2 sequences in 1 documents"):
+    with pytest.raises(IncompatibleInputs, match=r"2 sequences in 1 documents, expected one .* sentences, .* packed"):
         build({"a": Source((tmp_path / "s",))}, tmp_path / "b", target=5, mixture=Mixture({"a": 1}))
 
 

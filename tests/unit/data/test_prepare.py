@@ -105,7 +105,9 @@ def test_many_rejected_documents_are_said(tmp_path):
     with pytest.raises(CorruptInput, match=rf"no documents \(5 empty or rejected; {reason}; .*/\.p\.work/rejected\.jsonl"):
         preprocess([tmp_path / "other.jsonl"], BYTE, tmp_path / "p", **options)
     assert len((tmp_path / ".p.work" / "rejected.jsonl").read_text().splitlines()) == 5
-    with pytest.warns(UserWarning, match=rf"5 of 10 documents are empty or rejected, {reason}"):
+    with pytest.warns(
+        UserWarning, match=rf"5 of 10 documents are empty or rejected, {reason}\. {tmp_path}/q\.rejected\.jsonl lists"
+    ):
         preprocess([tmp_path / "other.jsonl", tmp_path / "text.jsonl"], BYTE, tmp_path / "q", **options)
 
 

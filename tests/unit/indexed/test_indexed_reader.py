@@ -27,7 +27,7 @@ def test_reads_what_was_written(prefix):
     assert index.pointers.tolist() == [0, 10, 10, 24]
     assert index.documents.tolist() == [0, 1, 2, 3, 4]
     assert (index.num_tokens, index.num_documents, index.num_sequences, index.dtype) == (13, 4, 4, np.uint16)
-    assert not index.is_sentence_split
+    assert not index.has_several_sequences
     assert not index.is_view
 
 
@@ -47,7 +47,7 @@ def test_sentence_split_documents(tmp_path):
     with IndexedWriter(tmp_path / "s", np.dtype("<u2"), sentences=True) as writer:
         writer.add(np.arange(10), np.array([2, 3, 5]), sequences_a_document=np.array([2, 0, 1]))
     reader = IndexedReader(tmp_path / "s")
-    assert reader.index.is_sentence_split
+    assert reader.index.has_several_sequences
     assert [reader.tokens(d).tolist() for d in range(3)] == [[0, 1, 2, 3, 4], [], [5, 6, 7, 8, 9]]
 
 
@@ -58,7 +58,7 @@ def test_a_document_without_a_sequence_is_not_split(tmp_path, monkeypatch, chunk
     for groups, split in (([0, 1, 1, 0, 0, 1, 1, 0], False), ([1, 0, 0, 1, 2], True), ([1, 2, 1], True), ([0, 0], False)):
         with IndexedWriter(tmp_path / "s", np.dtype("<u2"), sentences=True) as writer:
             writer.add(np.arange(sum(groups)), np.ones(sum(groups), int), sequences_a_document=np.array(groups))
-        assert read_index(tmp_path / "s").is_sentence_split == split
+        assert read_index(tmp_path / "s").has_several_sequences == split
 
 
 def test_a_view_knows_that_it_is_one(prefix, tmp_path):

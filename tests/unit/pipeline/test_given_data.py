@@ -68,7 +68,7 @@ def sentences(prefix: Path) -> None:
             lambda prefix: note(prefix, tokenizer="another"),
             r"'code', split 'valid': .*code_valid was made with tokenizer another",
         ),
-        (sentences, r"code_valid is sentence-split: 9 sequences in 2 documents"),
+        (sentences, r"code_valid has 9 sequences in 2 documents, expected one a document"),
     ],
     ids=["tokenizer", "sentences"],
 )
