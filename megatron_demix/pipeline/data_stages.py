@@ -67,6 +67,7 @@ def clean(study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]],
     json_keys = {d.name: d.json_key for d in study.domains}
     settings = spec.model_dump(mode="json", exclude={"perplexity": {"model", "sentencepiece"}, "quality": {"model"}})
     settings |= {"revision": REVISION, "on_bad_document": study.prepare.on_bad_document}
+    digests.read(file for files in texts.values() for file in files)
     # In the study's order: of one text in several domains, the first one keeps its own.
     settings |= {"inputs": [[name, json_keys[name], digests.of(files)] for name, files in texts.items()]}
     for place, path in spec.models():
@@ -130,6 +131,7 @@ def tokenizer(
         settings["domains"] = [d.name for d in samples]
         needs = (cleaned,)
     elif spec.type == "bpe":
+        digests.read(file for d in samples for file in inputs[d.name])
         settings["inputs"] = {d.name: [d.json_key, digests.of(inputs[d.name])] for d in samples}
         settings["on_bad_document"] = study.prepare.on_bad_document
     elif spec.model:

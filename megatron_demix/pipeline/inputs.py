@@ -86,9 +86,14 @@ class InputDigests:
 
     def of(self, paths: Iterable[Path]) -> str:
         """A fingerprint of the files' names and bytes, in the given order; where they lie does not count."""
+        paths = list(paths)
+        digests = self.read(paths)
+        return fingerprint([[path.name, digests[path]] for path in paths])
+
+    def read(self, paths: Iterable[Path]) -> dict[Path, str]:
+        """The digest of each file, which of() then knows: files that are asked for together are hashed side by side."""
         digests: dict[Path, str] = {}
         unread: dict[Path, list[int]] = {}
-        paths = list(paths)
         for path in paths:
             place = str(path.absolute())
             known = self._files.get(place) or self._files.get(os.path.realpath(path))
@@ -105,10 +110,9 @@ class InputDigests:
                 self._files[place] = known
             else:
                 unread[path] = identity
-        digests |= self._read(unread)
-        return fingerprint([[path.name, digests[path]] for path in paths])
+        return digests | self._hash(unread)
 
-    def _read(self, files: Mapping[Path, list[int]]) -> dict[Path, str]:
+    def _hash(self, files: Mapping[Path, list[int]]) -> dict[Path, str]:
         """Digests of files, given with their identities, side by side. What was read is remembered even if the rest is not."""
         if not files:
             return {}

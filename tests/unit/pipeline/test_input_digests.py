@@ -155,6 +155,18 @@ def test_files_are_hashed_side_by_side(texts, tmp_path, monkeypatch):
     assert InputDigests(tmp_path / "cache.json").of(list(reversed(texts))) == fingerprint(expected)
 
 
+@pytest.mark.parametrize("first", ["tokenizer", "clean"])
+def test_files_of_all_domains_are_hashed_side_by_side(texts, tmp_path, monkeypatch, first):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    study = load_study(tmp_path / "study.yaml", ["prepare.clean={near_duplicates: null}"])
+    files = {d.name: data_stages.resolve(d, tmp_path) for d in study.domains}
+    number = sum(map(len, files.values()))
+    monkeypatch.setattr("megatron_demix.native.default_threads", lambda: number)
+    together = threading.Barrier(number, timeout=30)
+    monkeypatch.setattr(inputs, "_digest", lambda path, *how: [hash_file(path), together.wait()][0])
+    getattr(data_stages, first)(study, tmp_path, tmp_path / "run", files, InputDigests(tmp_path / "cache.json"))
+
+
 def test_ctrl_c_keeps_what_was_finished_and_waits_for_nothing_else(texts, tmp_path, monkeypatch):
     """Of three that are read side by side one is finished, one would take hours, and Ctrl-C comes."""
     monkeypatch.setattr("megatron_demix.native.default_threads", lambda: 3)
