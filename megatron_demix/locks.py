@@ -21,8 +21,7 @@ def open_lock(path: Path) -> IO:
     """A lock file, open to be read and written, made where it is absent and left as it is where it is not. Raises OSError where
     a link stands there: in a folder that others may write, it could lead to any file of this user."""
     # Read, too: NFSv4 shares locks only on files that may be.
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, 0o666), "a+")
+    return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def take_lock(file: IO, holder: str, *, wait_s: float = math.inf, shared: bool = False) -> None:

@@ -144,6 +144,13 @@ def parallel_cuts(tensor_parallel: int) -> dict[str, Cuts]:
     }
 
 
+def saved(value: object) -> bytes:
+    """As torch.save writes it, and Megatron's checkpoints hold objects."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
 def three_components(folder: Path) -> dict[str, Path]:
     """Of one model, by name, cut for different tensor parallelism, at odd addresses."""
     return {
@@ -153,7 +160,7 @@ def three_components(folder: Path) -> dict[str, Path]:
             parallel_cuts(tp),
             num_files=tp,
             odd=True,
-            objects={"x._extra_state/shard_0_1": name.encode()},
+            objects={"x._extra_state/shard_0_1": saved([name])},
         )
         for seed, (name, tp) in enumerate({"a": 1, "b": 2, "c": 4}.items())
     }

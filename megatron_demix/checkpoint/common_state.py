@@ -20,6 +20,7 @@ from megatron_demix.checkpoint.pickles import (
     Global,
     Inert,
     check_tree,
+    enum_member,
     inert,
     ordered_dict,
     plain_tuple,
@@ -47,6 +48,8 @@ _ALLOWED: dict[str, Any] = {
     **{name: Global(name) for name in _VALUES},
     "torch.Size": plain_tuple,
     "collections.OrderedDict": ordered_dict,
+    "builtins.getattr": enum_member,
+    "__builtin__.getattr": enum_member,
 }
 
 # Counters that would make a run from the merged checkpoint skip data it has never seen.
@@ -82,10 +85,21 @@ _RUNNING = frozenset(
 _RUNNING_BUILTINS = frozenset({"eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint", "globals"})
 
 
+# Anywhere in a name: most modules have imported some of these, so that torch.serialization.os.system is one, too.
+_ANYWHERE = frozenset(
+    (
+        *("os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "pty", "shutil", "socket", "ctypes", "_ctypes"),
+        *("pickle", "_pickle", "cPickle", "marshal", "cpp_extension", "hub", "testing", "system", "popen"),
+        *("eval", "exec", "execfile", "__import__", "getattr", "__globals__", "__builtins__"),
+    )
+)
+
+
 def _foreign(name: str, what: str) -> type[_Foreign]:
     """Stands in for a class that is not known. Raises UnsafeInput for a name that only an attack has a use for."""
     module, _, attribute = name.partition(".")
-    if module in _RUNNING or (module in ("builtins", "__builtin__") and attribute.split(".")[0] in _RUNNING_BUILTINS):
+    of_python = module in ("builtins", "__builtin__") and attribute.split(".")[0] in _RUNNING_BUILTINS
+    if module in _RUNNING or of_python or _ANYWHERE & set(name.split(".")):
         raise UnsafeInput(
             f"{what}: refused, its pickle names {name[:200]!r}, which would run or fetch something. Nothing was executed. "
             "Do not load this checkpoint with other tools before you know where it comes from."

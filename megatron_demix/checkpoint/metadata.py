@@ -13,7 +13,7 @@ from typing import Any
 from megatron_demix.checkpoint.collector import without_collector
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import BACKEND, METADATA, convert, other_format, unreadable
-from megatron_demix.checkpoint.pickles import Inert, inert, ordered_dict, plain_tuple, read_pickle, shown
+from megatron_demix.checkpoint.pickles import Inert, enum_member, inert, ordered_dict, plain_tuple, read_pickle, shown
 from megatron_demix.errors import CorruptInput
 
 Shape = tuple[int, ...]
@@ -84,18 +84,10 @@ _CLASSES = (
 )
 
 
-def _enum_member(owner: Any, name: Any) -> Inert:
-    """getattr(class, name): how early CPython 3.11 (Debian 12 has 3.11.2) pickles the members of an enum. Raises ValueError for
-    anything else that is asked of getattr."""
-    if not (isinstance(owner, type) and issubclass(owner, Inert) and isinstance(name, str)):
-        raise ValueError(f"getattr of {shown(owner)}")
-    return owner(name)
-
-
 _ALLOWED: dict[str, Any] = {
     "torch.Size": plain_tuple,
-    "builtins.getattr": _enum_member,
-    "__builtin__.getattr": _enum_member,
+    "builtins.getattr": enum_member,
+    "__builtin__.getattr": enum_member,
     "collections.OrderedDict": ordered_dict,
     **{f"torch.{name}": name for name in ITEM_BYTES},
     **{name: inert(name) for name in _CLASSES},
@@ -130,7 +122,7 @@ def _check_backend(path: Path) -> None:
         backend = json.loads(path.read_text())["sharded_backend"]
     except OSError as e:
         raise unreadable(path, e) from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise CorruptInput(f"{path}: cannot be read ({e!r}).") from e
     if backend != "torch_dist":
         raise other_format(path, repr(backend), convert(backend))
@@ -144,6 +136,7 @@ def _interpret(root: Any, path: Path, wanted: Callable[[str], bool] | None) -> C
             raise TypeError(f"name {shown(key)}")
         stored[key, None if offset is None else _sizes(offset)] = _location(info, key, path)
     _check_apart(stored, path)
+    num_chunks = 0
     tensors, objects = {}, {}
     for key, entry in root["state_dict_metadata"].items():
         if not isinstance(key, str) or not isinstance(entry, Inert):
@@ -153,7 +146,13 @@ def _interpret(root: Any, path: Path, wanted: Callable[[str], bool] | None) -> C
                 raise CorruptInput(f"{path}: object {key!r} is listed but stored nowhere.")
             objects[key] = stored[key, None]
         elif wanted is None or wanted(key):
-            tensors[key] = _tensor(key, entry, stored, path)
+            tensors[key] = info = _tensor(key, entry, stored, path)
+            # Each has bytes of its own; of one list that many tensors share there would be more than memory holds.
+            num_chunks += len(info.chunks)
+            if num_chunks > len(stored):
+                raise CorruptInput(
+                    f"{path}: lists more chunks than the {len(stored)} that are stored: the metadata is damaged."
+                )
     return CheckpointMetadata(tensors, objects)
 
 

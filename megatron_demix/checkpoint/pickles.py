@@ -62,6 +62,14 @@ def instance(name: str, *arguments: Any, state: Any = None) -> Inert:
     return made
 
 
+def enum_member(owner: Any, name: Any) -> Inert:
+    """getattr(class, name): how early CPython 3.11 (Debian 12 has 3.11.2) pickles the members of an enum. Raises ValueError for
+    anything else that is asked of getattr."""
+    if not (isinstance(owner, type) and issubclass(owner, Inert) and isinstance(name, str) and name[:1] != "_"):
+        raise ValueError(f"getattr of {shown(owner)}")
+    return owner(name)
+
+
 def plain_tuple(*arguments: Any) -> tuple:
     """torch.Size(iterable) as a tuple."""
     return tuple(arguments[0]) if arguments else ()

@@ -38,8 +38,9 @@ def summarize(path: Path) -> dict[str, Any]:
     for info in model.values():
         for chunk in info.chunks:
             checkpoint.payload(info, chunk)
+    objects = checkpoint.model_objects
     for key, location in checkpoint.metadata.objects.items():
-        checkpoint.blob(location, key)
+        checkpoint.harmless_blob(location, key) if key in objects else checkpoint.blob(location, key)
     others = [info for key, info in checkpoint.metadata.tensors.items() if not is_model_key(key)]
     for info in others:
         for chunk in info.chunks:
@@ -74,10 +75,11 @@ def format_summary(facts: dict[str, Any]) -> str:
         lines.append(f"missing: {', '.join(facts['missing'])}; Megatron does not load it like this")
     if facts["arguments"]:
         lines.append(", ".join(f"{k} {v}" for k, v in facts["arguments"].items()))
-    width = max((len(t["key"]) for t in facts["tensors"]), default=0)
-    for t in facts["tensors"]:
+    keys = [t["key"] if t["key"].isprintable() else ascii(t["key"]) for t in facts["tensors"]]
+    width = max(map(len, keys), default=0)
+    for key, t in zip(keys, facts["tensors"], strict=True):
         cut = " x ".join(map(str, t["grid"]))
-        lines.append(f"{t['key']:{width}}  {t['dtype']:9} {t['shape']!s:24} {t['chunks']} chunks ({cut})")
+        lines.append(f"{key:{width}}  {t['dtype']:9} {t['shape']!s:24} {t['chunks']} chunks ({cut})")
     return "\n".join(lines)
 
 

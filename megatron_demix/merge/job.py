@@ -164,7 +164,7 @@ class Job:
                 copied = CopiedItem(info.key, data, info.dtype, info.shape, chunk.offset, chunk.shape)
                 located.append(((chunk.location.file, chunk.location.position), copied))
         for key, location in first.model_objects.items():
-            located.append(((location.file, location.position), CopiedItem(key, first.sound_blob(location, key).data)))
+            located.append(((location.file, location.position), CopiedItem(key, first.harmless_blob(location, key).data)))
         return [item for _, item in sorted(located, key=lambda entry: entry[0])]
 
 

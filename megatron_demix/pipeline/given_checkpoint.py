@@ -56,6 +56,8 @@ def _facts(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder}: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing, without which "
             "Megatron does not load it. Copy the whole folder again from where it was saved."
         )
+    for key, location in checkpoint.model_objects.items():
+        checkpoint.harmless_blob(location, key)  # stock Megatron-LM may be given this folder
     tensors, digest = checkpoint.model_tensors, weights_digest(checkpoint)
     arguments = model_arguments(read_common_state(checkpoint))
     function, sizes = _as_json(model_function(arguments)), _as_json(model_sizes(arguments))

@@ -10,7 +10,7 @@ import zlib
 import pytest
 import torch
 import yaml
-from dist_checkpoints import bits, one_large_tensor, read_checkpoint, small_model, three_components, write_checkpoint
+from dist_checkpoints import bits, one_large_tensor, read_checkpoint, saved, small_model, three_components, write_checkpoint
 
 import megatron_demix
 from megatron_demix.checkpoint import output
@@ -58,7 +58,9 @@ def test_output_is_a_run_that_loads_from_its_start(parts, tmp_path):
         "metadata.json",
     ]
     merged = Checkpoint(path)
-    assert {k: merged.blob(v, k).tobytes() for k, v in merged.model_objects.items()} == {"x._extra_state/shard_0_1": b"a"}
+    assert {k: merged.blob(v, k).tobytes() for k, v in merged.model_objects.items()} == {
+        "x._extra_state/shard_0_1": saved(["a"])
+    }
     common = torch.load(path / "release" / "common.pt", weights_only=False)
     assert common["iteration"] == 0
     assert common["args"].consumed_train_samples == 0
@@ -280,7 +282,11 @@ def test_strided_sources_whose_runs_end_with_a_single_element(tmp_path):
 
 
 def test_objects_that_are_not_known_are_named(tmp_path):
-    state = {"rng_state/shard_0_1": b"x", "rerun_state_machine_state/shard_0_1": b"x", "x._extra_state/shard_0_1": b"x"}
+    state = {
+        "rng_state/shard_0_1": b"x",
+        "rerun_state_machine_state/shard_0_1": b"x",
+        "x._extra_state/shard_0_1": saved([None]),
+    }
     own = {"router.map/shard_0_2": b"x", "router.map/shard_1_2": b"x"}
     extra = {"rng_state_emb": torch.ones(4)}
     parts = {
