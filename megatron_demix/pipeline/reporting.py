@@ -47,7 +47,7 @@ class Report(NamedTuple):
 
 def write_report(dag: Dag) -> Report:
     """Write <run>/report/index.html, replacing an earlier one: it is derived, and may be made again at any time. One with final
-    runs is kept beside it, since its data may not be there again."""
+    runs is kept beside it, since its data may not be there again. Each has the table of all its proxies."""
     from megatron_demix.report.build import build_report
     from megatron_demix.report.verdict import judge
 
@@ -56,7 +56,8 @@ def write_report(dag: Dag) -> Report:
     data = collect(dag)
     build_report(data, page)
     if data.final:
-        build_report(data, page.with_name(f"{_FINISHED}{dag.final_scores.key}.html"))
+        name = f"{_FINISHED}{dag.final_scores.key}"
+        build_report(data, page.with_name(f"{name}.html"), f"{name}-proxies.csv")
     return Report(page, judge(data).sentence)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +13,17 @@ from typing import Any
 from megatron_demix import __version__
 from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import ConfigError
-from megatron_demix.report import caveats, figures, optimum
-from megatron_demix.report.data import FOUND, Fit, ReportData
-from megatron_demix.report.drawing import colour_variable
+from megatron_demix.report import caveats, figures, optimum, selection
+from megatron_demix.report.data import FOUND, Fit, Proxy, ReportData
+from megatron_demix.report.drawing import COLOURED, colour_variable
 from megatron_demix.report.maturity import gaps
 from megatron_demix.report.verdict import Verdict, judge, standard_deviation
 from megatron_demix.study.search import ProxyScore
 from megatron_demix.units import format_bytes, format_count, format_duration
 
 _HERE = Path(__file__).parent
+_MOST_COLUMNS = 12
+"""Scores side by side in a table; more are put below one another."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class Bar:
     parts: Sequence[tuple[str, float, str]]
 
 
-def build_report(data: ReportData, output: Path) -> None:
-    """Write the report as one HTML file at `output`; needs no network to be read, and the same data give the same bytes.
+def build_report(data: ReportData, output: Path, table: str = "proxies.csv") -> None:
+    """Write the report as one HTML file at `output`; needs no network to be read, and the same data give the same bytes. Beside
+    it, under the name `table`, all that is known of every proxy, if there are any; else a table of that name is removed.
 
     Sections whose data are absent are left out. Raises ConfigError if `output` is a folder, StorageError if the disk is full.
     """
@@ -41,11 +46,16 @@ def build_report(data: ReportData, output: Path) -> None:
         raise ConfigError(
             f"report: {output} is a folder, expected the path of the HTML file to write, as in {output}/index.html."
         )
-    write_atomic(output, render(data))
+    beside = output.with_name(table)
+    if any(r.mixtures for r in data.rounds):
+        write_atomic(beside, proxy_table(data))
+    else:
+        beside.unlink(missing_ok=True)
+    write_atomic(output, render(data, table))
 
 
-def render(data: ReportData) -> str:
-    """The page as text."""
+def render(data: ReportData, table: str = "proxies.csv") -> str:
+    """The page as text. table: the name of the table beside it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -56,7 +66,7 @@ def render(data: ReportData) -> str:
     environment.filters |= {"duration": format_duration}
     verdict = judge(data)
     svg = {name: [Markup(f) for f in found if f] for name, found in _figures(data, verdict).items()}
-    colours = {name: colour_variable(i) for i, name in enumerate(data.domain_names)}
+    colours = {name: colour_variable(index) for name, index in selection.colour_indices(data).items()}
     return environment.get_template("page.html.j2").render(
         data=data,
         verdict=verdict,
@@ -68,10 +78,21 @@ def render(data: ReportData) -> str:
         tiles=_tiles(data, verdict),
         figures=svg,
         final=_final_table(data, verdict),
+        num_proxies=sum(len(r.mixtures) for r in data.rounds),
         proxies=_proxy_rows(data),
+        table=table,
+        objective=_objective(data),
+        coloured=COLOURED,
+        domains={d.name: d for d in data.domains},
+        shown_scores=selection.drawn_scores(data),
+        shown_domains=selection.drawn_domains(data),
+        most_columns=_MOST_COLUMNS,
+        by_weight=sorted(selection.ordered_scores(data), key=lambda name: -data.objective.get(name, 0.0)),
+        said=_said(data),
+        fit_of=selection.last_fit(data),
         maturity=gaps(data),
         proxy_score=_PROXY_SCORES[data.proxy_score] if data.proxies == "merged" else "",
-        surrogates=_surrogates(_last_fit(data)),
+        surrogates=_surrogates(selection.last_fit(data)),
         timings=_timings(data),
         warnings=caveats.warnings(data, verdict),
         not_measured=caveats.not_measured(data, verdict),
@@ -93,21 +114,58 @@ def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:
     for name, curve in data.losses.items():
         if curve.get("iteration"):
             groups.setdefault(name.rpartition("/")[0], {})[name] = curve
+    ranked, drawn, fits = figures.RankedShares(data), selection.drawn_scores(data), selection.last_fit(data)
     return {
         "forest": [figures.forest(verdict.comparisons, data.final_unit)] if verdict.comparisons else [],
         "parallel": [figures.parallel_coordinates(data)],
         "ternary": [optimum.ternary(data)],
         "spread": [optimum.optimum_spread(data)],
         "pareto": list(optimum.pareto_panels(data)),
-        "scores": [figures.score_against_share(data, score) for score in data.score_names],
-        "fits": [figures.predicted_against_measured(s, fit, data.unit_of(s)) for s, fit in _last_fit(data).items()],
+        "scores": [figures.score_against_share(data, score, ranked) for score in drawn if score in data.score_names],
+        "fits": [figures.predicted_against_measured(s, fits[s], data.unit_of(s)) for s in drawn if s in fits],
         "rounds": [figures.objective_by_round(data)],
-        "losses": [figures.loss_curves(group, curves) for group, curves in groups.items()],
+        "losses": [figures.loss_curves(group, curves, selection.drawn_domains(data)) for group, curves in groups.items()],
     }
 
 
-def _last_fit(data: ReportData) -> Mapping[str, Fit]:
-    return next((r.fit for r in reversed(data.rounds) if r.fit), {})
+def _said(data: ReportData) -> dict[str, str]:
+    """Of what is too much for the page, which part is on it; empty where all is."""
+    rows, scores, domains = len(_in_order(data)), len(selection.ordered_scores(data)), len(data.domain_names)
+    columns = [
+        f"{most} of {num} {what}"
+        for most, num, what in (
+            (selection.MOST_SCORES, scores, "scores"),
+            (selection.MOST_DOMAINS, domains, "domains"),
+        )
+        if num > most
+    ]
+    shown = " and ".join(columns)
+    which = selection.said_of_rows(rows)
+    lines = f"Drawn are the best tenth and some of the others, {figures.MOST_LINES} of {rows} proxies."
+    return {
+        "domains": selection.said_of_domains(data),
+        "scores": selection.said_of_scores(data),
+        "pairs": optimum.said_of_pairs(data),
+        "others": optimum.others_at_the_optimum(data),
+        "lines": lines if rows > figures.MOST_LINES else "",
+        "points": f"Drawn are {selection.MOST_POINTS} of {rows} proxies." if rows > selection.MOST_POINTS else "",
+        "rows": f"{which or 'Every proxy'}{f', with {shown}' if shown else ''}." if which or shown else "",
+    }
+
+
+def _objective(data: ReportData) -> str:
+    """The scores that count and their weights, the largest of them if they are many."""
+    weights = {name: weight for name, weight in data.objective.items() if weight}
+    if len(weights) <= _MOST_COLUMNS:
+        return " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
+    most = sorted(weights, key=lambda name: -weights[name])[:_MOST_TERMS]
+    if len(set(weights.values())) == 1:
+        return f"the mean of {len(weights)} scores ({', '.join(most)} and {len(weights) - _MOST_TERMS} more)"
+    terms = " + ".join(f"{weights[name]:g} × {name}" for name in most)
+    return f"{terms} + {len(weights) - _MOST_TERMS} more, with smaller weights or the same"
+
+
+_MOST_TERMS = 6
 
 
 def _surrogates(fits: Mapping[str, Fit]) -> str:
@@ -115,6 +173,8 @@ def _surrogates(fits: Mapping[str, Fit]) -> str:
     kinds = {score: fit.kind.replace("_", " ") for score, fit in fits.items()}
     if len(set(kinds.values())) == 1:
         return f"Surrogate: {next(iter(kinds.values()))}."
+    if len(kinds) > selection.MOST_SCORES:
+        return ""  # in the table of all scores
     return "Surrogates: " + ", ".join(f"{score} {kind}" for score, kind in kinds.items()) + "."
 
 
@@ -130,7 +190,16 @@ def _bars(data: ReportData, colours: Mapping[str, str]) -> list[Bar]:
         rows.append(("uniform", "", dict.fromkeys(names, 1 / len(names))))
     if data.choice and data.proxies == "merged":
         rows.append(("merge weights", "of the components in the found mixture's proxy", data.choice.weights))
-    return [Bar(label, note, [(n, m.get(n, 0.0), colours[n]) for n in names]) for label, note, m in rows]
+    return [Bar(label, note, _parts(mixture, colours)) for label, note, mixture in rows]
+
+
+def _parts(mixture: Mapping[str, float], colours: Mapping[str, str]) -> list[tuple[str, float, str]]:
+    """Domains without a colour of their own together."""
+    alike = colour_variable(None)
+    others = [name for name, colour in colours.items() if colour == alike]
+    parts = [(name, mixture.get(name, 0.0), colour) for name, colour in colours.items() if colour != alike]
+    together = math.fsum(mixture.get(name, 0.0) for name in others)
+    return [*parts, (f"{len(others)} others", together, alike)] if others else parts
 
 
 def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
@@ -167,19 +236,57 @@ def _final_table(data: ReportData, verdict: Verdict) -> dict[str, Any]:
         scores = {c: [run.scores[c] for run in runs if c in run.scores] for c in columns}
         rows.append((group, {c: (math.fsum(v) / len(v), standard_deviation(v)) for c, v in scores.items() if v}))
     best = {c: (max if c in data.higher_is_better else min)(row[c][0] for _, row in rows if c in row) for c in columns}
-    return {"columns": columns, "rows": rows, "best": best, "best_objective": min(g.objective for g, _ in rows)} | {
-        "untrained": [(name, data.objective_of(scores), scores) for name, scores in data.untrained.items()]
-    }
+    by_weight = sorted(columns, key=lambda name: -data.objective.get(name, 0.0))
+    seeds = ", ".join(f"{group.mixture} {group.num_seeds}" for group in verdict.groups)
+    return (
+        {"by_weight": by_weight, "seeds": f"Seeds: {seeds}"}
+        | {"columns": columns, "rows": rows, "best": best, "best_objective": min(g.objective for g, _ in rows)}
+        | {"untrained": [(name, data.objective_of(scores), scores) for name, scores in data.untrained.items()]}
+    )
 
 
-def _proxy_rows(data: ReportData) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ProxyRow:
+    """round: from 1. objective: NaN where it is not known."""
+
+    round: int
+    proxy: Proxy
+    scores: Mapping[str, float]
+    objective: float
+
+
+def _in_order(data: ReportData) -> list[ProxyRow]:
     rows = []
     for number, r in enumerate(data.rounds, start=1):
         for proxy in r.mixtures:
             scores = r.scores.get(proxy.name, {})
-            value = data.objective_of_proxy(proxy.name, scores)
-            rows.append({"round": number, "proxy": proxy, "scores": scores, "objective": value})
-    return sorted(rows, key=lambda row: (math.isnan(row["objective"]), row["objective"]))
+            rows.append(ProxyRow(number, proxy, scores, data.objective_of_proxy(proxy.name, scores)))
+    return rows
+
+
+def _proxy_rows(data: ReportData) -> list[ProxyRow]:
+    """Those in the page, the best first."""
+    rows = _in_order(data)
+    return selection.best_and_latest(rows, sorted(rows, key=lambda row: (math.isnan(row.objective), row.objective)))
+
+
+def proxy_table(data: ReportData) -> str:
+    """Every proxy as CSV (docs/FORMATS.md), in the order they were made."""
+    domains, scores = data.domain_names, data.score_names
+    merged = domains if data.proxies == "merged" else []
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["proxy", "round", "objective", *(f"score:{s}" for s in scores), *(f"share:{d}" for d in domains)]
+    writer.writerow([*header, *(f"weight:{d}" for d in merged)])
+    for row in _in_order(data):
+        values = [
+            row.objective,
+            *(row.scores.get(s, math.nan) for s in scores),
+            *(row.proxy.shares.get(d, 0.0) for d in domains),
+        ]
+        values += [row.proxy.weights.get(d, 0.0) for d in merged]
+        writer.writerow([row.proxy.name, row.round, *(f"{v:.8g}" if math.isfinite(v) else "" for v in values)])
+    return text.getvalue()
 
 
 def _timings(data: ReportData) -> list[dict[str, Any]]:
