@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from megatron_demix.report.data import BlendRow, ReportData
+from megatron_demix.report.data import BlendRow, Fit, ReportData
 from megatron_demix.report.maturity import maturity_warning
+from megatron_demix.report.selection import listed
 from megatron_demix.report.verdict import Verdict
 
 WEAK_RANK_CORRELATION = 0.7
 """A surrogate below this out of fold is pointed out: it orders mixtures poorly."""
+_MOST_ALIKE = 6
+"""Warnings of one kind, each a sentence; more become one."""
 NO_WEIGHT = 0.005
 """A merge weight below this counts as none."""
 
@@ -31,26 +35,10 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
                 "Look at their scores below."
             )
     if data.rounds and (fits := data.rounds[-1].fit):
-        for score, weight in data.objective.items():
-            if weight and score in fits and fits[score].little_skill:
-                found.append(
-                    f"The surrogate of {score} is hardly better than the mean at proxies it has not seen: what was chosen by "
-                    "it, and its gain, may be noise. Use more proxies, or more tokens in their evaluation."
-                )
-            elif weight and score in fits and not fits[score].spearman >= WEAK_RANK_CORRELATION:
-                found.append(
-                    f"The surrogate of {score} orders proxies it has not seen with a rank correlation of "
-                    f"{fits[score].correlation}: the search was close to guessing there. Use more proxies, or more tokens in "
-                    "their evaluation."
-                )
+        found += _weak_surrogates(data, fits)
     if data.rounds:
         last = next((r for r in reversed(data.rounds) if r.fit or r.constant), data.rounds[-1])
-        found += [
-            f"{score} was {value:g} for every proxy: the search could not use it. A finer score of the same task "
-            "(bits_per_byte) tells proxies apart earlier."
-            for score, value in last.constant.items()
-            if data.objective.get(score)
-        ]
+        found += _constant({score: value for score, value in last.constant.items() if data.objective.get(score)})
     if same := data.seen_tasks:
         found.append(
             f"The final runs are compared on the very items of {', '.join(same)} that the mixture was chosen by, so the found "
@@ -68,7 +56,9 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
         for name, task in data.tasks.items()
         if task.cut
     ]
-    found += data.few
+    found += data.few[:_MOST_ALIKE]
+    if num := len(data.few[_MOST_ALIKE:]):
+        found.append(f"So it is with {num} more splits of domains, which demix plan names.")
     if data.extrapolation_warning:
         found.append(data.extrapolation_warning)
     if maturity := maturity_warning(data):
@@ -82,7 +72,7 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
             )
     if floor := _at_the_floor(data):
         found.append(
-            f"The found mixture has hardly any merge weight on {', '.join(floor)}: the shares it has of them come from the "
+            f"The found mixture has hardly any merge weight on {listed(floor)}: the shares it has of them come from the "
             "anchor that every component was trained on, and no proxy stands for less. The best mixture may lie beyond; a "
             "smaller component.anchor.share would let the search look there."
         )
@@ -94,6 +84,47 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     return found + [_inexact(mixture, rows) for mixture, rows in data.blends.items() if any(map(_is_off, rows.values()))]
 
 
+def _weak_surrogates(data: ReportData, fits: Mapping[str, Fit]) -> list[str]:
+    """Of scores that count."""
+    used = {score: fits[score] for score, weight in data.objective.items() if weight and score in fits}
+    hardly = [score for score, fit in used.items() if fit.little_skill]
+    poorly = [score for score, fit in used.items() if not fit.little_skill and not fit.spearman >= WEAK_RANK_CORRELATION]
+    more = "Use more proxies, or more tokens in their evaluation."
+    noise = f"what was chosen by it, and its gain, may be noise. {more}"
+    guessing = f"the search was close to guessing there. {more}"
+    if len(hardly) > _MOST_ALIKE:
+        found = [
+            f"The surrogates of {len(hardly)} scores of the objective are hardly better than the mean at proxies they have not "
+            f"seen ({listed(hardly)}): {noise}"
+        ]
+    else:
+        found = [
+            f"The surrogate of {score} is hardly better than the mean at proxies it has not seen: {noise}" for score in hardly
+        ]
+    if len(poorly) > _MOST_ALIKE:
+        poorly.sort(key=lambda score: used[score].spearman if math.isfinite(used[score].spearman) else -1.0)
+        found.append(
+            f"The surrogates of {len(poorly)} scores of the objective order proxies they have not seen with rank correlations "
+            f"below {WEAK_RANK_CORRELATION} ({listed([f'{s} {used[s].correlation}' for s in poorly])}): {guessing}"
+        )
+    else:
+        found += [
+            f"The surrogate of {score} orders proxies it has not seen with a rank correlation of {used[score].correlation}: "
+            f"{guessing}"
+            for score in poorly
+        ]
+    return found
+
+
+def _constant(values: Mapping[str, float]) -> list[str]:
+    """On scores that were the same for every proxy."""
+    finer = "A finer score of the same task (bits_per_byte) tells proxies apart earlier."
+    if len(values) > _MOST_ALIKE:
+        each = listed([f"{score} {value:g}" for score, value in values.items()])
+        return [f"{len(values)} scores were the same for every proxy ({each}): the search could not use them. {finer}"]
+    return [f"{score} was {value:g} for every proxy: the search could not use it. {finer}" for score, value in values.items()]
+
+
 def _is_off(row: BlendRow) -> bool:
     return abs(row.realised_tokens - row.requested_tokens) > 0.02 * row.requested_tokens
 
@@ -102,10 +133,12 @@ def _inexact(mixture: str, rows: Mapping[str, BlendRow]) -> str:
     asked, made = (
         sum(tokens) for tokens in zip(*((r.requested_tokens, r.realised_tokens) for r in rows.values()), strict=True)
     )
-    off = ", ".join(
-        f"{row.realised_tokens / max(made, 1):.1%} {name} where {row.requested_tokens / max(asked, 1):.1%} were asked for"
-        for name, row in rows.items()
-        if _is_off(row)
+    off = listed(
+        [
+            f"{row.realised_tokens / max(made, 1):.1%} {name} where {row.requested_tokens / max(asked, 1):.1%} were asked for"
+            for name, row in rows.items()
+            if _is_off(row)
+        ]
     )
     return (
         f"The final data of {mixture} holds {off}: it consists of whole documents in an order drawn by chance, and each domain "

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_demix.report.data import ReportData
+from megatron_demix.report.selection import listed
 from megatron_demix.report.verdict import CONFIDENCE, standard_deviation
 
 
@@ -64,11 +65,11 @@ def maturity_warning(data: ReportData) -> str | None:
     worse = [g for g in gaps(data) if g.beyond_noise and data.objective.get(g.score)]
     if not worse:
         return None
-    listed = ", ".join(f"{g.score} by {g.gap:.4f}" for g in worse)
+    scores = listed([f"{g.score} by {g.gap:.4f}" for g in worse])
     mixed = data.maturity is not None and data.maturity.is_mixed
     which, where = (" without component.mixed", "away from the mixed components") if mixed else ("", "there")
     return (
-        f"The merged centroid{which} is worse than models trained on its mixture, beyond the seed noise: {listed}. What forms "
+        f"The merged centroid{which} is worse than models trained on its mixture, beyond the seed noise: {scores}. What forms "
         f"after branching does not survive averaging, so proxies may rank mixtures wrongly {where}. Branch from a base trained "
         "for longer, train components for less, or train the proxies (search.proxies: trained)."
     )
