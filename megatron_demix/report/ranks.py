@@ -11,28 +11,31 @@ import numpy as np
 FORMATS = (".svg", ".pdf", ".png")
 _INK, _MUTED, _RULE, _PROXY, _CEILING = "#1b1d21", "#646a73", "#e3e4e7", "#0b7285", "#c2410c"
 _COLUMNS, _PANEL, _LONGEST = 4, 2.35, 18
+_MOST_PANELS = 24
 
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]
 """Score -> values of proxies_M, references_M and, if there are any, re-seeded references_M of the same mixtures."""
 
 
 def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Collection[str], output: Path) -> None:
-    """One row of Spearman intervals with the ceiling, and what noiseless proxies would reach; then a panel a score: rank among
-    proxies against rank among references, 1 the best. report: of search.consistency.rank_consistency. Raises StorageError where
-    it cannot be written."""
+    """One row of Spearman intervals with the ceiling, and what noiseless proxies would reach; then a panel a score, or of many
+    scores for those that agree least: rank among proxies against rank among references, 1 the best. report: of
+    search.consistency.rank_consistency. Raises StorageError where it cannot be written."""
     import matplotlib
     from matplotlib.figure import Figure
 
     from megatron_demix.artifact import write_atomic
 
-    num_rows = -(-len(columns) // _COLUMNS)
+    shown = _least_alike(list(columns), report)
+    num_rows = -(-len(shown) // _COLUMNS)
     rows = [name for name in ("macro", "objective") if name in report] + list(columns)
     heights = [1.1 + 0.24 * len(rows), *[_PANEL] * num_rows]
     across = min(_COLUMNS, max(len(columns), 2))
     figure = Figure(figsize=(_PANEL * across + 0.6, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(1 + num_rows, across, height_ratios=heights)
-    _intervals(figure.add_subplot(grid[0, :]), rows, report)
-    for index, (name, tables) in enumerate(columns.items()):
+    fewer = f"; in panels the {len(shown)} lowest of {len(columns)} scores" if len(shown) < len(columns) else ""
+    _intervals(figure.add_subplot(grid[0, :]), rows, report, fewer)
+    for index, (name, tables) in enumerate((name, columns[name]) for name in shown):
         axes = figure.add_subplot(grid[1 + index // _COLUMNS, index % _COLUMNS])
         _panel(axes, tables, -1.0 if name in higher_is_better else 1.0)
         axes.set_title(_title(name, report), fontsize=9, color=_INK, parse_math=False)
@@ -58,7 +61,15 @@ def _style(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def _intervals(axes: Any, rows: list[str], report: Mapping[str, Any]) -> None:
+def _least_alike(names: list[str], report: Mapping[str, Any]) -> list[str]:
+    """All, or the lowest Spearman correlations, those that are undefined first."""
+    if len(names) <= _MOST_PANELS:
+        return names
+    values = {name: own.value if (own := _spearman(report, name)) else -2.0 for name in names}
+    return sorted(names, key=lambda name: values[name])[:_MOST_PANELS]
+
+
+def _intervals(axes: Any, rows: list[str], report: Mapping[str, Any], fewer: str) -> None:
     """Spearman of every score with its interval; the ceiling as a bar behind it, and its root."""
     lowest = 1.0
     for y, name in enumerate(rows):
@@ -78,7 +89,7 @@ def _intervals(axes: Any, rows: list[str], report: Mapping[str, Any]) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(max(-1.0, lowest - 0.05), 1.01)
     axes.grid(axis="x", color=_RULE, linewidth=0.6)
-    title = f"Spearman correlation with {report['num_mixtures']} references, 90 % intervals"
+    title = f"Spearman correlation with {report['num_mixtures']} references, 90 % intervals{fewer}"
     # Above the legend: beside it there is no room where scores are few.
     axes.set_title(title, fontsize=9, color=_INK, loc="left", pad=20)
     axes.legend(
