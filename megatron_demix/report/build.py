@@ -15,7 +15,7 @@ from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import ConfigError
 from megatron_demix.report import caveats, figures, optimum, selection
 from megatron_demix.report.data import FOUND, Fit, Proxy, ReportData
-from megatron_demix.report.drawing import COLOURED, colour_variable
+from megatron_demix.report.drawing import colour_variable
 from megatron_demix.report.maturity import gaps
 from megatron_demix.report.verdict import Verdict, judge, standard_deviation
 from megatron_demix.study.search import ProxyScore
@@ -82,7 +82,6 @@ def render(data: ReportData, table: str = "proxies.csv") -> str:
         proxies=_proxy_rows(data),
         table=table,
         objective=_objective(data),
-        coloured=COLOURED,
         domains={d.name: d for d in data.domains},
         shown_scores=selection.drawn_scores(data),
         shown_domains=selection.drawn_domains(data),
@@ -121,7 +120,7 @@ def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:
         "ternary": [optimum.ternary(data)],
         "spread": [optimum.optimum_spread(data)],
         "pareto": list(optimum.pareto_panels(data)),
-        "scores": [figures.score_against_share(data, score, ranked) for score in drawn if score in data.score_names],
+        "scores": [figures.score_against_share(data, score, ranked) for score in drawn],
         "fits": [figures.predicted_against_measured(s, fits[s], data.unit_of(s)) for s in drawn if s in fits],
         "rounds": [figures.objective_by_round(data)],
         "losses": [figures.loss_curves(group, curves, selection.drawn_domains(data)) for group, curves in groups.items()],
@@ -143,6 +142,7 @@ def _said(data: ReportData) -> dict[str, str]:
     which = selection.said_of_rows(rows)
     lines = f"Drawn are the best tenth and some of the others, {figures.MOST_LINES} of {rows} proxies."
     return {
+        "colours": selection.said_of_colours(data),
         "domains": selection.said_of_domains(data),
         "scores": selection.said_of_scores(data),
         "pairs": optimum.said_of_pairs(data),

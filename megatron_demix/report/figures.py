@@ -169,7 +169,7 @@ def score_against_share(data: ReportData, score: str, shares: RankedShares) -> s
     found = evenly(found, MOST_POINTS)
     figure, axes = new_figure(*CELL)
     xs = [p.shares.get(domain, 0.0) for p, _ in found]
-    colour = categorical(colour_indices(data)[domain])
+    colour = categorical(shares.colours[domain])
     texts = (f"{p.name}: {v:.4f}  {shares_text(p.shares)}" for p, v in found)
     tips = points(axes, xs, [v for _, v in found], texts, size=14, color=colour, alpha=0.55, gid="points")
     if data.choice and domain in data.choice.shares:
@@ -186,6 +186,7 @@ class RankedShares:
     def __init__(self, data: ReportData) -> None:
         self.proxies = [p for r in data.rounds for p in r.mixtures]
         self.domains = data.domain_names
+        self.colours = colour_indices(data)
         shape = (len(self.proxies), len(self.domains))
         self._shares_MD = np.reshape([p.shares.get(d, 0.0) for p in self.proxies for d in self.domains], shape)
         self._ranks_MD = _ranks(self._shares_MD)

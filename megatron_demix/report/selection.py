@@ -27,8 +27,10 @@ _T = TypeVar("_T")
 def ordered_domains(data: ReportData) -> list[str]:
     """In the order of the study where all are drawn; else the largest in the found or the natural mixture first, so that
     whatever moved far is among the first."""
-    names = data.domain_names
-    return names if len(names) <= MOST_DOMAINS else sorted(names, key=lambda name: -_size(data, name))
+    if len(names := data.domain_names) <= MOST_DOMAINS:
+        return names
+    sizes = _sizes(data)
+    return sorted(names, key=lambda name: -sizes[name])
 
 
 def drawn_domains(data: ReportData) -> list[str]:
@@ -41,21 +43,31 @@ def colour_indices(data: ReportData) -> dict[str, int | None]:
     return {name: i if len(names) <= MOST_DOMAINS or i < COLOURED else None for i, name in enumerate(names)}
 
 
-def _size(data: ReportData, name: str) -> float:
-    sizes = [d.natural_share for d in data.domains if d.name == name]
-    if data.choice:
-        sizes.append(data.choice.shares.get(name, 0.0))
-    if not sizes:
-        sizes = [p.shares.get(name, 0.0) for r in data.rounds for p in r.mixtures]
-    return max(sizes, default=0.0)
+def said_of_colours(data: ReportData) -> str:
+    """Which domains have one of their own; empty where all are drawn."""
+    if (num := len(data.domain_names)) <= MOST_DOMAINS:
+        return ""
+    return f"Of {num} domains the {COLOURED} that are largest {_where(data)} have a colour; all are in the table."
 
 
 def said_of_domains(data: ReportData) -> str:
     """Which are drawn; empty where all are."""
     if (num := len(data.domain_names)) <= MOST_DOMAINS:
         return ""
-    by = "in the found or the natural mixture" if data.choice and data.domains else "in these mixtures"
-    return f"Of {num} domains the {MOST_DOMAINS} that are largest {by} are drawn."
+    return f"Of {num} domains the {MOST_DOMAINS} that are largest {_where(data)} are drawn."
+
+
+def _where(data: ReportData) -> str:
+    mixtures = ["the found"] * (data.choice is not None) + ["the natural"] * bool(data.domains)
+    return f"in {' or '.join(mixtures)} mixture" if mixtures else "in any proxy"
+
+
+def _sizes(data: ReportData) -> dict[str, float]:
+    mixtures = [data.choice.shares] if data.choice else []
+    if data.domains:
+        mixtures.append({d.name: d.natural_share for d in data.domains})
+    mixtures = mixtures or [p.shares for r in data.rounds for p in r.mixtures]
+    return {name: max(mixture.get(name, 0.0) for mixture in mixtures) for name in data.domain_names}
 
 
 def last_fit(data: ReportData) -> dict[str, Fit]:

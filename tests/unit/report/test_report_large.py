@@ -161,6 +161,17 @@ def test_many_runs_of_one_group_are_told_apart_by_the_domains_coloured_elsewhere
     assert len(figures.loss_curves("components", long)) < 150_000
 
 
+def test_many_domains_of_which_little_is_known(medium):
+    def said(**present):
+        data = ReportData("s", {}, medium.objective, **{name: getattr(medium, name) for name in present if present[name]})
+        Page(render(data))
+        return selection.said_of_domains(data)
+
+    assert said(rounds=True) == "Of 13 domains the 12 that are largest in any proxy are drawn."
+    assert said(domains=True) == "Of 13 domains the 12 that are largest in the natural mixture are drawn."
+    assert said(choice=True) == "Of 13 domains the 12 that are largest in the found mixture are drawn."
+
+
 def test_just_beyond_every_limit(medium):
     page = render(medium)
     Page(page)
