@@ -10,10 +10,7 @@ import numpy as np
 from megatron_demix.errors import ConfigError
 from megatron_demix.search.gaussian_process import GaussianProcess
 from megatron_demix.search.laws import LogLinear, PowerLaw
-
-_SMALL_SHARE = 1e-3
-_PART = 8192
-"""Mixtures whose features are in memory at once."""
+from megatron_demix.search.linear import Features, Linear
 
 
 class Regressor(Protocol):
@@ -31,55 +28,6 @@ class Regressor(Protocol):
     def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean_N and standard deviation_N of a new measurement."""
         ...
-
-
-def ridge_features(shares_MD: np.ndarray) -> np.ndarray:
-    """Shares and their logarithms."""
-    return np.concatenate([shares_MD, np.log(shares_MD + _SMALL_SHARE)], axis=1)
-
-
-def quadratic_features(shares_MD: np.ndarray) -> np.ndarray:
-    """Scheffe's quadratic: shares and their pairwise products (squares are implied, because shares sum to 1)."""
-    left, right = np.triu_indices(shares_MD.shape[1], k=1)
-    return np.concatenate([shares_MD, shares_MD[:, left] * shares_MD[:, right]], axis=1)
-
-
-def scheffe_log_features(shares_MD: np.ndarray) -> np.ndarray:
-    """Scheffe's quadratic with the logarithms of the shares."""
-    return np.concatenate([quadratic_features(shares_MD), np.log(shares_MD + _SMALL_SHARE)], axis=1)
-
-
-class Linear:
-    """Bayesian ridge on fixed features: its two precisions are learned, so small samples shrink to the mean."""
-
-    def __init__(self, features: Callable[[np.ndarray], np.ndarray]) -> None:
-        self._features = features
-
-    def fit(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> None:
-        from sklearn.linear_model import BayesianRidge
-
-        # Features are not standardised: that would blow up the products of domains that seldom meet. Where they are more than
-        # the proxies, as pairs soon are, the directions that these span are enough: the prior is the same in all.
-        features_MP = self._features(shares_MD)
-        self._centre_P, self._axes_PR = features_MP.mean(axis=0), np.eye(features_MP.shape[1])
-        if features_MP.shape[1] > len(features_MP):
-            self._axes_PR = np.linalg.svd(features_MP - self._centre_P, full_matrices=False)[2].T
-        self._model = BayesianRidge().fit((features_MP - self._centre_P) @ self._axes_PR, scores_M)
-
-    def _coordinates(self, shares_ND: np.ndarray) -> np.ndarray:
-        parts = np.array_split(shares_ND, 1 + len(shares_ND) // _PART)
-        return np.concatenate([(self._features(part) - self._centre_P) @ self._axes_PR for part in parts])
-
-    def refit(self, shares_MD: np.ndarray, scores_M: np.ndarray, *, tune: bool) -> Linear:
-        again = Linear(self._features)
-        again.fit(shares_MD, scores_M)
-        return again
-
-    def mean(self, shares_ND: np.ndarray) -> np.ndarray:
-        return self._model.predict(self._coordinates(shares_ND))
-
-    def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._model.predict(self._coordinates(shares_ND), return_std=True)
 
 
 class LightGBM:
@@ -128,9 +76,9 @@ REGRESSORS: dict[str, Callable[[int], Regressor]] = {
     "gaussian_process": lambda seed: GaussianProcess(),
     "power_law": lambda seed: PowerLaw(),
     "log_linear": lambda seed: LogLinear(),
-    "quadratic": lambda seed: Linear(quadratic_features),
-    "scheffe_log": lambda seed: Linear(scheffe_log_features),
-    "ridge": lambda seed: Linear(ridge_features),
+    "quadratic": lambda seed: Linear(Features(pairs=True)),
+    "scheffe_log": lambda seed: Linear(Features(pairs=True, logs=True)),
+    "ridge": lambda seed: Linear(Features(logs=True)),
     "lightgbm": LightGBM,
 }
 """Kind -> a fresh regressor from a seed."""

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 
 from megatron_demix.errors import MixtureError
-from megatron_demix.search.regressors import quadratic_features
+from megatron_demix.search.linear import Features
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.walk import walk_inside
 from megatron_demix.search.waterfill import GRID
@@ -212,9 +212,10 @@ def farthest_points(points_MF: np.ndarray, from_NF: np.ndarray, num: int) -> np.
 
 def _i_optimal(pool_MD: np.ndarray, chosen_MD: np.ndarray, num: int) -> np.ndarray:
     """Greedy I-optimal design for Scheffe's quadratic model: each row lowers the pool's mean predictive variance the most."""
-    features_MF = quadratic_features(pool_MD)
+    quadratic = Features(pairs=True)
+    features_MF = quadratic(pool_MD)
     moment_FF = features_MF.T @ features_MF / len(pool_MD)
-    first_MF = quadratic_features(chosen_MD)
+    first_MF = quadratic(chosen_MD)
     # A weak prior keeps the first rows, when there are fewer of them than features, well defined.
     inverse_FF = np.linalg.inv(first_MF.T @ first_MF + 1e-3 * moment_FF + 1e-9 * np.eye(len(moment_FF)))
     _, kinds_NM = kinds(np.concatenate([chosen_MD, pool_MD]))

@@ -194,25 +194,3 @@ def test_a_score_that_one_proxy_alone_has_is_unsure_and_no_more() -> None:
     scores_M[4] = 1.0
     _, std_N = fit_surrogate(mixtures(16, 1), scores_M, "auto").predict(mixtures(100, 2))
     assert std_N.max() < 2
-
-
-@pytest.mark.parametrize("kind", ["quadratic", "scheffe_log"])
-def test_pairs_of_many_domains_are_the_same_ridge(kind) -> None:
-    """Features that no proxy varies in are left out before the fit: the posterior is that of all of them."""
-    from sklearn.linear_model import BayesianRidge
-
-    from megatron_demix.search.regressors import quadratic_features, scheffe_log_features
-
-    rng = np.random.default_rng(0)
-    shares_MD, wanted_ND = rng.dirichlet(np.ones(20), 40), rng.dirichlet(np.ones(20), 9000)
-    scores_M = shares_MD[:, 0] * shares_MD[:, 1] * 300 + rng.standard_normal(40)
-    scores_M = (scores_M - scores_M.mean()) / scores_M.std()
-    features = {"quadratic": quadratic_features, "scheffe_log": scheffe_log_features}[kind]
-    expected_N, expected_std_N = (
-        BayesianRidge().fit(features(shares_MD), scores_M).predict(features(wanted_ND), return_std=True)
-    )
-    regressor = REGRESSORS[kind](0)
-    regressor.fit(shares_MD, scores_M)
-    mean_N, std_N = regressor.predict(wanted_ND)
-    np.testing.assert_allclose(mean_N, expected_N, atol=2e-3)
-    np.testing.assert_allclose(std_N, expected_std_N, rtol=2e-3)
