@@ -19,9 +19,10 @@ from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, component_row, proxy_score_of
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES, horizon_line
+from megatron_demix.search.fits import fit_scores
 from megatron_demix.search.proxy_score import Centroid, part_of_merged, stacked
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate, fit_surrogate, is_constant
+from megatron_demix.search.surrogate import Surrogate, is_constant
 from megatron_demix.study.search import ProxyScore
 from megatron_demix.study.study import Study
 
@@ -104,7 +105,7 @@ def fit_surrogates(
     entries = [m for measured in sources for m in measured.entries]
     shares_MD = np.array([[m["shares"].get(d, 0.0) for d in (*space.domains, *dropped)] for m in entries])
     kind, centroids = proxy_score_of(study), _centroids(centroid)
-    surrogates, constant = {}, {}
+    varying, constant = {}, {}
     known = {name: score for measured in sources for name, score in measured.scores.items()}
     for name in known:
         part = 0.5
@@ -123,10 +124,9 @@ def fit_surrogates(
             continue  # what only this study measures, before it has any proxies
         if is_constant(values_M[measured_M]):
             constant[name] = float(values_M[measured_M][0])
-            continue
-        only = {} if measured_M.all() else {"measured_M": measured_M}
-        fitting: dict[str, Any] = {"seed": study.seed, "name": name, "num_dropped": len(dropped), **only}
-        surrogates[name] = fit_surrogate(shares_MD, values_M, study.search.surrogate, **fitting)
+        else:
+            varying[name] = values_M
+    surrogates = dict(fit_scores(shares_MD, varying, study.search.surrogate, seed=study.seed, num_dropped=len(dropped)))
     higher = {name for name, score in known.items() if score.direction == "higher"} - set(constant)
     facts = {e.label: {"proxies": len(m.entries), **e.facts} for e, m in zip(earlier, sources[1:], strict=True)}
     return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts)

@@ -11,12 +11,13 @@ import numpy as np
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import TOLERANCE
 from megatron_demix.search.consistency import rank_consistency
+from megatron_demix.search.fits import fit_scores
 from megatron_demix.search.objective import Objective, usable_objective
 from megatron_demix.search.optimise import propose
 from megatron_demix.search.outcome import outcome
 from megatron_demix.search.reach import distances, far_off
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import LITTLE_SKILL, Surrogate, fit_surrogate, is_constant
+from megatron_demix.search.surrogate import LITTLE_SKILL, Surrogate, is_constant
 from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtures
 from megatron_demix.study.choices import Aim
 
@@ -49,11 +50,10 @@ def fit_tables(
     if extra := [name for name in scores.ids if name not in known]:
         raise IncompatibleInputs(f"{scores.path}: id {extra[0]!r} has no mixture in {mixtures.path} ({len(extra)} such).")
     surrogates = {}
-    for name, values_M in _usable_scores(scores, mixtures, spare, notice).items():
-        surrogates[name] = fit_surrogate(shares_MD, values_M, kind, seed=seed, name=name)
-        error = surrogates[name].cross_validation
-        notice(f"{name}: {surrogates[name].kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
-        if surrogates[name].skill < LITTLE_SKILL:
+    for name, surrogate in fit_scores(shares_MD, _usable_scores(scores, mixtures, spare, notice), kind, seed=seed):
+        surrogates[name], error = surrogate, surrogate.cross_validation
+        notice(f"{name}: {surrogate.kind}, out of fold rmse {error['rmse']:.4g}, Spearman {error['spearman']:.3f}")
+        if surrogate.skill < LITTLE_SKILL:
             notice(
                 f"{name}: the surrogate is hardly better than the mean at what it has not seen. A mixture chosen by it, its "
                 "gain and how often it wins may be noise: measure more mixtures, or more finely."

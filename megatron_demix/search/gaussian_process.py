@@ -1,10 +1,9 @@
-"""The Gaussian process family: scikit-learn's regressor with a marginal likelihood whose gradient needs no D x M x M array."""
+"""The Gaussian process family: on which inputs, from which start, and how the length scales are found."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,13 +45,15 @@ class GaussianProcess:
         return again
 
     def _fit(self, shares_MD: np.ndarray, scores_M: np.ndarray, kernel: Any, optimizer: Callable | None) -> None:
+        from megatron_demix.search.matern import MaternRegressor
+
         inputs_MD = shares_MD**_EXPONENT
         # The digits of a share that never varies are no distance.
         self._centre_D, self._spread_D = inputs_MD.mean(axis=0), np.maximum(inputs_MD.std(axis=0), _LEAST_SPREAD)
         with warnings.catch_warnings():
             # A scale at its bound means that a domain does not matter to this score: expected, not a problem.
             warnings.simplefilter("ignore")
-            model = _regressor_class()(kernel, alpha=1e-8, optimizer=optimizer)
+            model = MaternRegressor(kernel, alpha=1e-8, optimizer=optimizer)
             self._model = model.fit((inputs_MD - self._centre_D) / self._spread_D, scores_M)
 
     def _parts(self, shares_ND: np.ndarray) -> list[np.ndarray]:
@@ -76,40 +77,3 @@ def _lbfgs(steps: int) -> Callable:
         return solved.x, solved.fun
 
     return optimizer
-
-
-@cache
-def _regressor_class() -> type:
-    """scikit-learn's regressor for the one kernel used here (made on demand: the import takes seconds)."""
-    from scipy.linalg import LinAlgError, cho_factor, cho_solve
-    from sklearn.gaussian_process import GaussianProcessRegressor
-
-    class MaternRegressor(GaussianProcessRegressor):
-        """theta: log of the variance, of the D length scales and of the noise, as the kernel lays them out."""
-
-        def log_marginal_likelihood(self, theta=None, eval_gradient=False, clone_kernel=True):
-            if theta is None or not eval_gradient:
-                return super().log_marginal_likelihood(theta, eval_gradient, clone_kernel)
-            variance, noise = np.exp(theta[0]), np.exp(theta[-1])
-            inputs_MD, scores_M = self.X_train_ / np.exp(theta[1:-1]), self.y_train_
-            squares_M = np.square(inputs_MD).sum(axis=1)
-            distance_MM = np.sqrt(np.maximum(3 * (squares_M[:, None] + squares_M - 2 * inputs_MD @ inputs_MD.T), 0))
-            np.fill_diagonal(distance_MM, 0.0)
-            decay_MM = np.exp(-distance_MM)
-            signal_MM = variance * (1 + distance_MM) * decay_MM
-            covariance_MM = signal_MM + (noise + self.alpha) * np.eye(len(scores_M))
-            try:
-                factor = cho_factor(covariance_MM, lower=True)
-            except LinAlgError:
-                return -np.inf, np.zeros_like(theta)
-            dual_M = cho_solve(factor, scores_M)
-            value = -0.5 * scores_M @ dual_M - np.log(np.diag(factor[0])).sum() - 0.5 * len(scores_M) * np.log(2 * np.pi)
-            slope_MM = np.outer(dual_M, dual_M) - cho_solve(factor, np.eye(len(scores_M)))
-            # d signal_ij / d log scale_d = 3 variance decay_ij (x_id - x_jd)^2, summed against the symmetric slope for all d
-            # at once: sum_ij W_ij (x_i - x_j)^2 = 2 (sum_i W_i. x_i^2 - x' W x).
-            weight_MM = 3 * variance * slope_MM * decay_MM
-            by_scale_D = weight_MM.sum(axis=1) @ np.square(inputs_MD) - (inputs_MD * (weight_MM @ inputs_MD)).sum(axis=0)
-            gradient = np.concatenate([[0.5 * (slope_MM * signal_MM).sum()], by_scale_D, [0.5 * noise * np.trace(slope_MM)]])
-            return value, gradient
-
-    return MaternRegressor

@@ -155,7 +155,7 @@ def fit_surrogate(
     if measured_M is not None:
         all_scores_M = np.where(measured_M, scores_M, np.nan)
         shares_MD, scores_M = shares_MD[measured_M], scores_M[measured_M]
-    _check(shares_MD, scores_M, kind, name)
+    check_fit(shares_MD, scores_M, kind, name)
     scale = Scale.of(scores_M)
     standard_M = scale.to_standard(scores_M)
     folds_M = _folds(shares_MD, seed)
@@ -182,7 +182,8 @@ def fit_surrogate(
     return Surrogate(chosen.kind, members, all_shares_MD, all_scores_M, report, scale, widen, num_dropped)
 
 
-def _check(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) -> None:
+def check_fit(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str) -> None:
+    """Raise as fit_surrogate does."""
     if kind not in KINDS:
         raise ConfigError(f"surrogate kind {kind!r} is unknown; expected one of {', '.join(KINDS)}.")
     if shares_MD.ndim != 2 or scores_M.shape != shares_MD.shape[:1]:

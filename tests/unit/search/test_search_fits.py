@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+
+from megatron_demix.errors import IncompatibleInputs
+from megatron_demix.search import fits
+from megatron_demix.search.fits import fit_scores
+from megatron_demix.search.surrogate import fit_surrogate
+
+RNG = np.random.default_rng(0)
+SHARES_MD = RNG.dirichlet(np.ones(4), 30)
+SCORES = {f"s{i}": 2 - SHARES_MD[:, i % 4] ** 0.5 + 0.1 * RNG.standard_normal(30) for i in range(5)}
+SCORES["s3"][:4] = np.nan
+
+
+def test_numbers_do_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = dict(fit_scores(SHARES_MD, SCORES, seed=3, processes=1))
+    monkeypatch.setattr(fits, "_PAYS", 0.0)
+    started, in_processes = [], fits._in_processes
+    monkeypatch.setattr(fits, "_in_processes", lambda *args: started.append(args) or in_processes(*args))
+    shared = dict(fit_scores(SHARES_MD, SCORES, seed=3, processes=2))
+    assert len(started) == 1
+    assert list(shared) == list(SCORES)
+    for name, surrogate in shared.items():
+        assert surrogate.cross_validation["kinds"] == alone[name].cross_validation["kinds"]
+        for ours, theirs in zip(surrogate.predict(SHARES_MD), alone[name].predict(SHARES_MD), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_each_is_fitted_as_if_alone_on_the_proxies_that_have_it() -> None:
+    fitted = dict(fit_scores(SHARES_MD, SCORES, "quadratic", processes=1))
+    for name, scores_M in SCORES.items():
+        alone = fit_surrogate(SHARES_MD, scores_M, "quadratic", measured_M=np.isfinite(scores_M))
+        np.testing.assert_allclose(fitted[name].mean(SHARES_MD), alone.mean(SHARES_MD), rtol=1e-12)
+
+
+def test_a_score_that_cannot_be_fitted_is_refused_before_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fits, "_fit", lambda *_: pytest.fail("a fit was begun"))
+    with pytest.raises(IncompatibleInputs, match="last: all 30 scores are 1: nothing to learn"):
+        next(fit_scores(SHARES_MD, SCORES | {"last": np.ones(30)}))
