@@ -6,7 +6,8 @@ from feasible_mixtures import feasible
 
 from megatron_demix.errors import MixtureError
 from megatron_demix.mixture import Mixture
-from megatron_demix.search.sample import distinct, farthest, sample_candidates, sample_mixtures
+from megatron_demix.search.linear import Features
+from megatron_demix.search.sample import _i_optimal, distinct, farthest, sample_candidates, sample_mixtures
 from megatron_demix.search.space import Group, SearchSpace
 from megatron_demix.search.walk import walk_inside
 
@@ -68,6 +69,31 @@ def test_designs_spread_better_than_random_draws() -> None:
     drawn = [mean_variance(sample_mixtures(space, 40, seed, landmarks=False)) for seed in range(5)]
     designed = mean_variance(sample_mixtures(space, 40, 0, design="optimal", landmarks=False))
     assert designed < 0.7 * min(drawn)
+
+
+def test_an_optimal_design_is_the_greedy_one() -> None:
+    """Against the inverse made anew for each row that might be picked."""
+    features, rng = Features(pairs=True), np.random.default_rng(0)
+    pool_MD, first_MD = rng.dirichlet(np.ones(5), 60), rng.dirichlet(np.ones(5), 3)
+    pool_MF = features(pool_MD)
+    moment_FF = pool_MF.T @ pool_MF / len(pool_MF)
+    left, expected = list(range(60)), []
+    for _ in range(25):
+
+        def mean_variance(row: int) -> float:
+            rows_NF = np.concatenate([features(first_MD), pool_MF[[*expected, row]]])
+            precision_FF = rows_NF.T @ rows_NF + 1e-3 * moment_FF + 1e-9 * np.eye(len(moment_FF))
+            return float(np.trace(np.linalg.solve(precision_FF, moment_FF)))
+
+        expected.append(min(left, key=mean_variance))
+        left.remove(expected[-1])
+    np.testing.assert_array_equal(_i_optimal(pool_MD, first_MD, 25), pool_MD[expected])
+
+
+def test_an_optimal_design_of_very_many_domains_is_refused() -> None:
+    natural = Mixture.uniform([f"d{i}" for i in range(101)])
+    with pytest.raises(MixtureError, match=r"every pair of the 101 domains, and may do so for 100 at most\. Choose dirichlet"):
+        sample_mixtures(SearchSpace(natural, natural, 0.5), 8, 0, design="optimal")
 
 
 def test_farthest_starts_with_the_first_row_and_spreads() -> None:
