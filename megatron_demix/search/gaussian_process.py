@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 _EXPONENT = 0.3
-_PART = 8192
+_PART = 512
+"""Mixtures whose covariances with the proxies are in memory at once: these fit the processor's cache, which more do not."""
 _STEPS, _POLISHING = 200, 20
 _LEAST_SPREAD = 1e-2
 _TUNED, _POLISHED = 256, 1024
@@ -62,7 +63,7 @@ class GaussianProcess:
         return np.array_split(inputs_ND, 1 + len(inputs_ND) // _PART)
 
     def mean(self, shares_ND: np.ndarray) -> np.ndarray:
-        return np.concatenate([self._model.predict(part) for part in self._parts(shares_ND)])
+        return np.concatenate([self._model.mean(part) for part in self._parts(shares_ND)])
 
     def predict(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts = [self._model.predict(part, return_std=True) for part in self._parts(shares_ND)]

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 _SMALL_SHARE = 1e-3
-_PART = 8192
+_PART = 1024
 """Mixtures whose inner products with the proxies' features are in memory at once."""
 _PRIOR = 1e-6
 """Of both precisions, scikit-learn's: shape and rate of a gamma distribution that says nearly nothing."""
@@ -82,12 +82,18 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Decomposed:
-    """Singular values_R and left_MR vectors of the proxies' centred features. axes_PR: the right vectors; None where features
-    outnumber proxies, because they are large then."""
+    """Singular values_R and left_MR vectors of the proxies' centred features, and their centre.
 
+    Where features outnumber proxies, there are too many to keep: no right vectors, axes_PR, and of the centre only its inner
+    products_M with the proxies' features.
+    """
+
+    features: Features
+    shares_MD: np.ndarray
     values_R: np.ndarray
     left_MR: np.ndarray
     axes_PR: np.ndarray | None
+    centre: np.ndarray
 
     @classmethod
     def of(cls, features: Features, shares_MD: np.ndarray) -> _Decomposed:
@@ -97,18 +103,31 @@ class _Decomposed:
         """Of the features, where these are few; else left as they are."""
         return coefficients_R if self.axes_PR is None else self.axes_PR @ coefficients_R
 
+    def along(self, shares_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """squares_N, summed over the centred features; and along_NR, these along the right vectors, times the values."""
+        if self.axes_PR is not None:
+            centred_NP = self.features(shares_ND) - self.centre
+            return np.square(centred_NP).sum(axis=1), centred_NP @ self.axes_PR * self.values_R
+        products_NM = self.features.products(shares_ND, self.shares_MD)
+        to_centre_N = products_NM.mean(axis=1)
+        squares_N = self.features.squares(shares_ND) - 2 * to_centre_N + self.centre.mean()
+        products_NM -= to_centre_N[:, None] + (self.centre - self.centre.mean())
+        return squares_N, products_NM @ self.left_MR
+
 
 @lru_cache(_SHARED)
 def _decomposed(features: Features, num_domains: int, shares: bytes) -> _Decomposed:
-    features_MP = features(np.frombuffer(shares).reshape(-1, num_domains))
-    features_MP -= features_MP.mean(axis=0)
+    shares_MD = np.frombuffer(shares).reshape(-1, num_domains)
+    features_MP = features(shares_MD)
+    centre_P = features_MP.mean(axis=0)
+    features_MP -= centre_P
     if features_MP.shape[1] <= len(features_MP):
         left_MR, values_R, axes_RP = np.linalg.svd(features_MP, full_matrices=False)
-        return _Decomposed(values_R, left_MR, axes_RP.T)
+        return _Decomposed(features, shares_MD, values_R, left_MR, axes_RP.T, centre_P)
     # The same of a matrix that is square: half the time.
     triangle_MM = np.asarray(np.linalg.qr(features_MP.T, mode="r"))
     left_MR, values_R, _ = np.linalg.svd(triangle_MM.T)
-    return _Decomposed(values_R, left_MR, None)
+    return _Decomposed(features, shares_MD, values_R, left_MR, None, features.products(shares_MD, shares_MD).mean(axis=0))
 
 
 class Linear:
@@ -146,16 +165,11 @@ class Linear:
 
     def _variance(self, shares_ND: np.ndarray) -> np.ndarray:
         """Of the mean: the prior's, less what the proxies tell."""
-        among_M = self._features.products(self._shares_MD, self._shares_MD).mean(axis=0)
-        products_NM = self._features.products(shares_ND, self._shares_MD)
-        to_centre_N = products_NM.mean(axis=1)
-        squares_N = self._features.squares(shares_ND) - 2 * to_centre_N + among_M.mean()
-        products_NM -= to_centre_N[:, None] + (among_M - among_M.mean())
         # Not kept here: of many scores' surrogates, each would hold its own once it has been to another process and back.
         found = _Decomposed.of(self._features, self._shares_MD)
+        squares_N, along_NR = found.along(shares_ND)
         told_R = self._noise / (self._noise * found.values_R**2 + self._prior)
-        variance_N = (squares_N - np.square(products_NM @ found.left_MR) @ told_R) / self._prior
-        return np.maximum(variance_N, 0)
+        return np.maximum((squares_N - np.square(along_NR) @ told_R) / self._prior, 0)
 
 
 def _precisions(found: _Decomposed, along_R: np.ndarray, outside: float, num: int) -> tuple[float, float]:

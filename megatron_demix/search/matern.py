@@ -16,6 +16,15 @@ class MaternRegressor(GaussianProcessRegressor):
     theta: log of the variance, of the D length scales and of the noise, as the kernel lays them out.
     """
 
+    def mean(self, inputs_ND: np.ndarray) -> np.ndarray:
+        """predict's, for many mixtures: inner products take a small part of the time that differences do."""
+        variance, scales_D = np.exp(self.kernel_.theta[0]), np.exp(self.kernel_.theta[1:-1])
+        distance_NM = _distances(inputs_ND / scales_D, self.X_train_ / scales_D)
+        decay_NM = np.exp(-distance_NM)
+        distance_NM += 1
+        distance_NM *= decay_NM
+        return variance * (distance_NM @ self.alpha_)
+
     def log_marginal_likelihood(self, theta=None, eval_gradient=False, clone_kernel=True):
         if theta is None or not eval_gradient:
             return super().log_marginal_likelihood(theta, eval_gradient, clone_kernel)
@@ -40,3 +49,11 @@ class MaternRegressor(GaussianProcessRegressor):
         by_scale_D = weight_MM.sum(axis=1) @ np.square(inputs_MD) - (inputs_MD * (weight_MM @ inputs_MD)).sum(axis=0)
         gradient = np.concatenate([[0.5 * (slope_MM * signal_MM).sum()], by_scale_D, [0.5 * noise * np.trace(slope_MM)]])
         return value, gradient
+
+
+def _distances(left_ND: np.ndarray, right_MD: np.ndarray) -> np.ndarray:
+    """sqrt(3) times the Euclidean distances_NM."""
+    squares_NM = left_ND @ (-6 * right_MD.T)
+    squares_NM += 3 * np.square(left_ND).sum(axis=1)[:, None]
+    squares_NM += 3 * np.square(right_MD).sum(axis=1)
+    return np.sqrt(np.maximum(squares_NM, 0, out=squares_NM), out=squares_NM)
