@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Time of each part of the search, from the paper's 224 proxies to 2 000: CPU seconds, the wall time of one idle core.
 
-Scores are a made-up transfer law plus noise over 7 domains: only the cost is measured here, never a ranking. Merging a proxy
+Scores are a made-up transfer law plus noise over 7 domains: only the cost is measured here, never a ranking. The same then to
+100 domains: a first score, a second one, which shares much with it, and what a search asks of a surrogate. Merging a proxy
 and evaluating it are read from a finished study, if one is given: the time of its scoring stages against their proxies.
 
     OMP_NUM_THREADS=1 python benchmarks/search_cost.py --run runs/quickstart
@@ -22,6 +23,7 @@ from megatron_demix.artifact import read_json, write_json
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import choose_mixture, propose
+from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.sample import sample_candidates, sample_mixtures
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import fit_surrogate
@@ -32,6 +34,7 @@ DOMAINS = ("general", "code_1", "code_2", "code_3", "math_1", "math_2", "math_3"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxies", type=int, nargs="*", default=[224, 500, 1000, 2000])
+    parser.add_argument("--domains", type=int, nargs="*", default=[17, 50, 100])
     parser.add_argument("--candidates", type=int, default=200_000)
     parser.add_argument("--run", type=Path, help="a finished study of merged proxies: what merging and evaluating took")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search_cost.json")
@@ -41,12 +44,16 @@ def main() -> None:
         "unit": "CPU seconds on one thread; fitting, proposing and choosing for one score",
         "candidates": args.candidates,
         "proxies": {},
+        "domains": {},
     }
     # The libraries' import, paid once a process, is no part of a fit.
     measure(16, 1000)
     for num in args.proxies:
         report["proxies"][str(num)] = row = measure(num, args.candidates)
         print(f"{num:5d} proxies  " + "  ".join(f"{part} {seconds:.2f}" for part, seconds in row.items()), flush=True)
+    for num in args.domains:
+        report["domains"][str(num)] = row = measure_domains(num)
+        print(f"{num:5d} domains  " + "  ".join(f"{part} {seconds:.2f}" for part, seconds in row.items()), flush=True)
     if args.run:
         report["merging_and_evaluating"] = found = scoring(args.run)
         print("merging and evaluating: {start_s:.1f} s to start, {per_proxy_s:.3f} s a proxy".format(**found))
@@ -110,6 +117,25 @@ def measure(num: int, candidates: int) -> dict[str, float]:
     goal = Objective(space, {"loss": fitted["auto"]}, {"loss": 1})
     timed(took, "propose_64", lambda: propose(goal, num=64, candidates=candidates))
     timed(took, "choose", lambda: choose_mixture(goal, candidates=candidates))
+    return took
+
+
+def measure_domains(num: int) -> dict[str, float]:
+    """8 proxies a domain; natural shares differ as those of web domains do."""
+    rng, names = np.random.default_rng(0), [f"d{i}" for i in range(num)]
+    natural = Mixture.proportional(dict(zip(names, np.exp(rng.normal(0, 1.2, num)), strict=True)))
+    space = SearchSpace(natural, Mixture.uniform(names), 0.5)
+    shares_MD = space.shares(sample_mixtures(space, 8 * num, 0))
+    candidates_MD = space.shares(sample_candidates(space, 20_000, 1))
+    took: dict[str, float] = {}
+    for score in ("first", "second"):
+        scores_M = 2 + 0.3 * (0.02 + shares_MD @ rng.uniform(0, 1, num)) ** -0.4 + 0.003 * rng.standard_normal(8 * num)
+        timed(took, f"fit_{score}", lambda scores_M=scores_M: fit_surrogate(shares_MD, scores_M, "auto"))
+    for kind in ("gaussian_process", "power_law", "scheffe_log"):
+        fitted = REGRESSORS[kind](0)
+        fitted.fit(shares_MD, (scores_M - scores_M.mean()) / scores_M.std())
+        timed(took, f"20_000_means_{kind}", lambda fitted=fitted: fitted.mean(candidates_MD))
+    timed(took, "sample_optimal_128", lambda: sample_mixtures(space, 128, 0, design="optimal"))
     return took
 
 
