@@ -118,10 +118,11 @@ def _wired(study: Study, place: Path, run: Path, digests: InputDigests, naming: 
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
     data_stages.check_prefixes(study, root)
     inputs = {d.name: _inputs(d, root, digests) for d in study.domains}
-    check_apart(study, inputs)
+    check_apart(study, inputs, digests.look)
     if cleaned := data_stages.clean(study, root, run, inputs, digests):
         cleaned = _where_done(cleaned, elsewhere)
     tokenizer = _where_done(data_stages.tokenizer(study, root, run, inputs, digests, cleaned), elsewhere)
+    digests.read(file for files in inputs.values() for file in files)
     data = {
         d.name: _where_done(data_stages.domain(study, d, run, inputs[d.name], tokenizer, digests, cleaned), elsewhere)
         for d in study.domains
@@ -191,6 +192,9 @@ def _where_done(stage: Stage, runs: Sequence[Path]) -> Stage:
 
 
 def _inputs(domain: DomainSpec, root: Path, digests: InputDigests) -> list[Path]:
-    question = f"files in {root} of {domain.model_dump_json(include={'inputs', 'prefixes'})}"
-    files = digests.answer(question, lambda: [str(p) for p in data_stages.resolve(domain, root)], absent=[])
+    def ask() -> list[str]:
+        return [str(path) for path in data_stages.resolve(domain, root, digests.look)]
+
+    question = f"{root} {domain.model_dump_json(include={'inputs', 'prefixes'})}"
+    files = digests.answer(question, ask, kind="domain files", absent=[])
     return [Path(p) for p in files]

@@ -25,7 +25,7 @@ STATS = "stats.json"
 SPLITS: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
 
 
-def resolve(spec: DomainSpec, root: Path, look: Look = os.stat) -> list[Path]:
+def resolve(spec: DomainSpec, root: Path, look: Look) -> list[Path]:
     """A domain's input files: its text, or the .bin and .idx files of its prefixes."""
     if spec.prefixes is None:
         return resolve_inputs(spec.inputs, root, look)

@@ -43,10 +43,10 @@ def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
     def ask() -> dict[str, Any]:
         folder = find_checkpoint(checkpoint).path.resolve()
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        return {"path": str(folder), **digests.about(f"model and sizes in {folder}", files, lambda: _facts(folder))}
+        return {"path": str(folder), **digests.about(str(folder), files, lambda: _facts(folder), kind="checkpoint facts")}
 
     absent: dict[str, Any] = {"path": "", "digest": "absent", "function": {}, "rows": None}
-    return GivenCheckpoint(**digests.answer(f"model of checkpoint {checkpoint}", ask, absent=absent))
+    return GivenCheckpoint(**digests.answer(str(checkpoint), ask, kind="checkpoints", absent=absent))
 
 
 def _facts(folder: Path) -> dict[str, Any]:

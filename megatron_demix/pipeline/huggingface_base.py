@@ -36,7 +36,8 @@ def with_base(study: Study, root: Path, digests: InputDigests) -> Study:
     folder = root / study.base.huggingface
     if digests.absent_ok and not folder.exists():
         return study
-    described = from_huggingface(digests.answer(f"config of {folder}", lambda: read_config(folder)), str(folder))
+    config = digests.answer(str(folder), lambda: read_config(folder), kind="huggingface configs")
+    described = from_huggingface(config, str(folder))
     wanted, given = _resolved(ModelSpec(**described.study())), _resolved(study.model)
     said = study.model.model_dump()
     # A study without experts, or scaling, has fewer settings that count.
@@ -80,7 +81,7 @@ def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stag
                                  for p in folder.glob(kind)))  # fmt: skip
 
     settings = {
-        "huggingface": digests.answer(f"weights in {folder}", digest),
+        "huggingface": digests.answer(str(folder), digest, kind="huggingface weights"),
         "padded_vocab_size": study.model.padded_vocab_size,
         "transformer_impl": study.model.transformer_impl if study.model.num_experts is not None else None,
     }

@@ -28,7 +28,7 @@ _AT_ONCE = 16
 """Files that are hashed side by side, at most."""
 
 
-def check_apart(study: Study, inputs: Mapping[str, list[Path]], look: Look = os.stat) -> None:
+def check_apart(study: Study, inputs: Mapping[str, list[Path]], look: Look) -> None:
     """Raises ConfigError where two domains read one field of one file, under whatever names. inputs: by domain, as resolved."""
     seen: dict[tuple[Any, str], tuple[str, Path]] = {}
     for domain in study.domains:
@@ -153,7 +153,7 @@ class InputDigests:
                 raise
         return digests
 
-    def about(self, question: str, files: Iterable[Path], ask: Callable[[], Any], *, kind: str = "facts") -> Any:
+    def about(self, question: str, files: Iterable[Path], ask: Callable[[], Any], *, kind: str) -> Any:
         """What `ask` finds out about files, as JSON; asked again where one has another size or modification time, or is new.
         kind: names what is found out, question: about what. Together they are where it is remembered, and stay as they are."""
         identity = [[file.name, facts.st_size, facts.st_mtime_ns] for file in files for facts in [file.stat()]]
@@ -167,7 +167,7 @@ class InputDigests:
     def absent_ok(self) -> bool:
         return self.absent == "allowed"
 
-    def answer(self, question: str, ask: Callable[[], Any], *, kind: str = "answers", absent: Any = "absent") -> Any:
+    def answer(self, question: str, ask: Callable[[], Any], *, kind: str, absent: Any = "absent") -> Any:
         """What `ask` finds out about the inputs, as JSON; where it fails, and absent inputs are not refused, what it found when
         the same question was last asked, or, where they are allowed, `absent`. kind, question: as of about()."""
         try:

@@ -77,7 +77,7 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
             given.model_copy(update={"path": (root / given.path).resolve(), "split": split_of(given)})
             for given in study.evaluate.tasks
         ]
-        found = [digests.answer(f"task {spec.model_dump_json()}", partial(read, spec)) for spec in specs]
+        found = [digests.answer(spec.model_dump_json(), partial(read, spec), kind="tasks") for spec in specs]
         return ScoredTasks(specs, found, read)
 
     return TaskInputs(scored(task.search_split), scored(task.final_split))

@@ -1,6 +1,7 @@
 """Keys: a setting changes what depends on it and nothing else, so that everything still valid is used again."""
 
 import json
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -335,12 +336,16 @@ def test_keys_of_what_was_read_are_known_when_it_is_gone(study_path, base):
 @pytest.mark.parametrize("absent", ["refused", "allowed"])
 def test_what_was_read_of_inputs_is_remembered_where_that_is_all(study_path, monkeypatch, absent):
     """Ctrl-C while a large corpus is read; `submit --dry-run`."""
-    digest, read = inputs._digest, []
+    digest, finished, read = inputs._digest, [], []
 
     def interrupted(path, *how):
         if path.name == "english.jsonl" and absent == "refused":
+            while not finished:
+                threading.Event().wait(0.01)
             raise KeyboardInterrupt
-        return digest(path, *how)
+        found = digest(path, *how)
+        finished.append(path)
+        return found
 
     monkeypatch.setattr(inputs, "_digest", interrupted)
     study, run = load_study(study_path), study_path.parent / "run"

@@ -12,6 +12,7 @@ from megatron_demix.artifact import fingerprint, hash_file
 from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.errors import ConfigError
 from megatron_demix.pipeline import data_stages, inputs
+from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.pipeline.inputs import InputDigests, check_apart
 from megatron_demix.study.load import load_study
 
@@ -64,6 +65,17 @@ def test_a_pattern_looks_at_each_file_once(texts, tmp_path, looked_at, kind):
     looked_at.clear()
     found = resolve_inputs(patterns[kind], tmp_path, os.stat)
     assert {looked_at[str(path)] for path in found} == {1}
+
+
+@pytest.mark.parametrize("absent", ["refused", "remembered"])
+def test_a_plan_looks_at_each_file_once(texts, tmp_path, looked_at, absent):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    study = load_study(tmp_path / "study.yaml")
+    build_dag(study, tmp_path / "study.yaml", tmp_path / "run")
+    looked_at.clear()
+    build_dag(study, tmp_path / "study.yaml", tmp_path / "run", absent_inputs=absent)
+    found = [path for path in texts if path.name != "math.jsonl"]
+    assert {path.name: looked_at[str(path)] for path in found} == {path.name: 1 for path in found}
 
 
 def test_a_study_looks_at_each_file_once(texts, tmp_path, looked_at):
@@ -159,7 +171,7 @@ def test_files_are_hashed_side_by_side(texts, tmp_path, monkeypatch):
 def test_files_of_all_domains_are_hashed_side_by_side(texts, tmp_path, monkeypatch, first):
     (tmp_path / "study.yaml").write_text(STUDY)
     study = load_study(tmp_path / "study.yaml", ["prepare.clean={near_duplicates: null}"])
-    files = {d.name: data_stages.resolve(d, tmp_path) for d in study.domains}
+    files = {d.name: data_stages.resolve(d, tmp_path, os.stat) for d in study.domains}
     number = sum(map(len, files.values()))
     monkeypatch.setattr("megatron_demix.native.default_threads", lambda: number)
     together = threading.Barrier(number, timeout=30)
