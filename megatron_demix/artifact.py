@@ -13,6 +13,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.errors import CorruptInput, OutputExists, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, storage_errors
 from megatron_demix.locks import open_lock, take_lock
 
 MANIFEST = "manifest.json"
@@ -242,6 +243,14 @@ def _rename_into_place(temporary: Path, target: Path, key: str) -> None:
             raise
         shutil.rmtree(temporary, ignore_errors=True)
     sync_path(target.parent)
+
+
+def own_folder(path: Path) -> None:
+    """Make a hidden folder to work in, or go on in the one that is there. Raises ConfigError where that is a link, or another
+    user's: its name can be known beforehand, and what lies in it would be taken for our own, programs to run among it."""
+    path.mkdir(parents=True, exist_ok=True)
+    if (found := path.lstat()).st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{path} is a link, or belongs to another user. Move it away, or choose another output.")
 
 
 def rename_new(temporary: Path, target: Path) -> None:

@@ -30,7 +30,8 @@ _WHOLE = 1 << 62
 
 BadDocuments = Literal["error", "reject"]
 
-_COMPRESSED_BYTES = 1 << 20
+_COMPRESSED_BYTES, _PIECE_BYTES = 1 << 20, 1 << 10
+"""Read from a compressed file at once, and decompressed at once: 4 bytes can stand for 128 KiB."""
 _MOST_ROWS = 1 << 14
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 """Arrow's types that may hold text."""
@@ -186,7 +187,7 @@ class _Zstd:
         # As large as `zstd --long=31` makes it; the default is 128 MiB.
         self._raw, self._decompressor = raw, zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None
-        self._compressed, self._ready = b"", bytearray()
+        self._compressed, self._used, self._ready = memoryview(b""), 0, bytearray()
 
     def read(self, size: int = -1) -> bytes:
         while size < 0 or len(self._ready) < size:
@@ -199,19 +200,22 @@ class _Zstd:
     def _more(self) -> bool:
         import zstandard
 
-        self._compressed = self._compressed or self._raw.read(_COMPRESSED_BYTES)
+        if self._used == len(self._compressed):
+            self._compressed, self._used = memoryview(self._raw.read(_COMPRESSED_BYTES)), 0
         if not self._compressed:
             if self._frame is not None:
                 raise OSError("the file ends within a Zstandard frame: it was cut short")
             return False
         self._frame = self._frame or self._decompressor.decompressobj()
+        piece = self._compressed[self._used : self._used + _PIECE_BYTES]
+        self._used += len(piece)
         try:
-            self._ready += self._frame.decompress(self._compressed)
+            self._ready += self._frame.decompress(piece)
         except zstandard.ZstdError as e:
             raise OSError(f"not a Zstandard file, or a damaged one ({e})") from e
-        self._compressed = b""
         if self._frame.eof:
-            self._compressed, self._frame = self._frame.unused_data, None
+            self._used -= len(self._frame.unused_data)
+            self._frame = None
         return True
 
 

@@ -16,13 +16,14 @@ from megatron_demix.artifact import (
     Manifest,
     fingerprint,
     is_done,
+    own_folder,
     publish,
     read_json,
     remove_leftovers,
     write_atomic,
     write_json,
 )
-from megatron_demix.errors import CorruptInput, OutputExists, StorageError
+from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError
 
 json_values = st.recursive(
     st.none()
@@ -246,3 +247,14 @@ def test_a_key_given_twice_in_json(tmp_path):
     (tmp_path / "mixture.json").write_text('{"weights": {"code": 0.5, "math": 0.5, "code": 0.2}}')
     with pytest.raises(CorruptInput, match=r"mixture\.json: 'code' is given twice\. Keep one of them"):
         read_json(tmp_path / "mixture.json")
+
+
+def test_a_folder_to_work_in_is_this_users(tmp_path, monkeypatch):
+    own_folder(tmp_path / ".out.work")
+    own_folder(tmp_path / ".out.work")  # goes on in it
+    (tmp_path / "link").symlink_to(tmp_path / ".out.work")
+    with pytest.raises(ConfigError, match="is a link, or belongs to another user"):
+        own_folder(tmp_path / "link")
+    monkeypatch.setattr("os.geteuid", lambda: os.stat(tmp_path).st_uid + 1)
+    with pytest.raises(ConfigError, match="is a link, or belongs to another user"):
+        own_folder(tmp_path / ".out.work")

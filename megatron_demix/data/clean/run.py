@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.artifact import fingerprint, read_json, write_json
+from megatron_demix.artifact import fingerprint, own_folder, read_json, write_json
 from megatron_demix.data.clean import REVISION, trove
 from megatron_demix.data.clean.account import MANIFEST
 from megatron_demix.data.clean.cuts import Grades
@@ -25,7 +25,7 @@ from megatron_demix.data.clean.scores import Perplexity, Quality
 from megatron_demix.data.input_files import names_of, resolve_inputs
 from megatron_demix.data.inputs import BadDocuments
 from megatron_demix.errors import ConfigError, OutputExists, storage_errors
-from megatron_demix.locks import take_lock
+from megatron_demix.locks import open_lock, take_lock
 from megatron_demix.process import die_with_parent
 from megatron_demix.progress import progress_bar
 from megatron_demix.study.data import CleanSpec
@@ -198,8 +198,8 @@ _LOCK = "lock"
 @contextmanager
 def _only_one(work: Path) -> Iterator[None]:
     """One process at a time in a work folder. Its workers die with it, so that nobody writes there when the lock is free."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / _LOCK, "w") as file:
+    own_folder(work)
+    with open_lock(work / _LOCK) as file:
         take_lock(file, f"another process that cleans in {work}", wait_s=0)
         yield
 

@@ -6,6 +6,8 @@ import gzip
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -393,3 +395,21 @@ def test_damaged_files(tmp_path):
         documents([tmp_path / "d.parquet"], json_key="n")
     with pytest.raises(CorruptInput, match=r"column 'tags' holds list<.*>, expected strings"):
         documents([tmp_path / "d.parquet"], json_key="tags")
+
+
+def test_a_zstandard_file_of_repeated_text_is_read_in_parts(tmp_path):
+    """4 bytes of it can stand for 128 KiB."""
+    import zstandard
+
+    line = b'{"text": "again and again"}\n'
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line * 8_000_000))
+    program = (
+        "import resource, sys; from megatron_demix.data.inputs import _Zstd; z = _Zstd(open(sys.argv[1], 'rb')); n = 0\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "while part := z.read(1 << 20): n += len(part)\n"
+        "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    said = subprocess.run([sys.executable, "-c", program, tmp_path / "a.jsonl.zst"], capture_output=True, text=True, check=True)
+    size, grown = map(int, said.stdout.split())
+    assert size == 8_000_000 * len(line)
+    assert grown < 60_000  # KiB; the text has 219,000
