@@ -248,8 +248,13 @@ def _rename_into_place(temporary: Path, target: Path, key: str) -> None:
 def own_folder(path: Path) -> None:
     """Make a hidden folder to work in, or go on in the one that is there. Raises ConfigError where that is a link, or another
     user's: its name can be known beforehand, and what lies in it would be taken for our own, programs to run among it."""
-    path.mkdir(parents=True, exist_ok=True)
-    if (found := path.lstat()).st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+        return
+    except FileExistsError:
+        found = path.lstat()
+    if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{path} is a link, or belongs to another user. Move it away, or choose another output.")
 
 

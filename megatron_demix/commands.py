@@ -61,6 +61,8 @@ class Opened:
     """A study as a command finds it."""
 
     asked: Asked
+    study: Study
+    """As its file and the command line say it."""
     dag: Dag
     started: Started
     """What a run would be that this command starts."""
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     study = _open(options, "looks" if options.dry_run else "makes")
     _say_changes(study)
     if options.dry_run:
-        printing.show_plan(study.dag, study.stages, scripts=True, as_json=options.json)
+        _show_plan(study, scripts=True)
     else:
         _make(study, study.stages)
         _write_report(study)
@@ -89,7 +91,7 @@ def resume(options: argparse.Namespace) -> None:
     _say_what_was_started(study, "resume")
     _say_changes(study)
     if options.dry_run:
-        printing.show_plan(study.dag, study.stages, scripts=True, as_json=options.json)
+        _show_plan(study, scripts=True)
     elif study.dag.study.launch.backend != "local":
         _submit(study)
     else:
@@ -104,7 +106,7 @@ def part_of(name: str) -> Callable[[argparse.Namespace], None]:
         study = _open(options, "looks" if options.dry_run else "makes", until=name)
         _say_changes(study)
         if options.dry_run:
-            printing.show_plan(study.dag, study.stages, scripts=True, as_json=options.json)
+            _show_plan(study, scripts=True)
             return
         _make(study, study.stages)
         if name == "search":
@@ -154,7 +156,7 @@ def plan(options: argparse.Namespace) -> None:
     study = _open(options, "looks")
     _say_what_was_started(study, "plan")
     _say_changes(study)
-    printing.show_plan(study.dag, study.stages, scripts=False, as_json=options.json)
+    _show_plan(study, scripts=False)
 
 
 def status(options: argparse.Namespace) -> None:
@@ -190,7 +192,7 @@ def _open(
     if where_started and last and last.launch:
         study = study.model_copy(update={"launch": last.launch})
     started = Started.of(study, until or options.until)
-    return Opened(asked, _dag(study, asked, folder, intent, absent_ok=absent_ok), started, last)
+    return Opened(asked, study, _dag(study, asked, folder, intent, absent_ok=absent_ok), started, last)
 
 
 def _runs(name: str, options: argparse.Namespace, intent: Intent) -> Path:
@@ -233,6 +235,11 @@ def _dag(study: Study, asked: Asked, run: Path, intent: Intent, *, absent_ok: bo
         return dag
 
 
+def _show_plan(study: Opened, *, scripts: bool) -> None:
+    foreseen = study.dag.foreseen(study.started.until)
+    printing.show_plan(study.dag, study.stages, scripts=scripts, as_json=study.asked.json, foreseen=foreseen)
+
+
 def _say_changes(study: Opened, *, unused: bool = True) -> None:
     """Settings without effect, and what is made anew."""
     from megatron_demix.pipeline.changes import changes
@@ -240,7 +247,7 @@ def _say_changes(study: Opened, *, unused: bool = True) -> None:
 
     if study.asked.quiet:
         return
-    for line in warnings_of(study.dag.study) if unused else ():
+    for line in warnings_of(study.study) if unused else ():
         study.asked.say(f"warning: {line}")
     for line in changes(study.stages):
         study.asked.say(f"note: {line}")

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _FINDING_COLOURS = {"works": "green", "installed": "green", "absent": "dim", "misfit": "red", "broken": "red"}
 
 
-def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool) -> None:
-    """scripts: those of stages that are commands of their own, too."""
+def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool, foreseen: Sequence[Stage] = ()) -> None:
+    """scripts: those of stages that are commands of their own, too. foreseen: others that have to be possible. Raises where the
+    data cannot fill one, when all has been shown."""
     from megatron_demix.launch.status import COLOURS, counts
     from megatron_demix.pipeline import preflight
 
@@ -31,7 +32,7 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
             for stage, state in zip(stages, states, strict=True)
         ]
         print(json.dumps(rows, indent=1))
-        preflight.check(stages)
+        preflight.check([*stages, *foreseen])
         return
     from rich.markup import escape
 
@@ -45,7 +46,7 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
         for stage in stages:
             if stage.script and not stage.is_intact():
                 print(f"\n# ---- {stage.job.with_suffix('.sh')}\n{stage.script()}", end="")
-    preflight.check(stages)
+    preflight.check([*stages, *foreseen])
 
 
 def used_of_earlier(dag: Dag, stages: Sequence[Stage]) -> list[str]:

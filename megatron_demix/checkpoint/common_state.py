@@ -17,6 +17,7 @@ from megatron_demix.checkpoint.archive import check_entry, read_archive, write_a
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.layout import BACKEND, COMMON, unreadable
 from megatron_demix.checkpoint.pickles import (
+    RUNNING,
     Global,
     Inert,
     check_tree,
@@ -48,8 +49,6 @@ _ALLOWED: dict[str, Any] = {
     **{name: Global(name) for name in _VALUES},
     "torch.Size": plain_tuple,
     "collections.OrderedDict": ordered_dict,
-    "builtins.getattr": enum_member,
-    "__builtin__.getattr": enum_member,
 }
 
 # Counters that would make a run from the merged checkpoint skip data it has never seen.
@@ -85,26 +84,25 @@ _RUNNING = frozenset(
 _RUNNING_BUILTINS = frozenset({"eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint", "globals"})
 
 
-# Anywhere in a name: most modules have imported some of these, so that torch.serialization.os.system is one, too.
-_ANYWHERE = frozenset(
-    (
-        *("os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "pty", "shutil", "socket", "ctypes", "_ctypes"),
-        *("pickle", "_pickle", "cPickle", "marshal", "cpp_extension", "hub", "testing", "system", "popen"),
-        *("eval", "exec", "execfile", "__import__", "getattr", "__globals__", "__builtins__"),
-    )
-)
-
-
 def _foreign(name: str, what: str) -> type[_Foreign]:
     """Stands in for a class that is not known. Raises UnsafeInput for a name that only an attack has a use for."""
     module, _, attribute = name.partition(".")
     of_python = module in ("builtins", "__builtin__") and attribute.split(".")[0] in _RUNNING_BUILTINS
-    if module in _RUNNING or of_python or _ANYWHERE & set(name.split(".")):
+    if module in _RUNNING or of_python or RUNNING & set(name.split(".")):
         raise UnsafeInput(
             f"{what}: refused, its pickle names {name[:200]!r}, which would run or fetch something. Nothing was executed. "
             "Do not load this checkpoint with other tools before you know where it comes from."
         )
     return _Foreign
+
+
+def _member(owner: Any, name: Any) -> _Foreign:
+    """A member of an enum, as early CPython 3.11 pickles it: by a call that no merged state can hold."""
+    enum_member(owner, name)
+    return _Foreign()
+
+
+_MEMBERS = {"builtins.getattr": _member, "__builtin__.getattr": _member}
 
 
 def missing_files(checkpoint: Checkpoint) -> list[str]:
@@ -136,7 +134,9 @@ def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     if len(names) != 1:
         raise CorruptInput(f"{what}: not a torch.save archive.")
     pickled = check_entry(entries[names[0]][0].tobytes(), entries[names[0]][1], "data.pkl", what)
-    state = read_pickle(pickled, _ALLOWED, what, persistent=lambda pid: _Foreign(), other=lambda name: _foreign(name, what))
+    state = read_pickle(
+        pickled, _ALLOWED | _MEMBERS, what, persistent=lambda pid: _Foreign(), other=lambda name: _foreign(name, what)
+    )
     if isinstance(state, list) and len(state) == 1:
         state = state[0]  # as megatron.core stores objects among the tensors
     if not isinstance(state, dict):

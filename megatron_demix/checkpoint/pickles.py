@@ -62,6 +62,16 @@ def instance(name: str, *arguments: Any, state: Any = None) -> Inert:
     return made
 
 
+RUNNING = frozenset(
+    (
+        *("os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "pty", "shutil", "socket", "ctypes", "_ctypes"),
+        *("loads", "Unpickler", "_Unpickler", "cpp_extension", "hub", "testing", "system", "popen"),
+        *("eval", "exec", "execfile", "__import__", "getattr", "__globals__", "__builtins__"),
+    )
+)
+"""Parts of names that only an attack has a use for. Most modules have imported some: torch.serialization.os.system is one."""
+
+
 def enum_member(owner: Any, name: Any) -> Inert:
     """getattr(class, name): how early CPython 3.11 (Debian 12 has 3.11.2) pickles the members of an enum. Raises ValueError for
     anything else that is asked of getattr."""

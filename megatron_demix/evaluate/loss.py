@@ -59,7 +59,8 @@ def _losses(model: torch.nn.Module, windows: Windows, micro_batch_size: int) -> 
 
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    # Not inference mode: megatron.core keeps a scale for experts' losses in a class, which a later training would write to.
+    with torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=batches(),

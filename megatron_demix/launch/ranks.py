@@ -42,10 +42,10 @@ def _keeping_sigterm() -> Iterator[None]:
 
 def _met_in(folder: str, arguments: argparse.Namespace) -> argparse.Namespace:
     """With --standalone, torchrun meets itself in a file that only this user can open. By default it listens on all of the
-    machine's addresses, and unpickles what anyone puts there."""
+    machine's addresses, and unpickles what anyone puts there. What keeps it alive is appended to the file: once a minute."""
     if arguments.standalone:
         arguments.standalone = False
-        arguments.rdzv_backend, arguments.rdzv_conf = "c10d", "store_type=file"
+        arguments.rdzv_backend, arguments.rdzv_conf = "c10d", "store_type=file,keep_alive_interval=60"
         arguments.rdzv_endpoint, arguments.rdzv_id = os.path.join(folder, "rendezvous"), secrets.token_hex(8)
     return arguments
 

@@ -171,8 +171,9 @@ def write_merge(
             remove_leftovers(parent)
     per_pass = check_means(merge, threads=threads, max_memory=max_memory)  # with what the leftovers took
     if todo:
+        plan = job.plan  # while a disk reads no more than is asked of it
         job.parts.start_read_ahead()
-        job.method.prepare(job.plan, threads)
+        job.method.prepare(plan, threads)
     for start in range(0, len(todo), per_pass):
         _write_together(merge, todo[start : start + per_pass], threads, max_memory, verify, progress)
     return [target for m, target in enumerate(merge.targets) if m not in todo or merge.is_published(m)]

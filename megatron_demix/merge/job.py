@@ -56,7 +56,7 @@ class Job:
         run_config = merged_run_config(first.location)
         self.carried = {} if run_config is None else {RUN_CONFIG: run_config}
         self.common, self.left_out = merged_common_state(self.common_state, self.iteration)
-        self.left_out += _unknown_objects(parts)
+        self.unknown_objects = _unknown_objects(parts)
         self.mine = self.placements
 
     def output(self, target: Path, provenance: Mapping[str, Any], worker: tuple[int, int] | None) -> Output:
@@ -125,6 +125,7 @@ class Job:
             "copied_digest": self._copied_digest,
             "left_out": self.left_out,
             **({"carried": carried} if carried else {}),
+            **({"unknown_objects": self.unknown_objects} if self.unknown_objects else {}),
         }
 
     @property
@@ -197,4 +198,5 @@ def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
             return {places.get(key, key): replaced(part) for key, part in value.items()}
         return [replaced(part) for part in value] if isinstance(value, list) else value
 
-    return {key: len(names) if key == "order" else replaced(value) for key, value in provenance.items()}
+    counted = {key: value for key, value in provenance.items() if key != "unknown_objects"}  # nothing was made of them
+    return {key: len(names) if key == "order" else replaced(value) for key, value in counted.items()}

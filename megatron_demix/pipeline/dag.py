@@ -16,7 +16,7 @@ from megatron_demix.pipeline.given_checkpoint import with_sizes_of_base
 from megatron_demix.pipeline.huggingface_base import with_base
 from megatron_demix.pipeline.inputs import Absent, InputDigests, check_apart
 from megatron_demix.pipeline.maturity_stages import Maturity
-from megatron_demix.pipeline.merging import check_rules, second_order
+from megatron_demix.pipeline.merging import rules_of, second_order
 from megatron_demix.pipeline.stage import Stage, with_needs
 from megatron_demix.pipeline.task_inputs import task_inputs
 from megatron_demix.study.data import DomainSpec
@@ -77,8 +77,8 @@ class Dag(Foundation):
         return self.of_kinds(PARTS[part]) if part else self.all
 
     def foreseen(self, part: str | None) -> list[Stage]:
-        """What has to be possible before anything up to `part` is made: that, and the search that components are for."""
-        return self.until("search" if part == "train" else part)
+        """What has to be possible before anything up to `part` is made: that, and of components the search they are for."""
+        return [*self.until(part), *([self.rounds[0].proposal] if part == "train" else [])]
 
     def of_kinds(self, kinds: set[str]) -> list[Stage]:
         """The stages of these kinds and all they need. Raises ConfigError where the study has none."""
@@ -139,7 +139,7 @@ def _wired(study: Study, place: Path, run: Path, digests: InputDigests, naming: 
     components = {n: as_merged(train_stages.component(ground, n)) for n in names}
     mixtures = study.component.mixed_weights(study.domain_names)
     mixed = {n: as_merged(train_stages.mixed(ground, n, w)) for n, w in mixtures.items()}
-    check_rules(study)
+    rules_of(study.merge)  # raises where they are none
     search_stages.check_bounds(study)
     second_order(study)  # raises where a mixed component corrects nothing
     foundation = Foundation(**vars(ground), components=components, mixed=mixed, tasks=tasks)

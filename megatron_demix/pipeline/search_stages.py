@@ -16,6 +16,7 @@ from megatron_demix.pipeline import data_stages, train_stages
 from megatron_demix.pipeline.comparable import score_names
 from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
+from megatron_demix.pipeline.merging import check_rules
 from megatron_demix.pipeline.scoring import (
     proxy_score_of,
     scores_of_components,
@@ -104,11 +105,10 @@ def search_space(study: Study, data: Mapping[str, Stage]) -> SearchSpace:
 
 
 def check_bounds(study: Study) -> None:
-    """Raises MixtureError where the anchor leaves no mixture within the bounds, or one, as far as this is known without the
-    data."""
+    """Raises MixtureError where the anchor leaves no mixture within the bounds, as far as this is known without the data."""
     anchor = _anchor(study)
     if anchor.mixture != "natural":
-        _with_choice(_space(study, dict.fromkeys(study.domain_names, 1), anchor))
+        _space(study, dict.fromkeys(study.domain_names, 1), anchor)
 
 
 def _with_choice(space: SearchSpace) -> SearchSpace:
@@ -162,10 +162,12 @@ def _first_proposal(foundation: Foundation) -> Stage:
         weights_MD = sample_mixtures(space, study.search.rounds[0], study.seed, design=study.search.design)
         _write_mixtures(folder, 1, space, weights_MD)
 
+    def check() -> None:
+        check_rules(study)
+        search_space(study, data)
+
     settings = {"num": study.search.rounds[0], "design": study.search.design, **_space_settings(study)}
-    return Stage(
-        "rounds/1/sample", foundation.run, settings, tuple(data.values()), make, check=lambda: search_space(study, data)
-    )
+    return Stage("rounds/1/sample", foundation.run, settings, tuple(data.values()), make, check=check)
 
 
 def _write_mixtures(folder: Path, number: int, space: SearchSpace, weights_MD: Any) -> None:

@@ -211,8 +211,9 @@ def base(study: Study, root: Path, run: Path, tokenizer: Stage, data: Mapping[st
     if spec.huggingface is not None:
         return imported(study, root, run, digests)
     if spec.checkpoint is not None:
-        check_precision(study, str(spec.checkpoint), look_at(root / spec.checkpoint, digests).dtype)
-        return given(study, "base/base", root / spec.checkpoint, run, digests)
+        dtype = look_at(root / spec.checkpoint, digests).dtype
+        checkpoint = given(study, "base/base", root / spec.checkpoint, run, digests)
+        return replace(checkpoint, check=lambda: check_precision(study, str(spec.checkpoint), dtype))
 
     used = _domains_of(spec.mixture, data)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from megatron_demix.process import die_with_parent
 from megatron_demix.search.surrogate import Surrogate, check_fit, fit_surrogate
 
 _PAYS = 10.0
@@ -44,8 +46,14 @@ def fit_scores(
         yield name, surrogate
         # The first imports libraries, and decomposes for all: it is no measure.
         if done > 1 and min(processes, len(fits)) > 1 and took * len(fits) > _PAYS:
-            yield from zip(fits, _in_processes(shares_MD, kind, list(fits.values()), processes), strict=True)
-            return
+            for name, surrogate in zip(
+                list(fits), _in_processes(shares_MD, kind, list(fits.values()), processes), strict=False
+            ):
+                del fits[name]
+                yield name, surrogate
+            break
+    for name, fit in fits.items():  # of processes that were killed: there may be too little memory for several
+        yield name, _fit(shares_MD, kind, fit)
 
 
 def _fit(shares_MD: np.ndarray, kind: str, fit: Mapping[str, Any]) -> Surrogate:
@@ -56,14 +64,21 @@ def _fit(shares_MD: np.ndarray, kind: str, fit: Mapping[str, Any]) -> Surrogate:
         return fit_surrogate(shares_MD, kind=kind, **fit)
 
 
+def _fit_apart(shares_MD: np.ndarray, kind: str, fit: Mapping[str, Any]) -> Surrogate:
+    die_with_parent()
+    return _fit(shares_MD, kind, fit)
+
+
 def _in_processes(shares_MD: np.ndarray, kind: str, fits: list[dict[str, Any]], processes: int) -> Iterator[Surrogate]:
     import joblib
     from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     # Arrays are sent, not left in files for the processes to share.
     parallel = joblib.Parallel(min(processes, len(fits)), "loky", return_as="generator", max_nbytes=None, batch_size=1)
     try:
-        yield from parallel(joblib.delayed(_fit)(shares_MD, kind, fit) for fit in fits)
+        with suppress(TerminatedWorkerError):
+            yield from parallel(joblib.delayed(_fit_apart)(shares_MD, kind, fit) for fit in fits)
     finally:
         # Or they wait for minutes, with all that they have imported, for more to do.
         get_reusable_executor().shutdown(wait=True, kill_workers=True)

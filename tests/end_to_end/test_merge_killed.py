@@ -78,7 +78,7 @@ def test_the_tool_reports_errors_by_exit_code(parts, tmp_path):
     a, b = parts["c0"], parts["c1"]
     code, out, _ = run(f"{a}:0.5", f"{b}:0.5", "--output", tmp_path / "m", "--dry-run")
     assert code == 0
-    assert "2 components, 8 tensors, 8.01 MiB each" in out
+    assert "2 components, 8 tensors, 8.03 MiB each" in out
     assert not (tmp_path / "m").exists()
     assert run(f"{a}:0.5", "--output", tmp_path / "m")[0] == 4
     code, _, err = run(a, "--output", tmp_path / "m")

@@ -97,7 +97,9 @@ def _empty_folder() -> Iterator[str]:
         yield folder
     finally:
         # Not shutil: a thousand folders within folders are more than Python's stack holds.
-        subprocess.run(["rm", "-rf", "--", folder], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):  # the program may have shut folders
+            if os.path.exists(folder):
+                subprocess.run([*command, "--", folder], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def _ends_within(process: subprocess.Popen, timeout_s: float) -> bool:

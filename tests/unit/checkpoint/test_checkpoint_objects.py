@@ -39,7 +39,10 @@ def checked(value: object) -> None:
     [
         [None],
         [torch.empty(0, dtype=torch.uint8), {"a": 1.5}],
-        [io.BytesIO(b"x")],
+        {"scale": torch.ones(3), "amax": torch.arange(5.0).bfloat16()},
+        [io.BytesIO()],
+        [io.BytesIO(pickle.dumps({"scale": torch.ones(2)}))],
+        [io.BytesIO(saved({"scale": torch.ones(2)}))],
         [in_bytes({"scale": torch.ones(2), "variables": {"updated": True}})],
         [in_bytes({})],
     ],
@@ -49,7 +52,17 @@ def test_what_layers_have_is_let_through(value):
 
 
 @pytest.mark.parametrize(
-    "value", [[Attack()], [in_bytes(Attack())], [in_bytes([Attack()])], {"a": [torch.ones(2), Attack()]}, [pickle.Pickler]]
+    "value",
+    [
+        [Attack()],
+        [in_bytes(Attack())],
+        [in_bytes([Attack()])],
+        {"a": [torch.ones(2), Attack()]},
+        [pickle.Pickler],
+        [io.BytesIO(pickle.dumps(Attack()))],
+        [io.BytesIO(saved(Attack()))],
+        [in_bytes([io.BytesIO(pickle.dumps(Attack()))])],
+    ],
 )
 def test_what_names_more_is_refused(value):
     with pytest.raises(UnsafeInput, match=r"x: refused, .* names '.*(eval|Pickler)', which has no place there"):
@@ -62,8 +75,39 @@ def test_pickles_of_every_protocol_are_found_in_tensors(protocol):
         hidden = pickle.dumps([Attack()], protocol) + tail
         with pytest.raises(UnsafeInput, match="eval"):
             checked([torch.frombuffer(bytearray(hidden), dtype=torch.uint8)])
-    with pytest.raises(UnsafeInput, match="neither a pickle nor an archive"):
-        checked([torch.ones(3)])
+    with pytest.raises(UnsafeInput, match="damaged pickle"):  # its beginning would be run
+        checked([torch.frombuffer(bytearray(hidden[: hidden.rindex(b".")] + b"\xff"), dtype=torch.uint8)])
+
+
+def test_a_part_of_what_is_stored_is_refused():
+    """Only the storage's first pickle is looked at, and a layer would unpickle from where the tensor begins."""
+    stored = torch.frombuffer(bytearray(b"N." + pickle.dumps(Attack())), dtype=torch.uint8)
+    for part in (stored[2:], stored[::2]):
+        with pytest.raises(UnsafeInput, match="a part of what is stored"):
+            checked([part])
+
+
+@pytest.mark.parametrize("name", ["transformer_engine.pytorch.module.base.os.system", "torch.nn.Linear"])
+def test_names_within_are_those_of_layers(name):
+    with pytest.raises(UnsafeInput, match="which has no place there"):
+        checked([torch.frombuffer(bytearray(write_pickle(instance(name, "touch x"))), dtype=torch.uint8)])
+    recipe = instance("transformer_engine.common.recipe.DelayedScaling", state={"margin": 0})
+    checked([torch.frombuffer(bytearray(write_pickle({"recipe": recipe})), dtype=torch.uint8)])
+
+
+def test_members_of_enums_that_early_pythons_pickle_by_name():
+    data = pickle.dumps({"format": 1})
+    by_name = b"\x80\x02cbuiltins\ngetattr\nctransformer_engine.common.recipe\nFormat\nX\x06\x00\x00\x00HYBRID\x86R."
+    for inner in (data, by_name):
+        checked([torch.frombuffer(bytearray(inner), dtype=torch.uint8)])
+
+
+def test_archives_within_archives_end():
+    value = saved([None])
+    for _ in range(10):
+        value = saved([io.BytesIO(value)])
+    with pytest.raises(UnsafeInput, match="more than 4 within one another"):
+        check_object(np.frombuffer(value, np.uint8), "x")
 
 
 def test_an_archive_within_a_pickle_is_looked_at():

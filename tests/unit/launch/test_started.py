@@ -238,3 +238,10 @@ def test_scripts_as_json(study, capsys):
 def test_a_flag_about_given_checkpoints_is_refused_without_one(study, capsys):
     assert demix(study, "evaluate", "--final") == 2
     assert "--final goes with --checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_settings_without_effect_are_warned_of(study, capsys, command):
+    more = ["--dry-run"] if command == "run" else []
+    assert demix(study, command, *more, "--set", "search.stop=0.1", "--set", "search.rounds=[8]") == 0
+    assert "warning: search.stop has no effect: there is one round" in capsys.readouterr().err

@@ -14,8 +14,10 @@ from small_texts import write_texts
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.summary import format_summary, summarize
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
+from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
+from megatron_demix.pipeline.merging import check_rules
 from megatron_demix.pipeline.train_stages import checkpoint_of
 from megatron_demix.study.load import load_study
 from megatron_demix.study.training import ModelSpec, TrainSpec
@@ -182,19 +184,20 @@ def test_what_means_the_same_is_the_same(folder, arguments):
 
 def test_a_base_of_another_precision_is_refused_where_components_are_merged_with_it(folder):
     write_checkpoint(folder / "base", small_model(0))
-    build(folder, "merge.scale=0.8")
+    preflight.check([build(folder, "merge.scale=0.8").base])
     write_checkpoint(folder / "base", {key: tensor.float() for key, tensor in small_model(0).items()})
-    build(folder)
+    preflight.check([build(folder).base])
+    dag = build(folder, "merge.scale=0.8")  # looking, and cancelling, go on
     with pytest.raises(IncompatibleInputs, match=r"base is float32, and components are trained as bfloat16 \(train\.pre"):
-        build(folder, "merge.scale=0.8")
-    build(folder, "merge.scale=0.8", "train.precision=fp32")
+        preflight.check([dag.base])
+    preflight.check([build(folder, "merge.scale=0.8", "train.precision=fp32").base])
 
 
 def test_rules_of_layers_that_the_model_has_not(folder):
     write_checkpoint(folder / "base", small_model(0))
-    build(folder, "merge.rules=[{layers: 0-1, scale: 2}]")
-    with pytest.raises(ConfigError, match=r"merge\.rules\.0: layers 1-2, but model\.num_layers is 2, .*: the last is 1"):
-        build(folder, "merge.rules=[{layers: 1-2, scale: 2}]")
+    check_rules(build(folder, "merge.rules=[{layers: 1-9, scale: 2}]").study)
+    with pytest.raises(ConfigError, match=r"merge\.rules\.0: layers 2-3, but model\.num_layers is 2, .*: the last is 1"):
+        check_rules(build(folder, "merge.rules=[{layers: 2-3, scale: 2}]").study)
 
 
 @pytest.mark.parametrize("rows", [400, 401])

@@ -14,7 +14,7 @@ from megatron_demix.artifact import publish, read_json, write_json
 from megatron_demix.cli import main
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
-from megatron_demix.pipeline import search_stages
+from megatron_demix.pipeline import preflight, search_stages
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.reporting import write_report
 from megatron_demix.pipeline.surrogates import fit_surrogates
@@ -56,8 +56,11 @@ def study_path(tmp_path: Path) -> Path:
     ],
 )
 def test_bounds_that_leave_one_mixture_are_refused(study_path, overrides):
+    dag = build_dag(load_study(study_path, overrides), study_path, study_path.parent / "run")
+    for stage in (dag.tokenizer, *dag.data.values()):
+        stage.finish()
     with pytest.raises(MixtureError, match=r"leave one mixture, code 0\.\d+, english .* nothing to search for"):
-        build_dag(load_study(study_path, overrides), study_path, study_path.parent / "run")
+        preflight.check(dag.foreseen("train"))
 
 
 def searched(

@@ -37,3 +37,15 @@ def test_a_score_that_cannot_be_fitted_is_refused_before_others_are(monkeypatch:
     monkeypatch.setattr(fits, "_fit", lambda *_: pytest.fail("a fit was begun"))
     with pytest.raises(IncompatibleInputs, match="last: all 30 scores are 1: nothing to learn"):
         next(fit_scores(SHARES_MD, SCORES | {"last": np.ones(30)}))
+
+
+def test_what_killed_processes_leave_is_fitted_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(shares_MD, kind, fit):
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(fits, "_PAYS", 0.0)
+    monkeypatch.setattr(fits, "_fit_apart", killed)
+    assert list(dict(fit_scores(SHARES_MD, SCORES, "ridge", processes=2))) == list(SCORES)
