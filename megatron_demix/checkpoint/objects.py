@@ -30,7 +30,7 @@ def check_object(blob: np.ndarray, what: str) -> None:
     _Look(what, 0).archive(blob)
 
 
-def names_something(data: bytes) -> bool:
+def _names_something(data: bytes) -> bool:
     """Whether a pickle names a class or a function before it ends, or is damaged."""
     with suppress(Exception):
         for opcode, _, _ in pickletools.genops(data):
@@ -78,7 +78,7 @@ class _Look:
             raise
         except CorruptInput as e:
             # Numbers; or a pickle with a damaged end, whose beginning is run all the same.
-            if names_something(data):
+            if _names_something(data):
                 raise self._refused("it holds a damaged pickle") from e
 
     def _pickles(self, data: bytes, number: int) -> None:
@@ -102,9 +102,9 @@ class _Look:
         raise self._refused(f"its pickle names {name[:200]!r}, which has no place there")
 
     def _tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *rest: Any) -> Inert:
-        """Its elements are the storage's from the first on: what was looked at is what is unpickled."""
+        """Of one that a layer may unpickle, the elements are the storage's from the first on: those were looked at."""
         steps = (*itertools.accumulate(reversed(size[1:]), operator.mul, initial=1),)
-        if offset != 0 or (math.prod(size) and tuple(stride) != steps[::-1][: len(size)]):
+        if self._depth == 0 and (offset != 0 or (math.prod(size) and tuple(stride) != steps[::-1][: len(size)])):
             raise self._refused("a tensor in it is a part of what is stored")
         return inert("torch.Tensor")()
 

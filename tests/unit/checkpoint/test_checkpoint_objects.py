@@ -45,6 +45,7 @@ def checked(value: object) -> None:
         [io.BytesIO(saved({"scale": torch.ones(2)}))],
         [in_bytes({"scale": torch.ones(2), "variables": {"updated": True}})],
         [in_bytes({})],
+        [in_bytes({"amax": torch.ones(4, 4)[1:, 2]})],
     ],
 )
 def test_what_layers_have_is_let_through(value):
