@@ -1,8 +1,11 @@
-"""Kinds of models that are trained in tests, and what a run has left."""
+"""Kinds of models that are trained in tests, runs that are stopped, and what they have left."""
 
+import os
 from pathlib import Path
+from unittest import mock
 
 from megatron_demix.artifact import hash_file
+from megatron_demix.train.compat import cpu_compat
 
 FAMILIES = {
     "qwen3": {"qk_layernorm": True, "untie_embeddings_and_output_weights": True, "add_qkv_bias": True},
@@ -21,3 +24,19 @@ FAMILIES = {
 
 def contents(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stop_in_iteration(number: int):
+    """Send this process SIGUSR1 when step `number` (from 1) begins."""
+    import signal
+
+    with cpu_compat():
+        from megatron_demix.train.step import Stepper
+    step = Stepper.train
+
+    def train_and_signal(self, dataset, iteration, *, stop):
+        if iteration == number - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, dataset, iteration, stop=stop or iteration == number - 1)
+
+    return mock.patch.object(Stepper, "train", train_and_signal)
