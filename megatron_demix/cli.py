@@ -25,7 +25,7 @@ _PARTS = {
 _EPILOG = """\
 examples:
   python examples/quickstart/collect.py              once: the text of the quickstart's study
-  demix plan examples/quickstart/study.yaml          what would run, and what is already done
+  demix plan examples/quickstart/study.yaml          what would run, what is already done, and what it costs
   demix run examples/quickstart/study.yaml           all of it; run it again to go on after an interruption
   demix run study.yaml --set final.tokens=20M        the same study with one setting changed; what is still valid is re-used
   demix search study.yaml                            stop at the mixture; so does submit --until search
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     background = "the same as run, in the background or as SLURM jobs, as launch.backend says"
     add("submit", background, commands.submit, study, until, submitting)
     add("cancel", "stop what works on this study, after it has saved", commands.cancel, study)
-    add("plan", "the stages, their state and where their artifacts lie", commands.plan, study, until)
+    add("plan", "the stages, their state, where their artifacts lie, and what they cost", commands.plan, study, until)
     state = "the stages, what runs, how far it is, when it will be done, and its log"
     add("status", state, commands.status, study, watching)
     for name, help in _PARTS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ from megatron_demix.terminal import new_table, on_terminal, shown
 
 if TYPE_CHECKING:
     from megatron_demix.launch.doctor import Finding
+    from megatron_demix.pipeline.cost import Cost
     from megatron_demix.pipeline.dag import Dag
     from megatron_demix.pipeline.stage import Stage
 
+_DONE_TO_MODELS = {"trains": "trained", "scores": "scored"}
 _FINDING_COLOURS = {"works": "green", "installed": "green", "absent": "dim", "misfit": "red", "broken": "red"}
 
 
@@ -23,12 +26,20 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
     data cannot fill one, when all has been shown."""
     from megatron_demix.launch.status import COLOURS, counts
     from megatron_demix.pipeline import preflight
+    from megatron_demix.pipeline.cost import costs
 
     states = [stage.state() for stage in stages]
     warn_of_damage(stages)
     if as_json:
         rows = [
-            {"stage": stage.name, "state": state, "ranks": stage.ranks, "key": stage.key, "path": str(stage.folder)}
+            {
+                "stage": stage.name,
+                "state": state,
+                "ranks": stage.ranks,
+                "key": stage.key,
+                "path": str(stage.folder),
+                **({"cost": asdict(cost[0])} if (cost := costs(dag, [stage])) else {}),
+            }
             for stage, state in zip(stages, states, strict=True)
         ]
         print(json.dumps(rows, indent=1))
@@ -40,7 +51,8 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
     for stage, state in zip(stages, states, strict=True):
         table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), escape(shown(stage.folder)))
     on_terminal().print(table, counts(states))
-    for line in [*used_of_earlier(dag, stages), *_added_by_mixed(dag), *_extrapolated(dag)]:
+    _show_costs(costs(dag, stages), costs(dag, [s for s, state in zip(stages, states, strict=True) if state != "done"]))
+    for line in [*used_of_earlier(dag, stages), *_extrapolated(dag)]:
         print(line)
     if scripts:
         for stage in stages:
@@ -54,16 +66,25 @@ def used_of_earlier(dag: Dag, stages: Sequence[Stage]) -> list[str]:
     return ["used of the earlier study " + e.said(f"at most {e.num_proxies} proxies") for e in dag.earlier if e.stage in stages]
 
 
-def _added_by_mixed(dag: Dag) -> list[str]:
-    """What training the mixed components costs."""
-    from megatron_demix.pipeline.train_stages import num_tokens
-    from megatron_demix.units import format_count
+def _show_costs(of_all: Sequence[Cost], to_do: Sequence[Cost]) -> None:
+    from megatron_demix.pipeline.cost import UTILISATION
+    from megatron_demix.units import format_bytes, format_count
 
-    if not dag.mixed:
-        return []
-    each, added, others = num_tokens(dag.study, "component"), len(dag.mixed), len(dag.components)
-    tokens = [format_count(num * each) for num in (added, others)]
-    return [f"component.mixed adds {added} components to {others}, and {tokens[0]} tokens of training to {tokens[1]}"]
+    if not of_all:
+        return
+    columns = ("models", "tokens", "FLOP", "checkpoints")
+    table = new_table("cost", *columns, right=columns)
+    for cost in of_all:
+        disk = format_bytes(cost.checkpoint_bytes) if cost.checkpoint_bytes else "-"
+        models, tokens = f"{cost.models} {_DONE_TO_MODELS[cost.does]}", format_count(cost.tokens)
+        table.add_row(cost.kind, models, tokens, f"{cost.flop:.2g}", disk)
+    print()
+    on_terminal().print(table)
+    if flop := sum(cost.flop for cost in to_do):
+        hours = sum(cost.gpu_hours for cost in to_do)
+        said = f", {format_count(hours)} hours of an H100 at {UTILISATION:.0%} of its peak" if hours >= 1 else ""
+        disk = format_bytes(sum(cost.checkpoint_bytes for cost in to_do))
+        print(f"to do: {flop:.2g} FLOP{said}, and {disk} of checkpoints")
 
 
 def _extrapolated(dag: Dag) -> list[str]:

@@ -40,9 +40,11 @@ def _keeping_sigterm() -> Iterator[None]:
         signal.signal = set_handler
 
 
-def _met_in(folder: str, arguments: argparse.Namespace) -> argparse.Namespace:
-    """With --standalone, torchrun meets itself in a file that only this user can open. By default it listens on all of the
-    machine's addresses, and unpickles what anyone puts there. What keeps it alive is appended to the file: once a minute."""
+def _kept_in(folder: str, arguments: argparse.Namespace) -> argparse.Namespace:
+    """Its log folders, which it would leave behind, go with this one. With --standalone, torchrun also meets itself in a file
+    there, that only this user can open. By default it listens on all of the machine's addresses, and unpickles what anyone puts
+    there. What keeps it alive is appended to the file: once a minute."""
+    arguments.log_dir = arguments.log_dir or folder
     if arguments.standalone:
         arguments.standalone = False
         arguments.rdzv_backend, arguments.rdzv_conf = "c10d", "store_type=file,keep_alive_interval=60"
@@ -74,7 +76,7 @@ def main() -> int:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
         with _keeping_sigterm(), tempfile.TemporaryDirectory(prefix="demix-ranks-") as private:
-            run(_met_in(private, parse_args(sys.argv[1:])))
+            run(_kept_in(private, parse_args(sys.argv[1:])))
     except ChildFailedError as e:
         _, first = e.get_first_failure()
         if asked and first.exitcode == -signal.SIGTERM:  # it was still importing

@@ -113,7 +113,8 @@ def _wired(study: Study, place: Path, run: Path, digests: InputDigests, naming: 
     """naming: the studies that name this one as an earlier one, directly or through others."""
     root = place if place.is_dir() else place.parent
     study = with_sizes_of_base(with_base(study, root, digests), root, digests)
-    study = without_unused(study.model_copy(update={"trainer": study.trainer.under(root)}))
+    placed = {"trainer": study.trainer.under(root), "tokenizer": study.tokenizer.under(root)}
+    study = without_unused(study.model_copy(update=placed))
     before = _earlier_dags(study, root, run, digests, (*naming, place))
     elsewhere = list(dict.fromkeys(there.run for there in before if there.run != run))
     data_stages.check_prefixes(study, root)

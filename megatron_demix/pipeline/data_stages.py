@@ -118,11 +118,8 @@ def tokenizer(
     study: Study, root: Path, run: Path, inputs: Mapping[str, list[Path]], digests: InputDigests, cleaned: Stage | None = None
 ) -> Stage:
     spec = study.tokenizer
-    if spec.model is not None:
-        model = root / spec.model
-        if not model.exists() and digests.absent == "refused":
-            raise ConfigError(f"tokenizer.model: {model} does not exist; a relative path starts at the study file's folder.")
-        spec = spec.model_copy(update={"model": model})
+    if spec.model and not spec.model.exists() and digests.absent == "refused":
+        raise ConfigError(f"tokenizer.model: {spec.model} does not exist; a relative path starts at the study file's folder.")
     settings: dict[str, Any] = spec.model_dump(exclude={"model", "domains"}, mode="json")
     sampled = spec.domains or study.domain_names
     samples = [d for d in study.domains if d.prefixes is None and d.name in sampled]
@@ -134,7 +131,7 @@ def tokenizer(
         digests.read(file for d in samples for file in inputs[d.name])
         settings["inputs"] = {d.name: [d.json_key, digests.of(inputs[d.name])] for d in samples}
         settings["on_bad_document"] = study.prepare.on_bad_document
-    elif spec.model:
+    elif model := spec.model:
         from megatron_demix.data.tokenizer import source_files
 
         settings["model"] = digests.answer(

@@ -11,7 +11,7 @@ from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, preflight, train_stages
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings, normalization, second_order
-from megatron_demix.pipeline.stage import Stage
+from megatron_demix.pipeline.stage import Load, Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study.search import ProxyScore
@@ -45,7 +45,8 @@ def scores_of_merged(foundation: Foundation, number: int, proposal: Stage, at: i
     needs = (proposal, foundation.base, *components.values())
     settings = merge_settings(study) | ({"components": _one_hot_is_itself(study) or "as they are"} if with_components else {})
     name = f"rounds/{number}/scores{_after(at)}"
-    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, settings)
+    num_models = study.search.rounds[number - 1] + (len(components) if with_components else 0)
+    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, num_models, settings)
 
 
 def scores_of_components(foundation: Foundation, at: int | None = None) -> Stage:
@@ -60,7 +61,7 @@ def scores_of_components(foundation: Foundation, at: int | None = None) -> Stage
     needs = (foundation.base, *components.values())
     settings = (merge_settings(study) if _one_hot_is_itself(study) else {"components": "as they are"}) | kept
     name = f"rounds/components{_after(at)}"
-    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, settings)
+    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, len(components), settings)
 
 
 def _after(at: int | None) -> str:
@@ -115,7 +116,8 @@ def scores_of_trained(foundation: Foundation, number: int, proposal: Stage) -> S
         names = [m["name"] for m in read_json(proposal.folder / MIXTURES)]
         return {"checkpoints": {name: stage.folder for name, stage in zip(names, trained, strict=False)}}
 
-    return scoring(foundation, f"rounds/{number}/scores", "valid", foundation.tasks.search, (proposal, *trained), models)
+    name = f"rounds/{number}/scores"
+    return scoring(foundation, name, "valid", foundation.tasks.search, (proposal, *trained), models, len(trained))
 
 
 def scored_losses(foundation: Foundation) -> list[str]:
@@ -131,11 +133,12 @@ def scoring(
     tasks: ScoredTasks,
     needs: Sequence[Stage],
     models: Callable[[], dict[str, Any]],
+    num_models: int,
     merge: Mapping[str, Any] | None = None,
 ) -> Stage:
     """A stage that scores models on one split and on tasks. models: the components, mixtures and checkpoints of its job.
 
-    merge: how mixtures are made, and what is kept of them, for the key.
+    num_models: how many that is at most. merge: how mixtures are made, and what is kept of them, for the key.
     """
     study, tokenizer, data = foundation.study, foundation.tokenizer, foundation.data
     domains = scored_losses(foundation)
@@ -192,5 +195,15 @@ def scoring(
     expert = study.evaluate.expert
     ranks = study.parallel.tensor * study.parallel.pipeline * expert * study.evaluate.replicas
     all_needs = {s.name: s for s in (*needs, tokenizer, *(data[n] for n in domains))}
-    stage = Stage(name, foundation.run, settings, tuple(all_needs.values()), make, ranks=ranks, make_part=make, check=check)
+    stage = Stage(
+        name,
+        foundation.run,
+        settings,
+        tuple(all_needs.values()),
+        make,
+        ranks=ranks,
+        make_part=make,
+        check=check,
+        load=Load("scores", num_models, len(domains) * study.evaluate.tokens_per_domain),
+    )
     return stage

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from megatron_demix.artifact import fingerprint, is_done, publish
 from megatron_demix.errors import CorruptInput, OutputExists
@@ -17,6 +17,16 @@ State = Literal["done", "damaged", "partial", "to do"]
 POINTER = "pointer.json"
 """In an artifact that stands for a checkpoint: where that is, as {"checkpoint": path}, from the artifact's folder."""
 _MADE = ".made-part-"
+
+
+class Load(NamedTuple):
+    """What a stage's ranks have to do: train or score so many models, each on so many tokens, tasks aside. A trained model
+    leaves so many checkpoints."""
+
+    does: Literal["trains", "scores"]
+    models: int
+    tokens: int
+    checkpoints: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +46,7 @@ class Stage:
     script: what the ranks run, where that is a command of its own, as a shell script.
     stands_for: the user's own checkpoint or indexed data (prefixes by split) that it is, where that lies now: it may have been
         moved since the artifact was made.
+    load: what its ranks have to do; of a round that may turn out unnecessary, at most.
     """
 
     name: str
@@ -49,6 +60,7 @@ class Stage:
     judge: Callable[[Path], None] = lambda folder: None
     script: Callable[[], str] | None = None
     stands_for: Path | Mapping[str, Sequence[Path]] | None = None
+    load: Load | None = None
 
     @cached_property
     def key(self) -> str:

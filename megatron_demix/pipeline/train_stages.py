@@ -16,7 +16,7 @@ from megatron_demix.pipeline.foundation import Ground
 from megatron_demix.pipeline.given_checkpoint import check_function, check_precision, look_at
 from megatron_demix.pipeline.huggingface_base import imported
 from megatron_demix.pipeline.inputs import InputDigests
-from megatron_demix.pipeline.stage import POINTER, Stage
+from megatron_demix.pipeline.stage import POINTER, Load, Stage
 from megatron_demix.progress import METRICS
 from megatron_demix.search.horizon import Line
 from megatron_demix.study.section import MixtureSpec
@@ -200,8 +200,18 @@ def training(
             check_finished(folder, name, iterations, keep)
 
     ranks = study.parallel.world_size
-    shown = script if stock else None
-    stage = Stage(name, run, everything, tuple(needs), make, ranks=ranks, check=check_if_wanted, judge=judge, script=shown)
+    stage = Stage(
+        name,
+        run,
+        everything,
+        tuple(needs),
+        make,
+        ranks=ranks,
+        check=check_if_wanted,
+        judge=judge,
+        script=script if stock else None,
+        load=Load("trains", 1, num_tokens(study, phase), 1 + len(keep)),
+    )
     return stage
 
 

@@ -34,6 +34,10 @@ class TokenizerSpec(Section):
             raise ValueError(f"type {self.type!r} is not trained, so it takes no `domains`")
         return self
 
+    def under(self, root: Path) -> TokenizerSpec:
+        """With a relative model below `root`."""
+        return self.model_copy(update={"model": root / self.model}) if self.model else self
+
 
 class DomainSpec(Section):
     name: Name

@@ -45,6 +45,52 @@ def ffn_hidden_size(model: ModelSpec) -> int:
     return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if model.swiglu else 4 * model.hidden_size
 
 
+def num_parameters(model: ModelSpec, seq_length: int, padded_vocab_size: int) -> int:
+    """Of the whole model, whatever its parallelism."""
+    hidden, heads, bias = model.hidden_size, model.num_attention_heads, model.add_bias_linear
+    head_dim = model.kv_channels or hidden // heads
+    query, key_value = heads * head_dim, 2 * (model.num_query_groups or heads) * head_dim
+    norm = (2 if model.normalization == "LayerNorm" else 1) * hidden
+    attention = hidden * (query + key_value) + query * hidden
+    attention += (query + key_value) * (bias or model.add_qkv_bias) + hidden * bias
+    if model.qk_layernorm:
+        attention += 2 * norm * head_dim // hidden
+
+    def mlp(width: int) -> int:
+        columns = 2 * width if model.swiglu else width
+        return hidden * (columns + width) + (columns + hidden) * bias
+
+    feed_forward = mlp(ffn_hidden_size(model))
+    if model.num_experts is not None:
+        feed_forward = model.num_experts * (mlp(model.moe_ffn_hidden_size or ffn_hidden_size(model)) + hidden)
+    positions = hidden * (model.max_position_embeddings or seq_length) * (model.position_embedding_type == "learned_absolute")
+    embeddings = hidden * padded_vocab_size * (2 if model.untie_embeddings_and_output_weights else 1)
+    return model.num_layers * (attention + feed_forward + 2 * norm) + norm + positions + embeddings
+
+
+def checkpoint_bytes(model: ModelSpec, train: TrainSpec, padded_vocab_size: int) -> int:
+    """Of the tensors in a training run's checkpoint. For each parameter Adam has a float32 value and two float32 moments; a
+    bfloat16 model's own value is saved besides."""
+    of_each = 12 + (2 if train.precision == "bf16" else 0)
+    return of_each * num_parameters(model, train.seq_length, padded_vocab_size)
+
+
+def flops_per_token(model: ModelSpec, seq_length: int, padded_vocab_size: int) -> float:
+    """Multiplications and additions of one trained token, matrix products only: forward once, backward twice.
+
+    Causal attention looks at half of the sequence on average; of a mixture of experts, the routed ones count.
+    """
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    head_dim = model.kv_channels or hidden // heads
+    query, key_value = heads * head_dim, 2 * (model.num_query_groups or heads) * head_dim
+    attention = hidden * (query + key_value) + query * hidden + 2 * query * seq_length / 2
+    mlp = hidden * ffn_hidden_size(model) * (3 if model.swiglu else 2)
+    if model.num_experts is not None:
+        expert = hidden * (model.moe_ffn_hidden_size or ffn_hidden_size(model)) * (3 if model.swiglu else 2)
+        mlp = model.moe_router_topk * expert + hidden * model.num_experts
+    return 3 * 2 * (model.num_layers * (attention + mlp) + hidden * padded_vocab_size)
+
+
 def model_arguments(model: ModelSpec, train: TrainSpec) -> dict[str, Any]:
     """The model as Megatron-LM's arguments say it, defaults spelled out; without the rows of the embedding."""
     return {

@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping
 
 from megatron_demix.progress import Heartbeat
-from megatron_demix.train.derived import padded_vocab_size
+from megatron_demix.train.derived import flops_per_token, padded_vocab_size
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.losses import FILE, VALIDATION, LossLog, read_losses
 from megatron_demix.train.stragglers import Straggler
-from megatron_demix.train.throughput import device_memory_bytes, device_peak_flops, flops_per_token
+from megatron_demix.train.throughput import device_memory_bytes, device_peak_flops
 from megatron_demix.units import format_bytes, format_count
 
 

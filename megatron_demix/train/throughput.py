@@ -1,12 +1,10 @@
-"""How well a GPU is used: arithmetic a model needs for a token, over what the device could do in the time."""
+"""What a GPU could do, and what of its memory is in use: None on a CPU."""
 
 from __future__ import annotations
 
 import torch
 
-from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.compat import on_cpu
-from megatron_demix.train.derived import ffn_hidden_size
 
 # Dense bfloat16 FLOP/s without sparsity, from NVIDIA's data sheets, by a part of the device's name; the first that fits counts.
 _PEAK_FLOPS = {
@@ -18,22 +16,6 @@ _PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-
-
-def flops_per_token(model: ModelSpec, seq_length: int, padded_vocab_size: int) -> float:
-    """Multiplications and additions of one trained token, matrix products only: forward once, backward twice.
-
-    Causal attention looks at half of the sequence on average; of a mixture of experts, the routed ones count.
-    """
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    head_dim = model.kv_channels or hidden // heads
-    query, key_value = heads * head_dim, 2 * (model.num_query_groups or heads) * head_dim
-    attention = hidden * (query + key_value) + query * hidden + 2 * query * seq_length / 2
-    mlp = hidden * ffn_hidden_size(model) * (3 if model.swiglu else 2)
-    if model.num_experts is not None:
-        expert = hidden * (model.moe_ffn_hidden_size or ffn_hidden_size(model)) * (3 if model.swiglu else 2)
-        mlp = model.moe_router_topk * expert + hidden * model.num_experts
-    return 3 * 2 * (model.num_layers * (attention + mlp) + hidden * padded_vocab_size)
 
 
 def device_peak_flops() -> float | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 
 from megatron_demix.launch import ranks
 
@@ -49,3 +52,12 @@ def test_torchrun_is_given_its_arguments_alone(monkeypatch):
     (arguments,) = ran
     assert (arguments.standalone, arguments.rdzv_backend) == (False, "c10d")
     assert arguments.rdzv_conf == "store_type=file,keep_alive_interval=60"
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path):
+    """torchrun alone leaves a folder for its logs there, each time."""
+    (tmp_path / "rank.py").write_text("pass")
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-m", "megatron_demix.launch.ranks", "--standalone", str(tmp_path / "rank.py")]
+    subprocess.run(command, check=True, env=os.environ | {"TMPDIR": str(tmp_path / "temporary")})
+    assert not list((tmp_path / "temporary").iterdir())

@@ -6,7 +6,6 @@ import pytest
 from small_texts import write_texts
 
 from megatron_demix.artifact import publish, read_json
-from megatron_demix.cli import main
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
@@ -68,13 +67,6 @@ def test_weights_are_part_of_the_key_and_everything_else_stays(path):
     assert not any(name.startswith(("components/code", "blend/natural", "final/natural")) for name in changed)
     other = mixed_stages(dag_of(path, "component.mixed={skills: {code: 0.5, math: 0.5}}"))
     assert other["components/mixed/skills"].key != after["components/mixed/skills"]
-
-
-def test_demix_plan_says_what_they_cost(path, capsys):
-    assert main(["plan", str(path), "--runs", str(path.parent / "runs"), "--set", "component.mixed=pairs"]) == 0
-    assert "component.mixed adds 3 components to 3, and 960 tokens of training to 960" in capsys.readouterr().out
-    assert main(["plan", str(path), "--runs", str(path.parent / "runs")]) == 0
-    assert "component.mixed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""What stages cost: models trained and scored, tokens, arithmetic and disk. It follows from the settings, so it is known before
+anything runs; what tasks cost is not, and is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_demix.artifact import read_json
+from megatron_demix.data.tokenizer import META, load_tokenizer
+from megatron_demix.errors import DemixError
+from megatron_demix.pipeline.foundation import Foundation
+from megatron_demix.pipeline.stage import Load, Stage
+from megatron_demix.train.derived import checkpoint_bytes, flops_per_token, padded_vocab_size
+
+H100_FLOPS = 989e12
+"""Dense bfloat16 FLOP/s of an H100, from NVIDIA's data sheet: the unit of `Cost.gpu_hours`."""
+UTILISATION = 0.4
+"""Part of these that a well-set training run of a dense model reaches."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the stages of one kind that train, or of those that score.
+
+    kind: the first part of the stages' names. models, tokens: how many, and each model's, summed over models. flop:
+    multiplications and additions. checkpoint_bytes: what stays on disk, optimizer included; runs hold more while they go on.
+    """
+
+    kind: str
+    does: str
+    models: int
+    tokens: int
+    flop: float
+    checkpoint_bytes: int
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.flop / (H100_FLOPS * UTILISATION) / 3600
+
+
+def costs(foundation: Foundation, stages: Sequence[Stage]) -> list[Cost]:
+    """In order of their stages. Empty where it is not known how many ids the tokenizer has."""
+    study = foundation.study
+    if (num_ids := _num_ids(foundation)) is None:
+        return []
+    rows = padded_vocab_size(study.model, study.parallel, num_ids)
+    trained_flop = flops_per_token(study.model, study.train.seq_length, rows)
+    flop = {"trains": trained_flop, "scores": trained_flop / 3}  # forward once; backward is twice as much
+    saved = checkpoint_bytes(study.model, study.train, rows)
+    loads: dict[tuple[str, str], list[Load]] = {}
+    for stage in stages:
+        if stage.load:
+            loads.setdefault((stage.kind, stage.load.does), []).append(stage.load)
+    return [
+        Cost(
+            kind,
+            does,
+            sum(load.models for load in those),
+            tokens := sum(load.models * load.tokens for load in those),
+            tokens * flop[does],
+            sum(load.checkpoints for load in those) * saved,
+        )
+        for (kind, does), those in loads.items()
+    ]
+
+
+def _num_ids(foundation: Foundation) -> int | None:
+    """Of the tokenizer that is there, or will be."""
+    study, made = foundation.study, foundation.tokenizer
+    if study.model.padded_vocab_size is not None:
+        return study.model.padded_vocab_size
+    if made.is_intact():
+        return read_json(made.folder / META)["vocab_size"]
+    if study.tokenizer.type == "bpe":
+        return study.tokenizer.train_vocab_size
+    try:
+        return load_tokenizer(study.tokenizer).vocab_size
+    except DemixError:  # it says so when the tokenizer is made
+        return None

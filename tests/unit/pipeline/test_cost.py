@@ -1,0 +1,110 @@
+"""What a study costs, as `demix plan` says it before anything runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_texts import write_texts
+
+from megatron_demix.artifact import publish
+from megatron_demix.cli import main
+from megatron_demix.pipeline.cost import Cost, costs
+from megatron_demix.pipeline.dag import build_dag
+from megatron_demix.study.load import load_study
+from megatron_demix.train.derived import checkpoint_bytes, flops_per_token
+
+STUDY = """
+name: s
+domains:
+  - {name: code, inputs: [code.jsonl]}
+  - {name: english, inputs: [english.jsonl]}
+tokenizer: {type: byte}
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
+train: {seq_length: 16, global_batch_size: 4}
+base: {tokens: 640}
+component: {tokens: 320}
+search: {rounds: [8, 4], objective: {code: 1}, surrogate: ridge, candidates: 1000, top: 16, bootstraps: 0}
+evaluate: {tokens_per_domain: 160}
+final: {tokens: 1k, baselines: [uniform], seeds: 2}
+"""
+ROWS = 384
+"""Of the embedding: 257 ids, padded."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_texts(tmp_path, "code", "english")
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path / "study.yaml"
+
+
+def costs_of(path: Path, *overrides: str) -> dict[tuple[str, str], Cost]:
+    dag = build_dag(load_study(path, list(overrides)), path, path.parent / "run")
+    return {(cost.kind, cost.does): cost for cost in costs(dag, dag.all)}
+
+
+def counted(found: dict[tuple[str, str], Cost]) -> dict[tuple[str, str], tuple[int, int]]:
+    return {key: (cost.models, cost.tokens) for key, cost in found.items()}
+
+
+def test_every_model_and_token_counts(path):
+    """The first round scores the two components beside its proxies; the final scores are those of the base, the proxy and four
+    runs. 1,000 tokens are 16 whole steps of 64."""
+    found = costs_of(path)
+    assert counted(found) == {
+        ("base", "trains"): (1, 640),
+        ("components", "trains"): (2, 640),
+        ("rounds", "scores"): (14, 14 * 320),
+        ("final", "trains"): (4, 4 * 1024),
+        ("final", "scores"): (6, 6 * 320),
+    }
+    study = load_study(path)
+    each = flops_per_token(study.model, 16, ROWS)
+    assert found["final", "trains"].flop == pytest.approx(4096 * each)
+    assert found["final", "scores"].flop == pytest.approx(6 * 320 * each / 3)
+    assert found["components", "trains"].checkpoint_bytes == 2 * checkpoint_bytes(study.model, study.train, ROWS)
+    assert found["rounds", "scores"].checkpoint_bytes == 0
+
+
+def test_settings_that_cost(path):
+    trained = counted(costs_of(path, "search.proxies=trained", "search.proxy_tokens=128"))
+    assert trained["rounds", "trains"] == (12, 12 * 128)
+    assert trained["rounds", "scores"] == (12, 12 * 320)
+    assert ("components", "trains") not in trained
+    assert counted(costs_of(path, "component.mixed=centroid"))["components", "trains"] == (3, 960)
+    assert counted(costs_of(path, "component.maturity_seeds=2"))["maturity", "trains"] == (2, 640)
+    assert counted(costs_of(path, "search.proxy_score=interpolated"))["rounds", "scores"] == (2, 2 * 320)
+    kept = costs_of(path, "component.average=[0.4, 0.8]")["components", "trains"]
+    assert (kept.tokens, kept.checkpoint_bytes) == (2 * 256, 2 * costs_of(path)["components", "trains"].checkpoint_bytes)
+
+
+def test_demix_plan_shows_what_is_to_do(path, capsys):
+    place = [str(path), "--runs", str(path.parent / "runs")]
+    assert main(["plan", *place]) == 0
+    shown = capsys.readouterr().out
+    assert ["components", "2", "trained", "640"] in [line.split()[:4] for line in shown.splitlines()]
+    (all_of_it,) = [line for line in shown.splitlines() if line.startswith("to do: ")]
+    assert all_of_it.endswith(" of checkpoints")
+    assert "H100" not in all_of_it
+    base = build_dag(load_study(path), path, path.parent / "runs" / "s").base
+    with publish(base.folder, base.key, "base", {}):
+        pass
+    assert main(["plan", *place]) == 0
+    assert all_of_it not in capsys.readouterr().out
+    assert main(["plan", *place, "--json"]) == 0
+    rows = {row["stage"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["base/base"]["cost"]["tokens"] == 640
+    assert "cost" not in rows["data/code"]
+
+
+def test_hours_of_a_gpu_where_they_count(path, capsys):
+    large = ["model.num_layers=28", "model.hidden_size=2048", "model.padded_vocab_size=151936", "component.tokens=30B"]
+    main(["plan", str(path), "--runs", str(path.parent / "runs"), *(word for text in large for word in ("--set", text))])
+    shown = capsys.readouterr().out
+    assert " hours of an H100 at 40% of its peak, and " in shown
+
+
+def test_a_tokenizer_that_cannot_be_read_has_no_cost_yet(path, capsys):
+    (path.parent / "tokenizer.json").write_text("{}")
+    dag = build_dag(load_study(path, ["tokenizer={type: huggingface, model: tokenizer.json}"]), path, path.parent / "run")
+    assert costs(dag, dag.all) == []
