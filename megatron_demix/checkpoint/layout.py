@@ -64,6 +64,10 @@ def unreadable(path: Path, e: OSError, what: str = "") -> DemixError:
         return ConfigError(
             f"{path}: this user may not read it ({e.strerror}){what}. Correct its permissions, or those of the folders above."
         )
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return ConfigError(
+            f"{path}: no more files can be open at once ({e.strerror}){what}. Raise that limit: ulimit -n 65536."
+        )
     return CorruptInput(f"{path}: cannot be read ({e.strerror or e}){what}.")
 
 

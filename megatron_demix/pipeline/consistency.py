@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses (scores.json says so)")
     add("--objective", nargs="*", default=[], metavar="SCORE=WEIGHT", help="also report this weighted mean")
     add("--bootstraps", type=int, default=1000, metavar="N", help="resamples of the mixtures for the intervals (default: 1000)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the resamples (default: 0)")
     add("--output", type=Path, metavar="JSON", help="where the report goes")
     add("--plot", type=Path, metavar="FILE", help="rank plot, as .svg, .pdf or .png")
 

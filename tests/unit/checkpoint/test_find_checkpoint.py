@@ -1,5 +1,6 @@
 """Where checkpoints are found, and what is said when they are not."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from dist_checkpoints import small_model, write_checkpoint
 
 from megatron_demix.checkpoint.common_state import read_common_state
-from megatron_demix.checkpoint.layout import TRACKER, find_checkpoint
+from megatron_demix.checkpoint.layout import TRACKER, find_checkpoint, unreadable
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 
@@ -153,3 +154,12 @@ def test_what_may_not_be_read_is_no_damage(as_another_user, what):
 
     with pytest.raises(ConfigError, match=r": this user may not read it \(Permission denied\).*\. Correct its permissions"):
         read()
+
+
+def test_too_many_open_files_are_no_damage(tmp_path):
+    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    refused = unreadable(tmp_path, error)
+    assert isinstance(refused, ConfigError)
+    assert str(refused) == (
+        f"{tmp_path}: no more files can be open at once (Too many open files). Raise that limit: ulimit -n 65536."
+    )
