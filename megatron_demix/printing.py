@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megatron_demix.pipeline.dag import Dag
     from megatron_demix.pipeline.stage import Stage
 
-_DONE_TO_MODELS = {"trains": "trained", "scores": "scored"}
 _FINDING_COLOURS = {"works": "green", "installed": "green", "absent": "dim", "misfit": "red", "broken": "red"}
 
 
@@ -76,8 +75,7 @@ def _show_costs(of_all: Sequence[Cost], to_do: Sequence[Cost]) -> None:
     table = new_table("cost", *columns, right=columns)
     for cost in of_all:
         disk = format_bytes(cost.checkpoint_bytes) if cost.checkpoint_bytes else "-"
-        models, tokens = f"{cost.models} {_DONE_TO_MODELS[cost.does]}", format_count(cost.tokens)
-        table.add_row(cost.kind, models, tokens, f"{cost.flop:.2g}", disk)
+        table.add_row(cost.kind, cost.models_in_words, format_count(cost.tokens), f"{cost.flop:.2g}", disk)
     print()
     on_terminal().print(table)
     if flop := sum(cost.flop for cost in to_do):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_demix.artifact import read_json
 from megatron_demix.data.tokenizer import META, load_tokenizer
@@ -28,11 +29,15 @@ class Cost:
     """
 
     kind: str
-    does: str
+    does: Literal["trains", "scores"]
     models: int
     tokens: int
     flop: float
     checkpoint_bytes: int
+
+    @property
+    def models_in_words(self) -> str:
+        return f"{self.models} {'trained' if self.does == 'trains' else 'scored'}"
 
     @property
     def gpu_hours(self) -> float:
@@ -48,7 +53,7 @@ def costs(foundation: Foundation, stages: Sequence[Stage]) -> list[Cost]:
     trained_flop = flops_per_token(study.model, study.train.seq_length, rows)
     flop = {"trains": trained_flop, "scores": trained_flop / 3}  # forward once; backward is twice as much
     saved = checkpoint_bytes(study.model, study.train, rows)
-    loads: dict[tuple[str, str], list[Load]] = {}
+    loads: dict[tuple[str, Literal["trains", "scores"]], list[Load]] = {}
     for stage in stages:
         if stage.load:
             loads.setdefault((stage.kind, stage.load.does), []).append(stage.load)

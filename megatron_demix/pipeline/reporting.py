@@ -11,6 +11,7 @@ from megatron_demix.artifact import read_json
 from megatron_demix.evaluate.job import NOTES, SCORES
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
+from megatron_demix.pipeline.cost import costs
 from megatron_demix.pipeline.final_stages import FOUND
 from megatron_demix.pipeline.maturity_stages import BASE, mixed_centroid
 from megatron_demix.pipeline.preflight import few
@@ -21,6 +22,7 @@ from megatron_demix.pipeline.train_stages import horizon_line
 from megatron_demix.report.data import (
     BlendRow,
     Choice,
+    Cost,
     Domain,
     FinalRun,
     Fit,
@@ -93,6 +95,7 @@ def collect(dag: Dag) -> ReportData:
         final=_final(dag),
         untrained=_untrained(dag),
         blends=blends,
+        costs=[Cost(c.kind, c.models_in_words, c.tokens, c.flop) for c in costs(dag, [s for s in dag.all if s.is_intact()])],
         timings_s=_timings(dag),
     )
 

@@ -14,7 +14,7 @@ from megatron_demix import __version__
 from megatron_demix.artifact import write_atomic
 from megatron_demix.errors import ConfigError
 from megatron_demix.report import caveats, figures, optimum, selection
-from megatron_demix.report.data import FOUND, Fit, Proxy, ReportData
+from megatron_demix.report.data import FOUND, Cost, Fit, Proxy, ReportData
 from megatron_demix.report.drawing import colour_variable
 from megatron_demix.report.maturity import gaps
 from megatron_demix.report.verdict import Verdict, judge, standard_deviation
@@ -92,6 +92,7 @@ def render(data: ReportData, table: str = "proxies.csv") -> str:
         maturity=gaps(data),
         proxy_score=_PROXY_SCORES[data.proxy_score] if data.proxies == "merged" else "",
         surrogates=_surrogates(selection.last_fit(data)),
+        costs=_costs(data),
         timings=_timings(data),
         warnings=caveats.warnings(data, verdict),
         not_measured=caveats.not_measured(data, verdict),
@@ -287,6 +288,12 @@ def proxy_table(data: ReportData) -> str:
         values += [row.proxy.weights.get(d, 0.0) for d in merged]
         writer.writerow([row.proxy.name, row.round, *(f"{v:.8g}" if math.isfinite(v) else "" for v in values)])
     return text.getvalue()
+
+
+def _costs(data: ReportData) -> list[tuple[Cost, float]]:
+    """Each with its part of all FLOP."""
+    total = math.fsum(cost.flop for cost in data.costs)
+    return [(cost, cost.flop / total) for cost in data.costs]
 
 
 def _timings(data: ReportData) -> list[dict[str, Any]]:

@@ -64,6 +64,16 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Of the stages of one kind that train, or score. models: how many, in words. flop: multiplications and additions."""
+
+    kind: str
+    models: str
+    tokens: int
+    flop: float
+
+
+@dataclass(frozen=True)
 class Round:
     """One sample-merge-evaluate-fit iteration. scores: what counted, by proxy name, then score. fit: by score, on all rounds so
     far.
@@ -207,6 +217,7 @@ class ReportData:
     """Scores on the same split of models that had no final run: the base, the found mixture's proxy."""
     blends: Mapping[str, Mapping[str, BlendRow]] = field(default_factory=dict)
     """By final mixture, then domain."""
+    costs: Sequence[Cost] = ()
     timings_s: Mapping[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage."""
 

@@ -4,7 +4,19 @@ import random
 
 import pytest
 
-from megatron_demix.report.data import BlendRow, Choice, Domain, FinalRun, Fit, FrontPoint, Optimum, Proxy, ReportData, Round
+from megatron_demix.report.data import (
+    BlendRow,
+    Choice,
+    Cost,
+    Domain,
+    FinalRun,
+    Fit,
+    FrontPoint,
+    Optimum,
+    Proxy,
+    ReportData,
+    Round,
+)
 
 
 @pytest.fixture(scope="session")
@@ -66,5 +78,6 @@ def whole() -> ReportData:
             "natural": {"code": BlendRow(600, 600, 594, 0.8, 12), "math": BlendRow(200, 200, 390, 1.6, 7)},
             "uniform": {"code": BlendRow(500, 500, 501, 0.8, 12), "math": BlendRow(500, 500, 499, 1.6, 7)},
         },
+        costs=[Cost("base", "1 trained", 4000, 3e9), Cost("rounds", "24 scored", 9600, 1e9)],
         timings_s={"base": 10.0, "components/code": 61.0, "components/math": 62.0},
     )

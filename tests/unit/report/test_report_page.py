@@ -66,7 +66,7 @@ def test_every_section_is_there(text):
         "Predicted against measured",
         "Training",
         "The found mixture as data",
-        "Where the time went",
+        "What it cost",
         "How far to trust this",
     ]
 
@@ -124,7 +124,8 @@ def test_the_same_data_give_the_same_bytes(whole, text, tmp_path):
     [
         ((), []),
         (("domains",), ["The domains"]),
-        (("domains", "losses", "timings_s"), ["The domains", "Training", "Where the time went"]),
+        (("domains", "losses", "timings_s"), ["The domains", "Training", "What it cost"]),
+        (("costs",), ["What it cost"]),
         (("rounds", "choice"), ["The mixture", "The search", "Predicted against measured"]),
         (("final",), ["Final runs"]),
     ],
@@ -267,3 +268,9 @@ def test_a_found_mixture_far_from_all_proxies_is_said_to_be_extrapolated(whole):
 def test_a_round_whose_mixtures_repeat_says_so(whole):
     same = replace(whole, rounds=[replace(whole.rounds[0], mixtures=[whole.rounds[0].mixtures[0]] * 3, scores={})])
     assert "Round 1: 1 of 3 mixtures is distinct: the bounds leave no others." in caveats.warnings(same, judge(same))
+
+
+def test_costs_are_shown_beside_their_part(text):
+    section = text[text.index("What it cost") :]
+    assert "<td>1 trained</td>" in section
+    assert '<td data-value="9600">9.6k</td><td data-value="1000000000.0">1e+09</td><td data-value="0.25">25.0 %</td>' in section
