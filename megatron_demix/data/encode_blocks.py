@@ -17,7 +17,7 @@ from megatron_demix.data.tokenizer import Tokenizer
 from megatron_demix.indexed.format import token_dtype
 
 SentenceSplitter = Callable[[str], list[str]]
-FORMAT = 2
+FORMAT = 3
 """Raised when the same inputs and settings come to give other bytes or other blocks: what an earlier version made of them, or
 began to make, is not taken for the same."""
 

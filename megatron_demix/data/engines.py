@@ -33,6 +33,12 @@ PROBE = (
 )
 
 
+def probe(added_tokens: Sequence[str]) -> list[str]:
+    """PROBE, and the tokens that a tokenizer finds in text by their spelling: within words, between blanks, end to end."""
+    around = [f"a{token}b{token}, {token}s {token} {token}\n\t{token}" for token in added_tokens]
+    return [*PROBE, *around, "".join(added_tokens), "".join(reversed(added_tokens))]
+
+
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(r) for r in rows], out=offsets[1:])

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_demix.artifact import fingerprint, read_json, write_json
 from megatron_demix.data import vocabularies
-from megatron_demix.data.engines import PROBE, Engine, agrees
+from megatron_demix.data.engines import Engine, agrees, probe
 from megatron_demix.data.inputs import BadDocuments, Documents, read_documents
 from megatron_demix.data.text import TextBatch
 from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
@@ -31,8 +31,8 @@ META = "meta.json"
 class Tokenizer:
     """Text to ids. `eod_id` ends a document; ids are below `vocab_size`.
 
-    engine: "auto" encodes with gigatoken where it gives the very ids the tokenizer's own library gives on PROBE, else with
-    that library; "reference" always with that library.
+    engine: "auto" encodes with gigatoken where it gives the very ids the tokenizer's own library gives on engines.probe, else
+    with that library; "reference" always with that library.
     """
 
     def __init__(self, vocabulary: vocabularies.Vocabulary, *, engine: str = "auto") -> None:
@@ -71,10 +71,11 @@ class Tokenizer:
 
     @cached_property
     def _engine(self) -> Engine:
+        reference = self._vocabulary.reference_engine()
         fast = self._vocabulary.fast_engine() if self._engine_wanted == "auto" else None
-        if fast is not None and agrees(fast, self._vocabulary.reference_engine(), TextBatch.of(PROBE)):
+        if fast is not None and agrees(fast, reference, TextBatch.of(probe(self._vocabulary.added_tokens()))):
             return fast
-        return self._vocabulary.reference_engine()
+        return reference
 
     @property
     def engine_name(self) -> str:

@@ -43,6 +43,10 @@ class Vocabulary(ABC):
         """gigatoken, where it can load the file."""
         return None
 
+    def added_tokens(self) -> list[str]:
+        """Those that are found in text before the rest of it is cut into pieces, as they are spelled."""
+        return []
+
     @abstractmethod
     def pieces(self) -> Mapping[int, bytes]:
         """The bytes of each ordinary id; special tokens may be left out."""
@@ -116,6 +120,9 @@ class HuggingFace(Vocabulary):
 
     def fast_engine(self) -> Engine | None:
         return _gigatoken(lambda gigatoken: gigatoken.Tokenizer.from_json(engines.without_special_tokens(self._json)))
+
+    def added_tokens(self) -> list[str]:
+        return [token["content"] for token in json.loads(self._json).get("added_tokens") or []]
 
     def pieces(self) -> Mapping[int, bytes]:
         data = json.loads(self._json)

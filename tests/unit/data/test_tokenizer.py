@@ -288,6 +288,21 @@ def test_a_fast_engine_that_differs_is_not_used(bpe, monkeypatch):
     assert tokenizer.encode_batch(TEXTS)[0].any()
 
 
+@pytest.mark.parametrize(
+    ("options", "engine"), [({}, "gigatoken"), ({"single_word": True}, "huggingface"), ({"lstrip": True, "rstrip": True}, None)]
+)
+def test_added_tokens_are_found_where_the_tokenizer_finds_them(bpe, tmp_path, options, engine):
+    """Words of their own, say, which gigatoken finds within others, too."""
+    from tokenizers import AddedToken, Tokenizer
+
+    extended = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    extended.add_tokens([AddedToken("<think>", **options), AddedToken("encod", **options)])
+    extended.save(str(tmp_path / "tokenizer.json"))
+    spec = TokenizerSpec(type="huggingface", model=tmp_path / "tokenizer.json")
+    tokenizer = check_against_reference(spec, [*TEXTS, *REAL[-1:], "def<think>x, encoded encod  <think> \n"])
+    assert engine in (None, tokenizer.engine_name)
+
+
 def test_bad_tokenizers(bpe, tmp_path):
     with pytest.raises(ConfigError, match=r"no meta\.json there; expected a folder written by the prepare stage"):
         load_tokenizer(tmp_path)
