@@ -2,7 +2,7 @@
 
 `view`: the pool's tokens as one .bin and a small .idx whose pointers pick, repeat and order documents; another mixture costs
 another .idx. `materialise`: plain .bin/.idx with the documents written out. `args`: weights and prefixes for Megatron's own
-blending. All three come from one plan, exact to the document.
+blending. The first two are exact to the document; Megatron takes samples and not documents, so the weights are those planned.
 
 The order of the documents is shuffled and even at every scale: in any window of the blend, every domain's tokens differ from
 its share by less than two times the longest document (by less than one from the start on; the manifest has what was reached).
@@ -44,7 +44,8 @@ __all__ = ["BlendPlan", "Pool", "Source", "build_blend", "feasible_max_shares", 
 class DomainPlan:
     """What one domain gives: `documents` of its shuffled stream from position `begin` on.
 
-    share: as asked for; requested: that share of the target; planned: after limits, in tokens; tokens: of the documents.
+    share: as asked for; requested: that share of the target; planned: after limits, in tokens; tokens: of the documents, or,
+    where they need not be whole, as planned.
     """
 
     domain: Domain
@@ -125,10 +126,11 @@ def plan_blend(
     seed: int,
     on_shortfall: OnShortfall = "error",
     begin: Mapping[str, tuple[int, int]] | None = None,
+    whole_documents: bool = True,
     threads: int = 1,
 ) -> BlendPlan:
     """Choose whole documents: every domain within one document of its quota, the total at least the target (less only where
-    "cap" cut it), by less than one document.
+    "cap" cut it), by less than one document. Without whole_documents every domain gives its quota, of a part of its last one.
 
     begin: (documents, tokens) of each domain that earlier stages used. Raises MixtureError, ConfigError.
     """
@@ -143,16 +145,10 @@ def plan_blend(
         }
     finally:
         pool.check_still_there()
-    chosen = {name: (documents, tokens) for name, (documents, tokens, _) in below.items()}
-    missing = sum(planned.values()) - sum(tokens for _, tokens in chosen.values())
-    # Largest remainder, in documents: who is owed most of its next document gets it, until the total is reached.
-    owed = {name: (planned[name] - tokens) / max(next_length, 1) for name, (_, tokens, next_length) in below.items()}
-    for name in sorted(owed, key=lambda n: (-owed[n], list(owed).index(n))):
-        if missing <= 0:
-            break
-        documents, tokens, next_length = below[name]
-        chosen[name] = (documents + 1, tokens + next_length)
-        missing -= next_length
+    if whole_documents:
+        chosen = _whole(planned, below)
+    else:
+        chosen = {n: (documents + (tokens < planned[n]), planned[n]) for n, (documents, tokens, _) in below.items()}
     shares = mixture.over(list(pool.domains))
     requested = dict(zip(shares, apportion(target_tokens, list(shares.values())), strict=True))
     if not any(documents for documents, _ in chosen.values()):
@@ -171,6 +167,21 @@ def plan_blend(
             "2,147,483,647 at most. Build several blends and give Megatron their paths with equal weights."
         )
     return plan
+
+
+def _whole(planned: Mapping[str, int], below: Mapping[str, tuple[int, int, int]]) -> dict[str, tuple[int, int]]:
+    """(documents, tokens) of each domain. below: of the documents that fit into what is planned, and the next one's length."""
+    chosen = {name: (documents, tokens) for name, (documents, tokens, _) in below.items()}
+    missing = sum(planned.values()) - sum(tokens for _, tokens in chosen.values())
+    # Largest remainder, in documents: who is owed most of its next document gets it, until the total is reached.
+    owed = {name: (planned[name] - tokens) / max(next_length, 1) for name, (_, tokens, next_length) in below.items()}
+    for name in sorted(owed, key=lambda n: (-owed[n], list(owed).index(n))):
+        if missing <= 0:
+            break
+        documents, tokens, next_length = below[name]
+        chosen[name] = (documents + 1, tokens + next_length)
+        missing -= next_length
+    return chosen
 
 
 def build_blend(
@@ -218,7 +229,16 @@ def build_blend(
         raise ConfigError(f"blend mode is {mode!r}, expected one of {', '.join(MODES)}.")
     threads = threads or native.default_threads()
     opened = open_pool(pool)
-    plan = plan_blend(opened, mixture, target_tokens, seed=seed, on_shortfall=on_shortfall, begin=begin, threads=threads)
+    plan = plan_blend(
+        opened,
+        mixture,
+        target_tokens,
+        seed=seed,
+        on_shortfall=on_shortfall,
+        begin=begin,
+        whole_documents=mode != "args",
+        threads=threads,
+    )
     sources = [i for i, _ in plan.pool.indexes]
     output = Path(output)
     notes = output.parent / HASH_NOTES

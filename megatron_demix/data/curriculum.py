@@ -52,6 +52,13 @@ def build_curriculum(
             plan = plan_blend(opened, stage.mixture, stage.target_tokens, begin=used, **how)
         except MixtureError as e:
             raise MixtureError(f"stage {number} of {len(stages)}: {e} No stage was built.") from e
+        again = [part.domain.name for part in plan.parts if part.begin]
+        if options.get("mode") == "args" and again:
+            raise ConfigError(
+                f"stage {number} of {len(stages)}: {again[0]!r} is in an earlier stage, too, and by its arguments Megatron "
+                "would begin it anew, with documents that have been read. Build views, or write the stages out (mode "
+                "materialise)."
+            )
         for part in plan.parts:
             documents, tokens = used.get(part.domain.name, (0, 0))
             used[part.domain.name] = (documents + part.documents, tokens + part.tokens)

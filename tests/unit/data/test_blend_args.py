@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from indexed_data import make_pool
 
 from megatron_demix.data.blend import Pool, Source
 from megatron_demix.data.blend_files import read_manifest
+from megatron_demix.data.curriculum import Stage, build_curriculum
 from megatron_demix.data.verify import verify_blend
 from megatron_demix.errors import ConfigError, OutputExists
 from megatron_demix.mixture import Mixture
@@ -46,6 +48,29 @@ def test_args_mode(tmp_path):
     blank = make_pool(tmp_path / "a blank", {"code": [10]})
     with pytest.raises(ConfigError, match=r"code_0' has a blank in it, at which Megatron's --data-args-path would cut it"):
         build(blank, tmp_path / "b", target=5, mixture=Mixture({"code": 1}), mode="args")
+
+
+def test_megatron_takes_no_whole_documents(tmp_path):
+    """Weights are the shares asked for, however long documents are, and the manifest and its warnings speak of these."""
+    long = make_pool(tmp_path, {"code": [1000] * 3, "prose": [7] * 90})
+    shares = Mixture({"code": 0.1, "prose": 0.9})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = build(long, tmp_path / "a", target=600, mixture=shares, mode="args")
+    assert as_megatron_reads(tmp_path / "a")[0][1] == [0.1, 0.9]
+    assert {n: (d["tokens"], d["documents"]) for n, d in report["domains"].items()} == {"code": (60, 1), "prose": (540, 78)}
+    assert (report["tokens"], report["dropped_domains"]) == (600, [])
+    with pytest.warns(UserWarning, match=r"code 0\.6468 instead of 0\.1, .* Documents are whole"):
+        build(long, tmp_path / "v", target=600, mixture=shares)
+
+
+def test_a_curriculum_of_arguments_repeats_nothing(pool, tmp_path):
+    stages = [Stage(Mixture({"code": 1}), 9_000), Stage(Mixture({"prose": 1}), 9_000)]
+    options = {"seed": 3, "progress": False, "mode": "args"}
+    assert len(build_curriculum(pool, stages, tmp_path / "a", **options)) == 2
+    with pytest.raises(ConfigError, match=r"stage 3 of 3: 'code' is in an earlier stage, too, .* Megatron would begin it anew"):
+        build_curriculum(pool, [*stages, stages[0]], tmp_path / "b", **options)
+    assert not list(tmp_path.glob("b*"))
 
 
 @pytest.mark.parametrize("changed", ["prefixes", "valid", "test"])
