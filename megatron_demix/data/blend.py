@@ -312,7 +312,7 @@ def _manifest(
         paths = {"paths": blend_files.megatron_words(planned, plan.pool.domains)}
     return {
         "kind": "blend",
-        "key": fingerprint(identity | paths | {"domains": [[n, d | {"sources": _contents(d)}] for n, d in domains.items()]}),
+        "key": _key(identity | paths),
         "unit": "tokens",
         "tokens": plan.tokens,
         "documents": plan.documents,
@@ -321,6 +321,27 @@ def _manifest(
         "tokenizer": plan.pool.tokenizer,
         "dropped_domains": list(plan.dropped),
     } | identity
+
+
+_IDENTITY = ("mode", "seed", "on_shortfall", "target_tokens", "domains")
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    """Of what decides a blend. The order of the domains counts, and where they lie does not."""
+    domains = [[name, d | {"sources": _contents(d)}] for name, d in identity["domains"].items()]
+    return fingerprint({**identity, "domains": domains})
+
+
+def contradicts_itself(manifest: Mapping[str, Any]) -> bool:
+    """Whether the manifest of a view or a materialised blend says something else than when it was written."""
+    try:
+        parts = manifest["domains"].values()
+        totals = {what: sum(d[what] for d in parts) for what in ("tokens", "documents")}
+        return _key({k: manifest[k] for k in _IDENTITY}) != manifest["key"] or any(
+            manifest[what] != total for what, total in totals.items()
+        )
+    except (KeyError, TypeError, AttributeError):
+        return True
 
 
 def _real(prefix: Path) -> Path:

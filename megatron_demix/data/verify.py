@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_demix import native
 from megatron_demix.artifact import hash_file
-from megatron_demix.data.blend import BlendPlan, DomainPlan
+from megatron_demix.data.blend import BlendPlan, DomainPlan, contradicts_itself
 from megatron_demix.data.blend_data import DOMAINS_SUFFIX
 from megatron_demix.data.blend_files import manifest_path, read_manifest
 from megatron_demix.data.pool import Pool, Source, open_pool
@@ -37,8 +37,13 @@ def verify_blend(prefix: Path | str, *, progress: bool = True) -> dict[str, Any]
     manifest = read_manifest(prefix)
     if manifest is None:
         raise ConfigError(f"{manifest_path(prefix)} does not exist: {prefix} is not the prefix of a finished blend.")
-    if manifest["mode"] == "args":
+    if manifest.get("mode") == "args":
         raise ConfigError(f"blend {prefix} consists of arguments for Megatron; it has no data of its own to verify.")
+    if contradicts_itself(manifest):
+        raise VerificationFailed(
+            f"{manifest_path(prefix)} does not agree with its own key and totals: it was changed since the blend was built. "
+            "Copy it again from its source, or build the blend again."
+        )
     for suffix, facts in manifest["files"].items():
         if "blake2b" in facts and hash_file(Path(f"{prefix}{suffix}")) != facts["blake2b"]:
             raise VerificationFailed(f"{prefix}{suffix} has other bytes than when it was built. Build the blend again.")

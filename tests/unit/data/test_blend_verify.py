@@ -91,6 +91,22 @@ def test_verify_finds_a_document_that_comes_too_often(pool, tmp_path):
         verify_blend(tmp_path / "b", progress=False)
 
 
+@pytest.mark.parametrize("change", ["tokens", "documents", "seed", "share", "max_epochs", "domains"])
+def test_verify_finds_a_manifest_that_was_changed(pool, tmp_path, change):
+    """Where the sources are gone, nothing else could tell."""
+    build(pool, tmp_path / "b")
+    shutil.rmtree(tmp_path / "pool")
+    path = tmp_path / "b.blend.json"
+    manifest = json.loads(path.read_text())
+    if change == "domains":
+        del manifest[change]
+    else:
+        (manifest if change in manifest else manifest["domains"]["math"])[change] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(VerificationFailed, match="does not agree with its own key and totals"):
+        verify_blend(tmp_path / "b", progress=False)
+
+
 def test_verify_says_when_sources_are_gone_or_changed(pool, tmp_path):
     build(pool, tmp_path / "b")
     flip_last_byte(tmp_path / "pool" / "math_0.bin")
