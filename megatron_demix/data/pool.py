@@ -15,7 +15,7 @@ import numpy as np
 from megatron_demix import native
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
-from megatron_demix.indexed.format import bin_path
+from megatron_demix.indexed.format import bin_path, idx_path
 from megatron_demix.indexed.reader import Index, read_index
 from megatron_demix.mixture import tokens_of_epochs
 
@@ -172,7 +172,7 @@ def open_pool(pool: Mapping[str, Source]) -> OpenPool:
     if not pool:
         raise ConfigError("pool: no domains. Give at least one domain with its prefixes.")
     opened: list[Domain] = []
-    seen: dict[str, str] = {}
+    seen: dict[tuple[int, int], str] = {}
     for name, source in pool.items():
         if not source.prefixes:
             raise ConfigError(f"pool: domain {name!r} has no prefixes. Name its indexed data, or remove it.")
@@ -180,13 +180,15 @@ def open_pool(pool: Mapping[str, Source]) -> OpenPool:
             raise ConfigError(f"pool: domain {name!r}: max_epochs is {source.max_epochs}, expected a finite number > 0.")
         indexes = []
         for prefix in source.prefixes:
-            real = os.path.realpath(f"{prefix}.bin")
-            if real in seen:
-                raise ConfigError(
-                    f"pool: {prefix} is given twice, in domain {seen[real]!r} and {name!r}: it would be repeated."
-                )
-            seen[real] = name
             index = read_index(prefix)
+            # Views of one pool may share its .bin.
+            facts = os.stat((idx_path if index.is_view else bin_path)(prefix))
+            file = (facts.st_dev, facts.st_ino)
+            if file in seen:
+                raise ConfigError(
+                    f"pool: {prefix} is given twice, in domain {seen[file]!r} and {name!r}: it would be repeated."
+                )
+            seen[file] = name
             _check_usable(index)
             indexes.append(index)
         opened.append(Domain(name, source.max_epochs, tuple(indexes), valid=source.valid, test=source.test))

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,21 @@ def test_bad_pools(pool, tmp_path):
         with pytest.raises(error, match=message):
             build(bad, tmp_path / "out", mixture=Mixture.uniform(bad or ["a"]))
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_other_names_of_one_data_set(pool, tmp_path):
+    """Whatever kind of link gives it another name. Two views of one pool, which share its .bin, are two."""
+    prefix = pool["code"].prefixes[0]
+    for name, link in (("soft", Path.symlink_to), ("hard", Path.hardlink_to)):
+        for suffix in (".bin", ".idx"):
+            link(tmp_path / f"{name}{suffix}", Path(f"{prefix}{suffix}"))
+        with pytest.raises(ConfigError, match=f"{name} is given twice, in domain 'a' and 'b'"):
+            open_pool({"a": pool["code"], "b": Source((tmp_path / name,))})
+    views = {n: Source((tmp_path / n,)) for n in ("u", "v")}
+    for seed, name in enumerate(views):
+        build(pool, tmp_path / name, seed=seed, pool_cache=tmp_path / "cache")
+    assert (tmp_path / "u.bin").samefile(tmp_path / "v.bin")
+    assert list(open_pool(views).domains) == ["u", "v"]
 
 
 def test_a_domain_given_twice_in_a_pools_file(tmp_path):
