@@ -26,10 +26,10 @@ def tokens_of_epochs(tokens: float, max_epochs: float) -> int:
 class Mixture(Mapping[str, float]):
     """Weights by domain name: finite, non-negative, summing to 1 within TOLERANCE (then divided by their exact sum).
 
-    Immutable, keeps the order of the domains. Raises MixtureError naming `label` and the offending domain.
+    Immutable, keeps the order of the domains. label: what errors call it. Raises MixtureError naming the offending domain.
     """
 
-    __slots__ = ("_weights",)
+    __slots__ = ("_weights", "label")
 
     def __init__(self, weights: Mapping[str, float], *, label: str = "mixture") -> None:
         if not isinstance(weights, Mapping):
@@ -47,6 +47,7 @@ class Mixture(Mapping[str, float]):
                 "Correct them, or add the domain that is absent; weights are never normalised silently."
             )
         self._weights = {name: float(weight) / total for name, weight in weights.items()}
+        self.label = label
 
     @classmethod
     def proportional(cls, amounts: Mapping[str, float], *, label: str = "mixture") -> Mixture:
@@ -85,18 +86,18 @@ class Mixture(Mapping[str, float]):
     def __str__(self) -> str:
         return " ".join(f"{name}={weight:.4g}" for name, weight in self.items())
 
-    def over(self, domains: Sequence[str], *, label: str = "mixture") -> Mixture:
+    def over(self, domains: Sequence[str]) -> Mixture:
         """The same mixture listed over exactly `domains`, absent ones at 0. Raises MixtureError on a name not in them."""
         unknown = [name for name in self if name not in domains]
         if unknown:
-            raise MixtureError(f"{label}: unknown domain {unknown[0]!r}; the domains are {', '.join(domains)}.")
-        return Mixture({name: self.get(name, 0.0) for name in domains}, label=label)
+            raise MixtureError(f"{self.label}: unknown domain {unknown[0]!r}; the domains are {', '.join(domains)}.")
+        return Mixture({name: self.get(name, 0.0) for name in domains}, label=self.label)
 
 
 def actual_shares(merge_weights: Mixture, anchor: Mixture, anchor_share: float) -> Mixture:
     """The data a proxy stands for: b * q + (1 - b) * a. Domains are those of merge_weights; anchor must lie within them."""
     _check_share(anchor_share)
-    anchor = anchor.over(list(merge_weights), label="anchor")
+    anchor = anchor.over(list(merge_weights))
     return Mixture({n: anchor_share * anchor[n] + (1 - anchor_share) * a for n, a in merge_weights.items()})
 
 

@@ -71,7 +71,7 @@ class SearchSpace:
     def __post_init__(self) -> None:
         if not 0 <= self.anchor_share < 1:
             raise MixtureError(f"anchor share is {self.anchor_share}, expected 0 <= share < 1.")
-        object.__setattr__(self, "anchor", self.anchor.over(self.domains, label="anchor"))
+        object.__setattr__(self, "anchor", self.anchor.over(self.domains))
         self._check_names()
         self._check_domains()
         self._check_sums()

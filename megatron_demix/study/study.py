@@ -238,4 +238,4 @@ class Study(Section):
             return Mixture.proportional({n: natural[n] for n in self.domain_names}, label=label)
         if spec == "uniform":
             return Mixture.uniform(self.domain_names)
-        return Mixture(dict(spec), label=label).over(self.domain_names, label=label)
+        return Mixture(dict(spec), label=label).over(self.domain_names)

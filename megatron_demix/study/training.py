@@ -263,7 +263,7 @@ class ComponentSpec(Phase):
         if self.mixed == "pairs":
             return {f"{a}+{b}": Mixture.uniform((a, b)).over(domains) for a, b in combinations(domains, 2)}
         return {
-            name: Mixture(weights, label=f"component.mixed.{name}").over(domains, label=f"component.mixed.{name}")
+            name: Mixture(weights, label=f"component.mixed.{name}").over(domains)
             for name, weights in (self.mixed or {}).items()
         }
 

@@ -77,7 +77,7 @@ def test_over_lists_all_domains_and_refuses_others():
     m = Mixture({"b": 1.0}).over(["a", "b"])
     assert list(m.items()) == [("a", 0.0), ("b", 1.0)]
     with pytest.raises(MixtureError, match="anchor: unknown domain 'b'; the domains are a, c"):
-        Mixture({"b": 1.0}).over(["a", "c"], label="anchor")
+        Mixture({"b": 1.0}, label="anchor").over(["a", "c"])
 
 
 @given(amounts)

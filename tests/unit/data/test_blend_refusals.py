@@ -226,8 +226,8 @@ def test_bad_arguments(pool, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             build(pool, tmp_path / "b", **options)
-    with pytest.raises(MixtureError, match="unknown domain 'cod'"):
-        build(pool, tmp_path / "b", mixture=Mixture({"cod": 1}))
+    with pytest.raises(MixtureError, match=r"mixture.json: unknown domain 'cod'"):
+        build(pool, tmp_path / "b", mixture=Mixture({"cod": 1}, label="mixture.json"))
 
 
 def test_stale_index_caches_are_named(pool, tmp_path):

@@ -172,7 +172,7 @@ def test_infeasible_spaces_name_the_constraint_and_the_gap(arguments: dict, mess
 def test_other_bad_arguments() -> None:
     with pytest.raises(MixtureError, match="anchor share is 1, expected 0 <= share < 1"):
         SearchSpace(NATURAL, UNIFORM, 1)
-    with pytest.raises(MixtureError, match="anchor: unknown domain 'prose'"):
+    with pytest.raises(MixtureError, match="mixture: unknown domain 'prose'; the domains are general, code, math"):
         SearchSpace(NATURAL, Mixture({"prose": 1.0}), 0.5)
     with pytest.raises(MixtureError, match="target tokens are 0, expected > 0"):
         epoch_caps({"code": 1.0}, {}, 0)
