@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class CheckpointMetadata:
     objects: dict[str, Location]
 
 
+_FLATTENED = "model."
 _DCP = "torch.distributed.checkpoint"
 _CLASSES = (
     f"{_DCP}.metadata.Metadata",
@@ -99,10 +100,10 @@ def read_metadata(folder: Path, wanted: Callable[[str], bool] | None = None) -> 
 
     wanted: whether a tensor is of interest, by key; of others only where they lie is looked at. None: all are.
     Raises CorruptInput naming the file: a forbidden class (nothing is executed), damage, or chunks that leave their tensor, are
-    stored nowhere, or point out of the folder; IncompatibleInputs for another backend, ConfigError for what may not be read.
+    stored nowhere, or point out of the folder; IncompatibleInputs for another format, ConfigError for what may not be read.
     """
     folder = Path(folder)
-    _check_backend(folder / BACKEND)
+    said = _check_backend(folder / BACKEND)
     path = folder / METADATA
     try:
         data = path.read_bytes()
@@ -110,14 +111,18 @@ def read_metadata(folder: Path, wanted: Callable[[str], bool] | None = None) -> 
         raise unreadable(path, e) from e
     try:
         with without_collector():
-            return _interpret(read_pickle(data, _ALLOWED, str(path)), path, wanted)
+            root = read_pickle(data, _ALLOWED, str(path))
+            if not said:
+                _check_keys(root["state_dict_metadata"], folder)
+            return _interpret(root, path, wanted)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e:
         raise CorruptInput(f"{path}: is not the metadata of a torch_dist checkpoint ({type(e).__name__}: {e}).") from e
 
 
-def _check_backend(path: Path) -> None:
+def _check_backend(path: Path) -> bool:
+    """Whether metadata.json is there, and says torch_dist. Raises for what else it says."""
     if not path.is_file():
-        return
+        return False
     try:
         backend = json.loads(path.read_text())["sharded_backend"]
     except OSError as e:
@@ -126,6 +131,19 @@ def _check_backend(path: Path) -> None:
         raise CorruptInput(f"{path}: cannot be read ({e!r}).") from e
     if backend != "torch_dist":
         raise other_format(path, repr(backend), convert(backend))
+    return True
+
+
+def _check_keys(entries: Mapping[str, Any], folder: Path) -> None:
+    """Raises IncompatibleInputs where the keys are those of Megatron's formats that have no metadata.json: a state dictionary
+    as torch.distributed.checkpoint flattens it, with the model in `model`."""
+    if any(isinstance(key, str) and key.startswith(_FLATTENED) for key in entries):
+        raise other_format(
+            folder,
+            f"'torch_dcp' or 'fsdp_dtensor' (it has no {BACKEND}, and its weights are named '{_FLATTENED}*')",
+            "Train with --ckpt-format torch_dist, which --use-torch-fsdp2 takes and --use-megatron-fsdp does not. For that, "
+            "Megatron-LM's checkpoint_inspector.py convert-torch-dist-to-fsdp-dtensor converts what is merged.",
+        )
 
 
 def _interpret(root: Any, path: Path, wanted: Callable[[str], bool] | None) -> CheckpointMetadata:

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.checkpoint.common_state import missing_files, model_arguments, read_common_state
+from megatron_demix.checkpoint.common_state import missing_files
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
+from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.units import format_bytes, format_count
 
 _SHOWN_ARGUMENTS = (
@@ -45,7 +46,7 @@ def summarize(path: Path) -> dict[str, Any]:
     for info in others:
         for chunk in info.chunks:
             checkpoint.blob(chunk.location, info.key)
-    arguments = model_arguments(read_common_state(checkpoint))
+    arguments = saved_arguments(checkpoint)
     return {
         "path": str(checkpoint.location.path),
         "kind": checkpoint.location.kind,

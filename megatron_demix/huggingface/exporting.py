@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.artifact import remove_leftovers, rename_new, sync_path, temporary_beside
-from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
 from megatron_demix.checkpoint.elements import ElementReader
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.model_function import DESCRIBING
 from megatron_demix.checkpoint.output import resolved
 from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.errors import ConfigError, IncompatibleInputs, OutputExists, storage_errors
 from megatron_demix.huggingface.config import (
     ModelArguments,
@@ -62,7 +62,7 @@ def export_checkpoint(
     where = str(opened.location.path)
     beside = opened.location.root / COMPANIONS
     reference = reference or (beside if (beside / "config.json").is_file() else None)
-    saved = model_arguments(read_common_state(opened))
+    saved = saved_arguments(opened)
     model = _model(opened, saved, reference, vocab_size)
     source = _Source(opened, model, where)
     if reference is None and vocab_size is None:

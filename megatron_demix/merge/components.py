@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
+from megatron_demix.checkpoint.common_state import read_common_state
 from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
 from megatron_demix.checkpoint.layers import has_singletons, with_keys
 from megatron_demix.checkpoint.layout import COMMON
@@ -19,6 +19,7 @@ from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.model_function import differing, model_function
 from megatron_demix.checkpoint.payload import Payload
 from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 from megatron_demix.merge.grid import Grid
@@ -61,6 +62,11 @@ class Components:
     def common_states(self) -> list[dict[str, Any]]:
         """[K] as read_common_state reads them."""
         return [read_common_state(checkpoint) for checkpoint in self.checkpoints]
+
+    @cached_property
+    def arguments(self) -> list[dict[str, Any]]:
+        """[K] Megatron's arguments, as saved_arguments finds them."""
+        return [saved_arguments(*each) for each in zip(self.checkpoints, self.common_states, strict=True)]
 
     def infos(self, key: str) -> list[TensorInfo]:
         """[K] the tensor in each component."""
@@ -179,7 +185,7 @@ class Components:
         return "Components must be trained from one base with one architecture."
 
     def _check_function(self, k: int) -> None:
-        first, other = (model_function(model_arguments(self.common_states[i])) for i in (0, k))
+        first, other = (model_function(self.arguments[i]) for i in (0, k))
         for name, value in differing(first, other).items():
             raise IncompatibleInputs(
                 f"components {self.names[0]!r} and {self.names[k]!r}: {name} is {first[name]!r} in the one and {value!r} in "

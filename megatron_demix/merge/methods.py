@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_demix.checkpoint.common_state import model_arguments
 from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.logical_tensors import FusedLayout, Partition
@@ -196,7 +195,7 @@ def with_base(coefficients_MK: np.ndarray) -> np.ndarray:
 def fused_layout(components: Components, known: FusedLayout) -> FusedLayout:
     """How the components' projections are fused: what their saved arguments say, else what is known. Raises ConfigError where
     these two contradict each other, IncompatibleInputs where there is an output gate, or gate and up rows alternate."""
-    arguments = model_arguments(components.common_states[0])
+    arguments = components.arguments[0]
     if arguments.get("attention_output_gate"):
         raise IncompatibleInputs(
             "the components' attention has an output gate, which fuses a fourth projection into linear_qkv: this method, which "

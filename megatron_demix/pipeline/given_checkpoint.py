@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.checkpoint.common_state import missing_files, model_arguments, read_common_state
+from megatron_demix.checkpoint.common_state import missing_files
 from megatron_demix.checkpoint.digest import weights_digest
 from megatron_demix.checkpoint.layout import find_checkpoint
 from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.study.study import Study
@@ -59,7 +60,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     for key, location in checkpoint.model_objects.items():
         checkpoint.harmless_blob(location, key)  # stock Megatron-LM may be given this folder
     tensors, digest = checkpoint.model_tensors, weights_digest(checkpoint)
-    arguments = model_arguments(read_common_state(checkpoint))
+    arguments = saved_arguments(checkpoint)
     function, sizes = _as_json(model_function(arguments)), _as_json(model_sizes(arguments))
     embedding = tensors.get(EMBEDDING)
     seen = {"rows": embedding.shape[0], "dtype": embedding.dtype} if embedding else {"rows": None}

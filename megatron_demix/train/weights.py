@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_demix.checkpoint.common_state import model_arguments, read_common_state
 from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.torch_dist import first_line, read
@@ -57,7 +57,7 @@ def load_weights(
 def _unlike(arguments: Mapping[str, Any], stored: Checkpoint, about: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> str:
     """In which flags what `about` says of a model's arguments differs from what it says of the saved ones, in words. What one
     of them does not say is not compared; empty if nothing differs."""
-    given, saved = about(arguments), about(model_arguments(read_common_state(stored)))
+    given, saved = about(arguments), about(saved_arguments(stored))
     return ", ".join(
         f"--{name.replace('_', '-')} {value} (given: {given[name]})"
         if name in ModelSpec.model_fields

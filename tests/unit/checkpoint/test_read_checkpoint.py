@@ -1,5 +1,6 @@
 """Reading checkpoints: what torch wrote is found, what is damaged or disagrees is refused."""
 
+import argparse
 import gc
 import io
 import json
@@ -8,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from dist_checkpoints import bits, blob_of, edited_metadata, parallel_cuts, small_model, write_checkpoint
 
 from megatron_demix.checkpoint import metadata as metadata_module
@@ -215,6 +217,19 @@ def test_other_backends_and_damaged_files(tmp_path):
     (tmp_path / ".metadata").unlink()
     with pytest.raises(CorruptInput, match=r"cannot be read"):
         read_metadata(tmp_path)
+
+
+def test_formats_that_no_file_names(tmp_path):
+    """As Megatron-LM saves torch_dcp and fsdp_dtensor: torch.distributed.checkpoint flattens the state dictionary."""
+    state = {
+        "args": argparse.Namespace(num_layers=2),
+        "model": {"module.decoder.layers.0.mlp.linear_fc1.weight": torch.ones(4, 2)},
+        "optimizer": {"state": {"module.decoder.layers.0.mlp.linear_fc1.weight": {"exp_avg": torch.zeros(4, 2)}}},
+    }
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    for of_interest in (None, is_model_key):
+        with pytest.raises(IncompatibleInputs, match=r"'torch_dcp' or 'fsdp_dtensor' .*, expected 'torch_dist'\. Train with"):
+            read_metadata(tmp_path, of_interest)
 
 
 def test_a_description_that_differs_from_its_checksum(tmp_path):

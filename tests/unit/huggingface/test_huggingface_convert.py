@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_models import LLAMA3, MOE, SEQUENCE, VOCAB, same_tensors, save_model, tensors_of
 
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -151,6 +152,32 @@ def test_megatron_finds_what_it_asks_for(tmp_path):
         assert torch.load(file, weights_only=True) == [None]
 
 
+def test_what_megatron_bridge_saved(llama, tmp_path):
+    """Its common state has no arguments; its run_config.yaml describes the model."""
+    model = vars(import_folder(llama, tmp_path / "base", progress=False))
+    shutil.rmtree(tmp_path / "base" / "huggingface")
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, tmp_path / "base" / "release" / "common.pt")
+    fields = {
+        "layernorm_epsilon": model.pop("norm_epsilon"),
+        "num_moe_experts": model.pop("num_experts"),
+        "rope_scaling": model.pop("use_rope_scaling"),
+        "share_embeddings_and_output_weights": not model.pop("untie_embeddings_and_output_weights"),
+        "seq_length": model.pop("max_position_embeddings"),
+        "gated_linear_unit": True,
+        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "position_embedding_type": "rope",
+    }
+    run_config = tmp_path / "base" / "release" / "run_config.yaml"
+    run_config.write_text(yaml.safe_dump({"model": model | fields}))
+    export_checkpoint(tmp_path / "base", tmp_path / "back", vocab_size=VOCAB, progress=False)
+    assert same_tensors(tensors_of(tmp_path / "back"), tensors_of(llama))
+    run_config.write_text(yaml.safe_dump({"model": model | fields | {"rotary_base": 5000.0}}))
+    with pytest.raises(IncompatibleInputs, match=r"was trained with rotary_base 5000.0, but .*config.json means 10000.0"):
+        export_checkpoint(tmp_path / "base", tmp_path / "other", reference=llama, progress=False)
+
+
 def test_a_vocabulary_that_no_reference_tells(llama, tmp_path, capsys, monkeypatch):
     import_folder(llama, tmp_path / "base", progress=False)
     shutil.rmtree(tmp_path / "base" / "huggingface")
@@ -164,8 +191,8 @@ def test_a_vocabulary_that_no_reference_tells(llama, tmp_path, capsys, monkeypat
     assert "warning: " in said
     assert "All 256 rows of the vocabulary are written, with what they were padded by, which its saved arguments" in said
 
-    known = exporting.model_arguments
-    monkeypatch.setattr(exporting, "model_arguments", lambda state: known(state) | {"vocab_size": VOCAB})
+    known = exporting.saved_arguments
+    monkeypatch.setattr(exporting, "saved_arguments", lambda checkpoint: known(checkpoint) | {"vocab_size": VOCAB})
     export_checkpoint(tmp_path / "base", tmp_path / "again", progress=False)
     assert (
         "256 rows of the vocabulary are written, 106 of them padding (trained with vocab_size 150)" in capsys.readouterr().err
