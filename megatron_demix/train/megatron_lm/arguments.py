@@ -77,6 +77,7 @@ OWNED: Mapping[str, str] = {
     "mock-data": "domains",
     "train-samples": "the phase's tokens",
     "rampup-batch-size": "train.global_batch_size",
+    "step-batch-size-schedule": "train.global_batch_size",
     "lr-decay-samples": "the phase's tokens",
     "lr-warmup-fraction": "train.lr_warmup_fraction",
     "lr-warmup-samples": "train.lr_warmup_fraction",
@@ -95,6 +96,13 @@ OWNED: Mapping[str, str] = {
     "use-legacy-models": "the merge, which reads megatron.core's models",
     "use-rotary-position-embeddings": "model.position_embedding_type",
 }  # fmt: skip
+# Options with which the model gets other weights than any model of a study has.
+OTHER_WEIGHTS = frozenset((
+    "mtp-num-layers", "mtp-hybrid-override-pattern", "moe-layer-freq", "moe-shared-expert-intermediate-size",
+    "moe-shared-expert-gate", "moe-latent-size", "hybrid-layer-pattern", "hybrid-override-pattern", "hybrid-attention-ratio",
+    "hybrid-mlp-ratio", "is-hybrid-model", "heterogeneous-layers-config-path", "heterogeneous-layers-config-encoded-json",
+    "spec", "yaml-cfg",
+))  # fmt: skip
 _TOKENIZER = "tokenizer-type"
 _NEEDS_EOD = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
 
@@ -113,6 +121,11 @@ def own_arguments(text: str) -> list[str]:
             raise ConfigError(
                 f"trainer.args: --{option} is decided by {OWNED[option]}. Set it there, so that every run of the study and the "
                 "merge agree; trainer.args is for what a study does not say."
+            )
+        if option in OTHER_WEIGHTS:
+            raise ConfigError(
+                f"trainer.args: --{option} makes a model with other weights than any model of a study has, which could not be "
+                "scored. Leave it out, or train by hand and merge with tools/merge_dist_ckpt.py."
             )
         if by_known_names({option.replace("-", "_"): None}).keys() & PLAIN.keys():
             raise ConfigError(

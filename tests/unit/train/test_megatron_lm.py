@@ -88,7 +88,7 @@ def test_gradients_are_fused_only_with_apex_s_kernel(tmp_path, monkeypatch, tran
 
 def test_options_that_contradict_exist_somewhere():
     known = {*OPTIONS["all"], *(o for options in OPTIONS["only"].values() for o in options)}
-    assert not set(stock.OWNED) - known
+    assert not (set(stock.OWNED) | stock.OTHER_WEIGHTS) - known
 
 
 def test_what_the_study_says_is_what_megatron_is_told(tmp_path):
@@ -126,6 +126,9 @@ def test_own_flags_are_passed_on_unless_they_contradict():
         "--apply-layernorm-1p": r"--apply-layernorm-1p makes another function",
         "--layernorm-zero-centered-gamma": r"--layernorm-zero-centered-gamma makes another function",
         "--use-rotary-position-embeddings": r"decided by model.position_embedding_type",
+        "--mtp-num-layers 1": r"--mtp-num-layers makes a model with other weights than any model of a study has",
+        "--moe-shared-expert-intermediate-size=64": r"--moe-shared-expert-intermediate-size makes a model with other weights",
+        "--step-batch-size-schedule 0:8": r"decided by train.global_batch_size",
         "4 --num-workers": r"begins with '4', expected an option",
         "--a 'b": r"cannot be read as a shell would \(No closing quotation\)",
     }.items():
