@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,9 @@ from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 from megatron_demix.merge.grid import Grid
 
 MERGEABLE = tuple(ARRAY_DTYPES)
+
+# LoRA's two factors, as Megatron-Bridge and NeMo save them beside the weights of a layer, or alone.
+_ADAPTER = re.compile(r"(.*\.)?adapter\.(.+\.)?linear_(in|out)\.weight")
 
 
 class Components:
@@ -49,6 +53,12 @@ class Components:
         first = self.checkpoints[0].model_tensors
         if not first:
             raise CorruptInput(f"{self.checkpoints[0].location.path}: holds no model tensors.")
+        if adapters := sorted(filter(_ADAPTER.fullmatch, first)):
+            raise IncompatibleInputs(
+                f"component {self.names[0]!r} holds adapters, such as {adapters[0]!r}: the mean of their factors is not the "
+                "mean of what they add to the weights. Merge each into its base's weights first (Megatron-Bridge's "
+                "examples/peft/merge_lora.py makes a Hugging Face folder, which tools/convert_hf.py imports)."
+            )
         self._tensors = [with_keys(checkpoint.model_tensors, first) for checkpoint in self.checkpoints]
         for k in range(len(self.names)):
             self._check_against_first(k)

@@ -56,6 +56,15 @@ def test_components_of_different_models(parts, tmp_path):
     refuse(IncompatibleInputs, "'output_layer.weight' is in 'm' but not in 'a'", parts | {"m": more}, tmp_path)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("name", ["adapter.linear_in.weight", "adapter.adapter_q.linear_out.weight"])
+def test_adapters(tmp_path, alone, name):
+    model = {} if alone else small_model(0)
+    adapter = {f"decoder.layers.self_attention.linear_qkv.{name}": torch.ones(2, 4, 8).bfloat16()}
+    parts = {n: write_checkpoint(tmp_path / n, model | adapter) for n in "ab"}
+    refuse(IncompatibleInputs, "component 'a' holds adapters, .* Merge each into its base's weights first", parts, tmp_path)
+
+
 def test_types_that_cannot_be_averaged(tmp_path):
     fp8 = write_checkpoint(tmp_path / "a", {"w": torch.ones(4).to(torch.float8_e4m3fn)})
     refuse(IncompatibleInputs, "'w' is stored as float8_e4m3fn.*Save the components' weights in bf16", {"a": fp8}, tmp_path)
