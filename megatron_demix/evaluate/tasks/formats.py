@@ -90,9 +90,12 @@ def _piqa(record: Record) -> Item:
 
 
 def _siqa(record: Record) -> Item:
+    """Both forms: with a label (the leaderboard, Hugging Face), and with the right answer's letter (its authors' v1.4)."""
     answers = [record.text(f"answer{letter}") for letter in "ABC"]
     context = f"Q: {record.text('context')} {record.text('question')}\nA:"
-    return _choice(context, answers, record.place_in("label", ["1", "2", "3"]))
+    lettered = "correct" in record and "label" not in record
+    gold = record.place_in("correct", list("ABC")) if lettered else record.place_in("label", ["1", "2", "3"])
+    return _choice(context, answers, gold)
 
 
 def _winogrande(record: Record) -> Item:

@@ -13,9 +13,9 @@ from typing import Any
 from megatron_demix.errors import ConfigError, CorruptInput
 
 SPLITS = {
-    "train": {"train"},
+    "train": {"train", "trn"},
     "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test"},
+    "test": {"test", "tst"},
     "examples": {"examples", "prompt"},
 }
 """The words that name each split in file and folder names."""

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from task_files import ARC, ARC_ARCHIVE, GSM8K, HELLASWAG, MATH, MBPP, PIQA, write_all, write_lines, write_parquet
+from task_files import ARC, ARC_ARCHIVE, GSM8K, HELLASWAG, MATH, MBPP, PIQA, SIQA, write_all, write_lines, write_parquet
 
 from megatron_demix.errors import ConfigError, CorruptInput
 from megatron_demix.evaluate.tasks.formats import FORMATS
@@ -98,6 +98,12 @@ def test_forms_agree(tmp_path):
     assert read(full, "mbpp").items[0].options == read(clean, "mbpp").items[0].options
 
 
+def test_siqa_as_its_authors_ship_it(tmp_path):
+    for split, letter in (("trn", "A"), ("dev", "C"), ("tst", "B")):
+        write_lines(tmp_path / f"socialIQa_v1.4_{split}.jsonl", [SIQA[0] | {"correct": letter, "promptDim": "xWant"}])
+    assert [read(tmp_path, "siqa", split=s).items[0].gold for s in ("train", "validation", "test")] == [0, 2, 1]
+
+
 def test_worked_examples(folders, tmp_path):
     task = read(folders["arc"], "arc", num_shots=2)
     assert task.header == "Question: What is cold?\nAnswer: ice\n\nQuestion: What sees?\nAnswer: an eye\n\n"
@@ -108,7 +114,9 @@ def test_worked_examples(folders, tmp_path):
     assert read(folders["mbpp"], "mbpp", num_shots=1).header.endswith("def inc(x):\n    return x + 1\n[DONE]\n\n")
     with pytest.raises(CorruptInput, match=r"task 't': 4 worked examples in .*Train\.jsonl, num_shots is 9"):
         read(folders["arc"], "arc", num_shots=9)
-    with pytest.raises(ConfigError, match=r"no file under .* is named after the split 'train' \(train\); found hellaswag_val"):
+    with pytest.raises(
+        ConfigError, match=r"no file under .* is named after the split 'train' \(train, trn\); found hellaswag_val"
+    ):
         read(folders["hellaswag"], "hellaswag", num_shots=1)
     with pytest.raises(ValueError, match="format humaneval has no worked examples"):
         TaskSpec(name="t", format="humaneval", path=folders["humaneval"], num_shots=1)
