@@ -103,7 +103,8 @@ def multislerp(weights_K: np.ndarray, products_KK: np.ndarray) -> np.ndarray:
     norms_K = np.sqrt(np.diagonal(products_KK))
     if used.sum() == 1 or not norms_K[used].any():
         return weights_K.astype(np.float64)
-    unit_K = weights_K / (norms_K + _EPSILON)
+    # A zero vector adds nothing. A large coefficient for it would still be that of a component and, negated, of its base.
+    unit_K = np.where(norms_K > 0, weights_K / (norms_K + _EPSILON), 0.0)
     length = math.sqrt(max(0.0, unit_K @ products_KK @ unit_K))
     if length < _EPSILON:
         if used.sum() == 2:

@@ -116,6 +116,17 @@ def test_a_method_is_its_definition_on_every_logical_tensor(case, tmp_path):
             assert (got.reshape(-1).double() - expected).abs().max() < 3e-6, (name, tensor)
 
 
+def test_multislerp_of_deltas_where_a_component_has_not_moved(tmp_path):
+    parts, base = write_components(tmp_path)
+    method = method_of("multislerp", base)
+    found = merged(tmp_path / "out", parts | {"b": base}, method, {"even": MIXTURES["even"]}, verify="full")["even"]
+    start, *sources = (logical_tensors(model(seed, torch.float32)) for seed in (None, 0, None, 2))
+    for tensor, got in logical_tensors(found).items():
+        vectors = [(source[tensor].double() - start[tensor].double()).reshape(-1) for source in sources]
+        expected = multislerp(vectors, [0.5, 0.3, 0.2]) + start[tensor].double().reshape(-1)
+        assert (got.reshape(-1).double() - expected).abs().max() < 3e-6, tensor
+
+
 def test_dropping_at_random_is_fair_and_scaled_up(tmp_path):
     parts, base = write_components(tmp_path)
     for name in ("dare_linear", "della_linear"):
@@ -216,6 +227,14 @@ def test_a_live_model_gets_the_bits_of_the_disk_on_every_rank(name, ranks, tmp_p
 def test_every_method_passes_full_verification(name, dtype, tmp_path):
     parts, base = write_components(tmp_path, dtype)
     merged(tmp_path / "out", parts, method_of(name, base), verify="full")
+
+
+def test_verification_knows_when_a_density_leaves_no_element(tmp_path):
+    """bfloat16 deltas of one magnitude are common, and an empty range of ranks may begin among them."""
+    parts, base = write_components(tmp_path, BF16)
+    method = method_of("breadcrumbs", base, density=0.001, gamma=0.5)
+    found = merged(tmp_path / "out", parts, method, {"even": MIXTURES["even"]}, verify="full")["even"]
+    assert {key: bits(value) for key, value in found.items()} == {key: bits(value) for key, value in model(None, BF16).items()}
 
 
 @pytest.mark.parametrize(
