@@ -307,6 +307,8 @@ class _SparseOracle(_ByTensor):
         most = int(self._method.density * n)
         if self._method.thinning.keep == "largest":
             return larger < max(1, most)
+        if most == 0:
+            return np.zeros(len(deltas), bool)
         lowest = max(0, n - most - int(self._method.gamma * n))
         return (n - larger > lowest) & (smaller < lowest + most)
 
