@@ -187,6 +187,12 @@ def compare_tables(
                     "the comparison: evaluate it, or remove it here."
                 )
             values_MT = table.select(references.ids, references.columns, other=references.path)
+            if len(missing := np.argwhere(~np.isfinite(values_MT))):
+                m, t = missing[0]
+                raise IncompatibleInputs(
+                    f"{table.path}: {references.columns[t]} of {references.ids[m]!r} is missing ({len(missing)} such). Missing "
+                    "scores block the comparison: evaluate it, or remove the mixture from the references (all of them)."
+                )
             sides.append({name: values_MT[:, t] for t, name in enumerate(references.columns)})
     again = sides[2] if reseeded is not None else None
     report = rank_consistency(

@@ -91,7 +91,7 @@ def test_a_runs_scores_know_their_direction(tables, capsys):
     del scores.rows["m3"]["acc"]
     scores.write(tables / "scores.json")
     assert consistency(tables, proxies="scores.json") == 3
-    assert "proxies: score 'acc' is missing for 1 of 16 mixtures, the first at row 3" in capsys.readouterr().err
+    assert "scores.json: acc of 'm3' is missing (1 such). Missing scores block" in capsys.readouterr().err
 
 
 def test_proxies_without_a_reference_are_left_out_and_counted(tables, capsys):
