@@ -12,7 +12,7 @@ from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import TOLERANCE
 from megatron_demix.search.consistency import rank_consistency
 from megatron_demix.search.fits import fit_scores
-from megatron_demix.search.objective import Objective, usable_objective
+from megatron_demix.search.objective import Objective, normalised, usable_objective
 from megatron_demix.search.optimise import propose
 from megatron_demix.search.outcome import outcome
 from megatron_demix.search.reach import distances, far_off
@@ -139,6 +139,7 @@ def choose_from_tables(
     notice: Notice = print,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """mixture.json (search/outcome.py) for measured merge weights, and next_round x D merge weights to try next."""
+    normalised(objective, scores.columns)  # a slip in a name is found before the fits
     spare = [name for name in scores.columns if not objective.get(name)]
     surrogates = fit_tables(mixtures, scores, kind=kind, seed=seed, notice=notice, space=space, spare=spare)
     left_out = [name for name in scores.columns if name not in surrogates]

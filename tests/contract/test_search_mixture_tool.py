@@ -263,6 +263,7 @@ def test_choose_finds_the_optimum_of_sampled_mixtures_and_proposes_the_next_roun
     done = call("choose", *domains, *files, "--objective", "law=1", *more, "--output", tmp_path / "other.json")
     assert done.returncode == 4
     assert "score 'law' was not measured; the scores are code, math" in done.stderr
+    assert "out of fold" not in done.stderr  # refused before anything is fitted
     done = call("choose", *domains, *files, "--objective", "code=1", "--propose", 6, "--output", tmp_path / "other.json")
     assert done.returncode == 2
     assert "--propose N and --next CSV go together" in done.stderr
