@@ -123,6 +123,8 @@ def _choose(args: argparse.Namespace) -> None:
         raise ConfigError("--bootstraps is 1: one search says nothing of how sure it is. Set it to 0, or to 2 or more.")
     if bool(args.propose) != bool(args.next):
         raise ConfigError("--propose N and --next CSV go together: how many mixtures to propose, and where to write them.")
+    if args.top >= args.candidates:
+        _notice(f"--top is {args.top} of {args.candidates} candidates: the found mixture is the mean of all of them.")
     space = load_space(args.domains)
     report, further_MD = choose_from_tables(
         space,

@@ -133,7 +133,9 @@ def test_weights_and_shares_are_not_taken_for_one_another(study: Path) -> None:
     assert call("fit", "--mixtures", shares, "--predict", shares, *more).returncode == 0
     assert out.read_text().startswith("id,loss,loss_std\n"), "predictions are no shares"
     proposed = ("--propose", 2, "--next", study / "next.csv")
-    assert call("choose", "--mixtures", weights, *aim, *more, *proposed).returncode == 0
+    done = call("choose", "--mixtures", weights, *aim, *more, *proposed, "--top", 500)
+    assert done.returncode == 0, done.stderr
+    assert "--top is 500 of 500 candidates: the found mixture is the mean of all of them" in done.stderr
     assert (study / "next.csv").read_text().startswith("merge_weights,")
 
 
