@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_demix.errors import FULL, ConfigError, DemixError, StorageError, limit_reached
 
@@ -17,8 +18,19 @@ BROKEN_PIPE = 141
 
 
 def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: str = "stopped; nothing was published.") -> int:
-    """What `run` returns; or, with a line on standard error, the code of the error that it raises. Warnings are lines, too."""
-    warnings.formatwarning = _in_a_line
+    """What `run` returns; or, with a line on standard error, the code of the error that it raises. Warnings are lines, too, and
+    each is said once."""
+    said: set[str] = set()
+
+    def once(*warning: Any) -> str:
+        """Python says a warning again as soon as anything has caught warnings, as fits do."""
+        line = _in_a_line(*warning)
+        if line in said:
+            return ""
+        said.add(line)
+        return line
+
+    warnings.formatwarning = once
     try:
         return run()
     except DemixError as e:

@@ -14,6 +14,18 @@ def run():
 raise SystemExit(exit_code(run))
 """
 
+WARNS_AGAIN = """
+import warnings
+import megatron_demix
+from megatron_demix.command import exit_code
+def run():
+    for _ in range(2):
+        warnings.warn_explicit("a share is off", UserWarning, megatron_demix.__file__, 7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+    return 0
+exit_code(run)
+"""
 
 RETIRED = """
 from megatron_demix.command import exit_code
@@ -36,6 +48,11 @@ def test_a_setting_of_earlier_versions_is_warned_of_in_a_line():
     assert (
         done.stderr == "warning: train.eval_interval has no effect: a study scores finished models (evaluate). Take it out.\n"
     )
+
+
+def test_a_warning_is_said_once_though_something_has_caught_warnings_since():
+    done = subprocess.run([sys.executable, "-c", WARNS_AGAIN], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "warning: a share is off\n"
 
 
 def test_a_warning_is_a_line_without_its_place_in_the_code():
