@@ -123,12 +123,13 @@ def storage_errors(what: str, *, under: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as e:
+        at = f" ({e.filename})" if e.filename else ""
         if e.errno in FULL:
             raise StorageError(
-                f"{what}: {e.strerror or e} ({e.filename or 'no path'}). Free space or choose another disk, then run again; "
+                f"{what}: {e.strerror or e}{at}. Free space or choose another disk, then run again; "
                 "nothing that was finished is lost."
             ) from e
         elsewhere = under and e.filename and not os.path.abspath(os.fspath(e.filename)).startswith(f"{os.path.abspath(under)}/")
         if e.errno in _NO_PLACE and not elsewhere:
-            raise StorageError(f"{what}: {e.strerror or e} ({e.filename or 'no path'}). Choose another place.") from e
+            raise StorageError(f"{what}: {e.strerror or e}{at}. Choose another place.") from e
         raise

@@ -38,6 +38,12 @@ def test_a_disk_that_refuses_is_a_storage_error(number):
     assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_refusal_that_names_no_file_is_told_by_what_was_written():
+    message = r"^writing /data/x\.bin: No space left on device\. Free space"
+    with pytest.raises(errors.StorageError, match=message), errors.storage_errors("writing /data/x.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_what_is_read_meanwhile_is_no_place_to_write(tmp_path):
     (tmp_path / "out").mkdir()
     for where, kind in ((tmp_path / "out" / "x", errors.StorageError), (tmp_path / "corpus.jsonl", PermissionError)):
