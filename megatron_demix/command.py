@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron_demix.errors import FULL, ConfigError, DemixError, StorageError, limit_reached
 
@@ -18,19 +17,8 @@ BROKEN_PIPE = 141
 
 
 def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: str = "stopped; nothing was published.") -> int:
-    """What `run` returns; or, with a line on standard error, the code of the error that it raises. Warnings are lines, too, and
-    each is said once."""
-    said: set[str] = set()
-
-    def once(*warning: Any) -> str:
-        """Python says a warning again as soon as anything has caught warnings, as fits do."""
-        line = _in_a_line(*warning)
-        if line in said:
-            return ""
-        said.add(line)
-        return line
-
-    warnings.formatwarning = once
+    """What `run` returns; or, with a line on standard error, the code of the error that it raises. Warnings are lines, too."""
+    warn_in_lines()
     try:
         return run()
     except DemixError as e:
@@ -61,6 +49,7 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
 
 def rank_exit_code(run: Callable[[], int]) -> int:
     """The same of one of several ranks, whose errors are printed with its number; bugs keep their traceback."""
+    warn_in_lines()
     try:
         return run()
     except (DemixError, RuntimeError, OSError) as raised:
@@ -74,10 +63,28 @@ def rank_exit_code(run: Callable[[], int]) -> int:
 _formatted = warnings.formatwarning
 
 
+def warn_in_lines() -> None:
+    """From now on, in this process, warnings are lines on standard error, and each is said once."""
+    said: set[str] = set()
+
+    def once(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        """Python says a warning again as soon as anything has caught warnings, as fits do."""
+        text = _in_a_line(message, category, filename, lineno, line)
+        if text in said:
+            return ""
+        said.add(text)
+        return text
+
+    warnings.formatwarning = once
+
+
 def _in_a_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """What this project warns of, without the place in its code; others' as Python has it."""
-    ours = Path(filename).is_relative_to(Path(__file__).parent) or Path(filename).absolute() == Path(sys.argv[0]).absolute()
-    return f"warning: {message}\n" if ours else _formatted(message, category, filename, lineno, line)
+    here = Path(filename).is_relative_to(Path(__file__).parent) or Path(filename).absolute() == Path(sys.argv[0]).absolute()
+    # Others blame a caller in this project for their deprecations.
+    return (
+        f"warning: {message}\n" if here and category is UserWarning else _formatted(message, category, filename, lineno, line)
+    )
 
 
 def check_at_least(flag: str, value: int, least: int) -> None:

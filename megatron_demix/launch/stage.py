@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_demix.artifact import remove_leftovers, write_atomic
+from megatron_demix.command import warn_in_lines
 from megatron_demix.errors import (
     ConfigError,
     CorruptInput,
@@ -347,6 +348,7 @@ def main() -> int:
         port=int(os.environ.get("MASTER_PORT", 0)),
     )
     die_with_parent()
+    warn_in_lines()
     stop, known = _Stop(), False
     try:
         from megatron_demix.pipeline.dag import PARTS, build_dag

@@ -59,3 +59,9 @@ def test_a_warning_is_a_line_without_its_place_in_the_code():
     done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3
     assert done.stderr.splitlines() == ["warning: a share is off", "/elsewhere/module.py:7: UserWarning: another's"]
+
+
+def test_a_deprecation_that_others_tell_of_a_caller_here_keeps_its_place():
+    script = WARNS.replace('"a share is off", UserWarning', '"use DTensor", FutureWarning')
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "__init__.py:7: FutureWarning: use DTensor" in done.stderr

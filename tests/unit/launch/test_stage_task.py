@@ -317,3 +317,9 @@ def test_what_is_final_before_the_stage_is_known_is_an_outcome(command, node, fi
     code, said, outcomes = command(node, "import sys; sys.modules['megatron_demix.pipeline.dag'] = None")
     assert (code, outcomes) == (1, {file: "1"}), said
     assert "ModuleNotFoundError" in said
+
+
+def test_warnings_in_a_jobs_log_are_lines(command):
+    _, said, _ = command(0, "", study="train: {seq_length: 128, global_batch_size: 8, eval_interval: 10}")
+    assert "warning: train.eval_interval has no effect" in said.splitlines()[0], said
+    assert "UserWarning" not in said
