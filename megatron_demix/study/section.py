@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,17 @@ CutOff = Annotated[Cut, _or_value_error(lambda value: value if isinstance(value,
 ExpandedPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 ExpandedPattern = Annotated[str, AfterValidator(os.path.expanduser)]
 """Paths, and globs, that may begin with ~. A relative one starts at the study file's folder."""
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
+        raise ValueError(
+            f"{text!r} becomes part of file names: expected ASCII letters, digits, '_', '.' or '-', a letter or digit first"
+        )
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 MixtureSpec = Literal["natural", "uniform"] | dict[str, float]
 

@@ -147,7 +147,9 @@ def put(*path_and_value):
         (put("domains", 0, "inptus", []), r"domains\.0\.inptus: unknown key; did you mean 'inputs'\?"),
         (put("component", "anchor", "shar", 0.1), r"component\.anchor\.shar: unknown key; did you mean 'share'\?"),
         (put("zzz", 1), r"zzz: unknown key\. Known here: name, seed"),
-        (put("name", "../x"), "name: String should match pattern .*, found '../x'"),
+        (put("name", "../x"), "name: '../x' becomes part of file names: expected ASCII letters, digits, '_'"),
+        (put("name", "数学"), "name: '数学' becomes part of file names: expected ASCII letters"),
+        (put("name", "x\n"), r"name: 'x\\n' becomes part of file names: expected ASCII letters"),
         (put("train", "lr", "fast"), r"train\.lr: Input should be a valid number.*, found 'fast'"),
         (
             put("final", "tokens", "lots"),
