@@ -9,13 +9,13 @@ from typing import Any, Literal, Protocol
 
 @dataclass(frozen=True)
 class Activity:
-    """What becomes of a stage that is under way."""
+    """What becomes of a stage that is under way. failed: of a scheduler's work between stages, which nothing else tells of."""
 
-    state: Literal["running", "queued"]
+    state: Literal["running", "queued", "failed"]
     job: str = ""
     """What the scheduler calls it."""
     reason: str = ""
-    """Why it waits, in the scheduler's words."""
+    """Why it waits, in the scheduler's words; or what went wrong."""
 
 
 class Backend(Protocol):

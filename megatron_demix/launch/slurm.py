@@ -138,7 +138,10 @@ class Slurm:
         except DemixError:
             return {}
         found: dict[str, Activity] = {}
-        for job, of_group, index, state, reason, *_ in self._jobs():
+        jobs = self._jobs()
+        if not jobs and (said := self._why_nothing_was_concluded()):
+            found[CONCLUDE] = Activity("failed", reason=said)
+        for job, of_group, index, state, reason, *_ in jobs:
             if of_group == CONCLUDE:
                 found[CONCLUDE] = Activity("running" if state in ("RUNNING", "COMPLETING") else "queued", job)
             if stages := members.get(of_group):
@@ -159,6 +162,7 @@ class Slurm:
             from megatron_demix.pipeline.reporting import write_report
 
             page, sentence = write_report(self._dag)
+            write_atomic(self._scripts.concluded, "")
             print(f"{sentence}\nreport: {page}", flush=True)
             return
         if self._scripts.cancelled.exists():
@@ -175,6 +179,7 @@ class Slurm:
             failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
             possible = _without(missing, failed)
             if failed and not possible:
+                write_atomic(self._scripts.concluded, "")
                 raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
             jobs = self._submit_patiently(possible)
         print(f"{len(missing)} stages are not done: submitted again as {_ids(jobs.values())}", flush=True)
@@ -198,14 +203,25 @@ class Slurm:
                 if stage.done() or Attempts.read(stage).failed or not all(n.done() for n in stage.needs):
                     continue
                 log = self._scripts.newest_log(g, index)
-                said = log.read_text(errors="replace").strip().splitlines()[-5:] if log else []
-                ending = "".join(f"\n    {line}" for line in said) or " nothing"
                 reason = (
                     f"stage {stage.name}: its job ended before the stage began, so it was not submitted again. When the cause "
-                    f"is gone, `demix resume` goes on. Log: {log or self._scripts.logs}, which ends{ending}"
+                    f"is gone, `demix resume` goes on. Log: {log or self._scripts.logs}, which ends{_ending(log)}"
                 )
                 for of in {stage, stage.whole}:
                     Attempts(failed=reason).write(of)
+
+    def _why_nothing_was_concluded(self) -> str:
+        """Of jobs that have all ended, the last one without a word, as where there was no Python for it either; else empty."""
+        scripts, log = self._scripts, self._scripts.log_of_conclusion()
+        submitted = scripts.folder / "progress.json"
+        if scripts.cancelled.exists() or scripts.concluded.exists() or log is None or not submitted.exists():
+            return ""
+        if log.stat().st_mtime < submitted.stat().st_mtime:  # of a job that was submitted before
+            return ""
+        return (
+            "the last job, which submits again what is missing, ended before it could. When the cause is gone, `demix resume` "
+            f"goes on. Log: {log}, which ends{_ending(log)}"
+        )
 
     def _groups(self) -> list[Group]:
         return group(self._stages, self._scripts.spec.parts)
@@ -223,6 +239,7 @@ class Slurm:
             write_atomic(scripts.path(g.name), scripts.of_group(g))
         write_atomic(scripts.path(CONCLUDE), scripts.of_conclusion())
         write_json(scripts.folder / "progress.json", self._progress())
+        scripts.concluded.unlink(missing_ok=True)
         jobs: dict[str, str] = {}
         wanted = {s.name for s in stages}
         try:
@@ -331,6 +348,12 @@ def _is_held(reason: str) -> bool:
 def _ids(jobs: Iterable[str]) -> str:
     ids = sorted(set(jobs), key=lambda job: (len(job), job))
     return ", ".join(ids) if len(ids) < 5 else f"{ids[0]} to {ids[-1]} ({len(ids)} jobs)"
+
+
+def _ending(log: Path | None) -> str:
+    """The last lines of a log, each on a line of its own."""
+    said = log.read_text(errors="replace").strip().splitlines()[-5:] if log else []
+    return "".join(f"\n    {line}" for line in said) or " nothing"
 
 
 def _without(stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:

@@ -92,10 +92,22 @@ class Scripts:
     def logs(self) -> Path:
         return self.run / "logs" / "slurm"
 
+    @property
+    def concluded(self) -> Path:
+        """Made by the last job once it has said what became of the study; the next submission removes it."""
+        return self.folder / "concluded"
+
+    def log_of_conclusion(self) -> Path | None:
+        """Of the newest last job."""
+        return self._newest(f"{CONCLUDE}-*.log")
+
     def newest_log(self, group: Group, index: int) -> Path | None:
         """Of the newest job of one stage of a group."""
         ending = f"-*_{index}.log" if len(group.stages) > 1 else "-*.log"
-        return max(self.logs.glob(glob.escape(group.name) + ending), key=lambda p: p.stat().st_mtime, default=None)
+        return self._newest(glob.escape(group.name) + ending)
+
+    def _newest(self, pattern: str) -> Path | None:
+        return max(self.logs.glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
 
     def path(self, group: str) -> Path:
         return self.folder / f"{group}.sbatch"

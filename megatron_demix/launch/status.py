@@ -50,9 +50,7 @@ def _rows(dag: Dag, active: Mapping[str, Activity]) -> list[dict[str, Any]]:
     # The scheduler's own work is of interest where nothing else is under way, and something is missing.
     others = [name for name in active if name not in {stage.name for stage in dag.all}]
     if len(others) == len(active) and any(row["state"] != "done" for row in found):
-        found += [
-            {"stage": name, "state": active[name].state, "key": "", "log": "", "job": active[name].job} for name in others
-        ]
+        found += [{"stage": name, "state": active[name].state, "key": "", "log": ""} | _named(active[name]) for name in others]
     return found
 
 
@@ -64,7 +62,7 @@ def _row(stage: Stage, activity: Activity | None, num_parts: int) -> dict[str, A
         return row | {"state": "damaged", "note": damage}
     if activity:
         row["state"] = activity.state
-        row |= {key: value for key, value in (("job", activity.job), ("note", activity.reason)) if value}
+        row |= _named(activity)
     elif failed := Attempts.read(stage).failed:
         row |= {"state": "failed", "note": failed}
     else:
@@ -78,6 +76,10 @@ def _row(stage: Stage, activity: Activity | None, num_parts: int) -> dict[str, A
         if row["state"] == "running" and beat["time"] >= _begun(stage):
             row |= _time_left(beat, time.time() - beat["time"])
     return row
+
+
+def _named(activity: Activity) -> dict[str, str]:
+    return {key: value for key, value in (("job", activity.job), ("note", activity.reason)) if value}
 
 
 def _begun(stage: Stage) -> float:

@@ -167,6 +167,41 @@ def test_a_job_that_ended_before_its_stage_began_is_a_failure_with_its_log(dag, 
     assert not Attempts.read(dag.all[2]).failed
 
 
+def test_a_last_job_that_could_not_conclude_is_named_with_its_log(dag, answers, monkeypatch):
+    """Where a node has no such Python, nothing notes what failed."""
+    backend = slurm.Slurm(dag, dag.run)
+    backend.submit()
+    assert backend.activity() == {}  # none has begun
+    log = dag.run / "logs" / "slurm" / "conclude-3.log"
+    log.write_text("no such file: python3\n")
+    said = backend.activity()["conclude"]
+    assert said.state == "failed"
+    assert said.reason.startswith("the last job, which submits again what is missing, ended before it could.")
+    assert said.reason.endswith(f"`demix resume` goes on. Log: {log}, which ends\n    no such file: python3")
+
+    answers.listed = [line(dag, 3, "N/A", "conclude", "RUNNING", "None")]
+    assert backend.activity() == {"conclude": Activity("running", "3")}
+    answers.listed = []
+    os.utime(log, (0, 0))  # of an earlier submission
+    assert backend.activity() == {}
+    os.utime(log)
+    (dag.run / "slurm" / "cancelled").touch()
+    assert backend.activity() == {}
+    (dag.run / "slurm" / "cancelled").unlink()
+
+    with pytest.raises(StageFailed):  # that it says by the stages
+        backend.conclude()
+    assert backend.activity() == {}
+    backend.submit()
+    os.utime(log)
+    assert backend.activity()["conclude"].state == "failed"
+    for stage in dag.all:
+        stage.finish()
+    monkeypatch.setattr("megatron_demix.pipeline.reporting.write_report", lambda dag: ("page", "sentence"))
+    backend.conclude()
+    assert backend.activity() == {}
+
+
 def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, monkeypatch, capsys):
     """What it had submitted by then is cancelled, so that no stage has two jobs."""
     backend = slurm.Slurm(dag, dag.run)

@@ -56,6 +56,15 @@ def test_the_table_and_json(run, capsys):
     assert len(json.loads(capsys.readouterr().out)) == 5
 
 
+def test_why_a_scheduler_did_not_go_on_is_said(run, capsys):
+    dag, backend = run
+    backend.activity = lambda: {"conclude": Activity("failed", reason="the last job ended before it could.")}
+    show_status(dag, backend, as_json=False, watch=False)
+    text = capsys.readouterr().out
+    assert re.search(r"^conclude +failed", text, re.MULTILINE)
+    assert "\nthe last job ended before it could.\nnothing is under way: `demix resume`" in text
+
+
 def test_a_stage_in_parts_says_how_many_are_done(run, capsys):
     """Before they are put together; components are not made in parts, whatever the setting says."""
     dag, backend = run
