@@ -196,19 +196,19 @@ def _open(
 
 
 def _runs(name: str, options: argparse.Namespace, intent: Intent) -> Path:
-    """The folder of all runs. Raises ConfigError where --runs is not given and the run lies beside the study file, for commands
-    that would begin another one here."""
+    """The folder of all runs. Where --runs is not given and the run lies beside the study file, that one is looked at and
+    cancelled; raises ConfigError for commands that would begin another one here."""
     if options.runs is not None:
         return Path(options.runs)
     here, beside = Path("runs"), options.study.parent / "runs"
     if not _is_begun(beside / name) or _is_begun(here / name):
         return here
     said = f"this study's run is {shown((beside / name).resolve())}, and there is none in ./runs"
-    flag = f"--runs {shlex.quote(str(beside))}"
     if intent == "makes":
+        flag = f"--runs {shlex.quote(str(beside))}"
         raise ConfigError(f"{said}. Add {flag} to go on with it, or --runs {here} to begin another one here.")
-    print(f"note: {said}{'' if intent == 'cancels' else f'; {flag} shows it'}", file=sys.stderr)
-    return beside if intent == "cancels" else here
+    print(f"note: {said}", file=sys.stderr)
+    return beside
 
 
 def _is_begun(run: Path) -> bool:

@@ -130,10 +130,13 @@ def test_a_run_beside_the_study_is_not_begun_again_elsewhere(study, capsys, monk
     capsys.readouterr()
     given = "../study.yaml"
     said = "this study's run is " + str(study.parent / "runs" / "s") + ", and there is none in ./runs"
-    for _ in range(2):  # looking here leaves nothing that would count as a run
-        for command in ("plan", "status", "report"):
-            assert main([command, given]) == 0
-            assert f"note: {said}; --runs ../runs shows it\n" in capsys.readouterr().err
+    for command in ("plan", "status", "report"):  # that one is looked at
+        assert main([command, given]) == 0
+        looked = capsys.readouterr()
+        assert f"note: {said}\n" in looked.err
+        assert " done" in looked.out or command == "report", looked.out
+    assert (study.parent / "runs" / "s" / "report" / "index.html").exists()
+    assert not (elsewhere / "runs").exists()
     for command in ("run", "resume", "submit", "prepare"):
         assert main([command, given]) == 2
         assert f"demix: {said}. Add --runs ../runs to go on with it" in capsys.readouterr().err
