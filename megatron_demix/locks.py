@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import math
@@ -22,6 +23,16 @@ def open_lock(path: Path) -> IO:
     a link stands there: in a folder that others may write, it could lead to any file of this user."""
     # Read, too: NFSv4 shares locks only on files that may be.
     return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def look_at_lock(path: Path) -> IO:
+    """A lock file that is there, open to be asked for its holder. Raises FileNotFoundError where there is none."""
+    try:
+        return open(path, "r+")  # NFS asks for the right to write of those who ask for a lock
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return open(path)  # another person's, or on a disk that is read alone
 
 
 def take_lock(file: IO, holder: str, *, wait_s: float = math.inf, shared: bool = False) -> None:

@@ -82,12 +82,15 @@ def submit(run: Path, arguments: Sequence[str]) -> int:
 def cancel(run: Path) -> int | None:
     """Ask the process that works on the run to save and stop, and wait for it. Returns its id, or None if there is none.
 
-    Raises Incomplete if it is still saving after CANCEL_WAIT_S, or is of another machine.
+    Raises Incomplete if it is still saving after CANCEL_WAIT_S, or is of another machine or user.
     """
     pid = holder(run)
     if pid is None:
         return None
-    os.kill(pid, signal.SIGTERM)
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except PermissionError as e:
+        raise Incomplete(f"process {pid} that works on {run} belongs to another user, who can cancel it.") from e
     deadline = time.monotonic() + CANCEL_WAIT_S
     while holder(run) == pid:
         if time.monotonic() >= deadline:

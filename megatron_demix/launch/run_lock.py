@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_demix.artifact import this_place
 from megatron_demix.errors import Incomplete
-from megatron_demix.locks import is_locked, open_lock, take_lock
+from megatron_demix.locks import is_locked, look_at_lock, open_lock, take_lock
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def holder(run: Path) -> int | None:
     Raises Incomplete where it is of another machine or container that shares the disk: here its number may be any process's.
     """
     try:
-        with open(run / ".lock", "r+") as file:
+        with look_at_lock(run / ".lock") as file:
             text = file.read() if is_locked(file) else ""
     except FileNotFoundError:
         return None

@@ -41,7 +41,7 @@ from megatron_demix.errors import (
 )
 from megatron_demix.launch.attempts import Attempts, of_stage
 from megatron_demix.launch.started import Started
-from megatron_demix.locks import is_locked, open_lock, take_lock
+from megatron_demix.locks import is_locked, look_at_lock, open_lock, take_lock
 from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.process import PYTHON_M, die_with_parent, leave_usr1_to_parent
@@ -136,7 +136,7 @@ def stage_lock(stage: Stage) -> Iterator[IO]:
 def is_being_made(stage: Stage) -> bool:
     """Whether some process has a stage's lock now."""
     try:
-        with open(stage.lock, "r+") as file:
+        with look_at_lock(stage.lock) as file:
             return is_locked(file)
     except FileNotFoundError:
         return False

@@ -1,5 +1,6 @@
 """Who waits for a lock says so, once, and not before it matters."""
 
+import errno
 import fcntl
 import logging
 import threading
@@ -31,3 +32,19 @@ def test_a_lock_leads_to_no_other_file(tmp_path):
     assert (tmp_path / "other").read_text() == "x"
     with locks.open_lock(tmp_path / "new") as file:
         locks.take_lock(file, "nobody")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_whether_a_lock_is_held_is_seen_by_those_who_may_only_read_it(tmp_path, monkeypatch, number):
+    def opened(path, mode="r"):
+        if mode != "r":
+            raise OSError(number, "refused", str(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(locks, "open", opened, raising=False)
+    with open(tmp_path / "lock", "w") as held, locks.look_at_lock(tmp_path / "lock") as file:
+        assert not locks.is_locked(file)
+        fcntl.flock(held, fcntl.LOCK_SH)
+        assert locks.is_locked(file)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        locks.look_at_lock(tmp_path / "nowhere")

@@ -61,6 +61,16 @@ def test_a_process_of_another_machine_is_left_alone(working, tmp_path):
     assert working.poll() is None
 
 
+def test_another_users_process_is_theirs_to_cancel(working, tmp_path, monkeypatch):
+    def refuse(pid, signum):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(background.os, "kill", refuse)
+    with pytest.raises(Incomplete, match=f"process {working.pid} that works on .* belongs to another user, who can cancel it"):
+        background.cancel(tmp_path)
+    monkeypatch.undo()
+
+
 def test_submit_says_when_the_run_ends_at_once(tmp_path):
     with pytest.raises(StageFailed, match=r"ended at once with exit code 2; its log is .*run\.log"):
         background.submit(tmp_path, [str(tmp_path / "missing.yaml")])
