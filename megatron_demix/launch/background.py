@@ -42,8 +42,7 @@ class Background:
         return {"said": said, "pid": pid}
 
     def activity(self) -> Mapping[str, Activity]:
-        """Stages with ranks only: the others are done as soon as they are looked at."""
-        return {s.name: Activity("running") for s in self._dag.all if s.ranks and is_being_made(s)}
+        return {s.name: Activity("running") for s in self._dag.all if is_being_made(s)}
 
 
 def log_of(run: Path) -> Path:

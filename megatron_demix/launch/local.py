@@ -87,7 +87,8 @@ def run_stages(
                     stage = here[0]
                     pending.remove(stage)
                     display.started(stage)
-                    _finish(stage, time.monotonic(), metrics, display)
+                    with stage_lock(stage):  # by which `demix status` knows of it
+                        _finish(stage, time.monotonic(), metrics, display)
                     if stage.kind in ("data", "rounds"):
                         preflight.check([*stages, *foreseen], _remembered)
                 else:

@@ -5,11 +5,14 @@ import fcntl
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_demix.errors import Diverged, Incomplete
 from megatron_demix.launch import attempts, local
+from megatron_demix.launch.backend import Activity
+from megatron_demix.launch.background import Background
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.local import run_stages
 from megatron_demix.pipeline.stage import Stage
@@ -41,6 +44,20 @@ def test_needs_run_first_and_nothing_runs_twice(tmp_path):
     run_all(chain(tmp_path, made), tmp_path)
     assert made == ["a", "b", "c"]
     assert (tmp_path / "metrics.jsonl").read_text().count('"event": "stage"') == 3
+
+
+def test_a_stage_without_ranks_is_seen_while_it_is_made(tmp_path):
+    """Tokenizing may take hours."""
+    seen = []
+
+    def fill(folder):
+        seen.append(backend.activity())
+        (folder / "out").touch()
+
+    stage = Stage("data/a", tmp_path, {}, (), fill)
+    backend = Background(SimpleNamespace(all=[stage]), [])
+    run_all([stage], tmp_path)
+    assert [*seen, backend.activity()] == [{"data/a": Activity("running")}, {}]
 
 
 def test_a_failure_keeps_what_is_done(tmp_path):
