@@ -14,6 +14,8 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.merge.weights import is_weight
 from megatron_demix.mixture import TOLERANCE
 
+# Those of multi-token prediction are counted by themselves, from 0 as well.
+_LAYER = re.compile(r"(?!mtp\.)(?:.*\.)?layers\.(\d+)\.")
 _KEYS = ("tensors", "layers", "mixtures", "scale", "weights")
 
 
@@ -22,8 +24,8 @@ class Rule:
     """For the tensors it matches, either `weights` in place of the mixture's, or `scale` in place of the method's.
 
     tensors: a glob over names, in which stacked layers have their numbers (decoder.layers.3.mlp.linear_fc1.weight). layers: the
-    first and last layer, counted from 0; tensors outside of layers are then not matched. mixtures: a glob over the names of the
-    mixtures it is for.
+    first and last layer, counted from 0; tensors outside of layers, and of multi-token prediction, are then not matched.
+    mixtures: a glob over the names of the mixtures it is for.
     """
 
     tensors: str = "*"
@@ -37,7 +39,7 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         if self.layers is not None:
-            found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+            found = _LAYER.match(name)
             if not found or not self.layers[0] <= int(found[1]) <= self.layers[1]:
                 return False
         return fnmatchcase(name, self.tensors)

@@ -159,3 +159,17 @@ def test_rules_that_do_not_fit_the_components(tmp_path):
     ):
         with pytest.raises(ConfigError, match=match):
             merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "o", method=Linear(base, rules=(rule,)), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "matched"),
+    [
+        ("decoder.layers.1.mlp.linear_fc1.weight", True),
+        ("layers.1.weight", True),
+        ("decoder.layers.2.mlp.linear_fc1.weight", False),
+        ("decoder.final_layernorm.weight", False),
+        ("mtp.layers.1.transformer_layer.mlp.linear_fc1.weight", False),
+    ],
+)
+def test_layers_are_the_models_own(name, matched):
+    assert Rule(layers=(0, 1), scale=0.5).matches(name) == matched
