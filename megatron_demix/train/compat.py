@@ -40,6 +40,10 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
+def _compile_nothing(*_: Any, **__: Any) -> None:
+    raise RuntimeError("there is no CUDA device to compile for")
+
+
 def _seed_cpu(seed: int) -> None:
     torch.manual_seed(seed)
 
@@ -112,11 +116,17 @@ def cpu_compat() -> Iterator[None]:
 def _import_core_uncompiled() -> None:
     """Import megatron.core so that its `jit_fuser` is the identity, as its own disable_jit_fuser() would make it.
 
-    Decorating with torch.compile imports inductor, which takes longer than all the rest of megatron.core.
+    Decorating with torch.compile imports inductor, which takes longer than all the rest of megatron.core. Version 0.15 compiles
+    an allocator for the GPUs that torch sees when it is imported: with a CUDA build of torch, nvcc and no GPU, that is an
+    IndexError. A RuntimeError it takes for an answer.
     """
     if "megatron.core" in sys.modules:
         return
-    with warnings.catch_warnings(), mock.patch.object(torch, "compile", lambda model=None, **_: model or (lambda f: f)):
+    import torch.utils.cpp_extension as cpp_extension
+
+    with warnings.catch_warnings(), ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "compile", lambda model=None, **_: model or (lambda f: f)))
+        stack.enter_context(mock.patch.object(cpp_extension, "load_inline", _compile_nothing))
         warnings.simplefilter("ignore")  # one warning for every package that it can do without
         import megatron.core
         import megatron.core.models.gpt.gpt_layer_specs

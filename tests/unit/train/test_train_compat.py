@@ -1,5 +1,8 @@
 """cpu_compat: what it redirects, and that nothing of it is left afterwards."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -43,3 +46,28 @@ def test_it_is_left_on_an_error_too():
     with pytest.raises(ValueError, match="mine"), cpu_compat():
         raise ValueError("mine")
     assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_core_is_imported_where_a_cuda_build_of_torch_finds_nvcc_and_no_gpu():
+    """megatron.core 0.15 compiles for GPUs when it is imported; later versions when they are asked to."""
+    program = """
+import torch.utils.cpp_extension as cpp_extension
+
+def compiles(*_, **__):
+    raise IndexError("list index out of range")  # what torch says where it finds no GPU
+
+cpp_extension.load_inline = compiles
+from megatron_demix.train.compat import cpu_compat
+
+with cpu_compat():
+    from megatron.core.inference import unified_memory
+
+assert cpp_extension.load_inline is compiles
+try:
+    unified_memory.load_inline()
+except RuntimeError as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "there is no CUDA device to compile for\n"
