@@ -238,6 +238,12 @@ def _fit(
             _write_mixtures(folder, number + 1, space, proposed_MD)
         write_json(folder / FIT, facts)
 
+    def check() -> None:
+        if search.surrogate == "lightgbm":
+            from megatron_demix.search.regressors import import_lightgbm
+
+            import_lightgbm()
+
     needs = (
         *chain.from_iterable(scores),
         *proposals,
@@ -245,7 +251,7 @@ def _fit(
         *data.values(),
         *([centroid] if centroid else []),
     )
-    return Stage(f"rounds/{number}/fit", foundation.run, settings, needs, make)
+    return Stage(f"rounds/{number}/fit", foundation.run, settings, needs, make, check=check)
 
 
 def _spread_so_far(goal: Objective, search: SearchSpec) -> dict[str, Any]:

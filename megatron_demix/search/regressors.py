@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,18 @@ class Regressor(Protocol):
         ...
 
 
+def import_lightgbm() -> Any:
+    """Raises ConfigError where it cannot be imported."""
+    try:
+        import lightgbm
+    except (ImportError, OSError) as e:
+        raise ConfigError(
+            f"surrogate 'lightgbm' needs the package lightgbm ({e}): pip install 'megatron-demix[search]' (and libgomp1), "
+            "or choose another surrogate."
+        ) from e
+    return lightgbm
+
+
 class LightGBM:
     """Boosted trees of 7 leaves (the paper's larger trees need hundreds of proxies)."""
 
@@ -37,13 +49,7 @@ class LightGBM:
         self._seed = seed
 
     def fit(self, shares_MD: np.ndarray, scores_M: np.ndarray) -> None:
-        try:
-            import lightgbm
-        except (ImportError, OSError) as e:
-            raise ConfigError(
-                f"surrogate 'lightgbm' needs the package lightgbm ({e}): pip install 'megatron-demix[search]' (and libgomp1), "
-                "or choose another surrogate."
-            ) from e
+        lightgbm = import_lightgbm()
         settings = {
             "objective": "l2",
             "num_leaves": 7,

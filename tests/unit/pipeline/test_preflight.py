@@ -1,6 +1,7 @@
 """What the data cannot fill is refused as soon as the data is there, before anything is trained for it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def prepared(study: Path, *overrides: str) -> Dag:
 
 def test_a_study_that_its_data_fills_passes(study):
     preflight.check(prepared(study).all)
+
+
+def test_a_surrogate_that_is_not_installed_is_known_before_anything_is_trained(study, monkeypatch):
+    preflight.check(prepared(study, "search.surrogate=lightgbm").all)
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    preflight.check(prepared(study).all)
+    with pytest.raises(ConfigError, match=r"surrogate 'lightgbm' needs the package lightgbm .* 'megatron-demix\[search\]'"):
+        preflight.check(prepared(study, "search.surrogate=lightgbm").all)
 
 
 @pytest.mark.parametrize(
