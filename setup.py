@@ -9,8 +9,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import setuptools
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+
+# With --no-build-isolation pip takes the one that is there, and what an older one says of pyproject.toml is hard to read.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"setuptools {setuptools.__version__} is too old to build megatron_demix, which needs 77 or newer: "
+        "pip install 'setuptools>=77', or leave out --no-build-isolation."
+    )
 
 # Instruction sets are chosen at run time inside the sources, so no -march here: one build runs on any x86-64 or Arm machine.
 core = Pybind11Extension(

@@ -1,5 +1,6 @@
 """What is packed for an installation is all that it needs, and an installation holds all of the package."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -43,3 +44,17 @@ def test_a_source_distribution_has_every_source(unpacked, folder):
 def test_an_installation_has_the_whole_package(unpacked, tmp_path):
     subprocess.run([sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path], cwd=unpacked, check=True)
     assert files_of(tmp_path / "megatron_demix") == files_of(ROOT / "megatron_demix")
+
+
+def test_a_setuptools_that_is_too_old_is_named(unpacked, tmp_path):
+    """As with pip's --no-build-isolation, in an environment that holds an older one."""
+    (tmp_path / "sitecustomize.py").write_text("import setuptools\nsetuptools.__version__ = '65.5.0'\n")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=unpacked,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("setuptools 65.5.0 is too old to build megatron_demix, which needs 77 or newer: pip install")
