@@ -63,7 +63,7 @@ def render(data: ReportData, table: str = "proxies.csv") -> str:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": _percent, "loss": _loss, "spread": _spread, "count": format_count, "bytes": format_bytes}
-    environment.filters |= {"duration": format_duration}
+    environment.filters |= {"duration": format_duration, "deviation": _deviation}
     verdict = judge(data)
     svg = {name: [Markup(f) for f in found if f] for name, found in _figures(data, verdict).items()}
     colours = {name: colour_variable(index) for name, index in selection.colour_indices(data).items()}
@@ -212,7 +212,9 @@ def _tiles(data: ReportData, verdict: Verdict) -> list[tuple[str, str, str]]:
         tiles.append(("objective of the found mixture", _loss(found.objective), remark))
     elif data.choice:
         mean, std = data.choice.objective
-        tiles.append(("predicted objective", _loss(mean), f"± {std:.2g} of the surrogate; {data.unit}, lower is better"))
+        tiles.append(
+            ("predicted objective", _loss(mean), f"± {_deviation(std)} of the surrogate; {data.unit}, lower is better")
+        )
     if data.choice and data.domains:
         moves = {d.name: data.choice.shares.get(d.name, 0.0) - d.natural_share for d in data.domains}
         name = max(moves, key=lambda n: abs(moves[n]))
@@ -322,6 +324,11 @@ def _percent(share: float) -> str:
 
 def _spread(sd: float | None) -> str:
     return "" if sd is None else f"± {sd:.4f}"
+
+
+def _deviation(value: float) -> str:
+    """Two digits; of what is below the last digit that losses are shown with, only that."""
+    return "<0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 def _loss(value: float | None) -> str:

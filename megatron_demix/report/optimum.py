@@ -64,7 +64,7 @@ def optimum_spread(data: ReportData) -> str | None:
             axes.plot(
                 [natural[name]] * 2, edges, color=MUTED, linewidth=1.2, linestyle=dashes, label="natural" if first else None
             )
-        text = f"{100 * samples.mean():.1f} ± {100 * samples.std(ddof=1):.2g} %"
+        text = _mean_and_deviation(samples)
         axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=SMALL)
     axes.set_yticks(range(len(names)), [shortened(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -88,8 +88,13 @@ def others_at_the_optimum(data: ReportData) -> str:
     found = math.fsum(data.choice.shares.get(name, 0.0) for name in others)
     return (
         f"{said} The {len(others)} others have {100 * found:.1f} % of the data together, and at these optima "
-        f"{100 * together.mean():.1f} ± {100 * together.std(ddof=1):.2g} %."
+        f"{_mean_and_deviation(together)}."
     )
+
+
+def _mean_and_deviation(shares: np.ndarray) -> str:
+    deviation = 100 * shares.std(ddof=1)
+    return f"{100 * shares.mean():.1f} ± {f'{deviation:.2g}' if deviation >= 0.01 else '<0.01'} %"
 
 
 def _swarm(values: np.ndarray) -> np.ndarray:

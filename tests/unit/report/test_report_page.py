@@ -196,6 +196,23 @@ def test_each_column_says_what_is_better_and_what_the_search_saw(whole):
     assert "bits per byte; ↑: higher is better. ±" in page
 
 
+def test_deviations_below_the_last_digit_shown_are_only_bounded(whole):
+    assert whole.choice
+    sure = dataclasses.replace(
+        whole.choice.optimum,
+        samples={"code": [0.6, 0.6 + 1e-7, 0.6 - 1e-7], "math": [0.4, 0.4, 0.4]},
+        gain=(0.05, 2e-6),
+        expected_regret=3e-8,
+    )
+    choice = dataclasses.replace(whole.choice, optimum=sure, objective=(1.5, 2e-6), predicted={"code": (1.5, 7e-5)})
+    page = render(dataclasses.replace(whole, choice=choice))
+    assert "60.0 ± &lt;0.01 %" in page
+    assert "is 0.05 ± &lt;0.0001 (bits per byte) better than natural" in page
+    assert "a perfect one could win &lt;0.0001 more on average" in page
+    assert page.count('1.5000 <span class="sd">± &lt;0.0001</span>') == 2
+    assert "e-0" not in page
+
+
 def test_how_sure_the_mixture_is_what_it_trades_and_what_binds(whole):
     page = render(whole)
     assert "60.0 ± 2 %" in page
