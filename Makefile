@@ -62,6 +62,7 @@ bench-faults: $(CORE) $(DEV)
 
 $(READY): pyproject.toml
 	@command -v g++ >/dev/null || { echo "g++ is missing: install a C++17 compiler (apt-get install g++)"; exit 2; }
+	@echo "installing into .venv, and building csrc: some minutes"
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
 	 else $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --retries 1 --extra-index-url $(TORCH_INDEX) "$(TORCH)"; fi
 	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=2.13"

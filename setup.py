@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import setuptools
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 # With --no-build-isolation pip takes the one that is there, and what an older one says of pyproject.toml is hard to read.
@@ -76,4 +76,5 @@ class BuildAll(build_ext):
             unfinished.unlink(missing_ok=True)
 
 
+ParallelCompile().install()  # a file a core
 setup(ext_modules=[core], cmdclass={"build_ext": BuildAll})
