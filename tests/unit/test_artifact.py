@@ -64,7 +64,7 @@ def test_fingerprints_name_values_not_the_order_of_keys(tmp_path):
 
 
 def test_publish_and_read_back(tmp_path):
-    target = tmp_path / "runs" / "data-k1"
+    target = tmp_path / "runs" / "demo" / "data-k1"
     make(target, size=3)
     assert is_done(target)
     assert is_done(target, "k1")
@@ -244,7 +244,7 @@ def test_a_killed_writer_leaves_no_artifact_and_its_leftovers_go(tmp_path):
 
 
 def test_a_key_given_twice_in_json(tmp_path):
-    (tmp_path / "mixture.json").write_text('{"weights": {"code": 0.5, "math": 0.5, "code": 0.2}}')
+    (tmp_path / "mixture.json").write_text('{"weights": {"math": 0.5, "code": 0.5, "code": 0.2}}')
     with pytest.raises(CorruptInput, match=r"mixture\.json: 'code' is given twice\. Keep one of them"):
         read_json(tmp_path / "mixture.json")
 

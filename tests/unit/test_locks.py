@@ -1,4 +1,4 @@
-"""Who waits for a lock says so, once, and not before it matters."""
+"""Locks keep others out; who waits for one says so, once, and not before it matters."""
 
 import errno
 import fcntl
@@ -48,3 +48,33 @@ def test_whether_a_lock_is_held_is_seen_by_those_who_may_only_read_it(tmp_path, 
         assert locks.is_locked(file)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         locks.look_at_lock(tmp_path / "nowhere")
+
+
+def test_shared_locks_keep_out_whoever_wants_it_alone_until_the_last_is_freed(tmp_path):
+    path = tmp_path / "lock"
+    with locks.open_lock(path) as wanted:
+        with locks.open_lock(path) as one:
+            locks.take_lock(one, "the other", wait_s=0, shared=True)
+            with locks.open_lock(path) as two:
+                locks.take_lock(two, "the other", wait_s=0, shared=True)
+            assert locks.is_locked(wanted)
+            with pytest.raises(Incomplete, match=r"^the other: still running\. Let it finish"):
+                locks.take_lock(wanted, "the other", wait_s=0)
+        assert not locks.is_locked(wanted)
+        locks.take_lock(wanted, "the other", wait_s=0)
+        with locks.open_lock(path) as late:
+            assert locks.is_locked(late)
+            with pytest.raises(Incomplete, match="the other: still running"):
+                locks.take_lock(late, "the other", wait_s=0, shared=True)
+
+
+def test_a_file_system_without_locks_is_said_and_stops_nobody(tmp_path, monkeypatch, caplog):
+    def refused(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with locks.open_lock(tmp_path / "lock") as file:
+        locks.take_lock(file, "nobody")
+        assert not locks.is_locked(file)
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path} cannot be locked (Function not implemented)")
