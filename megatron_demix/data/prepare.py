@@ -37,7 +37,6 @@ def prepare_domain(
     split: tuple[float, float, float] = (0.94, 0.03, 0.03),
     seed: int = 0,
     workers: int = 1,
-    append_eod: bool = True,
     on_bad_document: BadDocuments = "error",
     part: tuple[int, int] | None = None,
     progress: bool = True,
@@ -53,7 +52,7 @@ def prepare_domain(
         raise ConfigError(
             f"split is {split}, expected three shares >= 0 for train, valid and test that sum to 1, with some train."
         )
-    recipe = Recipe(tokenizer, json_key, append_eod, on_bad_document, tuple(split), seed)
+    recipe = Recipe(tokenizer, json_key, True, on_bad_document, tuple(split), seed)
     run = _Run(inputs, Path(output), SPLITS, recipe, workers, progress)
     if part is not None:
         run.make_part(part)

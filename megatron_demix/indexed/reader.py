@@ -144,14 +144,12 @@ class IndexedReader:
         self.check_still_there()
         return np.frombuffer(self._bytes, self.index.dtype, length, pointer)
 
-    def tokens(self, document: int, start: int = 0, count: int | None = None) -> np.ndarray:
-        """Token ids of one document, or `count` of them from `start` on."""
+    def tokens(self, document: int) -> np.ndarray:
+        """Token ids of one document."""
         if not 0 <= document < self.index.num_documents:
             raise IndexError(f"document {document} of {self.index.num_documents} in {self.index.prefix}")
         first, last = int(self.index.documents[document]), int(self.index.documents[document + 1])
         self.index.check_still_there()
         if last == first + 1:
-            whole = self.sequence(first)
-        else:
-            whole = np.concatenate([np.empty(0, self.index.dtype), *(self.sequence(s) for s in range(first, last))])
-        return whole[start : None if count is None else start + count]
+            return self.sequence(first)
+        return np.concatenate([np.empty(0, self.index.dtype), *(self.sequence(s) for s in range(first, last))])

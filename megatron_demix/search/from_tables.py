@@ -28,9 +28,9 @@ def fit_tables(
     mixtures: Table,
     scores: Table,
     *,
-    kind: str = "auto",
-    seed: int = 0,
-    notice: Notice = print,
+    kind: str,
+    seed: int,
+    notice: Notice,
     space: SearchSpace | None = None,
     spare: Collection[str] = (),
 ) -> dict[str, Surrogate]:
@@ -95,9 +95,7 @@ def _mixtures(table: Table, notice: Notice) -> np.ndarray:
     return shares_MD
 
 
-def predict_scores(
-    mixtures: Table, scores: Table, wanted: Table, *, kind: str = "auto", seed: int = 0, notice: Notice = print
-) -> Table:
+def predict_scores(mixtures: Table, scores: Table, wanted: Table, *, kind: str, seed: int, notice: Notice) -> Table:
     """Each score, and its <score>_std, predicted at the mixtures `wanted` from those measured. Raises as fit_tables does."""
     wanted.check_holds(SHARES)
     wanted_ND = _mixtures(wanted.with_columns(mixtures.columns, other=mixtures.path), notice)
@@ -128,15 +126,15 @@ def choose_from_tables(
     scores: Table,
     objective: Mapping[str, float],
     *,
-    aim: Aim = "mean",
-    higher_is_better: Collection[str] = (),
-    kind: str = "auto",
-    candidates: int = 200_000,
-    top: int = 128,
-    bootstraps: int = 50,
-    next_round: int = 0,
-    seed: int = 0,
-    notice: Notice = print,
+    aim: Aim,
+    higher_is_better: Collection[str],
+    kind: str,
+    candidates: int,
+    top: int,
+    bootstraps: int,
+    next_round: int,
+    seed: int,
+    notice: Notice,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """mixture.json (search/outcome.py) for measured merge weights, and next_round x D merge weights to try next."""
     normalised(objective, scores.columns)  # a slip in a name is found before the fits
@@ -165,12 +163,12 @@ def choose_from_tables(
 def compare_tables(
     proxies: Table,
     references: Table,
-    reseeded: Table | None = None,
-    objective: Mapping[str, float] | None = None,
-    higher_is_better: Collection[str] = (),
+    reseeded: Table | None,
+    objective: Mapping[str, float] | None,
+    higher_is_better: Collection[str],
     *,
-    num_bootstraps: int = 1000,
-    seed: int = 0,
+    num_bootstraps: int,
+    seed: int,
 ) -> dict[str, Any]:
     """rank_consistency of tables, joined by id and column name, with "num_proxies": proxies without a reference are left out.
 

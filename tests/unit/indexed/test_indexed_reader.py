@@ -31,11 +31,10 @@ def test_reads_what_was_written(prefix):
     assert not index.is_view
 
 
-def test_tokens_and_slices(prefix):
+def test_tokens_of_documents(prefix):
     reader = IndexedReader(prefix)
     everything = np.fromfile(f"{prefix}.bin", "<u2")
     assert reader.tokens(2).tolist() == everything[5:12].tolist()
-    assert reader.tokens(2, 1, 3).tolist() == everything[6:9].tolist()
     assert reader.tokens(1).tolist() == []
     with pytest.raises(IndexError, match="document 4 of 4"):
         reader.tokens(4)

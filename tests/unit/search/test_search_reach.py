@@ -36,10 +36,10 @@ def test_distances_are_total_variations_to_what_was_measured() -> None:
 def test_predictions_beyond_what_was_measured_are_said() -> None:
     table, said = mixtures(0.4), []
     near = Table(Path("w.csv"), "id", ("near",), DOMAINS, np.array([[0.3, 0.35, 0.35]]))
-    predict_scores(table, scores(table), near, kind="ridge", notice=said.append)
+    predict_scores(table, scores(table), near, kind="ridge", seed=0, notice=said.append)
     assert not [text for text in said if "extrapolated" in text]
     both = Table(Path("w.csv"), "id", ("near", "far"), DOMAINS, np.array([[0.3, 0.35, 0.35], [0.9, 0.05, 0.05]]))
-    predict_scores(table, scores(table), both, kind="ridge", notice=said.append)
+    predict_scores(table, scores(table), both, kind="ridge", seed=0, notice=said.append)
     assert "1 of 2 mixtures to predict lie farther from all measured ones" in said[-1]
     assert "far: 0.5" in said[-1]
 
@@ -47,7 +47,8 @@ def test_predictions_beyond_what_was_measured_are_said() -> None:
 def test_a_chosen_mixture_beyond_what_was_measured_is_said() -> None:
     natural = Mixture.uniform(DOMAINS)
     space, said = SearchSpace(natural, natural, 0.0), []
-    more = {"kind": "ridge", "candidates": 2000, "top": 4, "bootstraps": 0, "notice": said.append}
+    sizes = {"candidates": 2000, "top": 4, "bootstraps": 0, "next_round": 0}
+    more = {"aim": "mean", "higher_is_better": (), "kind": "ridge", "seed": 0, "notice": said.append, **sizes}
     table = mixtures(0.4)
     report, _ = choose_from_tables(space, table, scores(table), {"loss": 1}, **more)
     assert report["weights"]["code"] > 0.9
