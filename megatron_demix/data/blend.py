@@ -28,7 +28,7 @@ from megatron_demix import native
 from megatron_demix.artifact import fingerprint, only_maker
 from megatron_demix.data import blend_files
 from megatron_demix.data.pool import Domain, OpenPool, Pool, Source, open_pool
-from megatron_demix.data.quota import OnShortfall, feasible_max_shares, fitting_target, quotas
+from megatron_demix.data.quota import OnShortfall, fitting_target, quotas
 from megatron_demix.data.source_digest import fingerprint_sources
 from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError, storage_errors
 from megatron_demix.mixture import Mixture, apportion
@@ -37,7 +37,7 @@ Mode = Literal["view", "materialise", "args"]
 HASH_NOTES = ".source_hashes"
 MODES: tuple[Mode, ...] = ("view", "materialise", "args")
 
-__all__ = ["BlendPlan", "Pool", "Source", "build_blend", "feasible_max_shares", "plan_blend"]
+__all__ = ["BlendPlan", "Pool", "Source", "build_blend", "plan_blend"]
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,11 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Literal
 
-from megatron_demix.data.pool import Domain, Source, open_pool
+from megatron_demix.data.pool import Domain
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.mixture import Mixture, apportion
 
 OnShortfall = Literal["error", "cap", "redistribute"]
-
-
-def feasible_max_shares(pool: Mapping[str, Source], target_tokens: int) -> dict[str, float]:
-    """The largest actual share of each domain that its tokens and max_epochs allow in a budget, at most 1."""
-    if target_tokens < 1:
-        raise ConfigError(f"target is {target_tokens} tokens, expected at least 1.")
-    return {name: min(1.0, d.most_tokens / target_tokens) for name, d in open_pool(pool).domains.items()}
 
 
 def quotas(
@@ -55,7 +48,8 @@ def fitting_target(domains: Mapping[str, Domain], mixture: Mixture, taken: Mappi
     """The largest target of which the domains can give their shares."""
     shares = mixture.over(list(domains))
     limits = _limits(domains, [name for name in domains if shares[name] > 0], taken)
-    return min(int(Fraction(limit) / Fraction(shares[name])) for name, limit in limits.items())
+    # A share as it is written: 0.1 as a binary number is a little more, and 100 tokens would fit 999.
+    return min(int(limit / Fraction(str(shares[name]))) for name, limit in limits.items())
 
 
 def _limits(domains: Mapping[str, Domain], names: Iterable[str], taken: Mapping[str, int] | None) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from indexed_data import make_pool
 from megatron_demix import native
 from megatron_demix.data import blend_data
 from megatron_demix.data.blend import build_blend, plan_blend
-from megatron_demix.data.pool import Domain, OpenPool
-from megatron_demix.data.quota import quotas
+from megatron_demix.data.pool import Domain, OpenPool, Source
+from megatron_demix.data.quota import fitting_target, quotas
+from megatron_demix.data.verify import verify_blend
 from megatron_demix.errors import MixtureError
-from megatron_demix.indexed.reader import Index
+from megatron_demix.indexed.reader import Index, IndexedReader
+from megatron_demix.indexed.writer import IndexedWriter
 from megatron_demix.mixture import Mixture
 
 
@@ -58,7 +61,10 @@ def problems(draw):
     pool = draw(pools())
     weights = draw(st.lists(st.integers(0, 10), min_size=len(pool.domains), max_size=len(pool.domains)).filter(any))
     mixture = Mixture.proportional(dict(zip(pool.domains, weights, strict=True)))
-    return pool, mixture, draw(st.integers(1, 4000)), draw(st.integers(0, 2**32))
+    # Also what the domains hold to the token, and one more.
+    most = [sum(pool.domains[n].most_tokens for n in pool.domains if mixture[n] > 0), fitting_target(pool.domains, mixture)]
+    edges = [target for m in most for target in (m, m + 1) if 1 <= target <= 4000]
+    return pool, mixture, draw(st.integers(1, 4000) | st.sampled_from(edges or [1])), draw(st.integers(0, 2**32))
 
 
 def order(plan, threads=1):
@@ -124,6 +130,31 @@ def test_same_seed_same_order_whatever_the_threads(problem, threads):
     again = plan_blend(pool, mixture, target, seed=seed, on_shortfall="cap", threads=threads)
     for a, b in zip(order(plan)[:3], order(again, threads)[:3], strict=True):
         assert np.array_equal(a, b)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.data())
+def test_the_target_that_is_said_to_fit_does_and_no_larger_one(problem, data):
+    """Also where earlier stages have used a part."""
+    pool, mixture, _, _ = problem
+    taken = {n: data.draw(st.integers(0, d.most_tokens)) for n, d in pool.domains.items() if data.draw(st.booleans())}
+    fits = fitting_target(pool.domains, mixture, taken)
+    if fits:
+        planned = quotas(pool.domains, mixture, fits, "error", taken=taken)
+        assert all(planned[n] + taken.get(n, 0) <= pool.domains[n].most_tokens for n in planned)
+    # By so much that the share of the domain that limits it grows by more than the token that rounding may take away.
+    larger = fits + math.ceil(2 / min(share for share in mixture.values() if share > 0))
+    with pytest.raises(MixtureError, match=f"a target of at most {fits:,} tokens"):
+        quotas(pool.domains, mixture, larger, "error", taken=taken)
+
+
+@pytest.mark.parametrize(("share", "target"), [(0.1, 1000), (0.3, 333), (0.7, 142), (1.0, 100)])
+def test_the_target_that_fits_is_that_of_shares_as_they_are_written(share, target):
+    """100 tokens of a domain, in decimal shares that binary numbers miss by a little."""
+    domains = {"a": domain("a", [[100]], 1.0, 0), "b": domain("b", [[1000]], 1.0, 200)}
+    mixture = Mixture({"a": share, "b": 1 - share})
+    assert fitting_target(domains, mixture) == target
+    assert quotas(domains, mixture, target, "error")["a"] <= 100
 
 
 @settings(max_examples=100, deadline=None)
@@ -194,6 +225,56 @@ def test_any_workers_in_any_order_write_the_same_bytes(lengths, num_workers, ord
         assert manifests[-1] == whole
         for suffix in whole["files"]:
             assert Path(f"{name}/b{suffix}").read_bytes() == Path(f"{name}/whole{suffix}").read_bytes()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=9), min_size=1, max_size=3), min_size=1, max_size=4),
+    st.integers(1, 400),
+    st.sampled_from(["view", "materialise"]),
+    st.integers(0, 99),
+)
+def test_what_is_read_are_the_documents_of_the_domain_that_is_named(lengths, target, mode, seed):
+    """Each domain of one indexed data set or several; every token says which document of which it is of."""
+    with tempfile.TemporaryDirectory() as name:
+        number, owner, length = 0, {}, {}
+        pool = {}
+        for d, parts in enumerate(lengths):
+            prefixes = []
+            for p, sizes in enumerate(parts):
+                prefixes.append(Path(name, "pool", f"d{d}_{p}"))
+                prefixes[-1].parent.mkdir(exist_ok=True)
+                numbers = range(number, number + len(sizes))
+                number += len(sizes)
+                owner |= dict.fromkeys(numbers, d)
+                length |= dict(zip(numbers, sizes, strict=True))
+                with IndexedWriter(prefixes[-1], np.dtype(np.uint16)) as writer:
+                    writer.add(np.repeat(np.array(numbers), sizes), np.array(sizes))
+            pool[f"d{d}"] = Source(tuple(prefixes))
+        prefix, arguments = Path(name, "b"), (Mixture.uniform(pool), target)
+        options = {"mode": mode, "seed": seed, "on_shortfall": "cap", "progress": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # documents are long for such targets
+            manifest = build_blend(pool, *arguments, prefix, **options)
+        reader, domain_of = IndexedReader(prefix), np.load(f"{prefix}.domains.npy")
+        times = dict.fromkeys(owner, 0)
+        for document in range(reader.num_documents):
+            (seen,) = set(reader.tokens(document).tolist())
+            assert len(reader.tokens(document)) == length[seen]
+            assert list(manifest["domains"])[domain_of[document]] == f"d{owner[seen]}"
+            times[seen] += 1
+        for d in range(len(lengths)):
+            counts = [count for document, count in times.items() if owner[document] == d]
+            assert max(counts) - min(counts) <= 1, "none comes again before all have come"
+        assert verify_blend(prefix, progress=False)["sources"] == "compared"
+        # Moved data is the same data.
+        moved = {}
+        Path(name, "pool").rename(Path(name, "moved"))
+        for domain_name, source in pool.items():
+            moved[domain_name] = Source(tuple(Path(name, "moved", path.name) for path in source.prefixes))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert build_blend(moved, *arguments, prefix, **options) == manifest
 
 
 def test_windows_of_a_million_tokens():

@@ -12,7 +12,7 @@ from indexed_data import make_indexed
 
 from megatron_demix import native
 from megatron_demix.data import blend, blend_data
-from megatron_demix.data.blend import Source, feasible_max_shares
+from megatron_demix.data.blend import Source
 from megatron_demix.data.blend_report import blend_table
 from megatron_demix.data.pool import Pool, open_pool
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError
@@ -28,6 +28,7 @@ def test_bad_pools(pool, tmp_path):
         ({"a": Source(())}, ConfigError, "domain 'a' has no prefixes"),
         ({"a": good, "b": good}, ConfigError, "is given twice, in domain 'a' and 'b'"),
         ({"a": Source(good.prefixes, float("nan"))}, ConfigError, "max_epochs is nan, expected a finite number > 0"),
+        ({"a": Source(good.prefixes, float("inf"))}, ConfigError, "max_epochs is inf, expected a finite number > 0"),
         ({"a": Source(good.prefixes, 0)}, ConfigError, "max_epochs is 0"),
         ({"a": good, "b": Source((narrow,))}, IncompatibleInputs, "wide holds int32 tokens, .*code_0 uint16"),
         ({"a": Source((make_indexed(tmp_path / "nil", []),))}, MixtureError, "domain 'a' is empty"),
@@ -176,9 +177,6 @@ def test_shortfall_says_what_would_fit(pool, tmp_path):
     assert build(pool, tmp_path / "fits", target=fits)["tokens"] >= fits
     assert f"math={4 * available / 120_000:.4g}" in message
     assert f"math to {36000 / available:.4g}" in message
-    caps = feasible_max_shares(pool, 120_000)
-    assert caps["math"] == 4 * available / 120_000
-    assert caps["prose"] == 1.0
 
 
 def test_cap_and_redistribute(pool, tmp_path):
