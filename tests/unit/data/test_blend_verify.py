@@ -107,6 +107,22 @@ def test_verify_finds_a_manifest_that_was_changed(pool, tmp_path, change):
         verify_blend(tmp_path / "b", progress=False)
 
 
+def test_verify_finds_documents_that_are_said_to_be_of_each_others_domains(pool, tmp_path):
+    """Of one length, so that all counts stay the same."""
+    build(pool, tmp_path / "b")
+    owners, manifest = tmp_path / "b.domains.npy", tmp_path / "b.blend.json"
+    lengths, domain_of = read_index(tmp_path / "b").lengths, np.load(owners)
+    first, second = next(
+        (i, j) for i in range(len(lengths)) for j in range(i) if lengths[i] == lengths[j] and domain_of[i] != domain_of[j]
+    )
+    old = hash_file(owners)
+    domain_of[[first, second]] = domain_of[[second, first]]
+    np.save(owners, domain_of)
+    manifest.write_text(manifest.read_text().replace(old, hash_file(owners)))
+    with pytest.raises(VerificationFailed, match="its order of documents is not the one its sources and seed give"):
+        verify_blend(tmp_path / "b", progress=False)
+
+
 def test_verify_says_when_sources_are_gone_or_changed(pool, tmp_path):
     build(pool, tmp_path / "b")
     flip_last_byte(tmp_path / "pool" / "math_0.bin")
