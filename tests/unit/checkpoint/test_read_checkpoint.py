@@ -5,12 +5,13 @@ import gc
 import io
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from dist_checkpoints import bits, blob_of, edited_metadata, parallel_cuts, small_model, write_checkpoint
+from dist_checkpoints import bits, blob_of, edited_metadata, parallel_cuts, saved, small_model, write_checkpoint
 
 from megatron_demix.checkpoint import metadata as metadata_module
 from megatron_demix.checkpoint.common_state import (
@@ -19,9 +20,10 @@ from megatron_demix.checkpoint.common_state import (
 from megatron_demix.checkpoint.metadata import read_metadata
 from megatron_demix.checkpoint.payload import read_payload
 from megatron_demix.checkpoint.reader import Checkpoint, is_model_key
-from megatron_demix.checkpoint.summary import summarize
+from megatron_demix.checkpoint.summary import format_summary, summarize
 from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
+from megatron_demix.units import format_count
 
 
 def test_every_chunk_is_found_with_its_bytes(tmp_path):
@@ -162,17 +164,44 @@ def test_archive_of_something_else():
         read_payload(np.zeros(0, np.uint8), "x")
 
 
-def test_metadata_that_disagrees_with_the_file(tmp_path):
-    write_checkpoint(tmp_path, {"w": torch.zeros(4, 4)})
-    data = (tmp_path / ".metadata").read_bytes()
-    other = write_checkpoint(tmp_path / "other", {"w": torch.zeros(4, 5)})
-    (other / "__0_0.distcp").write_bytes((tmp_path / "__0_0.distcp").read_bytes())
-    (other / ".metadata").write_bytes(data.replace(b"\x04K\x04", b"\x04K\x04"))
-    checkpoint = Checkpoint(tmp_path)
+@pytest.mark.parametrize(
+    ("edit", "promised"),
+    [
+        (lambda info: object.__setattr__(info.chunks[0], "shape", (4, 3)), r"bfloat16 \(4, 3\)"),
+        (lambda info: object.__setattr__(info, "dtype", "float16"), r"float16 \(4, 4\)"),  # of as many bytes
+    ],
+)
+def test_metadata_that_disagrees_with_the_file(tmp_path, edit, promised):
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, {"w": torch.zeros(4, 4, dtype=torch.bfloat16)}))
     info = checkpoint.metadata.tensors["w"]
-    object.__setattr__(info.chunks[0], "shape", (4, 3))
-    with pytest.raises(CorruptInput, match=r"holds float32 \(4, 4\), but .metadata promises float32 \(4, 3\)"):
+    edit(info)
+    with pytest.raises(CorruptInput, match=rf"holds bfloat16 \(4, 4\), but .metadata promises {promised}"):
         checkpoint.payload(info, info.chunks[0])
+
+
+def test_a_summary_counts_what_is_there(tmp_path):
+    tensors = small_model(0)
+    states = {f"optimizer.state.exp_avg.{key}": tensor.float() for key, tensor in tensors.items()}
+    write_checkpoint(
+        tmp_path / "iter_0000100",
+        tensors | states,
+        parallel_cuts(2),
+        num_files=3,
+        objects={"rng_state/shard_0_1": b"x", "a._extra_state/shard_0_1": saved([1])},
+    )
+    facts = summarize(tmp_path / "iter_0000100")
+    num = sum(tensor.numel() for tensor in tensors.values())
+    assert (facts["iteration"], facts["files"]) == (100, 3)
+    assert (facts["parameters"], facts["model_bytes"]) == (num, 2 * num)
+    assert (facts["other_tensors"], facts["other_bytes"]) == (len(tensors), 4 * num)
+    assert facts["objects"] == ["a._extra_state/shard_0_1", "rng_state/shard_0_1"]
+    assert {t["key"]: t["shape"] for t in facts["tensors"]} == {key: list(t.shape) for key, t in tensors.items()}
+    (qkv,) = (t for t in facts["tensors"] if t["key"].endswith("linear_qkv.weight"))
+    assert (qkv["dtype"], qkv["chunks"], qkv["grid"]) == ("bfloat16", 4, [2, 2, 1])
+    text = format_summary(facts)
+    assert f"(iter, iteration 100)\n{format_count(num)} parameters in {len(tensors)} tensors, " in text
+    assert "\nhidden_size 8, consumed_train_samples 640\n" in text
+    assert re.search(r"linear_qkv\.weight +bfloat16 +\[2, 24, 8\] +4 chunks \(2 x 2 x 1\)", text)
 
 
 @pytest.mark.parametrize(
