@@ -60,11 +60,22 @@ def test_damage_is_noticed(tmp_path):
 
 def test_ranks_keep_their_work_between_runs(tmp_path):
     a = stage(tmp_path, ranks=2)
+    assert a.state() == "to do"
     a.begin()
     assert a.state() == "partial"
     a.finish()
     assert a.state() == "done"
     assert not a.work.exists()
+
+
+@pytest.mark.parametrize("part", [None, (1, 2)])
+def test_ranks_do_not_begin_a_job_of_an_earlier_run(tmp_path, part):
+    """It was written before they were killed; make then finds that nothing is left for them to do."""
+    whole = Stage("data/a", tmp_path, {}, (), lambda folder: None, ranks=2, make_part=lambda folder, index: None)
+    a = whole.part(part) if part else whole
+    a.job.parent.mkdir(parents=True)
+    write_json(a.job, {"step": 1})
+    assert not a.begin()
 
 
 def test_parts_are_made_in_the_work_folder_and_put_together(tmp_path):
