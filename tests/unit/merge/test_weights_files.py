@@ -1,9 +1,15 @@
-"""Files of mixtures for tools/merge_dist_ckpt.py --weights."""
+"""Merge weights: files of them for tools/merge_dist_ckpt.py --weights, and what becomes of those that do not sum to 1."""
 
+import warnings
+from typing import get_args
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_demix.errors import ConfigError, MixtureError
-from megatron_demix.merge.weights import read_weights, weight_matrix
+from megatron_demix.merge.weights import Normalize, read_weights, weight_matrix
 
 
 @pytest.mark.parametrize(
@@ -61,3 +67,28 @@ def test_weights_that_float32_does_not_hold(tmp_path, weight):
     (tmp_path / "w.jsonl").write_text(f'{{"name": "a", "weights": {{"code": {weight}}}}}')
     with pytest.raises(MixtureError, match=r"mixture a: weight of 'code' is .*, expected a finite number \(in float32"):
         weight_matrix(read_weights(tmp_path / "w.jsonl"), ["code"], "off")
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, -0.5, -1.0]), min_size=3, max_size=3),
+    st.sampled_from(get_args(Normalize)),
+    st.sampled_from([0.0, 5e-7, -5e-7, 2e-6, -2e-6]),
+)
+def test_weights_are_used_as_given_or_divided_by_their_sum_or_refused(values, normalize, off):
+    """Components that a mixture does not name have none; a sum within 1e-6 of 1 is 1."""
+    given_weights = {"c": values[0], "a": values[1] + off, "b": values[2]}
+    row = np.array([given_weights[name] for name in "abc"])
+    total, negative = row.sum(), (row < 0).any()
+    as_given = normalize == "off" or (abs(total - 1) <= 1e-6 and not (negative and normalize == "error"))
+    refused = not as_given and (normalize in ("error", "affine") or total <= 0)
+    mixtures = {"m": given_weights, "one": {"d": 1.0}}
+    if refused:
+        with pytest.raises(MixtureError, match=r"mixture m: (weights sum to|a weight is negative)"):
+            weight_matrix(mixtures, list("abcd"), normalize)
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = weight_matrix(mixtures, list("abcd"), normalize)
+    expected = row if as_given else row / total
+    np.testing.assert_allclose(found, [[*expected, 0], [0, 0, 0, 1]], rtol=1e-12, atol=1e-15)
+    assert [str(w.message).split(":")[0] for w in said] == (["mixture m"] if normalize == "warn" and not as_given else [])
