@@ -72,7 +72,7 @@ def _check(domains: Sequence[str], names: Sequence[str], products_RP: np.ndarray
         if not length:
             raise ConfigError(f"mixed component {name!r} is of one domain alone, which is a component already. Leave it out.")
         before_PR = products_RP[:r].T
-        rest_P = products_RP[r] - before_PR @ np.linalg.lstsq(before_PR, products_RP[r], rcond=None)[0] if r else products_RP[r]
+        rest_P = products_RP[r] - before_PR @ np.linalg.lstsq(before_PR, products_RP[r], rcond=None)[0]
         if np.linalg.norm(rest_P) < _NEW * length:
             raise ConfigError(
                 f"mixed component {name!r} corrects nothing beside {', '.join(names[:r])}: the products of its weights, two by "

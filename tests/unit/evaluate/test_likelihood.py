@@ -160,6 +160,9 @@ def test_bytes_are_those_of_the_tokens_that_are_scored(tmp_path):
     task = read_task(TaskSpec(name="g", format="gsm8k", path=file, scores=["bits_per_byte"]), "test")
     ready = suite.Suite([task], load_tokenizer(TokenizerSpec(type="byte")), max_tokens=100)
     assert ready.texts["g"].tokens_R.tolist() == [17, 100]
+    both = read_task(TaskSpec(name="g", format="gsm8k", path=file), "test")
+    texts = suite.Suite([both], load_tokenizer(TokenizerSpec(type="byte")), max_tokens=100).texts
+    assert texts["g"].scores == {"bits_per_byte": "g/bits_per_byte"}, "those alone that likelihoods decide"
     assert ready.texts["g"].choices.gold_bytes == 117
 
 

@@ -59,6 +59,8 @@ def test_splits(folders):
     arc, gsm8k = (TaskSpec(name="t", format=f, path=folders[f]) for f in ("arc", "gsm8k"))
     assert (search_split(arc), final_split(arc)) == ("validation", "test")
     assert (search_split(gsm8k), final_split(gsm8k)) == ("test", "test")
+    given = TaskSpec(name="t", format="arc", path=folders["arc"], split="test", final_split="validation")
+    assert (search_split(given), final_split(given)) == ("test", "validation")
     assert len(read(folders["arc"], "arc", split="test").items) == 2
     assert [len(read(folders["mbpp"], "mbpp", split=s).items) for s in ("validation", "test")] == [1, 1]
 
@@ -76,6 +78,10 @@ def test_splits_that_are_the_same_items(folders, tmp_path):
     for split in ("validation", "test"):
         write_lines(tmp_path / "copies" / f"{split}.jsonl", ARC)
     assert shared(tmp_path / "copies"), "the same bytes"
+    write_lines(tmp_path / "part" / "validation-0.jsonl", ARC[:1])
+    for name in ("validation-1", "test"):
+        write_lines(tmp_path / "part" / f"{name}.jsonl", ARC[1:])
+    assert shared(tmp_path / "part"), "one file of several"
     assert not shared(tmp_path / "gone"), "the splits' names are all there is"
 
 

@@ -44,5 +44,5 @@ def test_too_little_text(prefixes):
 
 
 def test_foreign_token_ids(prefixes):
-    with pytest.raises(IncompatibleInputs, match=r"token id 24 in .*but the tokenizer has 20 ids"):
-        windows(prefixes, vocab_size=20)
+    with pytest.raises(IncompatibleInputs, match=r"token id 24 in .*but the tokenizer has 24 ids"):
+        windows(prefixes, vocab_size=24)
