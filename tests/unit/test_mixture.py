@@ -89,6 +89,8 @@ def test_actual_shares_as_in_the_paper():
     """b = 0.5, one general domain as the anchor: domain i gets a_i / 2, general gets 1/2 + a_general / 2."""
     shares = actual_shares(Mixture({"general": 0.2, "math": 0.8}), Mixture({"general": 1.0}), 0.5)
     assert shares == {"general": pytest.approx(0.6), "math": pytest.approx(0.4)}
+    alone = Mixture({"general": 0.2, "math": 0.8})
+    assert actual_shares(alone, Mixture({"general": 1.0}), 0) == alone
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1, math.nan])
