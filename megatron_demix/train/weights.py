@@ -36,8 +36,9 @@ def load_weights(
     """
     stored = Checkpoint(folder)  # reads .metadata without running it, which megatron.core's reader would
     path = stored.location.path
-    # Extra states carry nothing for these layer specs, and whoever converts checkpoints leaves them out.
-    wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
+    # Extra states carry nothing for these layer specs, and whoever converts checkpoints leaves them out. Transformer Engine's
+    # experts have one each: _extra_state, _extra_state1, ...
+    wanted = {k: v for k, v in model.sharded_state_dict().items() if "_extra_state" not in k}
     shapes = {key: info.shape for key, info in stored.model_tensors.items()}
     if misfit := _misfit(_global_shapes(wanted), shapes, vocab_size):
         sizes = arguments and _unlike(arguments, stored, model_sizes)
