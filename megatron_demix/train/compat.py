@@ -1,6 +1,7 @@
 """What megatron.core needs where there is no CUDA device: everything it addresses to "cuda" lands on the CPU.
 
-This is the one place for it. On a machine with CUDA, cpu_compat() does nothing at all.
+This is the one place for it. On a machine with CUDA, cpu_compat() replaces nothing; it only gives the router of experts a name
+that some versions lack.
 """
 
 from __future__ import annotations
@@ -85,12 +86,15 @@ def cpu_compat() -> Iterator[None]:
     the import of torch's compiler. Nesting is fine.
     """
     global _active
-    if _active or not on_cpu():
+    if _active:
         yield
+        return
+    if not on_cpu():
+        with _router_without_te():
+            yield
         return
     _import_core_uncompiled()
     import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import torch._dynamo  # torch.optim does anyway, and dynamo must not first look at torch.cuda while it is replaced
 
     with ExitStack() as stack:
@@ -100,8 +104,7 @@ def cpu_compat() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, _nothing))
         stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", _get_cpu_rng_state))
         stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", _set_cpu_rng_state))
-        if not hasattr(moe_utils, "te_general_gemm"):
-            stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
+        stack.enter_context(_router_without_te())
         stack.enter_context(mock.patch.object(torch._dynamo.config, "disable", True))
         # With one generator for both, it would warn at each dropout that "the CPU's" has changed.
         stack.enter_context(mock.patch.object(logging.getLogger(random.__name__), "disabled", True))
@@ -111,6 +114,18 @@ def cpu_compat() -> Iterator[None]:
             yield
         finally:
             _active = False
+
+
+@contextmanager
+def _router_without_te() -> Iterator[None]:
+    """megatron.core 0.15 and 0.16 ask whether Transformer Engine's product is None, and define it only where that is there."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if hasattr(moe_utils, "te_general_gemm"):
+        yield
+        return
+    with mock.patch.object(moe_utils, "te_general_gemm", None, create=True):
+        yield
 
 
 def _import_core_uncompiled() -> None:

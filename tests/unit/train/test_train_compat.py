@@ -42,6 +42,20 @@ def test_cuda_means_cpu_inside_and_nothing_outside():
         torch.zeros(2, device="cuda")
 
 
+def test_a_router_needs_no_transformer_engine_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr("megatron_demix.train.compat.on_cpu", lambda: False)
+    with cpu_compat():
+        from megatron.core.transformer.moe.moe_utils import RouterGatingLinearFunction
+
+        weight = torch.eye(2, requires_grad=True)
+        scores = RouterGatingLinearFunction.apply(torch.ones(1, 2), weight, None, torch.float32)
+        scores.sum().backward()
+        assert scores.tolist() == [[1.0, 1.0]]
+        assert weight.grad is not None
+        with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
+            torch.zeros(2, device="cuda")  # nothing is redirected
+
+
 def test_it_is_left_on_an_error_too():
     with pytest.raises(ValueError, match="mine"), cpu_compat():
         raise ValueError("mine")
