@@ -137,3 +137,14 @@ def micro_batches(
                 f"{job.vocab_size}. Was the data prepared with another tokenizer?"
             )
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def part_of_sequences(batch: Batch, rank: int, size: int) -> Batch:
+    """What context parallel rank `rank` of `size` has of each sequence, as Transformer Engine's attention expects it: of
+    2 x size equal parts the one at place `rank` from the front and the one at that place from the back. Causal attention is
+    then as much work on every rank.
+
+    megatron.core has this, too, but asks for other arguments from version to version.
+    """
+    parts = {name: tensor.chunk(2 * size, dim=1) for name, tensor in batch.items()}
+    return {name: torch.cat([cut[rank], cut[-1 - rank]], dim=1) for name, cut in parts.items()}

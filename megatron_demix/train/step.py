@@ -16,10 +16,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_demix.train.compat import on_cpu
-from megatron_demix.train.data import Batch, micro_batches
+from megatron_demix.train.data import Batch, micro_batches, part_of_sequences
 from megatron_demix.train.job import TrainJob
 from megatron_demix.train.stragglers import StepClock
 from megatron_demix.train.watch import StopRequest
@@ -159,7 +158,7 @@ def _forward_step(batches: Iterator[Batch | None], model: torch.nn.Module):
         return model(None, None, None), _no_loss
     context = parallel_state.get_context_parallel_world_size()
     if context > 1:
-        batch = get_batch_on_this_cp_rank(batch)
+        batch = part_of_sequences(batch, parallel_state.get_context_parallel_rank(), context)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     def loss(token_losses: torch.Tensor):
