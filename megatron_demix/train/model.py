@@ -37,7 +37,8 @@ from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
 
 def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) -> None:
     """Join this process to its group (RANK, WORLD_SIZE, ... as torchrun sets them; one process needs none), then build
-    megatron.core's groups and seed every generator. Raises ConfigError if the number of ranks is not the layout's."""
+    megatron.core's groups and seed every generator. Raises ConfigError if the number of ranks is not the layout's, or if there
+    are more of them on this machine than GPUs."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != parallel.world_size:
         raise ConfigError(
@@ -46,7 +47,13 @@ def initialize_parallel(parallel: ParallelSpec, *, seed: int, timeout_s: int) ->
             f"torchrun --nproc-per-node {parallel.world_size} ..."
         )
     if not on_cpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise ConfigError(
+                f"rank {local_rank} of this machine has no GPU of its own: {num_gpus} are visible. Start fewer ranks (the "
+                "sizes under parallel), or let the process see more GPUs (CUDA_VISIBLE_DEVICES; launch.slurm.gpus_per_node)."
+            )
+        torch.cuda.set_device(local_rank)
     torch.distributed.init_process_group(
         "gloo" if on_cpu() else "nccl",
         store=_store(world_size),

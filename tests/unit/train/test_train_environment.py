@@ -1,4 +1,4 @@
-"""What is in the environment of a rank when torch is imported."""
+"""What is in the environment of a rank when torch is imported, and which GPU it takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from megatron_demix.errors import ConfigError
+from megatron_demix.study.training import ParallelSpec
+from megatron_demix.train.compat import cpu_compat
 
 TOOL = Path(__file__).parents[3] / "tools" / "train_component.py"
 SEEN = """
@@ -40,3 +45,15 @@ def test_kernels_of_ranks_that_talk_meanwhile_begin_in_order(tmp_path, make_trai
     assert seen({"data": 2}) == "seen None\n"
     assert seen({"tensor": 2}) == seen({"context": 2}) == "seen 1\n"
     assert seen({"tensor": 2}, CUDA_DEVICE_MAX_CONNECTIONS="8") == "seen 8\n"
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    with cpu_compat():
+        from megatron_demix.train import model
+
+        monkeypatch.setattr(model, "on_cpu", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(ConfigError, match="rank 1 of this machine has no GPU of its own: 1 are visible"):
+            model.initialize_parallel(ParallelSpec(data=2), seed=1, timeout_s=60)
