@@ -35,11 +35,15 @@ class BuildAll(build_ext):
     def run(self) -> None:
         super().run()
         wanted = os.environ.get("MEGATRON_DEMIX_CUDA", "auto")
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        home = [f"{os.environ['CUDA_HOME']}/bin"] if os.environ.get("CUDA_HOME") else []
+        places = [*home, os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+        nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
         if wanted not in ("auto", "0", "1"):
             raise SystemExit(f"MEGATRON_DEMIX_CUDA is {wanted!r}, expected auto, 0 or 1.")
         if wanted == "1" and nvcc is None:
-            raise SystemExit("MEGATRON_DEMIX_CUDA is 1, but nvcc is not on PATH. Install the CUDA toolkit, or set it to 0.")
+            raise SystemExit(
+                "MEGATRON_DEMIX_CUDA is 1, but there is no nvcc in CUDA_HOME or PATH. Install the CUDA toolkit, or set it to 0."
+            )
         if wanted != "0" and nvcc is not None:
             folder = Path("megatron_demix") if self.inplace else Path(self.build_lib) / "megatron_demix"
             self._compile_cuda(nvcc, folder / "libmerge_cuda.so", required=wanted == "1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -221,7 +222,9 @@ def _programs() -> Iterator[Finding]:
         yield Finding("SLURM", "absent", f"no {', '.join(missing)}", purpose, "submit from a machine of the cluster")
     else:
         yield _controller(purpose)
-    nvcc = shutil.which("nvcc")
+    home = [f"{os.environ['CUDA_HOME']}/bin"] if os.environ.get("CUDA_HOME") else []
+    places = [*home, os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]  # as setup.py
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
     advice = "" if nvcc else "optional; the CUDA toolkit"
     yield Finding("nvcc", "installed" if nvcc else "absent", nvcc or "not found", "compiling the CUDA merge", advice)
 
