@@ -228,8 +228,8 @@ def test_a_part_of_a_study_is_submitted_and_found_without_its_settings(cluster, 
     assert submitted.returncode == 0, errors
     run = runs / "two-nodes"
     wait_for("the report", lambda: (run / "report" / "index.html").exists())
-    assert "report: " in logs(run, "conclude-*.log")
     wait_for("the last job's end", lambda: not cluster.jobs())
+    assert "report: " in logs(run, "conclude-*.log")
     out, errors = demix(cluster, "status", study, *more, "--json").communicate(timeout=LIMIT_S)
     assert {row["state"] for row in json.loads(out) if row["stage"].startswith("data/")} == {"to do"}
     assert "--set seed=9" in errors

@@ -174,7 +174,7 @@ def test_a_full_disk_is_said_and_what_was_written_goes_on(mixed, whole, tmp_path
     for limit in (100, 1000, 5000, 20_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
-            with pytest.raises(StorageError, match=r"File too large .* Free space or choose another disk, then run again"):
+            with pytest.raises(StorageError, match=r"File too large\. Free space or choose another disk, then run again"):
                 tokenized(mixed, tmp_path / str(limit) / "x")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
