@@ -25,9 +25,9 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
     data cannot fill one, when all has been shown."""
     from megatron_demix.launch.status import COLOURS, counts
     from megatron_demix.pipeline import preflight
-    from megatron_demix.pipeline.cost import costs
+    from megatron_demix.pipeline.cost import by_kind, costs
 
-    states = [stage.state() for stage in stages]
+    states, each = [stage.state() for stage in stages], costs(dag, stages)
     warn_of_damage(stages)
     if as_json:
         rows = [
@@ -37,7 +37,7 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
                 "ranks": stage.ranks,
                 "key": stage.key,
                 "path": str(stage.folder),
-                **({"cost": asdict(cost[0])} if (cost := costs(dag, [stage])) else {}),
+                **({"cost": asdict(each[stage])} if stage in each else {}),
             }
             for stage, state in zip(stages, states, strict=True)
         ]
@@ -50,7 +50,8 @@ def show_plan(dag: Dag, stages: Sequence[Stage], *, scripts: bool, as_json: bool
     for stage, state in zip(stages, states, strict=True):
         table.add_row(stage.name, f"[{COLOURS[state]}]{state}[/]", str(stage.ranks or "-"), escape(shown(stage.folder)))
     on_terminal().print(table, counts(states))
-    _show_costs(costs(dag, stages), costs(dag, [s for s, state in zip(stages, states, strict=True) if state != "done"]))
+    to_do = [stage for stage, state in zip(stages, states, strict=True) if state != "done"]
+    _show_costs(by_kind(each.values()), [each[stage] for stage in to_do if stage in each])
     for line in [*used_of_earlier(dag, stages), *_extrapolated(dag)]:
         print(line)
     if scripts:
@@ -81,8 +82,9 @@ def _show_costs(of_all: Sequence[Cost], to_do: Sequence[Cost]) -> None:
     if flop := sum(cost.flop for cost in to_do):
         hours = sum(cost.gpu_hours for cost in to_do)
         said = f", {format_count(hours)} hours of an H100 at {UTILISATION:.0%} of its peak" if hours >= 1 else ""
-        disk = format_bytes(sum(cost.checkpoint_bytes for cost in to_do))
-        print(f"to do: {flop:.2g} FLOP{said}, and {disk} of checkpoints")
+        if left := sum(cost.checkpoint_bytes for cost in to_do):
+            said += f", and {format_bytes(left)} of checkpoints"
+        print(f"to do: {flop:.2g} FLOP{said}")
 
 
 def _extrapolated(dag: Dag) -> list[str]:

@@ -3,15 +3,16 @@ anything runs; what tasks cost is not, and is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_demix.artifact import read_json
 from megatron_demix.data.tokenizer import META, load_tokenizer
 from megatron_demix.errors import DemixError
 from megatron_demix.pipeline.foundation import Foundation
-from megatron_demix.pipeline.stage import Load, Stage
+from megatron_demix.pipeline.stage import Stage
 from megatron_demix.train.derived import checkpoint_bytes, flops_per_token, padded_vocab_size
 
 H100_FLOPS = 989e12
@@ -22,9 +23,9 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the stages of one kind that train, or of those that score.
+    """Of a stage that trains or scores, or of all those of one kind that do.
 
-    kind: the first part of the stages' names. models, tokens: how many, and each model's, summed over models. flop:
+    kind: the first part of a stage's name. models, tokens: how many, and each model's, summed over models. flop:
     multiplications and additions. checkpoint_bytes: what stays on disk, optimizer included; runs hold more while they go on.
     """
 
@@ -44,29 +45,38 @@ class Cost:
         return self.flop / (H100_FLOPS * UTILISATION) / 3600
 
 
-def costs(foundation: Foundation, stages: Sequence[Stage]) -> list[Cost]:
-    """In order of their stages. Empty where it is not known how many ids the tokenizer has."""
+def costs(foundation: Foundation, stages: Sequence[Stage]) -> dict[Stage, Cost]:
+    """Of each stage that trains, or scores on text. Empty where it is not known how many ids the tokenizer has."""
     study = foundation.study
     if (num_ids := _num_ids(foundation)) is None:
-        return []
+        return {}
     rows = padded_vocab_size(study.model, study.parallel, num_ids)
     trained_flop = flops_per_token(study.model, study.train.seq_length, rows)
     flop = {"trains": trained_flop, "scores": trained_flop / 3}  # forward once; backward is twice as much
     saved = checkpoint_bytes(study.model, study.train, rows)
-    loads: dict[tuple[str, Literal["trains", "scores"]], list[Load]] = {}
+    found = {}
     for stage in stages:
-        if stage.load:
-            loads.setdefault((stage.kind, stage.load.does), []).append(stage.load)
+        if (load := stage.load()) and (tokens := load.models * load.tokens):
+            found[stage] = Cost(
+                stage.kind, load.does, load.models, tokens, tokens * flop[load.does], load.models * load.checkpoints * saved
+            )
+    return found
+
+
+def by_kind(of_stages: Iterable[Cost]) -> list[Cost]:
+    """The costs of stages of one kind that do the same, summed; in the order of the first of each."""
+    groups: dict[tuple[str, str], list[Cost]] = {}
+    for cost in of_stages:
+        groups.setdefault((cost.kind, cost.does), []).append(cost)
     return [
-        Cost(
-            kind,
-            does,
-            sum(load.models for load in those),
-            tokens := sum(load.models * load.tokens for load in those),
-            tokens * flop[does],
-            sum(load.checkpoints for load in those) * saved,
+        replace(
+            group[0],
+            models=sum(cost.models for cost in group),
+            tokens=sum(cost.tokens for cost in group),
+            flop=math.fsum(cost.flop for cost in group),
+            checkpoint_bytes=sum(cost.checkpoint_bytes for cost in group),
         )
-        for (kind, does), those in loads.items()
+        for group in groups.values()
     ]
 
 

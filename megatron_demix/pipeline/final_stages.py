@@ -140,4 +140,4 @@ def scores(foundation: Foundation, finals: Mapping[str, Stage], proxies: Stage |
         }
 
     needs = (base, *([proxies] if proxies else []), *finals.values())
-    return scoring(foundation, "final/scores", "test", foundation.tasks.final, needs, models, len(needs))
+    return scoring(foundation, "final/scores", "test", foundation.tasks.final, needs, models, lambda: len(needs))

@@ -48,7 +48,7 @@ def given_scores(dag: Dag, checkpoints: Mapping[str, Path], *, final: bool) -> S
         return {"checkpoints": {name: train_stages.checkpoint_of(stage) for name, stage in stages.items()}}
 
     split, tasks = ("test", dag.tasks.final) if final else ("valid", dag.tasks.search)
-    return scoring(dag, "evaluate/scores", split, tasks, [*stages.values()], models, len(stages))
+    return scoring(dag, "evaluate/scores", split, tasks, [*stages.values()], models, lambda: len(stages))
 
 
 def table(stage: Stage) -> tuple[list[str], list[list[str]]]:

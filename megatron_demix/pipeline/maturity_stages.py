@@ -64,7 +64,8 @@ def maturity(foundation: Foundation) -> Maturity:
     needs = (base, *components.values(), *trained.values())
     # By losses alone: the noise of the comparison is pooled over all scores, which therefore have one unit.
     none = ScoredTasks()
-    scores = scoring(foundation, "maturity/scores", "valid", none, needs, models, 2 + len(trained), merge_settings(study))
+    num_models = 2 + len(trained)
+    scores = scoring(foundation, "maturity/scores", "valid", none, needs, models, lambda: num_models, merge_settings(study))
     return Maturity(trained, scores, None if known else scores)
 
 

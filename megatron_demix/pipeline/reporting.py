@@ -11,7 +11,7 @@ from megatron_demix.artifact import read_json
 from megatron_demix.evaluate.job import NOTES, SCORES
 from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
-from megatron_demix.pipeline.cost import costs
+from megatron_demix.pipeline.cost import by_kind, costs
 from megatron_demix.pipeline.final_stages import FOUND
 from megatron_demix.pipeline.maturity_stages import BASE, mixed_centroid
 from megatron_demix.pipeline.preflight import few
@@ -95,9 +95,14 @@ def collect(dag: Dag) -> ReportData:
         final=_final(dag),
         untrained=_untrained(dag),
         blends=blends,
-        costs=[Cost(c.kind, c.models_in_words, c.tokens, c.flop) for c in costs(dag, [s for s in dag.all if s.is_intact()])],
+        costs=_costs(dag),
         timings_s=_timings(dag),
     )
+
+
+def _costs(dag: Dag) -> list[Cost]:
+    spent = costs(dag, [stage for stage in dag.all if stage.is_intact()])
+    return [Cost(c.kind, c.models_in_words, c.tokens, c.flop) for c in by_kind(spent.values())]
 
 
 def _tasks(dag: Dag) -> dict[str, Task]:

@@ -45,8 +45,16 @@ def scores_of_merged(foundation: Foundation, number: int, proposal: Stage, at: i
     needs = (proposal, foundation.base, *components.values())
     settings = merge_settings(study) | ({"components": _one_hot_is_itself(study) or "as they are"} if with_components else {})
     name = f"rounds/{number}/scores{_after(at)}"
-    num_models = study.search.rounds[number - 1] + (len(components) if with_components else 0)
+
+    def num_models() -> int:
+        return _num_proposed(study, number, proposal) + (len(components) if with_components else 0)
+
     return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, num_models, settings)
+
+
+def _num_proposed(study: Study, number: int, proposal: Stage) -> int:
+    """Proxies of a round: as many as it may have, until it is known how many it has."""
+    return len(read_json(proposal.folder / MIXTURES)) if proposal.is_intact() else study.search.rounds[number - 1]
 
 
 def scores_of_components(foundation: Foundation, at: int | None = None) -> Stage:
@@ -61,7 +69,7 @@ def scores_of_components(foundation: Foundation, at: int | None = None) -> Stage
     needs = (foundation.base, *components.values())
     settings = (merge_settings(study) if _one_hot_is_itself(study) else {"components": "as they are"}) | kept
     name = f"rounds/components{_after(at)}"
-    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, len(components), settings)
+    return scoring(foundation, name, "valid", foundation.tasks.search, needs, models, lambda: len(components), settings)
 
 
 def _after(at: int | None) -> str:
@@ -116,8 +124,11 @@ def scores_of_trained(foundation: Foundation, number: int, proposal: Stage) -> S
         names = [m["name"] for m in read_json(proposal.folder / MIXTURES)]
         return {"checkpoints": {name: stage.folder for name, stage in zip(names, trained, strict=False)}}
 
+    def num_models() -> int:
+        return _num_proposed(foundation.study, number, proposal)
+
     name = f"rounds/{number}/scores"
-    return scoring(foundation, name, "valid", foundation.tasks.search, (proposal, *trained), models, len(trained))
+    return scoring(foundation, name, "valid", foundation.tasks.search, (proposal, *trained), models, num_models)
 
 
 def scored_losses(foundation: Foundation) -> list[str]:
@@ -133,12 +144,12 @@ def scoring(
     tasks: ScoredTasks,
     needs: Sequence[Stage],
     models: Callable[[], dict[str, Any]],
-    num_models: int,
+    num_models: Callable[[], int],
     merge: Mapping[str, Any] | None = None,
 ) -> Stage:
     """A stage that scores models on one split and on tasks. models: the components, mixtures and checkpoints of its job.
 
-    num_models: how many that is at most. merge: how mixtures are made, and what is kept of them, for the key.
+    num_models: how many that is, at most. merge: how mixtures are made, and what is kept of them, for the key.
     """
     study, tokenizer, data = foundation.study, foundation.tokenizer, foundation.data
     domains = scored_losses(foundation)
@@ -204,6 +215,6 @@ def scoring(
         ranks=ranks,
         make_part=make,
         check=check,
-        load=Load("scores", num_models, len(domains) * study.evaluate.tokens_per_domain),
+        load=lambda: Load("scores", num_models(), len(domains) * study.evaluate.tokens_per_domain),
     )
     return stage

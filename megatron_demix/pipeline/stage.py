@@ -46,7 +46,7 @@ class Stage:
     script: what the ranks run, where that is a command of its own, as a shell script.
     stands_for: the user's own checkpoint or indexed data (prefixes by split) that it is, where that lies now: it may have been
         moved since the artifact was made.
-    load: what its ranks have to do; of a round that may turn out unnecessary, at most.
+    load: what its ranks have to do, None if nothing; of a round that may turn out unnecessary, at most, until that is known.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Stage:
     judge: Callable[[Path], None] = lambda folder: None
     script: Callable[[], str] | None = None
     stands_for: Path | Mapping[str, Sequence[Path]] | None = None
-    load: Load | None = None
+    load: Callable[[], Load | None] = lambda: None
 
     @cached_property
     def key(self) -> str:

@@ -195,6 +195,11 @@ def training(
         if filling.known() and filling.wanted():
             filling.check()
 
+    def load() -> Load | None:
+        if filling.known() and not filling.wanted():
+            return None
+        return Load("trains", 1, num_tokens(study, phase), 1 + len(keep))
+
     def judge(folder: Path) -> None:
         if filling.wanted():
             check_finished(folder, name, iterations, keep)
@@ -210,7 +215,7 @@ def training(
         check=check_if_wanted,
         judge=judge,
         script=script if stock else None,
-        load=Load("trains", 1, num_tokens(study, phase), 1 + len(keep)),
+        load=load,
     )
     return stage
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 from small_texts import write_texts
+from task_files import ARC, write_lines
 
-from megatron_demix.artifact import publish
+from megatron_demix.artifact import publish, write_json
 from megatron_demix.cli import main
-from megatron_demix.pipeline.cost import Cost, costs
+from megatron_demix.data.tokenizer import load_tokenizer
+from megatron_demix.pipeline import cost as cost_module
+from megatron_demix.pipeline.cost import Cost, by_kind, costs
 from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.study.load import load_study
 from megatron_demix.train.derived import checkpoint_bytes, flops_per_token
@@ -40,7 +43,7 @@ def path(tmp_path: Path) -> Path:
 
 def costs_of(path: Path, *overrides: str) -> dict[tuple[str, str], Cost]:
     dag = build_dag(load_study(path, list(overrides)), path, path.parent / "run")
-    return {(cost.kind, cost.does): cost for cost in costs(dag, dag.all)}
+    return {(cost.kind, cost.does): cost for cost in by_kind(costs(dag, dag.all).values())}
 
 
 def counted(found: dict[tuple[str, str], Cost]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -107,4 +110,37 @@ def test_hours_of_a_gpu_where_they_count(path, capsys):
 def test_a_tokenizer_that_cannot_be_read_has_no_cost_yet(path, capsys):
     (path.parent / "tokenizer.json").write_text("{}")
     dag = build_dag(load_study(path, ["tokenizer={type: huggingface, model: tokenizer.json}"]), path, path.parent / "run")
-    assert costs(dag, dag.all) == []
+    assert costs(dag, dag.all) == {}
+
+
+@pytest.mark.parametrize(("proxies", "does"), [("merged", ["scores"]), ("trained", ["trains", "scores"])])
+def test_rounds_that_stay_empty_cost_nothing_once_that_is_known(path, proxies, does):
+    overrides = [f"search.proxies={proxies}", "search.rounds=[8, 4, 4]", "component.tokens=1k"]
+    dag = build_dag(load_study(path, overrides), path, path.parent / "run")
+
+    def of_rounds() -> list[Cost]:
+        return by_kind(cost for cost in costs(dag, dag.all).values() if cost.kind == "rounds")
+
+    before, alone = of_rounds(), 2 * (proxies == "merged")  # the components, beside the first round's
+    assert [(cost.does, cost.models) for cost in before] == [(what, 16 + alone) for what in does]
+    for number, entries in enumerate([[{}] * 8, [{}] * 4, []]):
+        proposal = dag.rounds[number].proposal
+        with publish(proposal.folder, proposal.key, "rounds", {}) as folder:
+            write_json(folder / "mixtures.json", entries)
+    assert [cost.models for cost in of_rounds()] == [12 + alone for _ in does]
+
+
+def test_what_scores_tasks_alone_costs_nothing_that_is_known(path):
+    write_lines(path.parent / "arc.jsonl", ARC)
+    alone = ["evaluate={losses: [], tasks: [{name: arc, format: arc, path: arc.jsonl}]}", "search.objective={arc/acc: 1}"]
+    assert counted(costs_of(path, *alone)).keys() == {("base", "trains"), ("components", "trains"), ("final", "trains")}
+
+
+def test_a_plan_asks_the_tokenizer_once(path, monkeypatch, capsys):
+    """A large vocabulary takes seconds to read, and a study has hundreds of stages."""
+    asked = []
+    monkeypatch.setattr(cost_module, "load_tokenizer", lambda spec: asked.append(spec) or load_tokenizer(spec))
+    for flags in ([], ["--json"]):
+        asked.clear()
+        assert main(["plan", str(path), "--runs", str(path.parent / "runs"), *flags]) == 0
+        assert len(asked) == 1
