@@ -46,11 +46,10 @@ class Cost:
 
 
 def costs(foundation: Foundation, stages: Sequence[Stage]) -> dict[Stage, Cost]:
-    """Of each stage that trains, or scores on text. Empty where it is not known how many ids the tokenizer has."""
+    """Of each stage that trains, or scores on text. Empty where the size of the vocabulary is not known."""
     study = foundation.study
-    if (num_ids := _num_ids(foundation)) is None:
+    if (rows := _rows_of_embedding(foundation)) is None:
         return {}
-    rows = padded_vocab_size(study.model, study.parallel, num_ids)
     trained_flop = flops_per_token(study.model, study.train.seq_length, rows)
     flop = {"trains": trained_flop, "scores": trained_flop / 3}  # forward once; backward is twice as much
     saved = checkpoint_bytes(study.model, study.train, rows)
@@ -80,11 +79,18 @@ def by_kind(of_stages: Iterable[Cost]) -> list[Cost]:
     ]
 
 
+def _rows_of_embedding(foundation: Foundation) -> int | None:
+    """Those that the model says, else by the ids of the tokenizer; None where that cannot be read."""
+    model = foundation.study.model
+    if model.padded_vocab_size is not None:
+        return model.padded_vocab_size
+    num_ids = _num_ids(foundation)
+    return None if num_ids is None else padded_vocab_size(model, foundation.study.parallel, num_ids)
+
+
 def _num_ids(foundation: Foundation) -> int | None:
     """Of the tokenizer that is there, or will be."""
     study, made = foundation.study, foundation.tokenizer
-    if study.model.padded_vocab_size is not None:
-        return study.model.padded_vocab_size
     if made.is_intact():
         return read_json(made.folder / META)["vocab_size"]
     if study.tokenizer.type == "bpe":

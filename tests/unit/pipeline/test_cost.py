@@ -130,6 +130,13 @@ def test_rounds_that_stay_empty_cost_nothing_once_that_is_known(path, proxies, d
     assert [cost.models for cost in of_rounds()] == [12 + alone for _ in does]
 
 
+def test_rows_that_the_model_says_are_taken_as_they_are(path):
+    """Whether they suffice, and tensor parallelism divides them, training says, which knows the ids."""
+    said = ["model.padded_vocab_size=385", "parallel={tensor: 2}"]
+    study = load_study(path, said)
+    assert costs_of(path, *said)["base", "trains"].checkpoint_bytes == checkpoint_bytes(study.model, study.train, 385)
+
+
 def test_what_scores_tasks_alone_costs_nothing_that_is_known(path):
     write_lines(path.parent / "arc.jsonl", ARC)
     alone = ["evaluate={losses: [], tasks: [{name: arc, format: arc, path: arc.jsonl}]}", "search.objective={arc/acc: 1}"]
