@@ -16,6 +16,8 @@ RUN_CONFIG = "run_config.yaml"
 # A merged checkpoint has neither, and whoever loads it as an iteration asks here whether to expect them.
 _NOT_SAVED = ("save_optim", "save_rng")
 
+_WHAT_TO_DO = "Correct it, or take it away and go without what it says of the model."
+
 # Fields of Bridge's models that Megatron-LM's arguments call otherwise (or, for newer ones, model_function.py).
 _ARGUMENTS = {
     "num_moe_experts": "num_experts",
@@ -54,11 +56,9 @@ def _read(location: CheckpointDir) -> dict[str, Any] | None:
     except OSError as e:
         raise unreadable(path, e) from e
     except yaml.YAMLError as e:
-        raise CorruptInput(
-            f"{path}: cannot be read ({getattr(e, 'problem', None) or e}). Correct it, or take it away: the merge goes without."
-        ) from e
+        raise CorruptInput(f"{path}: cannot be read ({getattr(e, 'problem', None) or e}). {_WHAT_TO_DO}") from e
     if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in ("checkpoint", "model")):
-        raise CorruptInput(f"{path}: not a run's configuration. Correct it, or take it away: the merge goes without.")
+        raise CorruptInput(f"{path}: not a run's configuration. {_WHAT_TO_DO}")
     return config
 
 
