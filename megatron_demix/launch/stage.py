@@ -129,7 +129,7 @@ def stage_lock(stage: Stage) -> Iterator[IO]:
     """Held by whoever makes a stage, and by the ranks it started. Raises Incomplete if others have it for too long."""
     stage.lock.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(stage.lock) as file:
-        take_lock(file, f"ranks of stage {stage.name} that an earlier run started", wait_s=_RANKS_SAVE_S)
+        take_lock(file, f"processes of stage {stage.name} that an earlier run started", wait_s=_RANKS_SAVE_S)
         yield file
 
 
