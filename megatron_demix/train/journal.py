@@ -75,7 +75,7 @@ class Journal:
             f"grad norm {row['grad-norm']:.3f}",
             f"{format_count(tokens_per_s)} tokens/s",
         ]
-        if peak := device_peak_flops():
+        if peak := device_peak_flops(self._job.train.precision):
             mfu = tokens_per_s * self._flops_per_token / (peak * self._job.parallel.world_size)
             scalars["demix/mfu"] = mfu
             parts.append(f"MFU {100 * mfu:.1f} %")
