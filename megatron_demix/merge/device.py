@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_demix.checkpoint.live import LiveTensor
-from megatron_demix.errors import VerificationFailed
+from megatron_demix.errors import ConfigError, VerificationFailed
 from megatron_demix.merge import cuda
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.resident import ResidentComponents, fits_on_device
@@ -27,7 +28,9 @@ class DeviceMerge:
     """
 
     def __init__(self, components: Components, live: Sequence[LiveTensor], threads: int | None, *, allowed: bool) -> None:
-        """allowed: whether the sum is one that the kernels make. Raises ConfigError where CUDA is asked for and not there."""
+        """allowed: whether the sum is one that the kernels make. A device without room leaves it to the CPU, with a warning.
+
+        Raises ConfigError where CUDA is asked for, and is not there or has no room."""
         self._method: ResidentComponents | StreamedComponents | None = None
         self._compared = self._chosen = False
         device = _one_device(live)
@@ -36,10 +39,16 @@ class DeviceMerge:
         if not cuda.runs_on(device):
             return
         self._device = device
-        if fits_on_device(components, live, device):
-            self._method = ResidentComponents(components, live, threads)
-        else:
-            self._method = StreamedComponents(components, live, threads, device)
+        try:
+            if fits_on_device(components, live, device):
+                self._method = ResidentComponents(components, live, threads)
+            else:
+                self._method = StreamedComponents(components, live, threads, device)
+        except RuntimeError as e:  # torch.OutOfMemoryError is one, and so is what pinning memory ends with
+            said = f"{device} has no room to merge proxies ({str(e).splitlines()[0]})"
+            if cuda.required():
+                raise ConfigError(f"MEGATRON_DEMIX_CUDA is 1, but {said}. Free memory there, or unset it.") from e
+            warnings.warn(f"{said}. They are merged on the CPU.", stacklevel=2)
 
     def merge(
         self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]], on_cpu: Callable[[bool], list[list[Staged]]]
@@ -86,7 +95,10 @@ class Staged:
         if not direct:
             import torch
 
-            self.written = torch.empty(target.shape, dtype=target.dtype, pin_memory=pinned and target.device.type == "cuda")
+            try:
+                self.written = torch.empty(target.shape, dtype=target.dtype, pin_memory=pinned and target.device.type == "cuda")
+            except RuntimeError:  # no more may be pinned: the copy takes longer
+                self.written = torch.empty(target.shape, dtype=target.dtype)
 
     @property
     def address(self) -> int:

@@ -62,38 +62,42 @@ class StreamedComponents:
         batch_bytes: int = BATCH_BYTES,
         weighted_sum: Callable[..., None] = cuda.weighted_sum,
     ) -> None:
-        """live: one set, as a pattern of keys, places and types. weighted_sum: of tensors on `device`."""
+        """live: one set, as a pattern of keys, places and types. weighted_sum: of tensors on `device`.
+
+        Raises RuntimeError where the device, or what may be pinned, has no room for two batches.
+        """
         self._num_components = len(components.checkpoints)
         self._threads, self._device, self._weighted_sum = threads, device, weighted_sum
         self._dtypes = [components.tensors[tensor.key].dtype for tensor in live]
         self._batches = make_batches(components, live, max(1, batch_bytes // self._num_components))
-        self._slots: list[_Slot] = []
+        largest = max((batch.source_bytes for batch in self._batches), default=0)
+        with self._on_device() as lanes:
+            self._slots = [_Slot(lanes, largest * self._num_components, device) for _ in range(2)]
+            self._to_device = lanes.Stream()
 
     def merge(self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Write mixture m into models[m]: contiguous tensors like the live ones, on the device or on the host.
-
-        Returns when results on the host are there; those on the device are in its current stream, as kernels are.
-        """
-        import torch
-
+        """Write mixture m into models[m], contiguous tensors like the live ones. In the device's current stream, as kernels are."""
         used = np.flatnonzero(weights_MK.any(axis=0))
         if not used.size:
             for tensor in (tensor for model in models for tensor in model):
                 tensor.zero_()
             return
         flat = [[tensor.view(-1) for tensor in model] for model in models]
+        with self._on_device() as lanes:
+            self._merge(lanes, weights_MK[:, used], used, flat)
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[Any]:
+        """The module that has the device's streams and events; torch.cpu's do nothing."""
+        import torch
+
         on_cuda = self._device.type == "cuda"
         with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():
-            self._merge(torch.cuda if on_cuda else torch.cpu, weights_MK[:, used], used, flat)
+            yield torch.cuda if on_cuda else torch.cpu
 
     def _merge(self, lanes: Any, weights_MK: np.ndarray, used: np.ndarray, flat: Sequence[Sequence[torch.Tensor]]) -> None:
-        """lanes: the module that has streams and events; torch.cpu's do nothing."""
-        if not self._slots:
-            largest = max((batch.source_bytes for batch in self._batches), default=0)
-            self._slots = [_Slot(lanes, largest * self._num_components, self._device) for _ in range(2)]
         one_hots = np.eye(self._num_components)[used]
-        on_host = any(tensor.device.type == "cpu" for tensors in flat for tensor in tensors)
-        summing, to_device, to_host = lanes.current_stream(), self._slots[0].stream, self._slots[1].stream
+        summing, to_device = lanes.current_stream(), self._to_device
         to_device.wait_stream(summing)  # whatever used this memory before
         for i, batch in enumerate(self._batches):
             slot = self._slots[i % 2]
@@ -106,21 +110,10 @@ class StreamedComponents:
                 slot.device[:size].copy_(slot.pinned[:size], non_blocking=True)
                 slot.copied.record(to_device)
             summing.wait_event(slot.copied)
-            if on_host:
-                slot.deliver()
-                slot.make_room(len(flat) * sum(_padded(p.count * 4) for p in batch.pieces))
-            self._sum(batch, slot, weights_MK, flat, on_host)
+            self._sum(batch, slot, weights_MK, flat)
             slot.summed.record(summing)
-            if on_host:
-                with lanes.stream(to_host):
-                    to_host.wait_event(slot.summed)
-                    slot.send_back(to_host)
-        for slot in self._slots:
-            slot.deliver()
 
-    def _sum(
-        self, batch: Batch, slot: _Slot, weights_MK: np.ndarray, flat: Sequence[Sequence[torch.Tensor]], on_host: bool
-    ) -> None:
+    def _sum(self, batch: Batch, slot: _Slot, weights_MK: np.ndarray, flat: Sequence[Sequence[torch.Tensor]]) -> None:
         import torch
 
         offsets = batch.addresses(0, weights_MK.shape[1]).tolist()
@@ -129,7 +122,7 @@ class StreamedComponents:
             size = piece.count * ITEM_BYTES[dtype]
             sources = [slot.device[at : at + size].view(getattr(torch, dtype)) for at in starts]
             outs = [tensors[piece.tensor][piece.start : piece.start + piece.count] for tensors in flat]
-            self._weighted_sum(sources, slot.results(outs) if on_host else outs, weights_MK)
+            self._weighted_sum(sources, outs, weights_MK)
 
 
 class _Slot:
@@ -138,46 +131,9 @@ class _Slot:
     def __init__(self, lanes: Any, num_bytes: int, device: torch.device) -> None:
         import torch
 
-        self._pin = device.type == "cuda"
-        self.pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pin)
+        self.pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.device = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.stream = lanes.Stream()
-        self.copied, self.summed, self._returned = lanes.Event(), lanes.Event(), lanes.Event()
-        self._made = torch.empty(0, dtype=torch.uint8, device=device)
-        self._back = torch.empty(0, dtype=torch.uint8)
-        self._waiting: list[tuple[torch.Tensor, int, int]] = []
-        self._end = 0
-
-    def make_room(self, num_bytes: int) -> None:
-        """For results that go to the host."""
-        import torch
-
-        if self._made.numel() < num_bytes:
-            self._made = torch.empty(num_bytes, dtype=torch.uint8, device=self._made.device)
-            self._back = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pin)
-
-    def results(self, outs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Room on the device for the results that belong into `outs`."""
-        made = []
-        for out in outs:
-            size = out.numel() * out.element_size()
-            made.append(self._made[self._end : self._end + size].view(out.dtype))
-            self._waiting.append((out, self._end, size))
-            self._end += _padded(size)
-        return made
-
-    def send_back(self, stream: Any) -> None:
-        self._back[: self._end].copy_(self._made[: self._end], non_blocking=True)
-        self._returned.record(stream)
-
-    def deliver(self) -> None:
-        """Put what was sent back where it belongs."""
-        if not self._waiting:
-            return
-        self._returned.synchronize()
-        for out, at, size in self._waiting:
-            out.copy_(self._back[at : at + size].view(out.dtype))
-        self._waiting, self._end = [], 0
+        self.copied, self.summed = lanes.Event(), lanes.Event()
 
 
 def make_batches(components: Components, live: Sequence[LiveTensor], source_bytes: int) -> list[Batch]:

@@ -8,8 +8,8 @@ import torch
 
 from megatron_demix.train.compat import on_cpu
 
-# Dense bfloat16 FLOP/s with float32 sums, from NVIDIA's data sheets (half of what they give with sparsity), by what the device's
-# name holds as whole words; the first that fits counts. Editions of a card with another peak stand before it, or do not fit.
+# Dense bfloat16 FLOP/s with float32 sums, from NVIDIA's data sheets (half of what they give with sparsity), by the words that
+# the device's name holds; the first that fit count. Editions of a card with another peak stand before it, or do not fit.
 _PEAK_FLOPS = {
     "GB300": 2.5e15,
     "B300": 2.25e15,

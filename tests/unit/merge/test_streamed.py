@@ -1,6 +1,7 @@
 """Components streamed through a device: batches, buffers and copies as on a GPU; without one, the sums are the CPU's."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from dist_checkpoints import bits, parallel_cuts, small_model, write_checkpoint
 
 from megatron_demix.checkpoint.live import LiveTensor
-from megatron_demix.errors import VerificationFailed
-from megatron_demix.merge import cuda, resident
+from megatron_demix.errors import ConfigError, VerificationFailed
+from megatron_demix.merge import cuda, device, resident
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.device import Staged
 from megatron_demix.merge.grid import Grid
@@ -56,11 +57,8 @@ def tensors(model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("batch_bytes", [1, 2000, 1 << 20])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("to", DEVICES)
-def test_streamed_is_the_merge_in_place(parts, device, to, batch_bytes, dtype):
-    if device == "cpu" and to == "cuda":
-        pytest.skip("sums on the CPU do not reach a GPU's memory")
-    models = [live_model(dtype, to) for _ in WEIGHTS]
+def test_streamed_is_the_merge_in_place(parts, device, batch_bytes, dtype):
+    models = [live_model(dtype, device) for _ in WEIGHTS]
     expected = [live_model(dtype) for _ in WEIGHTS]
     sums = cuda.weighted_sum if device == "cuda" else sum_on_cpu
     streamed = StreamedComponents(
@@ -141,3 +139,44 @@ def test_a_device_is_compared_with_the_cpu_in_a_merge_that_sums(parts, monkeypat
         merger.merge({name: 1.0})
     with pytest.raises(VerificationFailed, match="differ"):
         merger.merge({"a": 0.5, "b": 0.5})
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_device_without_room_leaves_merges_to_the_cpu(parts, monkeypatch, fits):
+    """Another process may have taken the memory, or no more of the host's may be pinned."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(device, "_one_device", lambda live: torch.device("cuda:0"))
+    monkeypatch.setattr(device, "fits_on_device", lambda *_: fits)
+    monkeypatch.setattr(device, "ResidentComponents" if fits else "StreamedComponents", full)
+    for name in ("available", "runs_on"):
+        monkeypatch.setattr(cuda, name, lambda *_: True)
+    monkeypatch.delenv("MEGATRON_DEMIX_CUDA", raising=False)
+    got, expected = live_model(), live_model()
+    merger = ProxyMerger(parts, got)
+    said = r"cuda:0 has no room to merge proxies \(CUDA out of memory. Tried to allocate 20 GiB.\)"
+    with pytest.warns(UserWarning, match=rf"^{said}. They are merged on the CPU.$"):
+        merger.merge(WEIGHTS[0])
+    monkeypatch.setenv("MEGATRON_DEMIX_CUDA", "1")
+    with pytest.raises(ConfigError, match=f"MEGATRON_DEMIX_CUDA is 1, but {said}. Free memory there"):
+        ProxyMerger(parts, got).merge(WEIGHTS[0])
+    monkeypatch.setattr(device, "_one_device", lambda live: None)
+    ProxyMerger(parts, expected).merge(WEIGHTS[0])
+    assert all(bits(a.tensor) == bits(b.tensor) for a, b in zip(got, expected, strict=True))
+
+
+def test_results_that_cannot_be_pinned_are_staged_all_the_same(monkeypatch):
+    empty, asked = torch.empty, []
+
+    def none_pinned(*sizes, pin_memory=False, **options):
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", none_pinned)
+    target = SimpleNamespace(device=torch.device("cuda:0"), shape=(2, 3), dtype=torch.bfloat16)
+    assert Staged(target, pinned=True).written.shape == (2, 3)
+    assert asked == [True, False]
