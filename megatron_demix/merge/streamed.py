@@ -76,7 +76,7 @@ class StreamedComponents:
             self._to_device = lanes.Stream()
 
     def merge(self, weights_MK: np.ndarray, models: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Write mixture m into models[m], contiguous tensors like the live ones. In the device's current stream, as kernels are."""
+        """Write mixture m into models[m], contiguous tensors like the live ones: in the device's current stream, as kernels."""
         used = np.flatnonzero(weights_MK.any(axis=0))
         if not used.size:
             for tensor in (tensor for model in models for tensor in model):

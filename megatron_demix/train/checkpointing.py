@@ -200,6 +200,7 @@ class Checkpoints:
                     f"run {self._job.name}: {folder} was trained with {said}. Resuming it would be neither run: set that back, "
                     f"choose another folder, or delete {self._job.work} to train again from the start."
                 )
+            self._check_optimizer(folder, common["optimizer"])
             self._check_schedule(folder, common["opt_param_scheduler"])
             if saved.train_iters != self._job.train_iters and self._rank == 0:
                 logger.warning(
@@ -220,6 +221,19 @@ class Checkpoints:
         self._schedule.load_state_dict(loaded["opt_param_scheduler"])
         if same_layout:
             set_rng_state(loaded["rng_state"][0])
+
+    def _check_optimizer(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        """Raises IncompatibleInputs where megatron.core made the optimizer of another package when this was saved: it takes
+        Transformer Engine's or apex's AdamW where one can be imported, and torch's keeps its steps elsewhere."""
+        before, now = ("amsgrad" in group for group in (_a_group(saved), self._optimizer.param_groups[0]))
+        if before != now:
+            te = "Transformer Engine (or apex)"
+            raise IncompatibleInputs(
+                f"run {self._job.name}: {folder} was trained with the AdamW of {'torch' if before else te}, and this process "
+                f"has that of {'torch' if now else te}, which cannot go on from its state. Run where {te} is "
+                f"{'not ' if before else ''}installed, choose another folder, or delete {self._job.work} to train again from "
+                "the start."
+            )
 
     def _check_schedule(self, folder: Path, saved: Mapping[str, Any]) -> None:
         """Raises IncompatibleInputs where the schedule that was saved has another length, and the learning rate would jump."""
@@ -303,6 +317,12 @@ class Checkpoints:
         everyone: list[Any] = [None] * self._num_ranks
         torch.distributed.all_gather_object(everyone, mine)
         return everyone
+
+
+def _a_group(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parameter group of an optimizer's common state, which may be that of several optimizers."""
+    inner = saved.get("optimizer", saved)
+    return inner["param_groups"][0] if "param_groups" in inner else _a_group(inner[min(inner)])
 
 
 def _is_of_this_trainer(folder: Path) -> bool:

@@ -178,3 +178,30 @@ def test_settings_that_no_weight_shows_are_compared_too(tmp_path, make_train_job
 
     monkeypatch.setattr(checkpointing, "changed_settings", changed_since_earlier_version)
     train(make_train_job(tmp_path, train_iters=3, train={"lr_warmup_fraction": 0.5}))
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("chained", [True, False])
+def test_another_packages_optimizer_is_named(tmp_path, make_train_job, monkeypatch, distributed, chained):
+    """What megatron.core saves where Transformer Engine is installed: groups as its AdamW makes them."""
+    from megatron.core import dist_checkpointing
+
+    settings = {"use_distributed_optimizer": distributed, "precision": "bf16", "lr_decay_style": "constant"}
+    train(make_train_job(tmp_path, train=settings, train_iters=1))
+    load = dist_checkpointing.load_common_state_dict
+
+    def saved_with_transformer_engine(folder):
+        common = load(folder)
+        group = {"lr": 3e-3, "bias_correction": True, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+        parts = {"optimizer": {"param_groups": [group]}}
+        return common | {"optimizer": {0: parts, 1: parts} if chained else parts}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dist_checkpointing, "load_common_state_dict", saved_with_transformer_engine)
+        said = (
+            r"iter_0000001 was trained with the AdamW of Transformer Engine \(or apex\), and this process has that of torch, "
+            r"which cannot go on from its state. Run where Transformer Engine \(or apex\) is installed, choose another folder"
+        )
+        with pytest.raises(IncompatibleInputs, match=said):
+            train(make_train_job(tmp_path, train=settings, train_iters=2))
+    train(make_train_job(tmp_path, train=settings, train_iters=2))
