@@ -5,12 +5,15 @@ bytes of a layer are the same. What is changed here is names, shapes and offsets
 
 With the metadata flag singleton_local_shards megatron.core stores by itself what it stacks or joins otherwise: layers, experts
 (`mlp.experts.experts.5.linear_fc1...`), and the halves of a gated projection (`linear_fc1.weight_w` and `_v`, gate and up).
+
+The norm before a layer's experts has two names: with Transformer Engine `pre_mlp_layernorm.weight`, without it that of a dense
+layer, `mlp.linear_fc1.layer_norm_weight`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from megatron_demix.checkpoint.metadata import TensorInfo
@@ -18,7 +21,17 @@ from megatron_demix.checkpoint.metadata import TensorInfo
 _STACKED = re.compile(r"((?:^|.*\.)layers\.)(?!\d)(.+)")
 _SINGLE = re.compile(r"((?:^|.*?\.)layers\.)(\d+)\.(.+)")
 _SINGLE_EXPERT = re.compile(r"(.*\.experts\.experts\.)(\d+)\.(.+)")
+_NORMS = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 _HALF = re.compile(r"((?:^|.*\.)linear_fc1\.(?:weight|bias))_[wv]")
+
+
+def known_as(key: str, mine: Container[str], others: Container[str]) -> str:
+    """What one of my keys is called among the others': the norm before a layer's experts may have its other name there."""
+    for name, other in (_NORMS, _NORMS[::-1]):
+        renamed = key.replace(name, other)
+        if renamed in others and renamed not in mine and key not in others:
+            return renamed
+    return key
 
 
 def with_keys(tensors: Mapping[str, TensorInfo], keys: Iterable[str]) -> dict[str, TensorInfo]:
@@ -27,7 +40,8 @@ def with_keys(tensors: Mapping[str, TensorInfo], keys: Iterable[str]) -> dict[st
     Experts and halves by themselves are seen stacked and joined, if `keys` has none; not the other way round.
     """
     keys = list(keys)
-    left = dict(tensors)
+    wanted = set(keys)
+    left = {name: replace(info, key=name) for key, info in tensors.items() for name in [known_as(key, tensors, wanted)]}
     if not any(map(_HALF.fullmatch, keys)):
         left = _halves_joined(left)
     if not any(map(_SINGLE_EXPERT.fullmatch, keys)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_demix.checkpoint.collector import without_collector
+from megatron_demix.checkpoint.layers import known_as
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
 from megatron_demix.merge.components import MERGEABLE, Components
@@ -48,7 +50,8 @@ class ProxyMerger:
             self._method = method.bind(self.components)
             self._plan = BytePlan(self.components, self._method.partition)
             self._threads = threads
-            self._live = list(live)
+            keys, stored = {tensor.key for tensor in live}, self.components.tensors
+            self._live = [replace(tensor, key=known_as(tensor.key, keys, stored)) for tensor in live]
             self._device: DeviceMerge | None = None  # chosen in the first merge
             for tensor in self._live:
                 self._plan.add(self._box(tensor))

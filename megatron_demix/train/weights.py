@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_demix.checkpoint.layers import known_as
 from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import saved_arguments
@@ -29,8 +30,9 @@ def load_weights(
 
     All ranks call it together. Replicas share the reading of one checkpoint, or each reads one of its own.
     folder: anything checkpoint.layout.find_checkpoint accepts. The checkpoint has to hold this model's tensors, no more and no
-    fewer. vocab_size: where given, an embedding that was padded otherwise is accepted if it has that many rows. arguments: the
-    model's (derived.model_arguments); where given, saved arguments that make another function of the weights are refused.
+    fewer; the norm before experts may have the name that it has with, or without, Transformer Engine. vocab_size: where given,
+    an embedding that was padded otherwise is accepted if it has that many rows. arguments: the model's
+    (derived.model_arguments); where given, saved arguments that make another function of the weights are refused.
     Raises IncompatibleInputs naming the first tensor that does not fit, or every such argument, CorruptInput for metadata that
     is damaged or unsafe.
     """
@@ -40,6 +42,10 @@ def load_weights(
     # experts have one each: _extra_state, _extra_state1, ...
     wanted = {k: v for k, v in model.sharded_state_dict().items() if "_extra_state" not in k}
     shapes = {key: info.shape for key, info in stored.model_tensors.items()}
+    tensors = [tensor for tensor in nested_values(wanted) if isinstance(tensor, ShardedTensor)]
+    keys = {tensor.key for tensor in tensors}
+    for tensor in tensors:
+        tensor.key = known_as(tensor.key, keys, shapes)
     if misfit := _misfit(_global_shapes(wanted), shapes, vocab_size):
         sizes = arguments and _unlike(arguments, stored, model_sizes)
         said = f" It was saved with {sizes}." if sizes else ""

@@ -43,6 +43,25 @@ def parts(tmp_path):
     }
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_the_norm_before_experts_is_one_with_and_without_transformer_engine(tmp_path, first):
+    norm, te = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"
+
+    def named(seed, name):
+        others = {key: tensor for key, tensor in small_model(seed).items() if key != norm}
+        return others | {name: torch.full((2, 8), seed + 1.0, dtype=torch.bfloat16)}
+
+    names = (te, norm) if first else (norm, te)
+    parts = {n: write_checkpoint(tmp_path / n, named(i, name)) for i, (n, name) in enumerate(zip("ab", names, strict=True))}
+    merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False, verify="full")
+    merged = read_checkpoint(tmp_path / "out" / "m" / "release")
+    assert merged.keys() == named(0, names[0]).keys()
+    assert (merged[names[0]] == 1.5).all()
+    both = write_checkpoint(tmp_path / "c", named(1, norm) | named(1, te))
+    with pytest.raises(IncompatibleInputs, match=r"norm.*weight' is in 'c' but not in 'a'"):
+        Components({"a": parts["a"], "c": both})
+
+
 @pytest.mark.parametrize("first", ["stacked", "single", "whole"])
 def test_chunks_are_found_by_their_place(parts, first):
     components = Components({first: parts[first]} | parts)
