@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from megatron_demix.artifact import remove_leftovers
@@ -122,9 +124,10 @@ def _remembered(stage: Stage) -> Iterator[None]:
 
 
 def _devices() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES says, else the numbers of all NVIDIA GPUs."""
+    """What CUDA_VISIBLE_DEVICES says, as CUDA reads it (up to the first that is none: -1, say), else the numbers of all NVIDIA
+    GPUs."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [device for device in named.split(",") if device]
+        return list(takewhile(lambda device: re.match(r"\d|GPU-|MIG-", device), map(str.strip, named.split(","))))
     return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 

@@ -120,6 +120,23 @@ def test_stages_side_by_side_have_gpus_of_their_own(tmp_path, monkeypatch):
     assert all(stage.done() for stage in stages.values())
 
 
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("0, 1", ["0", "1"]),
+        ("2,-1,3", ["2"]),
+        ("GPU-8932f937,MIG-41b9", ["GPU-8932f937", "MIG-41b9"]),
+    ],
+)
+def test_gpus_that_cuda_sees(monkeypatch, visible, devices):
+    """Where there are none, stages that would wait for one go on side by side."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local._devices() == devices
+
+
 def test_sigterm_ends_as_incomplete(tmp_path):
     script = f"""
 import sys, time
