@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,16 +49,30 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
 
 
 def rank_exit_code(run: Callable[[], int]) -> int:
-    """The same of one of several ranks, whose errors are printed with its number; bugs keep their traceback."""
+    """The same of one of several ranks, whose errors are printed with its number; bugs keep their traceback.
+
+    Where an error has left groups of ranks (NCCL's), it ends this process at once: on the way out their destructors would wait
+    for the other ranks, which wait for this one.
+    """
     warn_in_lines()
     try:
         return run()
-    except (DemixError, RuntimeError, OSError) as raised:
+    except Exception as raised:
         e = raised if isinstance(raised, DemixError) else limit_reached(raised)
+        torch = sys.modules.get("torch")
+        left = torch is not None and torch.distributed.is_initialized()
         if e is None:
-            raise
-        print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
-        return e.exit_code
+            if not left:
+                raise
+            traceback.print_exc()
+        else:
+            print(f"error (rank {os.environ.get('RANK', '0')}): {e}", file=sys.stderr, flush=True)
+        code = e.exit_code if e else 1
+        if left:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
 
 _formatted = warnings.formatwarning

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 WARNS = """
 import warnings
 import megatron_demix
@@ -65,3 +67,29 @@ def test_a_deprecation_that_others_tell_of_a_caller_here_keeps_its_place():
     script = WARNS.replace('"a share is off", UserWarning', '"use DTensor", FutureWarning')
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "__init__.py:7: FutureWarning: use DTensor" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [("StageFailed('lost')", 8, "error (rank 3): lost"), ("KeyError('bug')", 1, "KeyError: 'bug'")],
+)
+@pytest.mark.parametrize("left", [True, False])
+def test_a_rank_that_failed_does_not_wait_for_the_destructors_of_groups_that_are_left(error, code, said, left):
+    program = f"""
+import atexit, os, sys, types
+torch = types.ModuleType("torch")
+torch.distributed = types.SimpleNamespace(is_initialized=lambda: {left})
+sys.modules["torch"] = torch
+os.environ["RANK"] = "3"
+from megatron_demix.command import rank_exit_code
+from megatron_demix.errors import StageFailed
+atexit.register(print, "destructors")
+def fail():
+    print("begun")
+    raise {error}
+raise SystemExit(rank_exit_code(fail))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert done.stdout == ("begun\n" if left else "begun\ndestructors\n")
