@@ -34,7 +34,7 @@ def rank_consistency(
     of references against them. Both sides of that have seeds of their own, so a proxy without noise would agree better. By
     classical test theory its correlation is the square root of the ceiling's: "noiseless" has that of Spearman's rho, as
     {"scores": {name: rho}, "macro": rho, "objective": rho}; None where the ceiling's is undefined or below 0.
-    Raises IncompatibleInputs on fewer than 4 mixtures, on other names or lengths, on missing (NaN) scores and on constant ones;
+    Raises IncompatibleInputs on fewer than 4 mixtures, on other names or lengths, missing (NaN), infinite or constant scores;
     MixtureError where the objective's weights are not usable.
     """
     proxies, references = _checked(proxies, references, "proxies")
@@ -92,7 +92,7 @@ def _check_column(label: str, name: str, values_M: np.ndarray) -> None:
         )
     if (bad_M := ~np.isfinite(values_M)).any():
         raise IncompatibleInputs(
-            f"{label}: score {name!r} is missing for {int(bad_M.sum())} of {len(bad_M)} mixtures, the first at row "
+            f"{label}: score {name!r} is missing or infinite for {int(bad_M.sum())} of {len(bad_M)} mixtures, the first at row "
             f"{int(bad_M.argmax())}. Evaluate them, or leave those mixtures out on both sides; nothing is filled in."
         )
     if np.ptp(values_M) == 0:

@@ -18,7 +18,7 @@ from megatron_demix.search.outcome import outcome
 from megatron_demix.search.reach import distances, far_off
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import LITTLE_SKILL, Surrogate, is_constant
-from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtures
+from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table, as_mixtures, no_number
 from megatron_demix.study.choices import Aim
 
 Notice = Callable[[str], None]
@@ -66,11 +66,12 @@ def _usable_scores(scores: Table, mixtures: Table, spare: Collection[str], notic
     scores_MT = scores.select(mixtures.ids, scores.columns, other=mixtures.path)
     usable = {}
     for name, values_M in zip(scores.columns, scores_MT.T, strict=True):
-        if (missing_M := ~np.isfinite(values_M)).any():
-            seen = f"{scores.path}: {name} of {mixtures.ids[missing_M.argmax()]!r} is missing ({missing_M.sum()} such)"
+        if (bad_M := ~np.isfinite(values_M)).any():
+            seen = f"{scores.path}: {name} of {mixtures.ids[bad_M.argmax()]!r} is {no_number(values_M[bad_M][0])}"
+            seen += f" ({bad_M.sum()} such)"
             if name not in spare:
                 raise IncompatibleInputs(
-                    f"{seen}. A missing score is never filled in: evaluate the proxy again, or leave it out of both tables."
+                    f"{seen}. No number is put in its place: evaluate the proxy again, or leave it out of both tables."
                 )
             notice(f"{seen}; nothing aims at it, so the score is left out.")
         elif is_constant(values_M):
@@ -186,11 +187,12 @@ def compare_tables(
                     "the comparison: evaluate it, or remove it here."
                 )
             values_MT = table.select(references.ids, references.columns, other=references.path)
-            if len(missing := np.argwhere(~np.isfinite(values_MT))):
-                m, t = missing[0]
+            if len(bad := np.argwhere(~np.isfinite(values_MT))):
+                m, t = bad[0]
                 raise IncompatibleInputs(
-                    f"{table.path}: {references.columns[t]} of {references.ids[m]!r} is missing ({len(missing)} such). Missing "
-                    "scores block the comparison: evaluate it, or remove the mixture from the references (all of them)."
+                    f"{table.path}: {references.columns[t]} of {references.ids[m]!r} is {no_number(values_MT[m, t])} "
+                    f"({len(bad)} such). Missing scores, and infinite ones, block the comparison: evaluate it, or remove the "
+                    "mixture from the references (all of them)."
                 )
             sides.append({name: values_MT[:, t] for t, name in enumerate(references.columns)})
     again = sides[2] if reseeded is not None else None

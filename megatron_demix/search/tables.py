@@ -108,6 +108,11 @@ def _number(cell: str, path: Path, line: int, column: str) -> float:
         raise CorruptInput(f"{path}, line {line}: {cell!r} in column {column!r} is not a number.") from e
 
 
+def no_number(value: float) -> str:
+    """What a score is that is not finite, in words: a cell that is empty or nan, or infinity, as of a model that diverged."""
+    return "missing" if np.isnan(value) else "infinite"
+
+
 def as_mixtures(table: Table) -> tuple[np.ndarray, float]:
     """shares_MD whose rows sum to 1, and by how much the worst row missed it (rounded numbers do; each row is then divided by
     its sum). Raises MixtureError naming the first row that is not a mixture even so."""

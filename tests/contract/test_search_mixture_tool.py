@@ -71,6 +71,8 @@ def test_fit_refuses_what_does_not_match_and_writes_nothing(study: Path) -> None
     assert done.returncode == 3
     assert f"scores.csv: x of '{unmeasured}' is missing (1 such)" in done.stderr
     assert "out of fold" not in done.stderr, "nothing was fitted before"
+    (study / "scores.csv").write_text("\n".join([*rows[:5], f"{unmeasured},0.5,inf", *rows[6:]]) + "\n")
+    assert f"scores.csv: x of '{unmeasured}' is infinite (1 such)" in fit(study).stderr
     wanted = (study / "wanted.csv").read_text().replace("law", "lore")
     (study / "wanted.csv").write_text(wanted)
     done = fit(study)
@@ -165,7 +167,7 @@ def test_choose_goes_on_without_scores_that_nothing_can_be_learned_from(study: P
     assert "objective: gsm is 0 for every proxy" in done.stderr
     done = choose("math_loss=1", "late=1")
     assert done.returncode == 3
-    assert "A missing score is never filled in" in done.stderr
+    assert "No number is put in its place" in done.stderr
     done = choose("gsm=0")
     assert done.returncode == 4
     assert "objective: all weights are 0" in done.stderr

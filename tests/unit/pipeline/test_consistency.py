@@ -91,7 +91,15 @@ def test_a_runs_scores_know_their_direction(tables, capsys):
     del scores.rows["m3"]["acc"]
     scores.write(tables / "scores.json")
     assert consistency(tables, proxies="scores.json") == 3
-    assert "scores.json: acc of 'm3' is missing (1 such). Missing scores block" in capsys.readouterr().err
+    assert "scores.json: acc of 'm3' is missing (1 such). Missing scores, and infinite ones, block" in capsys.readouterr().err
+
+
+def test_infinity_is_called_so(tables, capsys):
+    table = Table.read(tables / "references.csv")
+    table.values_MC[3, 1] = np.inf
+    table.write(tables / "references.csv")
+    assert consistency(tables) == 3
+    assert f"references.csv: acc of '{IDS[3]}' is infinite (1 such)" in capsys.readouterr().err
 
 
 def test_proxies_without_a_reference_are_left_out_and_counted(tables, capsys):

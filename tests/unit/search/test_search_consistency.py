@@ -103,8 +103,9 @@ def test_a_proxy_without_noise_reaches_the_root_of_the_ceiling() -> None:
         (
             {"a": [1, 2, np.nan, 4]},
             {"a": [1, 2, 3, 4]},
-            "proxies: score 'a' is missing for 1 of 4 mixtures, the first at row 2",
+            "proxies: score 'a' is missing or infinite for 1 of 4 mixtures, the first at row 2",
         ),
+        ({"a": [1, 2, 3, 4]}, {"a": [1, 2, 3, np.inf]}, "references: score 'a' is missing or infinite for 1 of 4 mixtures"),
         ({"a": [1, 2, 3, 4]}, {"a": [7, 7, 7, 7]}, "references: score 'a' is 7 for every mixture: it ranks nothing"),
         ({"a": [1, 2, 3, 4]}, {"a": [1, 2, 3, 4, 5]}, "score 'a': 4 proxies against 5 references"),
     ],
