@@ -22,6 +22,7 @@ from megatron_demix.merge.plan import BytePlan
 _EPSILON = 1e-8  # of multi-SLERP, as in mergekit: added to norms, and the norm of a mean that is no direction
 _TOLERANCE = 1e-10  # radians: the Karcher mean's last step
 _MOST_STEPS = 200
+_LINE = 1e-14  # how far from 1 the cosine of one line's vectors may be, by rounding
 
 
 class NoMean(Exception):
@@ -97,7 +98,8 @@ def multislerp(weights_K: np.ndarray, products_KK: np.ndarray) -> np.ndarray:
 
     products_KK: inner products of the x. mergekit steps from the normalised weighted mean of the unit vectors by the weighted
     mean of their projections onto its tangent space. Those projections cancel exactly, so the step is 0 and the result is that
-    mean direction with the weighted mean of the norms for its length. Raises NoMean where the unit vectors cancel.
+    mean direction with the weighted mean of the norms for its length. Where the unit vectors cancel on one line, the sum is
+    linear; raises NoMean where they cancel otherwise.
     """
     used = weights_K != 0
     norms_K = np.sqrt(np.diagonal(products_KK))
@@ -107,7 +109,7 @@ def multislerp(weights_K: np.ndarray, products_KK: np.ndarray) -> np.ndarray:
     unit_K = np.where(norms_K > 0, weights_K / (norms_K + _EPSILON), 0.0)
     length = math.sqrt(max(0.0, unit_K @ products_KK @ unit_K))
     if length < _EPSILON:
-        if used.sum() == 2:
+        if used.sum() == 2 or _on_one_line(products_KK[np.ix_(used, used)]):
             return weights_K.astype(np.float64)  # opposite vectors: the line between them, as in mergekit
         raise NoMean("the components, at these weights, cancel")
     return unit_K * (float(weights_K @ norms_K) / length)
@@ -115,7 +117,9 @@ def multislerp(weights_K: np.ndarray, products_KK: np.ndarray) -> np.ndarray:
 
 def karcher(weights_K: np.ndarray, products_KK: np.ndarray) -> np.ndarray:
     """[K] coefficients a with sum_k a_k x_k the weighted Karcher mean: the direction whose summed tangents vanish, with the
-    weighted mean of the norms for its length. Vectors of length 0 have no direction and only count for the length.
+    weighted mean of the norms for its length. Vectors of length 0 have no direction and only count for the length. On one line,
+    as all tensors of one element are, no direction lies between two opposite ones: the sum is linear there, which is the same
+    where none are opposite.
 
     Iterates to a step below 1e-10. Raises NoMean for negative weights, or where the vectors cancel or lie too far apart for it.
     """
@@ -126,7 +130,7 @@ def karcher(weights_K: np.ndarray, products_KK: np.ndarray) -> np.ndarray:
         raise NoMean("a weight is negative")
     norms_K = np.sqrt(np.diagonal(products_KK))
     directed = used & (norms_K > 0)
-    if not directed.any():
+    if not directed.any() or _on_one_line(products_KK[np.ix_(directed, directed)]):
         return weights_K.astype(np.float64)
     alphas = np.where(directed, weights_K, 0) / weights_K[directed].sum()
     inverse_K = np.divide(1.0, norms_K, out=np.zeros_like(norms_K), where=norms_K > 0)
@@ -148,6 +152,12 @@ def karcher(weights_K: np.ndarray, products_KK: np.ndarray) -> np.ndarray:
             return mean_K * inverse_K * float(weights_K @ norms_K)
         mean_K = _unit(math.cos(step) * mean_K + math.sin(step) / step * tangent_K, cosines_KK)
     raise NoMean(f"its iteration did not come to rest in {_MOST_STEPS} steps")
+
+
+def _on_one_line(products_JJ: np.ndarray) -> bool:
+    """Whether vectors, none of them of length 0, have one direction or its opposite, but for rounding."""
+    norms_J = np.sqrt(np.diagonal(products_JJ))
+    return bool((np.abs(products_JJ) >= (1 - _LINE) * np.outer(norms_J, norms_J)).all())
 
 
 def _unit(coefficients_K: np.ndarray, cosines_KK: np.ndarray) -> np.ndarray:

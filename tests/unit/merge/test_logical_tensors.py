@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from dist_checkpoints import read_checkpoint
 from merge_models import saved_arguments, write_components
 
 from megatron_demix.checkpoint.metadata import TensorInfo
@@ -177,6 +178,23 @@ def test_means_that_do_not_exist(tmp_path):
             method=make_method("multislerp"),
             progress=False,
         )
+
+
+@pytest.mark.parametrize("name", ["multislerp", "karcher"])
+def test_opposite_numbers_are_merged_as_numbers(tmp_path, name):
+    """A tensor of one element has no direction but its sign, and must not keep all others from being merged."""
+    numbers = iter([2.0, -0.5, -3.0, 0.0])
+
+    def with_a_number(tensors):
+        return tensors | {"decoder.gate": torch.tensor([next(numbers)])}
+
+    parts, _ = write_components(tmp_path / "x", change=with_a_number)
+    mixture = {"a": 0.5, "b": 0.25, "c": 0.25}
+    method = make_method(name)
+    (path,) = merge_checkpoints(parts, {"m": mixture}, tmp_path / "o", method=method, progress=False, verify="full")
+    assert read_checkpoint(path / "release")["decoder.gate"].item() == 0.5 * 2 - 0.25 * 0.5 - 0.25 * 3
+    alike = np.outer([2.0, 3.0], [2.0, 3.0])
+    assert karcher(np.array([0.25, 0.75]), alike).tolist() == [0.25, 0.75]
 
 
 def test_tensors_without_a_direction():
