@@ -23,7 +23,8 @@ _COLUMNS = {
 }
 _LEGEND = (
     "Each value with its 90 % interval over mixtures (bootstrap). top 25 %: Spearman among the best references. pairs: ordered "
-    "alike. recovery: proxies' scores / references'. regret: what picking the proxies' best costs, in the score's unit. "
+    "alike. recovery: proxies' scores / references'. regret: what picking the proxies' best costs, in the score's unit; the "
+    "upper end of its interval is too low, since most resamples have the same best mixtures. "
     "ceiling: the references against themselves, trained with another seed. noiseless: what proxies without noise of their own "
     "would reach, about the square root of the ceiling."
 )

@@ -29,7 +29,8 @@ def rank_consistency(
 
     Returns {"num_mixtures", "scores": {name: report}, "macro": report, "objective": report of the weighted mean of `objective`,
     where given}. A report maps each metric of METRICS to {"value", "low", "high"}: the value and its bootstrap 90 % interval
-    over mixtures (all None where it is undefined: top-25 % needs 12 mixtures). The macro report averages each metric over
+    over mixtures (all None where it is undefined: top-25 % needs 12 mixtures). The upper end of a regret's interval is too low:
+    most resamples have the same best mixtures. The macro report averages each metric over
     the scores, bootstrapped jointly. reseeded: the references trained again with another seed; adds "ceiling", the same reports
     of references against them. Both sides of that have seeds of their own, so a proxy without noise would agree better. By
     classical test theory its correlation is the square root of the ceiling's: "noiseless" has that of Spearman's rho, as

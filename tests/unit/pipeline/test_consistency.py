@@ -37,6 +37,7 @@ def test_the_table_the_json_and_the_picture_say_the_same(tables, capsys):
     code = report["scores"]["code"]["spearman"]
     assert f"{code['value']:.3f} [{code['low']:.3f}, {code['high']:.3f}]" in shown
     assert shown.startswith("16 mixtures")
+    assert "upper end of its interval is too low" in " ".join(shown.split())
     for word in ("Kendall", "top 25 %", "pairs", "recovery", "regret", "mean of all", "objective", "ceiling acc"):
         assert word in shown
     picture = (tables / "r.svg").read_text()
