@@ -91,7 +91,8 @@ def distinct(rows_MD: np.ndarray, beside_MD: np.ndarray | None = None) -> np.nda
 
 
 def kinds(rows_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first row of each of K mixtures that differ (by SAME), and kind_M: which of these each row is."""
+    """The first row of each of K mixtures that differ (by SAME), sorted by their shares; and kind_M: which of these each row
+    is."""
     _, first_K, kind_M = np.unique(np.round(rows_MD / SAME), axis=0, return_index=True, return_inverse=True)
     return first_K, kind_M.ravel()
 

@@ -222,12 +222,11 @@ def _candidates(kind: str) -> list[str]:
 
 def _folds(shares_MD: np.ndarray, seed: int) -> np.ndarray:
     """The fold of each proxy: a seeded shuffle of the mixtures into equal parts. Proxies of one mixture (trained with other
-    seeds, say) are in one: each would tell what the others score."""
+    seeds, say) are in one: each would tell what the others score. The order of the rows has no part in it, as `kinds` sorts."""
     first_K, kind_M = kinds(shares_MD)
     num = len(first_K)
     folds = min(num // 2, _FOLDS_SMALL) if num < _SMALL else _FOLDS
-    in_order = np.argsort(np.argsort(first_K))  # mixtures by their first proxy, so that folds are the rows' where none repeats
-    return (np.random.default_rng(seed).permutation(num) % folds)[in_order[kind_M]]
+    return (np.random.default_rng(seed).permutation(num) % folds)[kind_M]
 
 
 def _cross_validate(

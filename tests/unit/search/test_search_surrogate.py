@@ -158,8 +158,20 @@ def test_runs_of_one_mixture_are_in_one_fold() -> None:
     folds_M = _folds(np.repeat(shares_MD, 3, axis=0), 0)
     assert all(len(set(folds_M[3 * k : 3 * k + 3])) == 1 for k in range(12))
     np.testing.assert_array_equal(folds_M[::3], _folds(shares_MD, 0))
+    assert len(set(folds_M)) == 6, "in equal parts"
     with pytest.raises(IncompatibleInputs, match="7 proxies of different mixtures are too few"):
         fit_surrogate(np.repeat(shares_MD[:7], 3, axis=0), np.arange(21.0))
+
+
+def test_the_order_of_the_proxies_chooses_nothing() -> None:
+    rng = np.random.default_rng(0)
+    shares_MD = mixtures(24, 1)
+    scores_M = loss(shares_MD) + 0.05 * rng.standard_normal(24)
+    first = fit_surrogate(shares_MD, scores_M)
+    for order_M in (np.arange(24)[::-1], rng.permutation(24), rng.permutation(24)):
+        again = fit_surrogate(shares_MD[order_M], scores_M[order_M])
+        assert again.kind == first.kind
+        assert again.cross_validation["kinds"] == pytest.approx(first.cross_validation["kinds"], rel=1e-3)
 
 
 def test_the_digits_of_a_share_that_is_fixed_are_no_distance() -> None:
