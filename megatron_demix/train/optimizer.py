@@ -103,7 +103,7 @@ def build_schedule(job: TrainJob, optimizer: MegatronOptimizer) -> OptimizerPara
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
-        wd_incr_steps=0,
+        wd_incr_steps=job.train_iters * batch,  # weight decay stays as it is; Megatron-LM compares this when it resumes
         wd_incr_style="constant",
         wsd_decay_steps=wsd_decay_iters(job.decay_iters) * batch,
         lr_wsd_decay_style="linear",

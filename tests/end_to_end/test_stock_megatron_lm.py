@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,17 @@ from pathlib import Path
 import pytest
 from indexed_data import make_indexed
 from stock_runs import RUNS, stock_run
+from train_runs import FAMILIES, stop_in_iteration
 
 from megatron_demix.artifact import write_json
 from megatron_demix.cli import main
+from megatron_demix.errors import Incomplete
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.study.training import TrainerSpec
 from megatron_demix.train.losses import read_losses
 from megatron_demix.train.megatron_lm.arguments import data_arguments, pretrain_arguments
 from megatron_demix.train.megatron_lm.checkout import Checkout
+from megatron_demix.train.megatron_lm.log import parse_iteration
 from megatron_demix.train.megatron_lm.run import StockJob, alone
 
 LAUNCHER = Path(__file__).parents[1] / "megatron_lm_on_cpu.py"
@@ -169,6 +173,36 @@ def test_a_merge_of_its_components_loads_with_a_plain_load(trained, tmp_path, ch
     expected = read_losses(ours / "losses.jsonl")[0]["lm loss"]
     record_property("difference of the merged model's loss", round(abs(loss - expected), 7))
     assert loss == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_goes_on_with_a_run_of_ours(tmp_path, make_train_job, checkout, family, record_property):
+    """From the middle of a run, with its optimizer, schedule and samples, to the losses and gradient norms it has here."""
+    from megatron_demix.train.trainer import train
+
+    model = FAMILIES[family] | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    options = {"lr": 1e-2, "lr_warmup_fraction": 0.3, "lr_decay_style": "WSD", "min_lr": 1e-4}
+    job = make_train_job(tmp_path, model=model, train=options, train_iters=10)
+    with stop_in_iteration(4), pytest.raises(Incomplete):
+        train(job)
+    copy = job.model_copy(update={"work": tmp_path / "stock", "index_cache": tmp_path / "stock.index"})
+    shutil.copytree(job.work, copy.work)
+    train(job)
+    (tmp_path / "data.json").write_text(json.dumps(data_arguments(copy)))
+    arguments = pretrain_arguments(
+        copy, [], data=tmp_path / "data.json", start=None, version=checkout.version, transformer_engine=False
+    )
+    stock = [found.row for line in launch(checkout, *arguments).splitlines() if (found := parse_iteration(line))]
+    ours = read_losses(job.work / "losses.jsonl")[4:]
+    assert [row["iteration"] for row in stock] == [row["iteration"] for row in ours] == list(range(5, 11))
+    losses = [row["lm loss"] for row in ours]
+    if checkout.version >= (0, 16):  # its second line is the mean of the first two
+        losses[1] = (losses[0] + losses[1]) / 2
+    gap = max(abs(a - b["lm loss"]) for a, b in zip(losses, stock, strict=True))
+    record_property(f"largest difference of a loss after resuming, {family}", round(gap, 7))
+    assert gap < 1e-5
+    for a, b in zip(ours, stock, strict=True):
+        assert b["grad-norm"] == pytest.approx(a["grad-norm"], abs=6e-4)  # printed with three digits
 
 
 def test_stopped_on_two_ranks_it_saves_and_goes_on(study_folder, tmp_path, checkout):

@@ -47,6 +47,8 @@ def test_checkpoints_hold_what_megatron_lm_looks_up_and_no_paths(tmp_path, make_
     assert common["args"].consumed_train_samples == 16
     assert common["args"].padded_vocab_size == 384
     assert common["checkpoint_version"] == 3.0
+    # Megatron-LM compares it with train_iters x global_batch_size when it goes on with the run.
+    assert common["opt_param_scheduler"]["wd_incr_steps"] == 16
     assert read_json(folder / "metadata.json")["sharded_backend"] == "torch_dist"
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path
