@@ -4,7 +4,11 @@
 Takes those of Megatron-LM's flags that --help lists, and refuses others, such as --bf16 (the default; --precision fp32 is the
 other) and --ckpt-format (always torch_dist). A flag that is left out has this project's default and not Megatron's: adam-beta2
 0.95, weight-decay 0.1, cosine decay after 1 % of warm-up, no dropout, RMSNorm, swiglu (its width rounded up to a multiple of
-64, not down), rope, no biases.
+64, not down), rope, no biases, experts balanced by an auxiliary loss times 0.01.
+
+With the same flags the steps are Megatron-LM's, but for two of them. --lr-warmup-fraction is rounded to whole iterations. And
+--make-vocab-size-divisible-by is not multiplied by the tensor parallelism, so that layouts agree. WSD decays linearly over the
+last 20 % (--lr-wsd-decay-style linear, and --lr-wsd-decay-iters).
 
   ranks="python -m megatron_demix.launch.ranks --standalone --nproc-per-node N"
   $ranks tools/train_component.py --job job.json        (a megatron_demix.train.job.TrainJob)
