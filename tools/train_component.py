@@ -6,9 +6,10 @@ other) and --ckpt-format (always torch_dist). A flag that is left out has this p
 0.95, weight-decay 0.1, cosine decay after 1 % of warm-up, no dropout, RMSNorm, swiglu (its width rounded up to a multiple of
 64, not down), rope, no biases, experts balanced by an auxiliary loss times 0.01.
 
-With the same flags the steps are Megatron-LM's, but for two of them. --lr-warmup-fraction is rounded to whole iterations. And
---make-vocab-size-divisible-by is not multiplied by the tensor parallelism, so that layouts agree. WSD decays linearly over the
-last 20 % (--lr-wsd-decay-style linear, and --lr-wsd-decay-iters).
+With the same flags the steps are Megatron-LM's, to rounding and to which values dropout drops, but for two flags:
+--lr-warmup-fraction is rounded to whole iterations, and --make-vocab-size-divisible-by is not multiplied by the tensor
+parallelism, so that layouts agree. WSD decays linearly over the last 20 % (--lr-wsd-decay-style linear, and
+--lr-wsd-decay-iters). Every evaluation reads the same samples.
 
   ranks="python -m megatron_demix.launch.ranks --standalone --nproc-per-node N"
   $ranks tools/train_component.py --job job.json        (a megatron_demix.train.job.TrainJob)
