@@ -62,6 +62,19 @@ def test_a_chosen_mixture_beyond_what_was_measured_is_said() -> None:
     assert not [text for text in said if "extrapolated" in text]
 
 
+def test_what_has_any_of_the_scores_counts_as_measured() -> None:
+    table = mixtures(0.4)
+    first_M = np.arange(21) < 11
+    losses_M = scores(table).values_MC[:, 0]
+    surrogates = {
+        name: fit_surrogate(table.values_MC, losses_M, "ridge", measured_M=measured_M)
+        for name, measured_M in {"first": first_M, "second": ~first_M}.items()
+    }
+    nearest_N, usual = distances(surrogates, table.values_MC)
+    np.testing.assert_allclose(nearest_N, 0, atol=1e-12)
+    assert usual == pytest.approx(0.02)
+
+
 def test_mixtures_that_were_measured_again_are_no_neighbours() -> None:
     table = mixtures(0.4)
     rows_MD = np.repeat(table.values_MC, 3, axis=0)

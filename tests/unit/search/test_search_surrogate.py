@@ -6,7 +6,7 @@ from megatron_demix.mixture import Mixture
 from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import KINDS, _folds, fit_surrogate
+from megatron_demix.search.surrogate import KINDS, LITTLE_SKILL, _folds, fit_surrogate
 
 DOMAINS = Mixture({"general": 0.5, "code": 0.3, "math": 0.2})
 SPACE = SearchSpace(DOMAINS, Mixture.uniform(DOMAINS), 0.3)
@@ -43,6 +43,14 @@ def test_auto_takes_the_family_with_the_least_cross_validated_error() -> None:
     assert surrogate.kind == min(kinds, key=kinds.get)
     assert {"gaussian_process", "quadratic", "ridge", "log_linear", "stack"} <= set(kinds)
     assert "lightgbm" not in kinds
+    alone = [fit_surrogate(shares_MD, loss(shares_MD), kind, seed=3).cross_validation["rmse"] for kind in kinds]
+    assert surrogate.cross_validation["rmse"] == pytest.approx(min(alone))
+
+
+def test_skill_is_the_part_of_a_score_that_can_be_predicted() -> None:
+    shares_MD, rng = mixtures(60, 1), np.random.default_rng(0)
+    assert fit_surrogate(shares_MD, loss(shares_MD), "quadratic").skill > 0.9
+    assert fit_surrogate(shares_MD, 3 + rng.standard_normal(60), "ridge").skill < LITTLE_SKILL
 
 
 def test_a_quadratic_score_is_found_exactly_by_the_quadratic() -> None:
