@@ -43,14 +43,12 @@ CHOICE = "mixture.json"
 @dataclass(frozen=True)
 class Round:
     """One iteration. proposal: the stage whose artifact holds this round's mixtures.json. scores: the one that scores its
-    proxies; where no proxy is scored itself, the components' scores, the same stage in all rounds. early: the same after parts
-    of the components' run (search.extrapolate)."""
+    proxies; where no proxy is scored itself, the components' scores, the same stage in all rounds."""
 
     number: int
     proposal: Stage
     scores: Stage
     fit: Stage
-    early: tuple[Stage, ...] = ()
 
 
 def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Earlier] = ()) -> list[Round]:
@@ -73,7 +71,7 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
         by_part = [unique(stages) for stages in zip(*scores, strict=True)]
         proposals = [*(r.proposal for r in result), proposal]
         fit = _fit(foundation, number, by_part, proposals, centroid if proxy_score_of(study) == "stack" else None, earlier)
-        result.append(Round(number, proposal, scores[-1][-1], fit, tuple(scores[-1][:-1])))
+        result.append(Round(number, proposal, scores[-1][-1], fit))
         proposal = fit
     return result
 

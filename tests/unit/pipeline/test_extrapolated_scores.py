@@ -55,7 +55,7 @@ def test_every_proxy_s_score_is_continued(path, proxy_score):
     expected = []
     for r in dag.rounds:
         mixtures = {m["name"]: m["weights"]["code"] for m in read_json(r.proposal.folder / "mixtures.json")}
-        (early,) = r.early
+        early = dag.stage(f"{r.scores.name}_after_5")
         for stage, merged, alone in ((early, 5.0, (2.0, 4.0)), (r.scores, 4.0, (1.0, 3.0))):
             rows = {name: merged + weight**2 for name, weight in mixtures.items()} if proxy_score != "interpolated" else {}
             score(stage, rows | {"component-code": alone[0], "component-english": alone[1]})
@@ -86,7 +86,7 @@ def test_each_part_is_scored_in_a_stage_of_its_own(path):
     ]
     for stage in (once.tokenizer, *once.data.values()):
         stage.finish()
-    (early,) = once.rounds[0].early
+    early = once.stage("rounds/components_after_5")
     assert early.begin()
     job = read_json(early.job)
     assert {Path(p).name for p in job["components"].values()} == {"iter_0000005"}
