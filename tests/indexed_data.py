@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_demix.data.pool import Pool, Source
-from megatron_demix.indexed.format import token_dtype
-from megatron_demix.indexed.writer import IndexedWriter
+from megatron_demix.indexed.format import HEADER_BYTES, token_dtype
+from megatron_demix.indexed.writer import IndexedWriter, write_index
 
 
 def make_indexed(prefix: Path, lengths: Sequence[int], *, seed: int = 0, vocab_size: int = 50000) -> Path:
@@ -18,6 +18,14 @@ def make_indexed(prefix: Path, lengths: Sequence[int], *, seed: int = 0, vocab_s
     with IndexedWriter(prefix, token_dtype(vocab_size)) as writer:
         writer.add(tokens, lengths)
     return prefix
+
+
+def write_view(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray) -> None:
+    """An .idx whose sequences begin at any bytes of the .bin, which more than one may share."""
+    write_index(path, dtype, lengths)
+    with open(path, "r+b") as file:
+        file.seek(HEADER_BYTES + 4 * len(lengths))
+        file.write(np.ascontiguousarray(pointers, "<i8").data)
 
 
 def make_pool(

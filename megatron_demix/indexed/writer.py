@@ -22,11 +22,9 @@ def index_bytes(sequences: int, boundaries: int) -> int:
     return HEADER_BYTES + 12 * sequences + 8 * boundaries
 
 
-def write_index(
-    path: Path, dtype: np.dtype, lengths: np.ndarray, *, pointers: np.ndarray | None = None, documents: np.ndarray | None = None
-) -> None:
-    """Write one .idx file. lengths [S] in tokens; pointers [S] in bytes, default end to end; documents [D + 1], default one
-    sequence a document. Extra memory is bounded, whatever S. Raises StorageError."""
+def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, *, documents: np.ndarray | None = None) -> None:
+    """Write the .idx of sequences that lie end to end. lengths [S] in tokens; documents [D + 1], default one sequence a
+    document. Extra memory is bounded, whatever S. Raises StorageError."""
     sequences = len(lengths)
     boundaries = sequences + 1 if documents is None else len(documents)
     with storage_errors(f"writing {path}"), open(path, "wb") as file:
@@ -35,13 +33,9 @@ def write_index(
             file.write(np.ascontiguousarray(lengths[start : start + _CHUNK], "<i4").data)
         byte = 0
         for start in range(0, sequences, _CHUNK):
-            if pointers is not None:
-                block = np.ascontiguousarray(pointers[start : start + _CHUNK], "<i8")
-            else:
-                sizes = lengths[start : start + _CHUNK].astype("<i8") * np.dtype(dtype).itemsize
-                block = byte + np.cumsum(sizes) - sizes
-                byte += int(sizes.sum())
-            file.write(block.data)
+            sizes = lengths[start : start + _CHUNK].astype("<i8") * np.dtype(dtype).itemsize
+            file.write((byte + np.cumsum(sizes) - sizes).data)
+            byte += int(sizes.sum())
         for start in range(0, boundaries, _CHUNK):
             stop = min(start + _CHUNK, boundaries)
             block = np.arange(start, stop, dtype="<i8") if documents is None else np.asarray(documents[start:stop], "<i8")

@@ -46,7 +46,6 @@ def merge_checkpoints(
     worker: tuple[int, int] | None = None,
     into_output: bool = False,
     method: Method | None = None,
-    said: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Path]:
     """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return those now published.
 
@@ -60,7 +59,7 @@ def merge_checkpoints(
     and one layer or expert; None: as the first component is cut. worker (i, n): one of n processes that write together, on any
     machines with one file system: every n-th file from the i-th on, with all mixtures; who finds all files written verifies and
     publishes. Killed, the same or any other worker can be run again. into_output: write the only mixture to output itself.
-    max_memory: bytes of buffers. said: more plain facts for demix_merge.json, by mixture.
+    max_memory: bytes of buffers.
     Raises ConfigError, IncompatibleInputs, MixtureError, CorruptInput (damaged components, whose checksums are compared as they
     are read), OutputExists, VerificationFailed, StorageError; what is published is whole and verified.
     """
@@ -75,7 +74,6 @@ def merge_checkpoints(
             worker=worker,
             into_output=into_output,
             method=method,
-            said=said,
         )
         return write_merge(merge, threads=threads, progress=progress, verify=verify, max_memory=max_memory)
 
@@ -113,7 +111,9 @@ def plan_merge(
     method: Method | None = None,
     said: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Merge:
-    """Check all of merge_checkpoints that needs no elements, and write nothing. Raises as it does."""
+    """Check all of merge_checkpoints that needs no elements, and write nothing. Raises as it does.
+
+    said: more plain facts for demix_merge.json, by mixture."""
     if layout not in get_args(Layout):
         raise ConfigError(f"layout is {layout!r}, expected one of {', '.join(get_args(Layout))}.")
     if into_output and len(mixtures) != 1:

@@ -20,6 +20,8 @@ MOST_POINTS = 1000
 """Proxies drawn in one panel: more only fill it."""
 MOST_ROWS, _LATEST = 200, 50
 """Proxies in the page's table, and how many of these are the latest where not all are shown; the others are the best."""
+_NAMED = 6
+"""In a sentence."""
 
 _T = TypeVar("_T")
 
@@ -142,6 +144,6 @@ def evenly(items: Sequence[_T], most: int) -> list[_T]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)] if most > 1 else list(items[:most])
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
+def listed(names: Sequence[str]) -> str:
     """ "a, b, c", or "a, b and 7 more"."""
-    return ", ".join(names) if len(names) <= most + 1 else f"{', '.join(names[:most])} and {len(names) - most} more"
+    return ", ".join(names) if len(names) <= _NAMED + 1 else f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"

@@ -23,12 +23,11 @@ def fit_scores(
     *,
     seed: int = 0,
     num_dropped: int = 0,
-    processes: int | None = None,
 ) -> Iterator[tuple[str, Surrogate]]:
     """Name and fit_surrogate of each of the scores_M, in their order; NaN where a proxy does not have one.
 
-    processes: at most; None: as many as this process has cores. The numbers do not depend on it, nor on how many threads the
-    libraries would use: each fit has one. Raises as fit_surrogate does, before any fit is begun.
+    The numbers depend neither on how many cores this process has, nor on how many threads the libraries would use: each fit has
+    one. Raises as fit_surrogate does, before any fit is begun.
     """
     import joblib
 
@@ -38,7 +37,7 @@ def fit_scores(
         check_fit(shares_MD[measured_M], scores_M[measured_M], kind, name)
         only = {} if measured_M.all() else {"measured_M": measured_M}
         fits[name] = {"scores_M": scores_M, "seed": seed, "name": name, "num_dropped": num_dropped, **only}
-    processes = processes or joblib.cpu_count()
+    processes = joblib.cpu_count()
     for done, name in enumerate(scores, start=1):
         started = time.perf_counter()
         surrogate = _fit(shares_MD, kind, fits.pop(name))

@@ -25,6 +25,7 @@ from megatron_demix.search.sample import (
 )
 
 _ELITE = 64
+_FRONT = 64
 _STAGES, _CENTRES = 32, 32
 _STRENGTH, _NARROWER = (20.0, 2000.0), 1.25
 """How concentrated draws of the first stage are around the best, and by what factor more so those of each further one."""
@@ -139,8 +140,8 @@ def best_candidates(
     return np.concatenate([rows_MD for rows_MD, _ in drawn]), np.concatenate([values_M for _, values_M in drawn])
 
 
-def pareto_front(goal: Objective, scores: Sequence[str], *, num: int = 64, candidates: int = 20_000) -> ParetoFront:
-    """At most `num` mixtures on the predicted front of two or more of the goal's scores, spread over it: whatever their weights
+def pareto_front(goal: Objective, scores: Sequence[str], *, candidates: int = 20_000) -> ParetoFront:
+    """At most 64 mixtures on the predicted front of two or more of the goal's scores, spread over it: whatever their weights
     and its aim. Raises MixtureError."""
     space, surrogates = goal.space, goal.surrogates
     if len(scores) < 2 or (unknown := [name for name in scores if name not in surrogates]):
@@ -159,8 +160,8 @@ def pareto_front(goal: Objective, scores: Sequence[str], *, num: int = 64, candi
     front = _not_dominated(predicted_MT * signs_T)
     extremes = front[(predicted_MT[front] * signs_T).argmin(axis=0)]
     spread_T = np.ptp(predicted_MT[front], axis=0) + 1e-12
-    points_MT, ends = predicted_MT[front] / spread_T, np.flatnonzero(np.isin(front, extremes))[:num]
-    rows = front[np.concatenate([ends, farthest_points(points_MT, points_MT[ends], num - len(ends))])]
+    points_MT, ends = predicted_MT[front] / spread_T, np.flatnonzero(np.isin(front, extremes))[:_FRONT]
+    rows = front[np.concatenate([ends, farthest_points(points_MT, points_MT[ends], _FRONT - len(ends))])]
     rows = rows[np.argsort(predicted_MT[rows, 0], kind="stable")]
     return ParetoFront(tuple(scores), weights_MD[rows], space.shares(weights_MD[rows]), predicted_MT[rows])
 

@@ -11,6 +11,8 @@ from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import Choice, best_candidates
 
 _BOOTSTRAPS_A_SPLIT = 5
+_TOP = 32
+"""Candidates whose mean is a sample's optimum."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,7 @@ class OptimumDistribution:
         return self.expected_regret < part * self.expected_gain
 
 
-def optimum_distribution(
-    goal: Objective, choice: Choice, *, num: int = 50, candidates: int = 20_000, top: int = 32
-) -> OptimumDistribution:
+def optimum_distribution(goal: Objective, choice: Choice, *, num: int = 50, candidates: int = 20_000) -> OptimumDistribution:
     """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew, the choice
     among the candidates; and on both halves of a fifth as many random splits. (Hyperparameters found anew on half of few
     proxies often see noise alone, and no gain where there is one.)
@@ -76,7 +76,7 @@ def optimum_distribution(
     for b in range(num):
         again = goal.refit(np.concatenate([rows[rng.integers(len(rows), size=len(rows))] for rows in alike]))
         weights_MD, values_M = best_candidates(again, candidates, goal.seed + b, known_MD=chosen_1D)
-        best = np.argsort(values_M, kind="stable")[:top]
+        best = np.argsort(values_M, kind="stable")[:_TOP]
         optima.append(space.shares(weights_MD[best].mean(axis=0)))
         regrets.append(max(again.means(space.shares(chosen_1D))[0] - values_M[best[0]], 0.0))
     for split in range(max(1, num // _BOOTSTRAPS_A_SPLIT)):
@@ -84,7 +84,7 @@ def optimum_distribution(
         halves = [goal.refit(order[start::2]) for start in (0, 1)]
         for by, judge in (halves, halves[::-1]):
             weights_MD, values_M = best_candidates(by, candidates, goal.seed + split)
-            best_1D = weights_MD[np.argsort(values_M, kind="stable")[:top]].mean(axis=0, keepdims=True)
+            best_1D = weights_MD[np.argsort(values_M, kind="stable")[:_TOP]].mean(axis=0, keepdims=True)
             chosen, natural = judge.means(space.shares(np.concatenate([best_1D, space.centre_D[None]])))
             gains.append(natural - chosen)
     return OptimumDistribution(space.domains, np.array(optima), np.array(regrets), np.array(gains))

@@ -5,13 +5,13 @@ import struct
 
 import numpy as np
 import pytest
-from indexed_data import make_indexed
+from indexed_data import make_indexed, write_view
 
 from megatron_demix.errors import CorruptInput
 from megatron_demix.indexed import reader as reader_module
 from megatron_demix.indexed.format import HEADER_BYTES
 from megatron_demix.indexed.reader import IndexedReader, read_index
-from megatron_demix.indexed.writer import IndexedWriter, write_index
+from megatron_demix.indexed.writer import IndexedWriter
 
 LENGTHS = [5, 0, 7, 1]
 
@@ -63,7 +63,7 @@ def test_a_document_without_a_sequence_is_not_split(tmp_path, monkeypatch, chunk
 def test_a_view_knows_that_it_is_one(prefix, tmp_path):
     index = read_index(prefix)
     (tmp_path / "view.bin").write_bytes((tmp_path / "data.bin").read_bytes())
-    write_index(tmp_path / "view.idx", index.dtype, index.lengths[[2, 0, 2]], pointers=index.pointers[[2, 0, 2]])
+    write_view(tmp_path / "view.idx", index.dtype, index.lengths[[2, 0, 2]], index.pointers[[2, 0, 2]])
     view, whole = IndexedReader(tmp_path / "view"), IndexedReader(prefix)
     assert view.index.is_view
     assert [view.tokens(i).tolist() for i in range(3)] == [whole.tokens(i).tolist() for i in (2, 0, 2)]

@@ -1,3 +1,4 @@
+import joblib
 import numpy as np
 import pytest
 
@@ -13,11 +14,12 @@ SCORES["s3"][:4] = np.nan
 
 
 def test_numbers_do_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = dict(fit_scores(SHARES_MD, SCORES, seed=3, processes=1))
+    alone = dict(fit_scores(SHARES_MD, SCORES, seed=3))
     monkeypatch.setattr(fits, "_PAYS", 0.0)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     started, in_processes = [], fits._in_processes
     monkeypatch.setattr(fits, "_in_processes", lambda *args: started.append(args) or in_processes(*args))
-    shared = dict(fit_scores(SHARES_MD, SCORES, seed=3, processes=2))
+    shared = dict(fit_scores(SHARES_MD, SCORES, seed=3))
     assert len(started) == 1
     assert list(shared) == list(SCORES)
     for name, surrogate in shared.items():
@@ -27,7 +29,7 @@ def test_numbers_do_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_is_fitted_as_if_alone_on_the_proxies_that_have_it() -> None:
-    fitted = dict(fit_scores(SHARES_MD, SCORES, "quadratic", processes=1))
+    fitted = dict(fit_scores(SHARES_MD, SCORES, "quadratic"))
     for name, scores_M in SCORES.items():
         alone = fit_surrogate(SHARES_MD, scores_M, "quadratic", measured_M=np.isfinite(scores_M))
         np.testing.assert_allclose(fitted[name].mean(SHARES_MD), alone.mean(SHARES_MD), rtol=1e-12)
@@ -47,5 +49,6 @@ def test_what_killed_processes_leave_is_fitted_here(monkeypatch: pytest.MonkeyPa
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(fits, "_PAYS", 0.0)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     monkeypatch.setattr(fits, "_fit_apart", killed)
-    assert list(dict(fit_scores(SHARES_MD, SCORES, "ridge", processes=2))) == list(SCORES)
+    assert list(dict(fit_scores(SHARES_MD, SCORES, "ridge"))) == list(SCORES)
