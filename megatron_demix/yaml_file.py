@@ -25,6 +25,11 @@ class _Loader(yaml.SafeLoader):
                 )
         return node
 
+    def construct_scalar(self, node: Any) -> Any:
+        # JSON, as which a study is handed on, has two escapes for a character beyond U+FFFF. PyYAML reads them as two halves.
+        value = super().construct_scalar(node)
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
 
 def load_yaml(text: str) -> Any:
     """Plain data of a YAML document. Raises yaml.YAMLError, for a key given twice as well, with its line."""

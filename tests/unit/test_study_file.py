@@ -10,6 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_demix.artifact import write_json
 from megatron_demix.errors import ConfigError, DemixError, MixtureError
 from megatron_demix.study.load import load_study
 from megatron_demix.study.study import Study
@@ -50,6 +51,12 @@ def test_a_study_is_read_with_its_defaults(load):
     assert study.parallel.world_size == 1
     assert study.final.baselines == ["uniform", "natural"]
     assert Study.model_validate(study.model_dump(mode="json")) == study
+
+
+def test_a_study_that_is_handed_on_as_json_is_the_same_whatever_characters_it_has(load, tmp_path):
+    study = load(lambda data: data["domains"][0].update(inputs=["data/\U0001f600/\u4f8b/\u2028.jsonl"]))
+    write_json(tmp_path / "study.json", study.model_dump(mode="json"))
+    assert load_study(tmp_path / "study.json") == study
 
 
 def test_a_study_cannot_be_changed_after_it_was_read(load):

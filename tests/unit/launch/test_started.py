@@ -1,6 +1,7 @@
 """What a run was last started with is told to whoever looks at it with other settings, and decides whom they ask."""
 
 import contextlib
+import copy
 import json
 import os
 import pty
@@ -12,13 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_texts import write_texts
 
 from megatron_demix.cli import main
 from megatron_demix.launch.stage import stage_lock
 from megatron_demix.launch.started import Started
 from megatron_demix.pipeline.dag import build_dag
-from megatron_demix.study.load import load_study
+from megatron_demix.study.load import _override, load_study
 
 STUDY = """
 name: s
@@ -67,6 +70,27 @@ def test_the_arguments_lead_to_what_was_started(study, overrides):
     words = shlex.split(then.otherwise(now))
     assert words[::2] == ["--set"] * (len(words) // 2)
     assert Started.of(load_study(study, words[1::2]), None) == then
+
+
+_SCALARS = st.booleans() | st.integers() | st.integers(-999, 999).map(lambda n: n / 100) | st.text(max_size=4)
+_SETTINGS = st.recursive(
+    _SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["code", "law", "c4.en", "1"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+_STUDIES = st.fixed_dictionaries({"search": _SETTINGS, "train": _SETTINGS})
+
+
+@given(_STUDIES, _STUDIES)
+def test_they_do_so_whatever_became_of_a_setting(now, then):
+    """A mixture in words may have become one by name, and a list longer."""
+    words = shlex.split(Started(then, None).otherwise(Started(now, None)))
+    data = copy.deepcopy(now)
+    for setting in words[1::2]:
+        _override(data, setting)
+    assert data == then
 
 
 def test_where_and_how_fast_it_runs_is_no_other_setting(study):
