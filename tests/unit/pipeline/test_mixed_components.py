@@ -116,7 +116,7 @@ def test_the_maturity_check_asks_what_proxies_are_at_the_centroid_unless_that_is
 
 def test_a_stack_is_calibrated_with_the_corrected_centroid(path):
     """Every model scores what it is made of, component k alone k; the three pairs score 10."""
-    dag = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=1")
+    dag = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=2")
     for stage in (dag.tokenizer, *dag.data.values(), dag.rounds[0].proposal):
         stage.finish()
     mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
@@ -124,7 +124,8 @@ def test_a_stack_is_calibrated_with_the_corrected_centroid(path):
     alone |= {f"component-{name}": 10.0 for name in dag.mixed}
     proxies = {m["name"]: 20.0 + m["weights"]["code"] for m in mixtures}
     # At the centroid of three, each pair has the coefficient 4/9, each domain 1/3 - 4/9: 40/3 - 1/3 = 13, interpolated.
-    tables = {dag.rounds[0].scores: proxies | alone, dag.maturity.scores: {"merged": 17.0, "seed0": 14.0, "base": 30.0}}
+    trained = {"seed0": 13.0, "seed1": 15.0}
+    tables = {dag.rounds[0].scores: proxies | alone, dag.maturity.scores: {"merged": 17.0, "base": 30.0} | trained}
     for stage, values in tables.items():
         rows = {name: dict.fromkeys(dag.data, value) for name, value in values.items()}
         with publish(stage.folder, stage.key, stage.kind, {}) as work:
