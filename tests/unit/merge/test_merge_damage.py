@@ -27,8 +27,10 @@ from megatron_demix.errors import (
     StorageError,
     VerificationFailed,
 )
-from megatron_demix.merge import engine
+from megatron_demix.merge import engine, oracle
+from megatron_demix.merge.components import Components
 from megatron_demix.merge.engine import merge_checkpoints
+from megatron_demix.merge.verify import verify_merge
 
 WEIGHTS = {"a": 0.5, "b": 0.25, "c": 0.25}
 
@@ -167,6 +169,22 @@ def test_a_byte_that_changes_on_its_way_to_disk(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Output, "seal", seal_and_flip)
     refuse(VerificationFailed, "its bytes on disk differ from their checksum", parts, tmp_path)
+
+
+def test_one_wrong_element_is_noticed(parts):
+    components = Components({"a": parts["a"]})
+
+    def compare(off):
+        def expected(key, places):
+            (values,) = oracle.component_values(components, key, places)
+            values[-1] += off
+            return [oracle.Expected(values, np.zeros(len(values)))]
+
+        verify_merge(parts["a"], components, expected, "full", "m")
+
+    compare(0.0)
+    with pytest.raises(VerificationFailed, match=r"expected .* within .* Not published"):
+        compare(1.0)
 
 
 def test_a_wrong_sum_is_noticed(parts, tmp_path, monkeypatch):

@@ -15,8 +15,9 @@ from megatron_demix.errors import ConfigError, MixtureError, OutputExists
 from megatron_demix.merge.command import main
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.methods import Linear, Recipe
-from megatron_demix.merge.methods_by_name import make_method
+from megatron_demix.merge.methods_by_name import OPTIONS, make_method
 from megatron_demix.merge.proxies import ProxyMerger
+from megatron_demix.merge.rules import Rule
 from megatron_demix.merge.sparse import Sparse
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
@@ -159,6 +160,23 @@ def test_an_output_within_a_component_is_refused(tmp_path, capsys):
         assert "lies within" in capsys.readouterr().err
         assert not output.parent.joinpath("merged").exists()
     assert main([*weighted, str(parts["a"].parent / "merged")]) == 0
+
+
+OTHER = {
+    "scale": (1.0, 1.5),
+    "density": (0.4, 0.5),
+    "gamma": (0.01, 0.02),
+    "epsilon": (0.1, 0.2),
+    "seed": (0, 1),
+    "rules": ((), (Rule(scale=2.0),)),
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, options in OPTIONS.items() for option in options])
+def test_every_option_of_a_method_tells_merges_apart(name, option):
+    needed = {"density": 0.4} if "density" in OPTIONS[name] else {}
+    one, other = (make_method(name, Path("base"), **needed | {option: value}).describe("m") for value in OTHER[option])
+    assert one != other
 
 
 def test_a_merge_by_another_method_is_another_merge(tmp_path):
