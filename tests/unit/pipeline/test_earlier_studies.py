@@ -101,6 +101,8 @@ def test_an_added_domain(folder):
     kept = {name for name, key in keys(first).items() if keys(dag).get(name) == key}
     assert {"base/base", "components/code", "components/math", "data/english"} <= kept
     assert dag.rounds[0].proposal.name == "rounds/1/sample", "no earlier proxy has any law"
+    without_aim = dag_of(write(folder, "v3.yaml", STUDY.replace(MATH, MATH + LAW)))
+    assert without_aim.rounds[0].proposal.name == "rounds/1/sample", "whether that is aimed at or not"
     for number, fit in enumerate(fits(dag)):
         new = (8, 12)[number]
         assert len(fit["surrogates"]["code"]["models"]) == new + 24
