@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.compat import cpu_compat
-from megatron_demix.train.derived import checkpoint_bytes, flops_per_token, num_parameters
+from megatron_demix.train.derived import checkpoint_bytes, flops_per_token, model_arguments, num_parameters, padded_vocab_size
 
 with cpu_compat():
     from megatron_demix.train.model import build_model, parallel_groups
@@ -45,6 +45,16 @@ def test_parameters_are_those_of_the_model(fields):
 def test_parameters_with_experts():
     spec = ModelSpec(num_layers=2, hidden_size=16, num_attention_heads=4, num_experts=4, moe_ffn_hidden_size=24)
     assert num_parameters(spec, 8, 128) == parameters_built(spec)
+
+
+def test_sizes_that_a_study_leaves_out():
+    """The stages' keys do not hold them: others would be another model under the same key."""
+    spec = ModelSpec(num_layers=2, hidden_size=1000, num_attention_heads=10)
+    sizes = model_arguments(spec, TRAIN)
+    assert (sizes["ffn_hidden_size"], sizes["kv_channels"], sizes["num_query_groups"]) == (2688, 100, 10)
+    assert sizes["max_position_embeddings"] == TRAIN.seq_length
+    assert model_arguments(spec.model_copy(update={"swiglu": False}), TRAIN)["ffn_hidden_size"] == 4000
+    assert padded_vocab_size(spec, ParallelSpec(), 257) == 384
 
 
 def test_flops_of_dense_and_expert_models():
