@@ -21,7 +21,7 @@ _FRONT_SCORES = 6
 UNIT = "weights are actual shares of trained tokens; merge_weights are the proxy's weights over the components"
 
 
-def outcome(goal: Objective, *, candidates: int, top: int, bootstraps: int) -> dict[str, Any]:
+def outcome(goal: Objective, *, candidates: int = 200_000, top: int = 128, bootstraps: int = 50) -> dict[str, Any]:
     """mixture.json (docs/FORMATS.md) as data. What all of the goal's surrogates predict is in it, also those of no weight."""
     space, aimed = goal.space, goal.aimed
     choice = choose_mixture(goal, candidates=candidates, top=top)
