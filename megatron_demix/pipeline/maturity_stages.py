@@ -51,9 +51,9 @@ def maturity(foundation: Foundation) -> Maturity:
     if known and mixed_in:
         raise ConfigError(
             f"component.maturity_seeds: where {known!r} is trained anyway, the check merges the components of single domains, "
-            f"and merge.rules.{mixed_in[0]} gives a weight to a mixed one. Take one of both out."
+            f"and merge.rules.{mixed_in[0]} gives a weight to a mixed one. Take that out, or set maturity_seeds to 0."
         )
-    trained = {f"{TRAINED_CENTROID}{number}": trained_with(number) for number in range(study.component.maturity_seeds)}
+    trained = {f"{TRAINED_CENTROID}{number}": trained_with(number) for number in range(study.maturity_seeds)}
     components = foundation.components if known else foundation.merged
 
     def models() -> dict[str, Any]:

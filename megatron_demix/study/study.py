@@ -199,6 +199,18 @@ class Study(Section):
                 )
 
     @property
+    def maturity_seeds(self) -> int:
+        """By default one, where proxies are scored by a stack and a loss has a weight: the trained centroid then says how much
+        of the stack is merged. 0 where there is nothing to compare."""
+        search, losses = self.search, self.evaluate.losses
+        if search.proxies != "merged" or not losses:
+            return 0
+        if (given := self.component.maturity_seeds) is not None:
+            return given
+        measured = self.domain_names if losses == "all" else losses
+        return int(search.proxy_score == "stack" and any(search.objective.get(name) for name in measured))
+
+    @property
     def proxy_tokens(self) -> float:
         """Of one trained proxy. By default all of them together cost what the components would."""
         return self.search.proxy_tokens or self.component.tokens * len(self.domains) / sum(self.search.rounds)

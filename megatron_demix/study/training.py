@@ -253,8 +253,9 @@ class ComponentSpec(Phase):
     mixed: Literal["centroid", "pairs"] | Annotated[dict[Name, dict[str, float]], Field(min_length=1)] | None = None
     """More components, trained on mixed merge weights, that correct proxies to second order: on all domains in equal parts, on
     every two of them, or on mixtures by name."""
-    maturity_seeds: int = Field(0, ge=0)
-    """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check."""
+    maturity_seeds: int | None = Field(None, ge=0)
+    """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check. Null: 1
+    where it calibrates what the search aims at (Study.maturity_seeds)."""
 
     def mixed_weights(self, domains: Sequence[str]) -> dict[str, Mixture]:
         """Merge weights of the mixed components, by name. Raises MixtureError where those of the study are none."""
