@@ -43,7 +43,7 @@ model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train:
   {seq_length: 32, micro_batch_size: 8, global_batch_size: 8, lr: 3e-3, precision: fp32, save_interval: 20, log_interval: 1}
 base: {tokens: 25600}                     # 100 steps
-component: {tokens: 51200}                # 200 steps
+component: {maturity_seeds: 0, tokens: 51200}                # 200 steps
 search: {rounds: [8], objective: {code: 0.7, words: 0.3}, candidates: 1000, top: 16}
 evaluate: {tokens_per_domain: 1k}
 final: {tokens: 25600, baselines: []}

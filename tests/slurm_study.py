@@ -31,7 +31,7 @@ model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 parallel: {data: 2}
 train: {seq_length: 32, micro_batch_size: 4, global_batch_size: 8, lr: 3e-3, precision: fp32, save_interval: 50}
 base: {tokens: 2560}
-component: {tokens: 76800}                # 300 steps, long enough to be disturbed
+component: {maturity_seeds: 0, tokens: 76800}                # 300 steps, long enough to be disturbed
 search: {rounds: [8], objective: {code: 0.7, english: 0.3}, candidates: 1000, top: 16}
 evaluate: {tokens_per_domain: 1k}
 final: {tokens: 2560, baselines: [], blend: materialise}

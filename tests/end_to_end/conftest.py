@@ -22,7 +22,7 @@ domains:
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train: {seq_length: 32, micro_batch_size: 4, global_batch_size: 8, lr: 3e-3, precision: fp32, save_interval: 5, log_interval: 5}
 base: {tokens: 7680}                      # 30 steps
-component: {tokens: 2560}                 # 10 steps
+component: {maturity_seeds: 0, tokens: 2560}                 # 10 steps
 search: {rounds: [8, 4], objective: {code: 0.7, english: 0.3}, candidates: 2000, top: 16}
 evaluate: {tokens_per_domain: 2k, tasks: [{name: quiz, format: arc, path: quiz.jsonl}]}
 final: {tokens: 2560, baselines: [uniform], seeds: 1}

@@ -20,7 +20,7 @@ DOMAINS
 model: {num_layers: 1, hidden_size: 16, num_attention_heads: 2}
 train: {seq_length: 32, micro_batch_size: 8, global_batch_size: 8, lr: 3e-3, precision: fp32, save_interval: 5, log_interval: 5}
 base: {tokens: 1k, mixture: {english: 1}}
-component: {tokens: 1k, anchor: {mixture: {english: 1}}}
+component: {maturity_seeds: 0, tokens: 1k, anchor: {mixture: {english: 1}}}
 search: {SEARCH, objective: {code: 1, english: 1}, surrogate: ridge, candidates: 1000, top: 16, bootstraps: 0}
 evaluate: {tokens_per_domain: 1k}
 final: {tokens: 2560, baselines: [], seeds: 1}

@@ -41,7 +41,7 @@ domains:
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 4, num_query_groups: 2}
 train: {seq_length: 64, micro_batch_size: 4, global_batch_size: 8, lr: 1e-2, precision: fp32, save_interval: 4, log_interval: 4}
 base: {tokens: 4096}
-component: {tokens: 8192}                 # 16 steps
+component: {maturity_seeds: 0, tokens: 8192}                 # 16 steps
 search: {rounds: [8], objective: {code: 1, english: 1}, bootstraps: 0}
 final: {tokens: 4096}
 """

@@ -17,6 +17,7 @@ from megatron_demix.study.study import Study
 from megatron_demix.study.unused import warnings_of
 from megatron_demix.yaml_file import load_yaml
 
+QUIZ = "evaluate.tasks=[{name: quiz, format: arc, path: quiz.jsonl}]"
 GOOD = {
     "name": "tiny",
     "domains": [{"name": "code", "inputs": ["code/*.jsonl"]}, {"name": "math", "inputs": ["math/*.jsonl"], "max_epochs": 2}],
@@ -412,3 +413,21 @@ def test_whatever_stands_in_a_study_it_is_read_or_refused(load, place, value):
 
     with contextlib.suppress(DemixError):
         load(change)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num"),
+    [
+        ([], 1),
+        (["component.maturity_seeds=0"], 0),
+        (["component.maturity_seeds=3"], 3),
+        (["search.proxy_score=merged"], 0),
+        (["search.proxy_score=merged", "component.maturity_seeds=2"], 2),
+        (["search.proxies=trained"], 0),
+        (["evaluate.losses=[math]", "search.objective={quiz/acc: 1, math: 0}", QUIZ], 0),
+        (["evaluate.losses=[math]", "search.objective={quiz/acc: 1, math: 1}", QUIZ], 1),
+        (["evaluate.losses=[]", "search.objective={quiz/acc: 1}", QUIZ], 0),
+    ],
+)
+def test_a_centroid_is_trained_where_it_calibrates_what_the_search_aims_at(load, overrides, num):
+    assert load(overrides=overrides).maturity_seeds == num

@@ -33,7 +33,7 @@ prepare: {workers: 1}
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
 base: {tokens: 640}
-component: {tokens: 320}
+component: {maturity_seeds: 0, tokens: 320}
 search: {rounds: [8, 4], objective: {code: 1}}
 final: {tokens: 1k}
 """

@@ -17,7 +17,7 @@ domains: [{name: code, inputs: [code.jsonl]}, {name: english, inputs: [english.j
 model: {num_layers: 2, hidden_size: 8, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
 base: {tokens: 640}
-component: {tokens: 6400, average: [0.6, 0.65, 0.7, 0.75]}
+component: {maturity_seeds: 0, tokens: 6400, average: [0.6, 0.65, 0.7, 0.75]}
 search: {rounds: [8], objective: {code: 1}}
 final: {tokens: 1k}
 """

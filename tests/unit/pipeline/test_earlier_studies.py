@@ -25,7 +25,7 @@ tokenizer: {type: byte}
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
 base: {tokens: 640, mixture: {english: 1}}
-component: {tokens: 320, anchor: {mixture: {english: 1}, share: 0.2}}
+component: {maturity_seeds: 0, tokens: 320, anchor: {mixture: {english: 1}, share: 0.2}}
 search: {rounds: [16, 8], objective: {code: 6, english: 1}, surrogate: ridge, candidates: 2000, top: 16, bootstraps: 10}
 final: {tokens: 1k}
 """

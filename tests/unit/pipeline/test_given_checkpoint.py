@@ -32,7 +32,7 @@ tokenizer: {type: byte}
 model: {num_layers: 2, hidden_size: 8, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
 base: {checkpoint: base}
-component: {tokens: 320}
+component: {maturity_seeds: 0, tokens: 320}
 search: {rounds: [8], objective: {code: 1}}
 final: {tokens: 1k}
 """

@@ -31,7 +31,7 @@ model: {num_layers: 2, hidden_size: 32, num_attention_heads: 4, num_query_groups
 parallel: {tensor: 2}
 train: {seq_length: 32, global_batch_size: 8, precision: fp32}
 base: {huggingface: qwen}
-component: {tokens: 512}
+component: {maturity_seeds: 0, tokens: 512}
 search: {rounds: [8], objective: {code: 1}}
 final: {tokens: 512}
 """

@@ -26,7 +26,7 @@ tokenizer: {type: byte}
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
 base: {tokens: 640}
-component: {tokens: 640}
+component: {maturity_seeds: 0, tokens: 640}
 search: {rounds: [8, 4], objective: {code: 1}}
 final: {tokens: 1k}
 """

@@ -23,7 +23,7 @@ tokenizer: {type: byte}
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
 base: {tokens: 640}
-component: {tokens: 320, anchor: {mixture: {english: 1}}}
+component: {maturity_seeds: 0, tokens: 320, anchor: {mixture: {english: 1}}}
 search: {rounds: [8], objective: {code: 1}, surrogate: ridge, candidates: 1000, top: 16, bootstraps: 0}
 final: {tokens: 1k}
 """

@@ -32,7 +32,7 @@ tokenizer: {type: byte}
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4}
 base: {tokens: 640}
-component: {tokens: 320, anchor: {share: 0.2}}
+component: {maturity_seeds: 0, tokens: 320, anchor: {share: 0.2}}
 search: {rounds: [24, 8], objective: {code: 6, math: 3, english: 1}, surrogate: ridge, candidates: 4000, top: 16,
          proxy_score: merged, bootstraps: 10}
 final: {tokens: 1k}

@@ -41,7 +41,7 @@ domains:
 model: {num_layers: 2, hidden_size: 8, num_attention_heads: 2}
 train: {seq_length: 16, global_batch_size: 4, save_interval: 2, log_interval: 2, loss_spike_window: 2}
 base: {checkpoint: base/iter_0000100}
-component: {tokens: 512}                  # 8 steps
+component: {maturity_seeds: 0, tokens: 512}                  # 8 steps
 search: {rounds: [8], objective: {code: 1}}
 final: {tokens: 512}
 """
