@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_demix.errors import ConfigError
-from megatron_demix.mixture import TOLERANCE, Mixture
+from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings, second_order
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, merges, scoring
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
-from megatron_demix.study.study import Study
 
 BASE = "base"
 
@@ -38,7 +37,7 @@ class Maturity:
 def maturity(foundation: Foundation) -> Maturity:
     study, run, base, data = foundation.study, foundation.run, foundation.base, foundation.data
     centroid = Mixture.uniform(data)
-    known = mixed_centroid(study)
+    known = study.mixed_centroid
 
     def trained_with(number: int) -> Stage:
         if known and number == 0:
@@ -51,7 +50,7 @@ def maturity(foundation: Foundation) -> Maturity:
     if known and mixed_in:
         raise ConfigError(
             f"component.maturity_seeds: where {known!r} is trained anyway, the check merges the components of single domains, "
-            f"and merge.rules.{mixed_in[0]} gives a weight to a mixed one. Take that out, or set maturity_seeds to 0."
+            f"and merge.rules.{mixed_in[0]} gives a weight to a mixed one. Take one of both out."
         )
     trained = {f"{TRAINED_CENTROID}{number}": trained_with(number) for number in range(study.maturity_seeds)}
     components = foundation.components if known else foundation.merged
@@ -67,12 +66,3 @@ def maturity(foundation: Foundation) -> Maturity:
     num_models = 2 + len(trained)
     scores = scoring(foundation, "maturity/scores", "valid", none, needs, models, lambda: num_models, merge_settings(study))
     return Maturity(trained, scores, None if known else scores)
-
-
-def mixed_centroid(study: Study) -> str | None:
-    """The mixed component that was trained on all domains in equal parts, if there is one."""
-    names = study.domain_names
-    for name, weights in study.component.mixed_weights(names).items():
-        if max(abs(weight - 1 / len(names)) for weight in weights.values()) < TOLERANCE:
-            return name
-    return None

@@ -13,7 +13,7 @@ from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.cost import by_kind, costs
 from megatron_demix.pipeline.final_stages import FOUND
-from megatron_demix.pipeline.maturity_stages import BASE, mixed_centroid
+from megatron_demix.pipeline.maturity_stages import BASE
 from megatron_demix.pipeline.preflight import few
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, proxy_score_of, scored_losses
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
@@ -200,7 +200,7 @@ def _maturity(dag: Dag) -> Maturity | None:
         return None
     rows = ScoreTable.read(dag.maturity.scores.folder / SCORES).rows
     trained = [rows[name] for name in dag.maturity.trained]
-    return Maturity(rows[MERGED_CENTROID], trained, rows[BASE], mixed_centroid(dag.study) is not None)
+    return Maturity(rows[MERGED_CENTROID], trained, rows[BASE], dag.study.mixed_centroid is not None)
 
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:

@@ -201,14 +201,24 @@ class Study(Section):
     @property
     def maturity_seeds(self) -> int:
         """By default one, where proxies are scored by a stack and a loss has a weight: the trained centroid then says how much
-        of the stack is merged. 0 where there is nothing to compare."""
+        of the stack is merged, unless it is a mixed component. 0 where there is nothing to compare."""
         search, losses = self.search, self.evaluate.losses
         if search.proxies != "merged" or not losses:
             return 0
         if (given := self.component.maturity_seeds) is not None:
             return given
         measured = self.domain_names if losses == "all" else losses
-        return int(search.proxy_score == "stack" and any(search.objective.get(name) for name in measured))
+        aimed = any(search.objective.get(name) for name in measured)
+        return int(search.proxy_score == "stack" and aimed and self.mixed_centroid is None)
+
+    @property
+    def mixed_centroid(self) -> str | None:
+        """The mixed component that was trained on all domains in equal parts, if there is one: there the proxies have its own
+        weights, so that it calibrates nothing."""
+        for name, weights in self.component.mixed_weights(self.domain_names).items():
+            if max(abs(weight - 1 / len(weights)) for weight in weights.values()) < TOLERANCE:
+                return name
+        return None
 
     @property
     def proxy_tokens(self) -> float:

@@ -9,7 +9,6 @@ from megatron_demix.artifact import publish, read_json
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
-from megatron_demix.pipeline.maturity_stages import mixed_centroid
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.load import load_study
 
@@ -109,7 +108,7 @@ def test_the_maturity_check_asks_what_proxies_are_at_the_centroid_unless_that_is
     assert maturity.calibration is maturity.scores
     by_hand = "component.mixed={even: {code: 0.3333333, english: 0.3333333, math: 0.3333334}}"
     dag = dag_of(path, by_hand, "component.maturity_seeds=2")
-    assert mixed_centroid(dag.study) == "even"
+    assert dag.study.mixed_centroid == "even"
     assert [stage.name for stage in dag.maturity.trained.values()] == ["components/mixed/even", "maturity/centroid-seed1"]
     assert dag.maturity.calibration is None
 
