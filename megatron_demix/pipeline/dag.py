@@ -148,7 +148,7 @@ def _wired(study: Study, place: Path, run: Path, digests: InputDigests, naming: 
         earlier_stages.earlier(spec, foundation, there, absent_ok=digests.absent_ok)
         for spec, there in zip(study.search.earlier, before, strict=True)
     ]
-    maturity = maturity_stages.maturity(foundation) if study.maturity_seeds else None
+    maturity = maturity_stages.maturity(foundation, as_merged) if study.maturity_seeds else None
     rounds = search_stages.rounds(foundation, maturity.calibration if maturity else None, earlier)
     blends = final_stages.blends(ground, rounds[-1].fit)
     finals = final_stages.finals(ground, blends)

@@ -6,6 +6,7 @@ worse than a trained one, and the proxies of the search are wrong in the same wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,9 @@ class Maturity:
     calibration: Stage | None
 
 
-def maturity(foundation: Foundation) -> Maturity:
-    study, run, base, data = foundation.study, foundation.run, foundation.base, foundation.data
+def maturity(foundation: Foundation, as_merged: Callable[[Stage], Stage]) -> Maturity:
+    """as_merged: the stage that stands for what was trained as components are."""
+    study, base, data = foundation.study, foundation.base, foundation.data
     centroid = Mixture.uniform(data)
     known = study.mixed_centroid
 
@@ -43,8 +45,7 @@ def maturity(foundation: Foundation) -> Maturity:
         if known and number == 0:
             return foundation.mixed[known]
         name, seed = f"maturity/centroid-seed{number}", study.seed + number
-        trained = train_stages.on_merge_weights(foundation, name, centroid, seed=seed)
-        return train_stages.averaged(study, run, trained)
+        return as_merged(train_stages.on_merge_weights(foundation, name, centroid, seed=seed))
 
     mixed_in = [n for n, rule in enumerate(study.merge.rules or ()) if set(rule.weights or ()) & set(foundation.mixed)]
     if known and mixed_in:

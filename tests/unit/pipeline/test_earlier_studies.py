@@ -266,6 +266,16 @@ def test_another_run_folder_lends_what_is_done_there(folder):
     assert not (folder / "runs" / "other" / "data" / "math").exists()
 
 
+def test_a_trained_centroid_of_the_same_domains_is_lent_too(folder):
+    searched(folder / "v1.yaml")
+    (there,) = dag_of(folder / "v1.yaml", "component.maturity_seeds=1").maturity.trained.values()
+    with publish(there.folder, there.key, there.kind, {}):
+        pass
+    path = write(folder, "v2.yaml", STUDY.replace("name: s\n", "name: other\n").replace("maturity_seeds: 0, ", ""))
+    dag = build_dag(load_study(path), path, folder / "runs" / "other")
+    assert [stage.folder for stage in dag.maturity.trained.values()] == [there.folder]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
