@@ -15,7 +15,7 @@ from megatron_demix.pipeline.consistency import add_arguments as add_consistency
 # Each command that makes a part of the study, and its help.
 _PARTS = {
     "prepare": "tokenize the domains into Megatron .bin/.idx, split into train, valid and test",
-    "train": "train the base and one component per domain",
+    "train": "train the base, one component per domain, and models on the centroid mixture, if any",
     "evaluate": "merge and score proxies, round by round, and fit the surrogates",
     "search": "the same as evaluate, ending with the chosen mixture as a table",
     "merge": "write the chosen mixture's proxy as a checkpoint",

@@ -113,6 +113,14 @@ def test_the_maturity_check_asks_what_proxies_are_at_the_centroid_unless_that_is
     assert dag.maturity.calibration is None
 
 
+@pytest.mark.parametrize("average", ["null", "[0.4, 0.6]"])
+def test_training_ends_with_all_that_is_trained_as_components_are(path, average):
+    dag = dag_of(path, f"component.average={average}", "component.tokens=640", "component.maturity_seeds=1")
+    made = [stage.name for stage in dag.until("train")]
+    assert {stage.name for stage in dag.maturity.trained.values()} <= {*made}
+    assert "maturity/scores" not in made
+
+
 def test_a_stack_is_calibrated_with_the_corrected_centroid(path):
     """Every model scores what it is made of, component k alone k; the three pairs score 10."""
     dag = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=2")
