@@ -45,7 +45,8 @@ class DeviceMerge:
             else:
                 self._method = StreamedComponents(components, live, threads, device)
         except RuntimeError as e:  # torch.OutOfMemoryError is one, and so is what pinning memory ends with
-            said = f"{device} has no room to merge proxies ({str(e).splitlines()[0]})"
+            why, _, _ = str(e).partition("\n")
+            said = f"{device} has no room to merge proxies ({why})"
             if cuda.required():
                 raise ConfigError(f"MEGATRON_DEMIX_CUDA is 1, but {said}. Free memory there, or unset it.") from e
             warnings.warn(f"{said}. They are merged on the CPU.", stacklevel=2)

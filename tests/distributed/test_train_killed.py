@@ -178,7 +178,7 @@ def test_ranks_that_outlive_torchrun_keep_their_stage(tmp_path, make_train_job, 
             assert is_being_made(stage)
             monkeypatch.setattr("megatron_demix.launch.stage._RANKS_SAVE_S", 1)
             with (
-                pytest.raises(Incomplete, match=r"ranks of .*components/tiny .*: still running after 1 s"),
+                pytest.raises(Incomplete, match=r"processes of stage components/tiny .*: still running after 1 s"),
                 stage_lock(stage),
             ):
                 pass
