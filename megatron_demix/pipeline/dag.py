@@ -74,10 +74,7 @@ class Dag(Foundation):
 
     def until(self, part: str | None) -> list[Stage]:
         """What a study has up to one of PARTS, that included; None: all of it."""
-        if part is None:
-            return self.all
-        centroids = self.maturity.trained.values() if part == "train" and self.maturity else ()
-        return with_needs([*self.of_kinds(PARTS[part]), *centroids])
+        return self.of_kinds(PARTS[part]) if part else self.all
 
     def foreseen(self, part: str | None) -> list[Stage]:
         """What has to be possible before anything up to `part` is made: that, and of components the search they are for."""

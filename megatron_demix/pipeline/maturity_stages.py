@@ -44,7 +44,7 @@ def maturity(foundation: Foundation, as_merged: Callable[[Stage], Stage]) -> Mat
     def trained_with(number: int) -> Stage:
         if known and number == 0:
             return foundation.mixed[known]
-        name, seed = f"maturity/centroid-seed{number}", study.seed + number
+        name, seed = f"components/centroid/seed{number}", study.seed + number
         return as_merged(train_stages.on_merge_weights(foundation, name, centroid, seed=seed))
 
     mixed_in = [n for n, rule in enumerate(study.merge.rules or ()) if set(rule.weights or ()) & set(foundation.mixed)]

@@ -75,7 +75,8 @@ def test_settings_that_cost(path):
     assert trained["rounds", "scores"] == (12, 12 * 320)
     assert ("components", "trains") not in trained
     assert counted(costs_of(path, "component.mixed=centroid"))["components", "trains"] == (3, 960)
-    assert counted(costs_of(path, "component.maturity_seeds=2"))["maturity", "trains"] == (2, 640)
+    checked = counted(costs_of(path, "component.maturity_seeds=2"))
+    assert (checked["components", "trains"], checked["maturity", "scores"]) == ((4, 1280), (4, 4 * 320))
     assert counted(costs_of(path, "search.proxy_score=interpolated"))["rounds", "scores"] == (2, 2 * 320)
     kept = costs_of(path, "component.average=[0.4, 0.8]")["components", "trains"]
     assert (kept.tokens, kept.checkpoint_bytes) == (2 * 256, 2 * costs_of(path)["components", "trains"].checkpoint_bytes)

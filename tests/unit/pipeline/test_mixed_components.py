@@ -104,12 +104,12 @@ def test_what_they_do_not_go_with(path):
 
 def test_the_maturity_check_asks_what_proxies_are_at_the_centroid_unless_that_is_trained(path):
     maturity = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=2").maturity
-    assert next(iter(maturity.trained.values())).name == "maturity/centroid-seed0"
+    assert next(iter(maturity.trained.values())).name == "components/centroid/seed0"
     assert maturity.calibration is maturity.scores
     by_hand = "component.mixed={even: {code: 0.3333333, english: 0.3333333, math: 0.3333334}}"
     dag = dag_of(path, by_hand, "component.maturity_seeds=2")
     assert dag.study.mixed_centroid == "even"
-    assert [stage.name for stage in dag.maturity.trained.values()] == ["components/mixed/even", "maturity/centroid-seed1"]
+    assert [stage.name for stage in dag.maturity.trained.values()] == ["components/mixed/even", "components/centroid/seed1"]
     assert dag.maturity.calibration is None
 
 
