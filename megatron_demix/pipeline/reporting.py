@@ -85,6 +85,7 @@ def collect(dag: Dag) -> ReportData:
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
         proxy_score=proxy_score_of(dag.study),
+        merged_parts=_merged_parts(dag),
         extrapolated=str(line) if line else "",
         extrapolation_warning=line.warning if line else None,
         rounds=_rounds(dag),
@@ -119,6 +120,11 @@ def _tasks(dag: Dag) -> dict[str, Task]:
         cut = max((row[task.name]["cut"] for row in notes), default=0)
         tasks[task.name] = Task(not share_items(task, final), answers, endless, stopped, cut)
     return tasks
+
+
+def _merged_parts(dag: Dag) -> dict[str, float]:
+    fits = [r.fit for r in dag.rounds if r.fit.is_intact()]
+    return read_json(fits[-1].folder / FIT).get("merged_parts", {}) if fits else {}
 
 
 def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:

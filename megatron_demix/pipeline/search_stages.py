@@ -218,6 +218,7 @@ def _fit(
             **({"higher_is_better": sorted(higher)} if higher else {}),
             **({"constant": fitted.constant} if fitted.constant else {}),
             **({"earlier": fitted.earlier} if earlier else {}),
+            **({"merged_parts": fitted.merged_parts} if fitted.merged_parts else {}),
             **({"extrapolated": line.facts} if (line := train_stages.horizon_line(study)) else {}),
         }
         if last:

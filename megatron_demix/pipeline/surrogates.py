@@ -30,13 +30,15 @@ from megatron_demix.study.study import Study
 @dataclass(frozen=True)
 class Fitted:
     """Of all proxies so far. constant: the value of each score that is the same for all, and has no surrogate. names: of the
-    proxies, in the surrogates' order. earlier: by study, what was used of it, and what was not, and why."""
+    proxies, in the surrogates' order. earlier: by study, what was used of it, and what was not, and why. merged_parts: of each
+    score that a trained centroid calibrates, how far a stack lies from interpolated to merged."""
 
     surrogates: dict[str, Surrogate]
     constant: dict[str, float]
     higher_is_better: set[str]
     names: list[str]
     earlier: dict[str, Any]
+    merged_parts: dict[str, float]
 
 
 @dataclass
@@ -105,12 +107,12 @@ def fit_surrogates(
     entries = [m for measured in sources for m in measured.entries]
     shares_MD = np.array([[m["shares"].get(d, 0.0) for d in (*space.domains, *dropped)] for m in entries])
     kind, centroids = proxy_score_of(study), _centroids(centroid)
-    varying, constant = {}, {}
+    varying, constant, parts = {}, {}, {}
     known = {name: score for measured in sources for name, score in measured.scores.items()}
     for name in known:
-        part = 0.5
         if name in centroids:
-            part = part_of_merged(own.interpolated_centroid(name), centroids[name])
+            parts[name] = part_of_merged(own.interpolated_centroid(name), centroids[name])
+        part = parts.get(name, 0.5)
         values_of = [measured.values(name, kind, part) for measured in sources]
         if line:
             values_of[0] = line.coefficients_P @ [measured.values(name, kind, part) for measured in by_part]
@@ -129,7 +131,7 @@ def fit_surrogates(
     surrogates = dict(fit_scores(shares_MD, varying, study.search.surrogate, seed=study.seed, num_dropped=len(dropped)))
     higher = {name for name, score in known.items() if score.direction == "higher"} - set(constant)
     facts = {e.label: {"proxies": len(m.entries), **e.facts} for e, m in zip(earlier, sources[1:], strict=True)}
-    return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts)
+    return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts, parts)
 
 
 def _own(study: Study, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _Measured:

@@ -90,7 +90,7 @@ def render(data: ReportData, table: str = "proxies.csv") -> str:
         said=_said(data),
         fit_of=selection.last_fit(data),
         maturity=gaps(data),
-        proxy_score=_PROXY_SCORES[data.proxy_score] if data.proxies == "merged" else "",
+        proxy_score=_proxy_score(data),
         surrogates=_surrogates(selection.last_fit(data)),
         costs=_costs(data),
         timings=_timings(data),
@@ -107,6 +107,16 @@ _PROXY_SCORES: dict[ProxyScore, str] = {
     "ensemble": "A proxy's scores are those of the components' probabilities, averaged for every token with its merge weights; "
     "those of generated answers are the components' own, averaged. No proxy was merged for them.",
 }
+
+
+def _proxy_score(data: ReportData) -> str:
+    if data.proxies != "merged":
+        return ""
+    said, measured = _PROXY_SCORES[data.proxy_score], data.merged_parts
+    if not measured:
+        return said
+    parts = ", ".join(f"{name} {part:.0%}" for name, part in measured.items() if name in selection.drawn_scores(data))
+    return f"{said} How far towards the merged model, the model trained on equal parts of all domains says: {parts}."
 
 
 def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:

@@ -9,6 +9,7 @@ from megatron_demix.artifact import publish, read_json
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.reporting import write_report
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.load import load_study
 
@@ -138,7 +139,10 @@ def test_a_stack_is_calibrated_with_the_corrected_centroid(path):
         with publish(stage.folder, stage.key, stage.kind, {}) as work:
             ScoreTable([Score(name, "", "lower") for name in dag.data], rows).write(work / "scores.json")
     dag.rounds[0].fit.finish()
-    measured = read_json(dag.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]["measured"]
+    facts = read_json(dag.rounds[0].fit.folder / "fit.json")
+    assert facts["merged_parts"] == pytest.approx(dict.fromkeys(dag.data, 0.25))
+    assert "says: code 25%, english 25%, math 25%." in write_report(dag).page.read_text()
+    measured = facts["surrogates"]["code"]["measured"]
     for mixture, value in zip(mixtures, measured, strict=True):
         code, english, mathematics = mixture["weights"].values()
         pairs = 4 * (code * english + code * mathematics + english * mathematics)
