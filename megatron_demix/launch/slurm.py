@@ -9,20 +9,29 @@ whatever becomes of them, submits again what is missing.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from megatron_demix.artifact import fingerprint, read_json, write_atomic, write_json
 from megatron_demix.errors import ConfigError, DemixError, Incomplete, StageFailed
+from megatron_demix.launch import slurm_commands
 from megatron_demix.launch.attempts import Attempts, forget
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.run_lock import only_one
+from megatron_demix.launch.slurm_commands import (
+    Job,
+    NoSlurm,
+    check_owner,
+    is_held,
+    job_ids,
+    jobs_of,
+    patiently,
+    sbatch,
+)
 from megatron_demix.launch.slurm_scripts import CONCLUDE, FOLDER, Group, Scripts, check_kinds, group
 from megatron_demix.launch.started import Started
 from megatron_demix.pipeline.dag import PARTS, Dag
@@ -30,32 +39,6 @@ from megatron_demix.pipeline.stage import Stage
 from megatron_demix.units import format_duration
 
 CANCEL_WAIT_S = 120
-CONTROLLER_WAIT_S = 600
-"""How long the last job waits for a controller that does not answer."""
-_COMMAND_LIMIT_S = 120
-
-
-class NoAnswer(Incomplete):
-    """SLURM's controller cannot be reached, or has no time."""
-
-
-class NoSlurm(ConfigError):
-    """SLURM's commands are not on this machine."""
-
-
-_Answer = TypeVar("_Answer")
-
-
-class _Job(NamedTuple):
-    """A job that has not ended, or an element of an array. uid: as text."""
-
-    id: str
-    group: str
-    element: int | None
-    state: str
-    reason: str
-    uid: str
-    user: str
 
 
 class Slurm:
@@ -77,14 +60,16 @@ class Slurm:
                 raise NoSlurm(
                     f"launch.backend is slurm, but {e} Submit from a login node, or use --set launch.backend=local."
                 ) from e
-            _check_owner(live)
+            check_owner(live)
             if live and not self._scripts.cancelled.exists() and all(job.group != CONCLUDE for job in live):
                 # The last job is submitted last, and waits for the others: what submitted these was broken off.
-                _slurm("scancel", *{job.id for job in live})
+                slurm_commands.call("scancel", *{job.id for job in live})
                 live = []
-            if held := sorted({job.id for job in live if _is_held(job.reason)}):
-                _slurm("scontrol", "release", *held)
-                said = f"released {_ids(held)}, which SLURM had put back into the queue and held, as a node could not start it"
+            if held := sorted({job.id for job in live if is_held(job.reason)}):
+                slurm_commands.call("scontrol", "release", *held)
+                said = (
+                    f"released {job_ids(held)}, which SLURM had put back into the queue and held, as a node could not start it"
+                )
                 return {"said": said, "jobs": held}
             if live:
                 raise _is_worked_on(self._dag.run, live)
@@ -98,7 +83,7 @@ class Slurm:
             jobs = self._submit(missing)
         what = f"{len(missing)} of {len(self._stages)} stages are to do" if missing else "everything is already done"
         said = (
-            f"{what}: submitted as jobs {_ids(jobs.values())}; the last one writes the report\n"
+            f"{what}: submitted as jobs {job_ids(jobs.values())}; the last one writes the report\n"
             f"scripts: {self._scripts.folder}\nlogs: {self._scripts.logs}\n"
             "`demix status` looks at them, `demix cancel` stops them"
         )
@@ -114,23 +99,23 @@ class Slurm:
         jobs = self._jobs()
         if not jobs:
             return {"said": "nothing is running", "jobs": []}
-        _check_owner(jobs)
+        check_owner(jobs)
         write_atomic(self._scripts.cancelled, "")
         ids = sorted({job.id for job in jobs})
         # The batch scripts pass USR1 on to the ranks, which save; TERM would leave them no more than SLURM's KillWait.
-        _slurm("scancel", "--state=PENDING", *ids)
-        _slurm("scancel", "--signal=USR1", "--batch", *ids, check=False)
+        slurm_commands.call("scancel", "--state=PENDING", *ids)
+        slurm_commands.call("scancel", "--signal=USR1", "--batch", *ids, check=False)
         deadline = time.monotonic() + CANCEL_WAIT_S
         while left := self._jobs():
             if time.monotonic() >= deadline:
                 raise Incomplete(
-                    f"jobs {_ids(j.id for j in left)} have not ended after {format_duration(CANCEL_WAIT_S)}; they may still "
+                    f"jobs {job_ids(j.id for j in left)} have not ended after {format_duration(CANCEL_WAIT_S)}; they may still "
                     "be saving. Try again, or scancel them."
                 )
             # A job that was starting had no one who listened to the signal, and one that was requeued is pending now.
-            _slurm("scancel", "--state=PENDING", *ids, check=False)
+            slurm_commands.call("scancel", "--state=PENDING", *ids, check=False)
             time.sleep(1)
-        return {"said": f"jobs {_ids(ids)} have saved and stopped; `demix resume` goes on", "jobs": ids}
+        return {"said": f"jobs {job_ids(ids)} have saved and stopped; `demix resume` goes on", "jobs": ids}
 
     def activity(self) -> Mapping[str, Activity]:
         try:
@@ -167,13 +152,16 @@ class Slurm:
             return
         if self._scripts.cancelled.exists():
             raise Incomplete("cancelled; `demix resume` goes on.")
-        with only_one(self._dag.run, wait_s=CONTROLLER_WAIT_S):
-            live = [job for job in _patiently(self._jobs) if job.state != "COMPLETING"]
+        with only_one(self._dag.run, wait_s=slurm_commands.CONTROLLER_WAIT_S):
+            live = [job for job in patiently(self._jobs) if job.state != "COMPLETING"]
             if any(job.group == CONCLUDE for job in live):
-                print(f"{_ids(job.id for job in live)} work on it: nothing is left for this job to do", flush=True)
+                print(
+                    f"{job_ids(job.id for job in live)} work on it: nothing is left for this job to do",
+                    flush=True,
+                )
                 return
             if live:  # the start of this job before this one submitted them, and was broken off
-                _patiently(lambda: _slurm("scancel", *{job.id for job in live}))
+                patiently(lambda: slurm_commands.call("scancel", *{job.id for job in live}))
             elif self._progress() == read_json(self._scripts.folder / "progress.json"):
                 self._note_what_never_began()
             failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
@@ -182,7 +170,7 @@ class Slurm:
                 write_atomic(self._scripts.concluded, "")
                 raise StageFailed("\n".join([f"{len(missing)} stages are not done:", *failed.values()]))
             jobs = self._submit_patiently(possible)
-        print(f"{len(missing)} stages are not done: submitted again as {_ids(jobs.values())}", flush=True)
+        print(f"{len(missing)} stages are not done: submitted again as {job_ids(jobs.values())}", flush=True)
 
     def _submit_patiently(self, stages: Sequence[Stage]) -> dict[str, str]:
         ceased = False
@@ -190,11 +178,11 @@ class Slurm:
         def submit() -> dict[str, str]:
             nonlocal ceased
             if ceased and (begun := {job.id for job in self._jobs()}):
-                _slurm("scancel", *begun, check=False)
+                slurm_commands.call("scancel", *begun, check=False)
             ceased = True
             return self._submit(stages)
 
-        return _patiently(submit)
+        return patiently(submit)
 
     def _note_what_never_began(self) -> None:
         """Of jobs that ended before their stage could keep an account itself: there was no Python, or no container."""
@@ -248,10 +236,10 @@ class Slurm:
                     jobs[g.name] = self._sbatch(g, missing, [jobs[n] for n in g.needs if n in jobs])
             everything = ":".join(jobs.values())
             after = [f"--dependency=afterany:{everything}"] if jobs else []
-            jobs[CONCLUDE] = self._sbatch_file(*after, str(scripts.path(CONCLUDE)))
+            jobs[CONCLUDE] = sbatch(scripts.path(CONCLUDE), *after)
         except BaseException:
             if jobs:
-                _slurm("scancel", *jobs.values(), check=False)
+                slurm_commands.call("scancel", *jobs.values(), check=False)
             raise
         return jobs
 
@@ -260,7 +248,7 @@ class Slurm:
         largest = max(groups, key=lambda g: len(g.stages))
         if len(largest.stages) < 2:
             return
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _slurm("scontrol", "show", "config"), re.MULTILINE)
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", slurm_commands.call("scontrol", "show", "config"), re.MULTILINE)
         if found is None or len(largest.stages) <= (limit := int(found[1])):
             return
         kind, num_whole = largest.stages[0].kind, len({s.whole.name for s in largest.stages})
@@ -279,40 +267,14 @@ class Slurm:
         if len(missing) < len(g.stages):
             limit = self._scripts.spec.array_limit
             options.append(f"--array={','.join(map(str, missing))}" + (f"%{limit}" if limit else ""))
-        return self._sbatch_file(*options, str(self._scripts.path(g.name)))
+        return sbatch(self._scripts.path(g.name), *options)
 
-    def _sbatch_file(self, *arguments: str) -> str:
-        """The job's id. arguments: the last is the script."""
-        answer = _slurm("sbatch", "--parsable", *_defaults(Path(arguments[-1]).read_text()), *arguments)
-        return answer.split(";")[0].strip()
-
-    def _jobs(self) -> list[_Job]:
-        return _jobs_of(self._dag.run, self._dag.study.name)
+    def _jobs(self) -> list[Job]:
+        return jobs_of(self._dag.run, self._dag.study.name)
 
     def _progress(self) -> str:
         """Changes whenever a stage is done, or has been tried."""
         return fingerprint([[s.name, s.done(), vars(Attempts.read(s))] for g in self._groups() for s in g.stages])
-
-
-def _jobs_of(run: Path, study_name: str) -> list[_Job]:
-    """Every job of a run that has not ended, whoever submitted it, but this one."""
-    listed = _slurm("squeue", "--noheader", "--array", "--format=%F\t%K\t%j\t%T\t%r\t%U\t%u\t%Z")
-    jobs: list[_Job] = []
-    for line in listed.splitlines():
-        if not line or line.startswith("CLUSTER: "):  # how squeue begins what it lists of each of several clusters
-            continue
-        job, index, name, state, reason, uid, user, folder = line.split("\t", 7)
-        prefix, _, of_group = name.partition(f"{study_name}.")
-        if folder != str(run) or prefix or not of_group or job == os.environ.get("SLURM_JOB_ID"):
-            continue
-        jobs.append(_Job(job, of_group, int(index) if index.isdigit() else None, state, reason, uid, user))
-    return jobs
-
-
-def _check_owner(jobs: Sequence[_Job]) -> None:
-    """Raises Incomplete where a job of the run is another person's, who alone can cancel or release it."""
-    if others := [job for job in jobs if job.uid != str(os.getuid())]:
-        raise Incomplete(f"this run's job {others[0].id} belongs to {others[0].user}, who can cancel it.")
 
 
 def refuse_beside_jobs(run: Path, study_name: str) -> None:
@@ -321,7 +283,7 @@ def refuse_beside_jobs(run: Path, study_name: str) -> None:
     if not (run / FOLDER).is_dir():
         return
     try:
-        live = _jobs_of(run, study_name)
+        live = jobs_of(run, study_name)
     except ConfigError as e:
         print(
             f"warning: {run} was submitted to SLURM, which cannot be asked here whether jobs of it are left ({e}). If there "
@@ -333,21 +295,11 @@ def refuse_beside_jobs(run: Path, study_name: str) -> None:
         raise _is_worked_on(run, live)
 
 
-def _is_worked_on(run: Path, live: Sequence[_Job]) -> Incomplete:
+def _is_worked_on(run: Path, live: Sequence[Job]) -> Incomplete:
     return Incomplete(
-        f"{run} is already being worked on by the SLURM jobs {_ids(job.id for job in live)}: see `demix status`, or "
+        f"{run} is already being worked on by the SLURM jobs {job_ids(job.id for job in live)}: see `demix status`, or "
         "`demix cancel` them first."
     )
-
-
-def _is_held(reason: str) -> bool:
-    """What SLURM itself holds, such as "launch failed requeued held": it waits for someone to release it."""
-    return reason == "JobHoldMaxRequeue" or ("requeue" in reason and "held" in reason)
-
-
-def _ids(jobs: Iterable[str]) -> str:
-    ids = sorted(set(jobs), key=lambda job: (len(job), job))
-    return ", ".join(ids) if len(ids) < 5 else f"{ids[0]} to {ids[-1]} ({len(ids)} jobs)"
 
 
 def _ending(log: Path | None) -> str:
@@ -363,69 +315,6 @@ def _without(stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:
         if any(n.name in hopeless for n in stage.needs):
             hopeless.add(stage.name)
     return [s for s in stages if s.name not in hopeless]
-
-
-_DEFAULTS = {
-    "SBATCH_ACCOUNT": ("--account", "-A"),
-    "SBATCH_PARTITION": ("--partition", "-p"),
-    "SBATCH_QOS": ("--qos", "-q"),
-    "SBATCH_TIMELIMIT": ("--time", "-t"),
-    "SBATCH_RESERVATION": ("--reservation", None),
-    "SBATCH_CONSTRAINT": ("--constraint", "-C"),
-}
-"""Of sbatch's variables those that a person may have set for all jobs, and the options that they stand for."""
-_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
-
-
-def _defaults(script: str) -> list[str]:
-    """A person's defaults as options of sbatch, but for what the script says itself. (As variables they would override it.)"""
-    said = " ".join(re.findall(r"^#SBATCH (.*)", script, re.MULTILINE))
-    options = []
-    for variable, (long, short) in _DEFAULTS.items():
-        says = rf"(^|\s)({long}(?![\w-]){f'|{short}' if short else ''})"
-        if (value := os.environ.get(variable)) and not re.search(says, said):
-            options.append(f"{long}={value}")
-    return options
-
-
-def _environment() -> dict[str, str]:
-    """Without what SLURM says of the job that this process is in, which would become the new job's, and without the variables
-    that change what is listed or override what a script says."""
-    ours = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SCONTROL_")
-    return {name: value for name, value in os.environ.items() if name in _OF_THE_CLUSTER or not name.startswith(ours)}
-
-
-def _patiently(ask: Callable[[], _Answer]) -> _Answer:
-    """For a job, where nobody is there to try again when the controller does not answer."""
-    deadline = time.monotonic() + CONTROLLER_WAIT_S
-    while True:
-        try:
-            return ask()
-        except NoAnswer as e:
-            if time.monotonic() >= deadline:
-                raise
-            print(f"demix: {e} Trying again.", file=sys.stderr, flush=True)
-            time.sleep(10)
-
-
-def _slurm(*command: str, check: bool = True) -> str:
-    """Output of one of SLURM's commands. Raises NoSlurm where it is not installed, ConfigError where it refuses, NoAnswer where
-    the controller does not answer."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S, env=_environment())
-    except FileNotFoundError as e:
-        raise NoSlurm(f"there is no {command[0]} on this machine.") from e
-    except subprocess.TimeoutExpired as e:
-        more = (
-            " A job that it submitted all the same is cancelled by the next `demix submit`." if command[0] == "sbatch" else ""
-        )
-        raise NoAnswer(f"{command[0]} has not answered within {_COMMAND_LIMIT_S} s; try again.{more}") from e
-    if check and result.returncode != 0:
-        said = " ".join(result.stderr.split())
-        # The last is what scontrol says of a job, of a controller that is away.
-        away = ("Unable to contact", "Connection refused", "Socket timed out", "try again", "Unexpected message received")
-        raise (NoAnswer if any(s in said for s in away) else ConfigError)(f"{' '.join(command[:1])}: {said or 'failed'}")
-    return result.stdout
 
 
 def main() -> int:

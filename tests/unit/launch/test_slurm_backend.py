@@ -8,7 +8,7 @@ import pytest
 
 from megatron_demix.artifact import write_json
 from megatron_demix.errors import ConfigError, Incomplete, StageFailed
-from megatron_demix.launch import slurm
+from megatron_demix.launch import slurm, slurm_commands
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.background import Background
@@ -36,7 +36,7 @@ def answers(monkeypatch):
         found.commands.append(command)
         return "".join(line + "\n" for line in found.listed) if command[0] == "squeue" else f"{len(found.commands)}\n"
 
-    monkeypatch.setattr(slurm, "_slurm", answer)
+    monkeypatch.setattr(slurm_commands, "call", answer)
     return found
 
 
@@ -207,25 +207,25 @@ def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, 
     backend = slurm.Slurm(dag, dag.run)
     backend.submit()
     write_json(dag.run / "slurm" / "progress.json", "another")
-    answer, away = slurm._slurm, iter([False, True])
+    answer, away = slurm_commands.call, iter([False, True])
 
     def break_off(*command, check=True, **_):
         if command[0] == "sbatch" and next(away, False):
             answers.listed = [line(dag, 12, 0, "data", "PENDING", "None")]
-            raise slurm.NoAnswer("sbatch: Unable to contact slurm controller (connect failure)")
+            raise slurm_commands.NoAnswer("sbatch: Unable to contact slurm controller (connect failure)")
         return answer(*command, check=check)
 
-    monkeypatch.setattr(slurm, "_slurm", break_off)
+    monkeypatch.setattr(slurm_commands, "call", break_off)
     monkeypatch.setattr(slurm.time, "sleep", lambda s: None)
     backend.conclude()
     said = capsys.readouterr()
     assert said.err == "demix: sbatch: Unable to contact slurm controller (connect failure) Trying again.\n"
     assert "3 stages are not done: submitted again as" in said.out
     assert ("scancel", "12") in answers.commands
-    monkeypatch.setattr(slurm, "CONTROLLER_WAIT_S", 0)
+    monkeypatch.setattr(slurm_commands, "CONTROLLER_WAIT_S", 0)
     write_json(dag.run / "slurm" / "progress.json", "another")
     away = iter([True])
-    with pytest.raises(slurm.NoAnswer, match="Unable to contact"):
+    with pytest.raises(slurm_commands.NoAnswer, match="Unable to contact"):
         backend.conclude()
 
 
@@ -239,9 +239,11 @@ def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, 
 def test_an_array_that_the_cluster_does_not_take_is_refused_at_once(dag, answers, monkeypatch, parts, array, advice):
     dag.study.launch.slurm = SlurmSpec(parts=parts)
     dag.all[:2] = [replace(stage, make_part=lambda folder, part: None) for stage in dag.all[:2]]
-    limit, answer = 10 if parts else 1, slurm._slurm
+    limit, answer = 10 if parts else 1, slurm_commands.call
     monkeypatch.setattr(
-        slurm, "_slurm", lambda *c, **k: f"X = 1\nMaxArraySize            = {limit}\n" if "config" in c else answer(*c, **k)
+        slurm_commands,
+        "call",
+        lambda *c, **k: f"X = 1\nMaxArraySize            = {limit}\n" if "config" in c else answer(*c, **k),
     )
     with pytest.raises(ConfigError, match=f"{array}, but MaxArraySize of this cluster is {limit}.*{advice}"):
         slurm.Slurm(dag, dag.run).submit()
@@ -251,8 +253,8 @@ def test_an_array_that_the_cluster_does_not_take_is_refused_at_once(dag, answers
 
 
 def test_many_jobs_are_named_by_the_first_and_the_last():
-    assert slurm._ids(["9", "10", "9"]) == "9, 10"
-    assert slurm._ids(map(str, range(8, 14))) == "8 to 13 (6 jobs)"
+    assert slurm_commands.job_ids(["9", "10", "9"]) == "9, 10"
+    assert slurm_commands.job_ids(map(str, range(8, 14))) == "8 to 13 (6 jobs)"
 
 
 def test_new_jobs_know_nothing_of_the_job_that_submits_them(monkeypatch):
@@ -260,9 +262,9 @@ def test_new_jobs_know_nothing_of_the_job_that_submits_them(monkeypatch):
     for name in ("SLURM_MEM_PER_NODE", "SLURM_ARRAY_TASK_ID", "SBATCH_EXPORT", "SBATCH_ACCOUNT", "SQUEUE_PARTITION"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_CONF", "ours")
-    kept = {k: v for k, v in slurm._environment().items() if k.startswith(("SLURM", "SBATCH", "SQUEUE"))}
+    kept = {k: v for k, v in slurm_commands._environment().items() if k.startswith(("SLURM", "SBATCH", "SQUEUE"))}
     assert kept == {"SLURM_CONF": "ours"}
-    assert slurm._environment()["PATH"] == os.environ["PATH"]
+    assert slurm_commands._environment()["PATH"] == os.environ["PATH"]
 
 
 @pytest.mark.parametrize(
@@ -277,4 +279,4 @@ def test_a_persons_defaults_count_where_a_script_says_nothing(monkeypatch, scrip
     """Of each script by itself: light stages may have a partition where others have none."""
     for name, value in (("PARTITION", "p"), ("QOS", "q"), ("TIMELIMIT", "1:00"), ("EXPORT", "NONE")):
         monkeypatch.setenv(f"SBATCH_{name}", value)
-    assert slurm._defaults(f"#!/bin/bash\n{script}\n") == options
+    assert slurm_commands._defaults(f"#!/bin/bash\n{script}\n") == options
