@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_texts import write_texts
+from small_texts import SMALL_STUDY, write_texts
 
 from megatron_demix.cli import main
 from megatron_demix.launch.stage import stage_lock
@@ -23,20 +23,7 @@ from megatron_demix.launch.started import Started
 from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.study.load import _override, load_study
 
-STUDY = """
-name: s
-domains:
-  - {name: code, inputs: [code.jsonl]}
-  - {name: english, inputs: [english.jsonl]}
-tokenizer: {type: byte}
-prepare: {workers: 1}
-model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
-train: {seq_length: 16, global_batch_size: 4}
-base: {tokens: 640}
-component: {maturity_seeds: 0, tokens: 320}
-search: {rounds: [8, 4], objective: {code: 1}}
-final: {tokens: 1k}
-"""
+STUDY = SMALL_STUDY + "prepare: {workers: 1}\n"
 
 
 @pytest.fixture

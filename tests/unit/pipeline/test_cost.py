@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_texts import write_texts
+from small_texts import SMALL_STUDY, write_texts
 from task_files import ARC, write_lines
 
 from megatron_demix.artifact import publish, write_json
@@ -16,20 +16,7 @@ from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.study.load import load_study
 from megatron_demix.train.derived import checkpoint_bytes, flops_per_token
 
-STUDY = """
-name: s
-domains:
-  - {name: code, inputs: [code.jsonl]}
-  - {name: english, inputs: [english.jsonl]}
-tokenizer: {type: byte}
-model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
-train: {seq_length: 16, global_batch_size: 4}
-base: {tokens: 640}
-component: {maturity_seeds: 0, tokens: 320}
-search: {rounds: [8, 4], objective: {code: 1}, surrogate: ridge, candidates: 1000, top: 16, bootstraps: 0}
-evaluate: {tokens_per_domain: 160}
-final: {tokens: 1k, baselines: [uniform], seeds: 2}
-"""
+STUDY = SMALL_STUDY.replace("1k}", "1k, baselines: [uniform], seeds: 2}") + "evaluate: {tokens_per_domain: 160}\n"
 ROWS = 384
 """Of the embedding: 257 ids, padded."""
 

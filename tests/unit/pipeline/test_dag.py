@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dist_checkpoints import small_model, write_checkpoint
 from indexed_data import make_indexed
-from small_texts import write_texts
+from small_texts import SMALL_STUDY, write_texts
 
 from megatron_demix import artifact, progress
 from megatron_demix.artifact import fingerprint, hash_file
@@ -25,25 +25,11 @@ from megatron_demix.pipeline.train_stages import _filled, num_iterations, num_to
 from megatron_demix.printing import result
 from megatron_demix.study.load import load_study
 
-STUDY = """
-name: s
-domains:
-  - {name: code, inputs: [code.jsonl]}
-  - {name: english, inputs: [english.jsonl]}
-tokenizer: {type: byte}
-model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
-train: {seq_length: 16, global_batch_size: 4}
-base: {tokens: 640}
-component: {maturity_seeds: 0, tokens: 320}
-search: {rounds: [8, 4], objective: {code: 1}}
-final: {tokens: 1k}
-"""
-
 
 @pytest.fixture
 def study_path(tmp_path: Path) -> Path:
     write_texts(tmp_path, "code", "english", "math")
-    (tmp_path / "study.yaml").write_text(STUDY)
+    (tmp_path / "study.yaml").write_text(SMALL_STUDY)
     return tmp_path / "study.yaml"
 
 
@@ -213,7 +199,7 @@ CODE = "  - {name: code, inputs: [code.jsonl]}\n"
 )
 def test_when_domains_change_the_tokenizer_the_base_and_the_other_components_stay(study_path, domains, search, components):
     before = keys(study_path, *NAMED)
-    study_path.write_text(STUDY.replace(CODE, domains).replace("{code: 1}", f"{{{search}: 1}}"))
+    study_path.write_text(SMALL_STUDY.replace(CODE, domains).replace("{code: 1}", f"{{{search}: 1}}"))
     after = keys(study_path, *NAMED)
     kept = {name for name in before if before[name] == after.get(name)}
     assert kept == {"tokenizer/bpe", "base/base"} | {f"{kind}/{c}" for kind in ("data", "components") for c in components}
@@ -221,7 +207,7 @@ def test_when_domains_change_the_tokenizer_the_base_and_the_other_components_sta
 
 def test_a_mixture_that_says_nothing_depends_on_every_domain(study_path):
     before = keys(study_path)
-    study_path.write_text(STUDY.replace(CODE, f"{CODE}  - {{name: math, inputs: [math.jsonl]}}\n"))
+    study_path.write_text(SMALL_STUDY.replace(CODE, f"{CODE}  - {{name: math, inputs: [math.jsonl]}}\n"))
     after = keys(study_path)
     assert {name for name in before if before[name] == after[name]} == {"tokenizer/byte", "data/code", "data/english"}
 

@@ -11,25 +11,13 @@ import pytest
 from dist_checkpoints import small_model, write_checkpoint
 from indexed_data import make_indexed
 from pydantic import BaseModel
-from small_texts import write_texts
+from small_texts import SMALL_STUDY, write_texts
 
 from megatron_demix.errors import DemixError
 from megatron_demix.pipeline.dag import build_dag
 from megatron_demix.study.load import load_study
 
-STUDY = """
-name: s
-domains:
-  - {name: code, inputs: [code.jsonl]}
-  - {name: english, inputs: [english.jsonl]}
-tokenizer: {type: byte}
-model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
-train: {seq_length: 16, global_batch_size: 4}
-base: {tokens: 640}
-component: {maturity_seeds: 0, tokens: 640}
-search: {rounds: [8, 4], objective: {code: 1}}
-final: {tokens: 1k}
-"""
+STUDY = SMALL_STUDY.replace("tokens: 320", "tokens: 640")
 
 HOW = {
     *("name", "prepare.workers", "model.transformer_impl", "merge.threads", "trainer.checkout"),
