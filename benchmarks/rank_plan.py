@@ -91,10 +91,16 @@ PROFILES: dict[str, dict[str, SuitePlan]] = {
         ),
     },
 }
-PROFILES["replication"] = {
-    name: replace(PROFILES["cpu"][name], bases=bases, costly=False, draw=1)
-    for name, bases in {"text": ((4, 800), (5, 800), (6, 800)), "skills": ((2, 800), (2, 1400), (2, 2000))}.items()
-}
+for _draw, (_name, _bases) in enumerate(
+    {
+        "replication": {"text": ((4, 800), (5, 800), (6, 800)), "skills": ((2, 800), (2, 1400), (2, 2000))},
+        "third": {"text": ((7, 800), (8, 800), (9, 800)), "skills": ((3, 800), (3, 1400), (3, 2000))},
+    }.items(),
+    start=1,
+):
+    PROFILES[_name] = {
+        suite: replace(PROFILES["cpu"][suite], bases=bases, costly=False, draw=_draw) for suite, bases in _bases.items()
+    }
 
 
 def to_weights(shares_MD: np.ndarray, anchor_D: np.ndarray, anchor_share: float) -> np.ndarray:

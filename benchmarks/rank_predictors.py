@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 from rank_models import merged
 from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, Bench, to_weights
+from scipy.optimize import brentq
 
 from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.search.horizon import Line
@@ -178,17 +179,70 @@ def _mean(*tables: Table) -> Table:
 
 def calibrated(bench: Bench) -> Table:
     """Between merged and interpolated, for each score, where the trained centroid lies between theirs."""
-    left, right = merged_at(bench), interpolated(bench)
+    gaps = _centroid_gaps(bench)
+    parts = {name: np.clip(trained / merged, 0, 1) if merged else 1.0 for name, (merged, trained) in gaps.items()}
+    return _between(bench, parts)
+
+
+def calibrated_at_once(bench: Bench) -> Table:
+    """The same with one part for all losses of a suite and one for all accuracies: that of least squares over them."""
+    gaps = _centroid_gaps(bench)
+    parts = {}
+    for accuracies in (False, True):
+        names = [name for name in gaps if name.endswith(" accuracy") == accuracies]
+        merged_S, trained_S = np.array([gaps[name] for name in names]).reshape(-1, 2).T
+        part = np.clip(merged_S @ trained_S / (merged_S @ merged_S), 0, 1) if np.any(merged_S) else 1.0
+        parts |= dict.fromkeys(names, part)
+    return _between(bench, parts)
+
+
+def _centroid_gaps(bench: Bench) -> dict[str, tuple[float, float]]:
+    """By score: how far the merged centroid lies from the interpolated one, and how far the trained one does."""
     even = np.full((1, len(bench.uniform_D)), 1 / len(bench.uniform_D))
     merged_centre = _scored(bench, MERGED_CENTROID, lambda: _components(bench), even)
-    flat_centre = _table(component_scores(bench))
-    result = {}
-    for name in left:
-        flat = flat_centre[name].mean()
-        gap = merged_centre[name][0] - flat
-        part = np.clip((centroid_scores(bench, 0)[name] - flat) / gap, 0, 1) if gap else 1.0
-        result[name] = right[name] + part * (left[name] - right[name])
-    return result
+    flat = {name: values_K.mean() for name, values_K in _table(component_scores(bench)).items()}
+    trained = centroid_scores(bench, 0)
+    return {name: (merged_centre[name][0] - flat[name], trained[name] - flat[name]) for name in flat}
+
+
+def _between(bench: Bench, parts: dict[str, float]) -> Table:
+    left, right = merged_at(bench), interpolated(bench)
+    return {name: right[name] + parts[name] * (left[name] - right[name]) for name in left}
+
+
+def mixing_law(bench: Bench) -> Table:
+    """The exponential law of the weights that goes through every component's score and the trained centroid's; no merging.
+
+    score = limit + sign * exp(sum_k w_k log |score_k - limit|): the limit lies beyond all components' scores, on the side to
+    which the trained centroid is bent, and closer to them the more it is. Where the centroid is beyond what a law allows,
+    the limit is a twentieth of the components' range away from the nearest of them.
+    """
+    scores = _table(component_scores(bench))
+    return {name: _law(values_K, centroid_scores(bench, 0)[name], _weights(bench)) for name, values_K in scores.items()}
+
+
+def _law(values_K: np.ndarray, centre: float, weights_MK: np.ndarray) -> np.ndarray:
+    flat, spread = values_K.mean(), np.ptp(values_K)
+    if not spread or centre == flat:
+        return weights_MK @ values_K
+    sign = 1.0 if centre < flat else -1.0
+    nearest = values_K.min() if sign > 0 else values_K.max()
+
+    def at(distance: float, weights_MK: np.ndarray) -> np.ndarray:
+        limit = nearest - sign * distance * spread
+        return limit + sign * np.exp(weights_MK @ np.log(sign * (values_K - limit)))
+
+    even_1K = np.full((1, len(values_K)), 1 / len(values_K))
+    near, far = 0.05, 1e3
+    if sign * (centre - at(near, even_1K)[0]) < 0:
+        return at(near, weights_MK)
+    if sign * (at(far, even_1K)[0] - centre) < 0:
+        return weights_MK @ values_K
+    return at(brentq(lambda distance: at(distance, even_1K)[0] - centre, near, far), weights_MK)
+
+
+def stacked_law(bench: Bench) -> Table:
+    return _mean(merged_at(bench), mixing_law(bench))
 
 
 def no_model(bench: Bench) -> Table:
@@ -246,6 +300,9 @@ PREDICTORS: dict[str, Predictor] = {
     "stack: calibrated at the centroid": calibrated,
     "stack: mean, second order from the centroid": stacked_second_order,
     "stack: mean of merged, interpolated and ensemble": stacked_ensemble,
+    "stack: calibrated with one part for all losses": calibrated_at_once,
+    "mixing law through the components and the centroid": mixing_law,
+    "stack: mean of merged and mixing law": stacked_law,
     "no model: own share": no_model,
 }
 COSTLY = {"merged, anchor of one domain", "merged, second order from all pairs"}
