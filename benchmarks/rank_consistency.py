@@ -9,8 +9,8 @@
 The first is about 50 minutes of one processor core, and goes on where it was stopped (--seconds N stops by itself, with exit
 code 75). --suites text and --suites skills may run side by side. --profile smoke takes a few minutes and means nothing.
 
-The second and the third repeat the first with other bases, other mixtures and other seeds of every run, without the rows that
-take most components (the anchor of one domain and the pairs). See "Again" and "Third" below.
+The second and the third repeat the first with other bases, other mixtures and other seeds of every run, without the rows
+that take most components (the anchor of one domain and the pairs). See "Again" and "Third" below.
 
 Fixed before the run (what comes out is in results/rank_consistency.json and docs/EVIDENCE.md):
 
@@ -43,14 +43,14 @@ Again: fixed after the first run was known and before the second one began, for 
   Three     the mean of merged, interpolated and probability ensemble becomes the default if its mean of the four groups' rho
             is higher than the default's and the interval of the difference excludes 0. Otherwise nothing changes.
 
-Third: fixed after two runs were known and before the third one began, for the third alone. The default had become the stack that
-is calibrated at the centroid, for the mean of the domains' losses, which those two runs had been asked about too.
+Third: fixed after two runs were known and before the third one began, for the third alone. The default had become the stack
+that is calibrated at the centroid, for the mean of the domains' losses, which those two runs had been asked about too.
 
   Judged    by half the mean of the four groups' rho, half the mean of the five composites' rho, paired as above.
   Rule      the default stays unless another candidate is higher and the interval of its difference to the default excludes 0.
-            Candidates: the stack that is the mean, the stack with one calibrated part for all losses of a suite (less noise than
-            a part for each), the mean of merged, interpolated and ensemble, an exponential mixing law through the components'
-            scores and the trained centroid's (convex, and no merging), and the mean of merged and that law.
+            Candidates: the stack that is the mean, the stack with one calibrated part for all losses of a suite (less noise
+            than a part for each), the mean of merged, interpolated and ensemble, an exponential mixing law through the
+            components' scores and the trained centroid's (convex, and no merging), and the mean of merged and that law.
   Expected  the calibrated stack is ahead of the mean one in the mean of the domains' losses, and behind it in that of text
             never trained on, as in both runs before.
   Scores    of all rows and references are kept beside the result (..._scores.json.gz).
