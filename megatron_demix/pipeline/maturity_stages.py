@@ -17,7 +17,6 @@ from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings, second_order
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, TRAINED_CENTROID, merges, scoring
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.pipeline.task_inputs import ScoredTasks
 
 BASE = "base"
 
@@ -62,8 +61,6 @@ def maturity(foundation: Foundation, as_merged: Callable[[Stage], Stage]) -> Mat
         return merges(foundation, components, {MERGED_CENTROID: weights}) | {"checkpoints": checkpoints}
 
     needs = (base, *components.values(), *trained.values())
-    # By losses alone: the noise of the comparison is pooled over all scores, which therefore have one unit.
-    none = ScoredTasks()
-    num_models = 2 + len(trained)
-    scores = scoring(foundation, "maturity/scores", "valid", none, needs, models, lambda: num_models, merge_settings(study))
+    tasks, num_models = foundation.tasks.search, 2 + len(trained)
+    scores = scoring(foundation, "maturity/scores", "valid", tasks, needs, models, lambda: num_models, merge_settings(study))
     return Maturity(trained, scores, None if known else scores)

@@ -14,8 +14,9 @@ from megatron_demix.report.verdict import CONFIDENCE, standard_deviation
 class Gap:
     """One score. gap: of the merged centroid to the mean of the trained ones, positive where merging is worse.
 
-    interval: of the gap, from the seeds' standard deviation pooled over all scores; None with one seed. kept: the part of what
-    training won over the base that survived merging; None where training won nothing.
+    interval: of the gap, from the seeds' standard deviation pooled over all scores of its unit (those of which less is better
+    are bits per byte, the others parts of all answers); None with one seed. kept: the part of what training won over the base
+    that survived merging; None where training won nothing.
     """
 
     score: str
@@ -36,10 +37,12 @@ def gaps(data: ReportData) -> list[Gap]:
     if check is None:
         return []
     seeds = {score: [row[score] for row in check.trained] for score in check.merged}
-    half = _half_interval(list(seeds.values()))
+    of_unit = {more: [v for score, v in seeds.items() if (score in data.higher_is_better) == more] for more in (False, True)}
+    halves = {more: _half_interval(values) for more, values in of_unit.items()}
     found = []
     for score, values in seeds.items():
-        sign = -1.0 if score in data.higher_is_better else 1.0
+        more = score in data.higher_is_better
+        sign, half = (-1.0 if more else 1.0), halves[more]
         mean = math.fsum(values) / len(values)
         gap = sign * (check.merged[score] - mean)
         won = sign * (check.base[score] - mean)

@@ -200,16 +200,13 @@ class Study(Section):
 
     @property
     def maturity_seeds(self) -> int:
-        """By default one, where proxies are scored by a stack and a loss has a weight: the trained centroid then says how much
-        of the stack is merged, unless it is a mixed component. 0 where there is nothing to compare."""
-        search, losses = self.search, self.evaluate.losses
-        if search.proxies != "merged" or not losses:
+        """By default one, where proxies are scored by a stack: the trained centroid then says how much of the stack is merged,
+        unless it is a mixed component. 0 where there is nothing to compare."""
+        if self.search.proxies != "merged":
             return 0
         if (given := self.component.maturity_seeds) is not None:
             return given
-        measured = self.domain_names if losses == "all" else losses
-        aimed = any(search.objective.get(name) for name in measured)
-        return int(search.proxy_score == "stack" and aimed and self.mixed_centroid is None)
+        return int(self.search.proxy_score == "stack" and self.mixed_centroid is None)
 
     @property
     def mixed_centroid(self) -> str | None:

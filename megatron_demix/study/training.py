@@ -255,7 +255,7 @@ class ComponentSpec(Phase):
     every two of them, or on mixtures by name."""
     maturity_seeds: int | None = Field(None, ge=0)
     """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check. Null: 1
-    where it calibrates what the search aims at (Study.maturity_seeds)."""
+    where it calibrates a stack (Study.maturity_seeds)."""
 
     def mixed_weights(self, domains: Sequence[str]) -> dict[str, Mixture]:
         """Merge weights of the mixed components, by name. Raises MixtureError where those of the study are none."""

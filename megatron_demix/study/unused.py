@@ -120,8 +120,6 @@ def _of_search(study: Study) -> Iterator[_Unused]:
         why = "search.proxies is trained, so that there are no components, and nothing is merged"
         yield from _given("component", component, ("anchor", "average", "maturity_seeds"), why)
         yield from _given("merge", study.merge, tuple(type(study.merge).model_fields), why)
-    elif not study.evaluate.losses:
-        yield from _given("component", component, ("maturity_seeds",), "it compares losses, and evaluate.losses is empty")
     if search.proxies == "merged" and not component.anchor.share:
         yield from _given("component.anchor", component.anchor, ("mixture",), "component.anchor.share is 0")
     if len(search.rounds) == 1 and not search.earlier:

@@ -99,6 +99,46 @@ def test_a_surrogate_is_fitted_to_the_mean_probability_of_every_token(path):
     assert fitted["sums/exact_match"]["measured"] == pytest.approx(weights_MK @ [0.2, 0.8])
 
 
+def test_a_trained_centroid_calibrates_losses_and_tasks_alike(path):
+    """By default, also where no loss is measured."""
+    overrides = ["search.proxy_score=stack", "component.maturity_seeds=null", "search.rounds=[8]"]
+    assert dag_of(path, *overrides, "evaluate.losses=[]", "search.objective={quiz/acc: 1}").maturity is not None
+    dag = dag_of(path, *overrides)
+    assert dag.maturity is not None
+    for stage in (dag.tokenizer, *dag.data.values(), dag.rounds[0].proposal):
+        stage.finish()
+    dag.maturity.scores.begin()
+    job = EvaluateJob.model_validate(read_json(dag.maturity.scores.job))
+    assert [task.name for task in job.tasks] == ["quiz", "sums"]
+    scores = [Score("code", "bits/byte", "lower"), Score("quiz/acc", "", "higher"), Score("sums/exact_match", "", "higher")]
+    mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
+    # Interpolated: 4 - 2 w and w, of the weight w of code. Merged is half a bit worse, and a quarter of the answers.
+    code_M = [m["weights"]["code"] for m in mixtures]
+    made = {
+        dag.rounds[0].scores: {
+            "component-code": {"code": 2.0, "quiz/acc": 1.0, "sums/exact_match": 0.0},
+            "component-english": {"code": 4.0, "quiz/acc": 0.0, "sums/exact_match": 0.0},
+            **{
+                m["name"]: {"code": 4.5 - 2 * w, "quiz/acc": w - 0.25, "sums/exact_match": 0.0}
+                for m, w in zip(mixtures, code_M, strict=True)
+            },
+        },
+        dag.maturity.scores: {
+            "seed0": {"code": 3.1, "quiz/acc": 0.3, "sums/exact_match": 0.0},
+            "merged": {"code": 3.5, "quiz/acc": 0.25, "sums/exact_match": 0.0},
+            "base": {"code": 5.0, "quiz/acc": 0.1, "sums/exact_match": 0.0},
+        },
+    }
+    for stage, rows in made.items():
+        with publish(stage.folder, stage.key, stage.kind, {}) as work:
+            ScoreTable(scores, rows).write(work / "scores.json")
+    dag.choice.finish()
+    fit = read_json(dag.choice.folder / "fit.json")
+    assert fit["merged_parts"] == pytest.approx({"code": 0.2, "quiz/acc": 0.8, "sums/exact_match": 0.5})
+    assert fit["surrogates"]["code"]["measured"] == pytest.approx([4.1 - 2 * w for w in code_M])
+    assert fit["surrogates"]["quiz/acc"]["measured"] == pytest.approx([w - 0.2 for w in code_M])
+
+
 def test_interpolated_scores_need_the_components_alone(path):
     dag = searched(path, "search.proxy_score=interpolated")
     measured = read_json(dag.choice.folder / "fit.json")["surrogates"]["code"]["measured"]

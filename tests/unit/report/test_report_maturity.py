@@ -66,6 +66,17 @@ def test_a_score_of_which_more_is_better_turns_the_gap_round(whole):
     assert gaps(data)[0].gap == pytest.approx(0.5)
 
 
+def test_noise_is_pooled_over_scores_of_one_unit(whole):
+    """Bits per byte say nothing of how much shares of right answers scatter."""
+    base, merged = {**BASE, "quiz/acc": 0.1}, {"code": 2.1, "math": 2.0, "quiz/acc": 0.4}
+    trained = [{"code": 2.0, "math": 2.0, "quiz/acc": 0.5}, {"code": 2.0, "math": 2.02, "quiz/acc": 0.7}]
+    data = replace(whole, maturity=Maturity(merged, trained, base), higher_is_better=frozenset({"quiz/acc"}))
+    halves = [gap.interval[1] - gap.gap for gap in gaps(data) if gap.interval]
+    # Losses: a pair .02 apart and one of equals (2 degrees of freedom); the task: one pair .2 apart (1).
+    of_losses, of_task = 4.303 * 0.01 * 1.5**0.5, 12.706 * 0.2 / 2**0.5 * 1.5**0.5
+    assert halves == pytest.approx([of_losses, of_losses, of_task], rel=1e-3)
+
+
 def test_without_the_check_there_is_no_section(whole, tmp_path):
     assert gaps(whole) == []
     build_report(whole, tmp_path / "index.html")
