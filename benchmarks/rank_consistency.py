@@ -55,9 +55,9 @@ that is calibrated at the centroid, for the mean of the domains' losses, which t
             never trained on, as in both runs before.
   Scores    of all rows and references are kept beside the result (..._scores.json.gz).
 
-Law: the third run chose the mean of merged and the mixing law (.011 [.003, .020] above the calibrated stack), of five candidates
-and by one run. Fixed before the first two runs were made again with the rows they lacked: it becomes the default if in the
-replication, too, it is above the calibrated stack by an interval that excludes 0.
+Law: the third run chose the mean of merged and the mixing law (.011 [.003, .020] above the calibrated stack), of five
+candidates and by one run. Fixed before the first two runs were made again with the rows they lacked: it becomes the default if
+in the replication, too, it is above the calibrated stack by an interval that excludes 0.
 
 One process, one thread, no torchrun: the models are megatron.core's GPTModel, built by the trainer's own code, and the merges
 run on the native core.

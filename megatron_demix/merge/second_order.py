@@ -45,10 +45,9 @@ class SecondOrder:
         return np.round(np.hstack([weights_MK - corrections_MR @ self._mixed_RK, corrections_MR]), _DIGITS)
 
     @property
-    def centroid_K(self) -> np.ndarray:
-        """[K + R] the coefficients of equal weights."""
-        num_domains = len(self._domains)
-        return self.coefficients(np.full((1, num_domains), 1 / num_domains))[0]
+    def num_domains(self) -> int:
+        """K."""
+        return len(self._domains)
 
     def of(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The coefficients of one mixture, by component; its own weights where no component is mixed."""

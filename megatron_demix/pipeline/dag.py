@@ -149,7 +149,7 @@ def _wired(study: Study, place: Path, run: Path, digests: InputDigests, naming: 
         for spec, there in zip(study.search.earlier, before, strict=True)
     ]
     maturity = maturity_stages.maturity(foundation, as_merged) if study.maturity_seeds else None
-    rounds = search_stages.rounds(foundation, maturity.calibration if maturity else None, earlier)
+    rounds = search_stages.rounds(foundation, maturity.scores if maturity else None, earlier)
     blends = final_stages.blends(ground, rounds[-1].fit)
     finals = final_stages.finals(ground, blends)
     proxies = final_stages.proxies(foundation, rounds[-1].fit) if merged else None

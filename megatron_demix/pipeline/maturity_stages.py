@@ -25,13 +25,11 @@ BASE = "base"
 class Maturity:
     """trained: by row of the scores, "seed0", ... scores: the stage whose scores.json has them, MERGED_CENTROID and BASE.
 
-    calibration: the same, where it says how much of a stack should be merged: not where the proxies have the trained centroid's
-    own weights at that mixture, because it is a mixed component. The merged centroid is then that of the other components.
+    Where the first trained centroid is a mixed component, the merged one is that of the other components.
     """
 
     trained: dict[str, Stage]
     scores: Stage
-    calibration: Stage | None
 
 
 def maturity(foundation: Foundation, as_merged: Callable[[Stage], Stage]) -> Maturity:
@@ -63,4 +61,4 @@ def maturity(foundation: Foundation, as_merged: Callable[[Stage], Stage]) -> Mat
     needs = (base, *components.values(), *trained.values())
     tasks, num_models = foundation.tasks.search, 2 + len(trained)
     scores = scoring(foundation, "maturity/scores", "valid", tasks, needs, models, lambda: num_models, merge_settings(study))
-    return Maturity(trained, scores, None if known else scores)
+    return Maturity(trained, scores)

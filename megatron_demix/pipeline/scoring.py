@@ -26,6 +26,12 @@ def proxy_score_of(study: Study) -> ProxyScore:
     return study.search.proxy_score if study.search.proxies == "merged" else "merged"
 
 
+def goes_through_centroid(study: Study) -> bool:
+    """Whether interpolated scores go through the trained centroid's: not where they are continued to a longer run, of which
+    only its end has them."""
+    return proxy_score_of(study) != "merged" and study.search.extrapolate is None
+
+
 def scores_proxies(study: Study) -> bool:
     """Whether the proxies themselves are scored; if not, what their components score says all."""
     return proxy_score_of(study) in ("merged", "stack")

@@ -18,6 +18,7 @@ from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import check_rules
 from megatron_demix.pipeline.scoring import (
+    goes_through_centroid,
     proxy_score_of,
     scores_of_components,
     scores_of_merged,
@@ -52,7 +53,7 @@ class Round:
 
 
 def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Earlier] = ()) -> list[Round]:
-    """centroid: scores of the maturity check, for the stack. Raises ConfigError where the first round has too few proxies."""
+    """centroid: scores of the maturity check. Raises ConfigError where the first round has too few proxies."""
     study = foundation.study
     _enough_proxies(foundation, earlier)
     proposal = _fit(foundation, 0, [[]], [], None, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
@@ -70,7 +71,7 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
         scores.append(scored(number))
         by_part = [unique(stages) for stages in zip(*scores, strict=True)]
         proposals = [*(r.proposal for r in result), proposal]
-        fit = _fit(foundation, number, by_part, proposals, centroid if proxy_score_of(study) == "stack" else None, earlier)
+        fit = _fit(foundation, number, by_part, proposals, centroid if goes_through_centroid(study) else None, earlier)
         result.append(Round(number, proposal, scores[-1][-1], fit))
         proposal = fit
     return result
@@ -218,7 +219,7 @@ def _fit(
             **({"higher_is_better": sorted(higher)} if higher else {}),
             **({"constant": fitted.constant} if fitted.constant else {}),
             **({"earlier": fitted.earlier} if earlier else {}),
-            **({"merged_parts": fitted.merged_parts} if fitted.merged_parts else {}),
+            **({"mixing_laws": {name: law.limit for name, law in fitted.laws.items()}} if fitted.laws else {}),
             **({"extrapolated": line.facts} if (line := train_stages.horizon_line(study)) else {}),
         }
         if last:

@@ -103,7 +103,7 @@ def render(data: ReportData, table: str = "proxies.csv") -> str:
 _PROXY_SCORES: dict[ProxyScore, str] = {
     "merged": "A proxy's scores are those of the merged model.",
     "interpolated": "A proxy's scores are the components' own, averaged with its merge weights: no proxy was merged for them.",
-    "stack": "A proxy's scores lie between those of the merged model and the components' own, averaged with its merge weights.",
+    "stack": "A proxy's scores are the mean of the merged model's and of the components' own, averaged with its merge weights.",
     "ensemble": "A proxy's scores are those of the components' probabilities, averaged for every token with its merge weights; "
     "those of generated answers are the components' own, averaged. No proxy was merged for them.",
 }
@@ -112,11 +112,8 @@ _PROXY_SCORES: dict[ProxyScore, str] = {
 def _proxy_score(data: ReportData) -> str:
     if data.proxies != "merged":
         return ""
-    said, measured = _PROXY_SCORES[data.proxy_score], data.merged_parts
-    if not measured:
-        return said
-    parts = ", ".join(f"{name} {part:.0%}" for name, part in measured.items() if name in selection.drawn_scores(data))
-    return f"{said} How far towards the merged model, the model trained on equal parts of all domains says: {parts}."
+    law = " Averages of components' scores are bent, by an exponential law, through the model trained on equal parts of all."
+    return _PROXY_SCORES[data.proxy_score] + (law if data.bent else "")
 
 
 def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:

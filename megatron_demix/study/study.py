@@ -200,18 +200,19 @@ class Study(Section):
 
     @property
     def maturity_seeds(self) -> int:
-        """By default one, where proxies are scored by a stack: the trained centroid then says how much of the stack is merged,
-        unless it is a mixed component. 0 where there is nothing to compare."""
-        if self.search.proxies != "merged":
+        """By default one, where components' scores are interpolated, which the trained centroid then bends, and none of the
+        mixed components is one. 0 where there is nothing to compare."""
+        search = self.search
+        if search.proxies != "merged":
             return 0
         if (given := self.component.maturity_seeds) is not None:
             return given
-        return int(self.search.proxy_score == "stack" and self.mixed_centroid is None)
+        bends = search.proxy_score in ("stack", "interpolated") and search.extrapolate is None
+        return int(bends and self.mixed_centroid is None)
 
     @property
     def mixed_centroid(self) -> str | None:
-        """The mixed component that was trained on all domains in equal parts, if there is one: there the proxies have its own
-        weights, so that it calibrates nothing."""
+        """The mixed component that was trained on all domains in equal parts, if there is one."""
         for name, weights in self.component.mixed_weights(self.domain_names).items():
             if max(abs(weight - 1 / len(weights)) for weight in weights.values()) < TOLERANCE:
                 return name

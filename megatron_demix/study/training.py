@@ -254,8 +254,8 @@ class ComponentSpec(Phase):
     """More components, trained on mixed merge weights, that correct proxies to second order: on all domains in equal parts, on
     every two of them, or on mixtures by name."""
     maturity_seeds: int | None = Field(None, ge=0)
-    """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with. 0: no check. Null: 1
-    where it calibrates a stack (Study.maturity_seeds)."""
+    """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with, and that interpolated
+    scores go through. 0: none. Null: 1 where scores are interpolated (Study.maturity_seeds)."""
 
     def mixed_weights(self, domains: Sequence[str]) -> dict[str, Mixture]:
         """Merge weights of the mixed components, by name. Raises MixtureError where those of the study are none."""

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from in_process import make
 
@@ -14,6 +15,7 @@ from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
 from megatron_demix.pipeline.reporting import collect
 from megatron_demix.pipeline.stage import with_needs
 from megatron_demix.pipeline.train_stages import num_iterations
+from megatron_demix.search.mixing_law import MixingLaw
 from megatron_demix.study.load import load_study
 
 TRAINED = ["search.proxies=trained", "search.rounds=[8, 2]", "search.bootstraps=0", "search.surrogate=ridge", "base.tokens=1k"]
@@ -76,7 +78,7 @@ def test_there_is_nothing_to_merge(study_folder, tmp_path):
         dag.of_kinds({"merge"})
 
 
-def test_the_merged_centroid_is_scored_beside_trained_ones_and_calibrates_the_stack(study_folder, tmp_path):
+def test_the_merged_centroid_is_scored_beside_trained_ones_which_interpolation_goes_through(study_folder, tmp_path):
     path = study_folder / "study.yaml"
     overrides = ["base.tokens=1k", "component.tokens=1k", "component.maturity_seeds=2", "search.rounds=[8]"]
     overrides += ["component.average=[0.5, 0.75]", "train.lr_decay_style=constant"]
@@ -85,11 +87,12 @@ def test_the_merged_centroid_is_scored_beside_trained_ones_and_calibrates_the_st
         make(stage)
     rows = read_json(dag.rounds[0].scores.folder / "scores.json")["rows"]
     entries = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
-    measured = read_json(dag.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]["measured"]
-    for entry, value in zip(entries, measured, strict=True):
-        interpolated = sum(weight * rows[f"component-{name}"]["code"] for name, weight in entry["weights"].items())
-        ends = sorted([rows[entry["name"]]["code"], interpolated])
-        assert ends[0] - 1e-9 <= value <= ends[1] + 1e-9
+    fit = read_json(dag.rounds[0].fit.folder / "fit.json")
+    law = MixingLaw(fit["mixing_laws"]["code"])
+    alone_K = np.array([rows[f"component-{name}"]["code"] for name in dag.components])
+    for entry, value in zip(entries, fit["surrogates"]["code"]["measured"], strict=True):
+        (interpolated,) = law.of(np.array([[*entry["weights"].values()]]), alone_K)
+        assert value == pytest.approx((rows[entry["name"]]["code"] + interpolated) / 2)
     check = collect(dag).maturity
     assert check is not None
     rows = [check.merged, check.base, *check.trained]

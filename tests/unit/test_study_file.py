@@ -421,7 +421,10 @@ def test_whatever_stands_in_a_study_it_is_read_or_refused(load, place, value):
         ([], 1),
         (["component.maturity_seeds=0"], 0),
         (["component.maturity_seeds=3"], 3),
+        (["search.proxy_score=interpolated"], 1),
+        (["search.proxy_score=ensemble"], 0),
         (["search.proxy_score=merged"], 0),
+        (["search.extrapolate=[0.5]", "component.lr_decay_style=constant"], 0),
         (["search.proxy_score=merged", "component.maturity_seeds=2"], 2),
         (["search.proxies=trained"], 0),
         (["evaluate.losses=[]", "search.objective={quiz/acc: 1}", QUIZ], 1),
@@ -429,5 +432,5 @@ def test_whatever_stands_in_a_study_it_is_read_or_refused(load, place, value):
         (["component.mixed=centroid", "component.maturity_seeds=1"], 1),
     ],
 )
-def test_a_centroid_is_trained_where_it_calibrates_a_stack(load, overrides, num):
+def test_a_centroid_is_trained_where_interpolated_scores_go_through_it(load, overrides, num):
     assert load(overrides=overrides).maturity_seeds == num

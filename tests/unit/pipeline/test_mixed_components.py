@@ -106,12 +106,10 @@ def test_what_they_do_not_go_with(path):
 def test_the_maturity_check_asks_what_proxies_are_at_the_centroid_unless_that_is_trained(path):
     maturity = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=2").maturity
     assert next(iter(maturity.trained.values())).name == "components/centroid/seed0"
-    assert maturity.calibration is maturity.scores
     by_hand = "component.mixed={even: {code: 0.3333333, english: 0.3333333, math: 0.3333334}}"
     dag = dag_of(path, by_hand, "component.maturity_seeds=2")
     assert dag.study.mixed_centroid == "even"
     assert [stage.name for stage in dag.maturity.trained.values()] == ["components/mixed/even", "components/centroid/seed1"]
-    assert dag.maturity.calibration is None
 
 
 @pytest.mark.parametrize("average", ["null", "[0.4, 0.6]"])
@@ -122,31 +120,64 @@ def test_training_ends_with_all_that_is_trained_as_components_are(path, average)
     assert "maturity/scores" not in made
 
 
-def test_a_stack_is_calibrated_with_the_corrected_centroid(path):
-    """Every model scores what it is made of, component k alone k; the three pairs score 10."""
-    dag = dag_of(path, "component.mixed=pairs", "component.maturity_seeds=2")
+def scored(dag: Dag, tables: dict[Stage, dict[str, float]]) -> dict:
+    """Publish these values by model, the same for all scores, and fit. Returns what fit.json says."""
+    for stage, values in tables.items():
+        rows = {name: dict.fromkeys(dag.data, value) for name, value in values.items()}
+        with publish(stage.folder, stage.key, stage.kind, {}) as work:
+            ScoreTable([Score(name, "", "lower") for name in dag.data], rows).write(work / "scores.json")
+    dag.rounds[0].fit.finish()
+    return read_json(dag.rounds[0].fit.folder / "fit.json")
+
+
+ALONE = {"component-code": 1.0, "component-english": 2.0, "component-math": 4.0}
+"""On the law with limit 0, a mixture has 2 ^ (english + 2 math), and the centroid 2."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeds"),
+    [
+        (["component.mixed=pairs", "component.maturity_seeds=2"], {"seed0": 1.9, "seed1": 2.1}),
+        (["component.mixed=centroid"], {}),
+        (["component.mixed=centroid", "component.maturity_seeds=2"], {"seed0": 1.9, "seed1": 2.1}),
+    ],
+)
+def test_the_components_of_single_domains_are_interpolated_through_the_trained_centroid(path, overrides, seeds):
+    """Whether that was trained for the maturity check, is a mixed component, or both."""
+    dag = dag_of(path, *overrides)
+    for stage in (dag.tokenizer, *dag.data.values(), dag.rounds[0].proposal):
+        stage.finish()
+    mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
+    proxies = {m["name"]: 20.0 + m["weights"]["code"] for m in mixtures}
+    mixed = dict.fromkeys((f"component-{name}" for name in dag.mixed), 2.0)
+    tables = {dag.rounds[0].scores: proxies | ALONE | mixed}
+    if seeds:
+        tables[dag.maturity.scores] = {"merged": 17.0, "base": 30.0} | seeds
+    facts = scored(dag, tables)
+    assert facts["mixing_laws"] == pytest.approx(dict.fromkeys(dag.data, 0.0), abs=1e-9)
+    assert (
+        "are bent, by an exponential law, through the model trained on equal parts of all."
+        in write_report(dag).page.read_text()
+    )
+    for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
+        interpolated = 2 ** (mixture["weights"]["english"] + 2 * mixture["weights"]["math"])
+        assert value == pytest.approx((interpolated + proxies[mixture["name"]]) / 2)
+
+
+def test_without_a_trained_centroid_all_components_are_interpolated_to_second_order(path):
+    """Component k alone scores k; the three pairs score 10."""
+    dag = dag_of(path, "component.mixed=pairs")
     for stage in (dag.tokenizer, *dag.data.values(), dag.rounds[0].proposal):
         stage.finish()
     mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
     alone = {f"component-{name}": float(k) for k, name in enumerate(["code", "english", "math"])}
     alone |= {f"component-{name}": 10.0 for name in dag.mixed}
     proxies = {m["name"]: 20.0 + m["weights"]["code"] for m in mixtures}
-    # At the centroid of three, each pair has the coefficient 4/9, each domain 1/3 - 4/9: 40/3 - 1/3 = 13, interpolated.
-    trained = {"seed0": 13.0, "seed1": 15.0}
-    tables = {dag.rounds[0].scores: proxies | alone, dag.maturity.scores: {"merged": 17.0, "base": 30.0} | trained}
-    for stage, values in tables.items():
-        rows = {name: dict.fromkeys(dag.data, value) for name, value in values.items()}
-        with publish(stage.folder, stage.key, stage.kind, {}) as work:
-            ScoreTable([Score(name, "", "lower") for name in dag.data], rows).write(work / "scores.json")
-    dag.rounds[0].fit.finish()
-    facts = read_json(dag.rounds[0].fit.folder / "fit.json")
-    assert facts["merged_parts"] == pytest.approx(dict.fromkeys(dag.data, 0.25))
-    assert "says: code 25%, english 25%, math 25%." in write_report(dag).page.read_text()
-    measured = facts["surrogates"]["code"]["measured"]
-    for mixture, value in zip(mixtures, measured, strict=True):
+    facts = scored(dag, {dag.rounds[0].scores: proxies | alone})
+    assert "mixing_laws" not in facts
+    for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
         code, english, mathematics = mixture["weights"].values()
         pairs = 4 * (code * english + code * mathematics + english * mathematics)
         own = english + 2 * mathematics
         halves = 2 * (code * english + 2 * code * mathematics + 3 * english * mathematics)
-        interpolated = 10 * pairs + own - halves
-        assert value == pytest.approx(interpolated + 0.25 * (proxies[mixture["name"]] - interpolated))
+        assert value == pytest.approx((10 * pairs + own - halves + proxies[mixture["name"]]) / 2)

@@ -99,7 +99,7 @@ def test_a_surrogate_is_fitted_to_the_mean_probability_of_every_token(path):
     assert fitted["sums/exact_match"]["measured"] == pytest.approx(weights_MK @ [0.2, 0.8])
 
 
-def test_a_trained_centroid_calibrates_losses_and_tasks_alike(path):
+def test_interpolated_losses_and_tasks_go_through_the_trained_centroid(path):
     """By default, also where no loss is measured."""
     overrides = ["search.proxy_score=stack", "component.maturity_seeds=null", "search.rounds=[8]"]
     assert dag_of(path, *overrides, "evaluate.losses=[]", "search.objective={quiz/acc: 1}").maturity is not None
@@ -112,21 +112,18 @@ def test_a_trained_centroid_calibrates_losses_and_tasks_alike(path):
     assert [task.name for task in job.tasks] == ["quiz", "sums"]
     scores = [Score("code", "bits/byte", "lower"), Score("quiz/acc", "", "higher"), Score("sums/exact_match", "", "higher")]
     mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
-    # Interpolated: 4 - 2 w and w, of the weight w of code. Merged is half a bit worse, and a quarter of the answers.
+    # Both laws have the limit 1: 1 + 4 ^ (1 - w) bits, of the weight w of code, and 1 - 4 ^ (1 - w) / 5 of the answers.
     code_M = [m["weights"]["code"] for m in mixtures]
     made = {
         dag.rounds[0].scores: {
-            "component-code": {"code": 2.0, "quiz/acc": 1.0, "sums/exact_match": 0.0},
-            "component-english": {"code": 4.0, "quiz/acc": 0.0, "sums/exact_match": 0.0},
-            **{
-                m["name"]: {"code": 4.5 - 2 * w, "quiz/acc": w - 0.25, "sums/exact_match": 0.0}
-                for m, w in zip(mixtures, code_M, strict=True)
-            },
+            "component-code": {"code": 2.0, "quiz/acc": 0.8, "sums/exact_match": 0.0},
+            "component-english": {"code": 5.0, "quiz/acc": 0.2, "sums/exact_match": 0.0},
+            **{m["name"]: {"code": 3.0, "quiz/acc": 0.5, "sums/exact_match": w} for m, w in zip(mixtures, code_M, strict=True)},
         },
         dag.maturity.scores: {
-            "seed0": {"code": 3.1, "quiz/acc": 0.3, "sums/exact_match": 0.0},
+            "seed0": {"code": 3.0, "quiz/acc": 0.6, "sums/exact_match": 0.1},
             "merged": {"code": 3.5, "quiz/acc": 0.25, "sums/exact_match": 0.0},
-            "base": {"code": 5.0, "quiz/acc": 0.1, "sums/exact_match": 0.0},
+            "base": {"code": 6.0, "quiz/acc": 0.1, "sums/exact_match": 0.0},
         },
     }
     for stage, rows in made.items():
@@ -134,9 +131,12 @@ def test_a_trained_centroid_calibrates_losses_and_tasks_alike(path):
             ScoreTable(scores, rows).write(work / "scores.json")
     dag.choice.finish()
     fit = read_json(dag.choice.folder / "fit.json")
-    assert fit["merged_parts"] == pytest.approx({"code": 0.2, "quiz/acc": 0.8, "sums/exact_match": 0.5})
-    assert fit["surrogates"]["code"]["measured"] == pytest.approx([4.1 - 2 * w for w in code_M])
-    assert fit["surrogates"]["quiz/acc"]["measured"] == pytest.approx([w - 0.2 for w in code_M])
+    laws = fit["mixing_laws"]
+    assert laws == {"code": pytest.approx(1.0), "quiz/acc": pytest.approx(1.0), "sums/exact_match": None}
+    assert fit["surrogates"]["code"]["measured"] == pytest.approx([(1 + 4 ** (1 - w) + 3.0) / 2 for w in code_M])
+    assert fit["surrogates"]["quiz/acc"]["measured"] == pytest.approx([(1 - 0.2 * 4 ** (1 - w) + 0.5) / 2 for w in code_M])
+    # What all components have alike does not bend.
+    assert fit["surrogates"]["sums/exact_match"]["measured"] == pytest.approx([w / 2 for w in code_M])
 
 
 def test_interpolated_scores_need_the_components_alone(path):
