@@ -12,10 +12,10 @@ from functools import partial
 import numpy as np
 from rank_models import merged
 from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, Bench, to_weights
-from scipy.optimize import brentq
 
 from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.search.horizon import Line
+from megatron_demix.search.mixing_law import law_through
 from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.surrogate import fit_surrogate
 
@@ -211,34 +211,9 @@ def _between(bench: Bench, parts: dict[str, float]) -> Table:
 
 
 def mixing_law(bench: Bench) -> Table:
-    """The exponential law of the weights that goes through every component's score and the trained centroid's; no merging.
-
-    score = limit + sign * exp(sum_k w_k log |score_k - limit|): the limit lies beyond all components' scores, on the side to
-    which the trained centroid is bent, and closer to them the more it is. Where the centroid is beyond what a law allows,
-    the limit is a twentieth of the components' range away from the nearest of them.
-    """
-    scores = _table(component_scores(bench))
-    return {name: _law(values_K, centroid_scores(bench, 0)[name], _weights(bench)) for name, values_K in scores.items()}
-
-
-def _law(values_K: np.ndarray, centre: float, weights_MK: np.ndarray) -> np.ndarray:
-    flat, spread = values_K.mean(), np.ptp(values_K)
-    if not spread or centre == flat:
-        return weights_MK @ values_K
-    sign = 1.0 if centre < flat else -1.0
-    nearest = values_K.min() if sign > 0 else values_K.max()
-
-    def at(distance: float, weights_MK: np.ndarray) -> np.ndarray:
-        limit = nearest - sign * distance * spread
-        return limit + sign * np.exp(weights_MK @ np.log(sign * (values_K - limit)))
-
-    even_1K = np.full((1, len(values_K)), 1 / len(values_K))
-    near, far = 0.05, 1e3
-    if sign * (centre - at(near, even_1K)[0]) < 0:
-        return at(near, weights_MK)
-    if sign * (at(far, even_1K)[0] - centre) < 0:
-        return weights_MK @ values_K
-    return at(brentq(lambda distance: at(distance, even_1K)[0] - centre, near, far), weights_MK)
+    """The exponential law of the weights that goes through every component's score and the trained centroid's; no merging."""
+    scores, trained = _table(component_scores(bench)), centroid_scores(bench, 0)
+    return {name: law_through(values_K, trained[name]).of(_weights(bench), values_K) for name, values_K in scores.items()}
 
 
 def stacked_law(bench: Bench) -> Table:

@@ -25,7 +25,7 @@ COMPOSITES: dict[str, tuple[str, dict[str, float] | None]] = {
 }
 """Each is a weighted mean of the raw scores of a group, all of them (None: equal weights), counted or not."""
 TODAY = "stack: calibrated at the centroid"
-"""What proxies are scored by where a study says nothing."""
+"""What proxies were scored by, where a study said nothing, when the third run was made."""
 CHALLENGERS = (
     "stack: mean of merged and interpolated",
     "stack: calibrated with one part for all losses",
