@@ -220,6 +220,15 @@ def stacked_law(bench: Bench) -> Table:
     return _mean(merged_at(bench), mixing_law(bench))
 
 
+def calibrated_law(bench: Bench) -> Table:
+    """Two curves through every component and the trained centroid: one bent as merging bends, one exponentially."""
+    return _mean(calibrated(bench), mixing_law(bench))
+
+
+def second_order_law(bench: Bench) -> Table:
+    return _mean(second_order_centroid(bench), mixing_law(bench))
+
+
 def no_model(bench: Bench) -> Table:
     """The share of the most similar domain (chosen before anything was trained): more of it is better."""
     result = {}
@@ -278,6 +287,8 @@ PREDICTORS: dict[str, Predictor] = {
     "stack: calibrated with one part for all losses": calibrated_at_once,
     "mixing law through the components and the centroid": mixing_law,
     "stack: mean of merged and mixing law": stacked_law,
+    "stack: mean of calibrated and mixing law": calibrated_law,
+    "stack: mean of second order and mixing law": second_order_law,
     "no model: own share": no_model,
 }
 COSTLY = {"merged, anchor of one domain", "merged, second order from all pairs"}
