@@ -58,9 +58,9 @@ that is calibrated at the centroid, for the mean of the domains' losses, which t
 Law: the third run chose the mean of merged and the mixing law (.011 [.003, .020] above the calibrated stack), of five
 candidates and by one run. Fixed before the first two runs were made again with the rows they lacked: it becomes the default if
 in the replication, too, it is above the calibrated stack by an interval that excludes 0. It was not (-.008 [-.020, .002]).
-In both runs the law beside the calibrated stack is (.011 [.004, .020], .008 [.004, .014]): two curves through every component and
-the trained centroid, one bent as merging bends, one exponentially. Fixed before the first run was made again: their mean becomes
-the default if there, too, its interval excludes 0; the law beside merges of second order has a row, and no say.
+In both runs the law beside the calibrated stack is (.011 [.004, .020], .008 [.004, .014]): two curves through every component
+and the trained centroid, one bent as merging bends, one exponentially. Fixed before the first run was made again: their mean
+becomes the default if there, too, its interval excludes 0; the law beside merges of second order has a row, and no say.
 
 One process, one thread, no torchrun: the models are megatron.core's GPTModel, built by the trainer's own code, and the merges
 run on the native core.

@@ -49,6 +49,11 @@ class SecondOrder:
         """K."""
         return len(self._domains)
 
+    @property
+    def centroid_K(self) -> np.ndarray:
+        """[K + R] the coefficients of equal weights."""
+        return self.coefficients(np.full((1, self.num_domains), 1 / self.num_domains))[0]
+
     def of(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The coefficients of one mixture, by component; its own weights where no component is mixed."""
         if not len(self._mixed_RK):

@@ -85,7 +85,7 @@ def collect(dag: Dag) -> ReportData:
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
         proxy_score=proxy_score_of(dag.study),
-        bent=_bent(dag),
+        merged_parts=_merged_parts(dag),
         extrapolated=str(line) if line else "",
         extrapolation_warning=line.warning if line else None,
         rounds=_rounds(dag),
@@ -122,8 +122,10 @@ def _tasks(dag: Dag) -> dict[str, Task]:
     return tasks
 
 
-def _bent(dag: Dag) -> bool:
-    return any("mixing_laws" in read_json(r.fit.folder / FIT) for r in dag.rounds if r.fit.is_intact())
+def _merged_parts(dag: Dag) -> dict[str, float]:
+    fits = [r.fit for r in dag.rounds if r.fit.is_intact()]
+    found = read_json(fits[-1].folder / FIT).get("through_centroid", {}) if fits else {}
+    return {name: facts["merged_part"] for name, facts in found.items()}
 
 
 def _domains(dag: Dag, epochs: dict[str, float]) -> list[Domain]:

@@ -219,7 +219,7 @@ def _fit(
             **({"higher_is_better": sorted(higher)} if higher else {}),
             **({"constant": fitted.constant} if fitted.constant else {}),
             **({"earlier": fitted.earlier} if earlier else {}),
-            **({"mixing_laws": {name: law.limit for name, law in fitted.laws.items()}} if fitted.laws else {}),
+            **({"through_centroid": {name: c.facts for name, c in fitted.curves.items()}} if fitted.curves else {}),
             **({"extrapolated": line.facts} if (line := train_stages.horizon_line(study)) else {}),
         }
         if last:

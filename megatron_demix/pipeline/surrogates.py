@@ -16,11 +16,18 @@ from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.merging import second_order
-from megatron_demix.pipeline.scoring import TRAINED_CENTROID, component_row, goes_through_centroid, proxy_score_of
+from megatron_demix.pipeline.scoring import (
+    MERGED_CENTROID,
+    TRAINED_CENTROID,
+    component_row,
+    goes_through_centroid,
+    proxy_score_of,
+)
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES, horizon_line
 from megatron_demix.search.fits import fit_scores
-from megatron_demix.search.mixing_law import MixingLaw, law_through
+from megatron_demix.search.mixing_law import law_through
+from megatron_demix.search.proxy_score import Curves, part_of_merged
 from megatron_demix.search.space import SearchSpace
 from megatron_demix.search.surrogate import Surrogate, is_constant
 from megatron_demix.study.search import ProxyScore
@@ -30,15 +37,15 @@ from megatron_demix.study.study import Study
 @dataclass(frozen=True)
 class Fitted:
     """Of all proxies so far. constant: the value of each score that is the same for all, and has no surrogate. names: of the
-    proxies, in the surrogates' order. earlier: by study, what was used of it, and what was not, and why. laws: of each score
-    whose interpolation goes through a trained centroid."""
+    proxies, in the surrogates' order. earlier: by study, what was used of it, and what was not, and why. curves: of each score
+    that goes through a trained centroid's."""
 
     surrogates: dict[str, Surrogate]
     constant: dict[str, float]
     higher_is_better: set[str]
     names: list[str]
     earlier: dict[str, Any]
-    laws: dict[str, MixingLaw]
+    curves: dict[str, Curves]
 
 
 @dataclass
@@ -68,20 +75,23 @@ class _Measured:
         """Of the domains, in every proxy."""
         return np.array([[*m["weights"].values()] for m in self.entries])
 
-    def values(self, score: str, kind: ProxyScore, law: MixingLaw | None) -> np.ndarray:
-        """What the proxies count as; NaN where this study, or the proxy, has no such score. law: by which the components of
-        single domains are interpolated; None: all components are, with the coefficients that they have in the proxies."""
+    def values(self, score: str, kind: ProxyScore, curves: Curves | None) -> np.ndarray:
+        """What the proxies count as; NaN where this study, or the proxy, has no such score."""
         if score not in self.scores or not self.entries:
             return np.full(len(self.entries), np.nan)
         if score in self.ensemble:
             return self.ensemble[score]
         if kind == "merged":
             return self._merged(score)
-        if law:
-            interpolated_M = law.of(self.weights_MK, self.domain_components(score))
-        else:
-            interpolated_M = self.weights_MC @ self._components(score)
-        return (interpolated_M + self._merged(score)) / 2 if kind == "stack" else interpolated_M
+        averaged_M = self.weights_MC @ self._components(score)
+        if curves is None:
+            return (averaged_M + self._merged(score)) / 2 if kind == "stack" else averaged_M
+        law_M = curves.law.of(self.weights_MK, self.domain_components(score))
+        return curves.stacked(law_M, averaged_M, self._merged(score)) if kind == "stack" else law_M
+
+    def averaged_centroid(self, score: str) -> float:
+        """Of equal merge weights."""
+        return float(self._components(score) @ self.second_order.centroid_K)
 
     def domain_components(self, score: str) -> np.ndarray:
         """[K] of the components of single domains."""
@@ -115,11 +125,11 @@ def fit_surrogates(
         met |= {_mixture(m) for m in measured.entries}
     entries = [m for measured in sources for m in measured.entries]
     shares_MD = np.array([[m["shares"].get(d, 0.0) for d in (*space.domains, *dropped)] for m in entries])
-    kind, laws = proxy_score_of(study), _laws(study, sources, centroid)
+    kind, curves = proxy_score_of(study), _curves(study, sources, centroid)
     varying, constant = {}, {}
     known = {name: score for measured in sources for name, score in measured.scores.items()}
     for name in known:
-        values_of = [measured.values(name, kind, laws.get(name)) for measured in sources]
+        values_of = [measured.values(name, kind, curves.get(name)) for measured in sources]
         if line:
             values_of[0] = line.coefficients_P @ [measured.values(name, kind, None) for measured in by_part]
         values_M = np.concatenate(values_of)
@@ -137,7 +147,7 @@ def fit_surrogates(
     surrogates = dict(fit_scores(shares_MD, varying, study.search.surrogate, seed=study.seed, num_dropped=len(dropped)))
     higher = {name for name, score in known.items() if score.direction == "higher"} - set(constant)
     facts = {e.label: {"proxies": len(m.entries), **e.facts} for e, m in zip(earlier, sources[1:], strict=True)}
-    return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts, laws)
+    return Fitted(surrogates, constant, higher, [m["name"] for m in entries], facts, curves)
 
 
 def _own(study: Study, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _Measured:
@@ -164,24 +174,31 @@ def _mixture(entry: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     return tuple(sorted((name, round(share, 9)) for name, share in entry["shares"].items() if share))
 
 
-def _laws(study: Study, sources: Sequence[_Measured], centroid: Stage | None) -> dict[str, MixingLaw]:
-    """By score, where it is interpolated and a model was really trained on all domains in equal parts: a component of this
-    study, or what a maturity check has measured. All sources' components have scores on the law's side of its limit."""
+def _curves(study: Study, sources: Sequence[_Measured], centroid: Stage | None) -> dict[str, Curves]:
+    """By score, where a model was really trained on all domains in equal parts: a component of this study, through which its
+    merges and averages go themselves, or what a maturity check has measured. The components of all sources are on one side of
+    a law's limit."""
     own, *others = sources
     if not goes_through_centroid(study) or not own.entries:
         return {}
     trained: dict[str, float] = {}
+    parts: dict[str, float] = {}
+    known = study.mixed_centroid
     if centroid is not None:
         table = ScoreTable.read(centroid.folder / SCORES)
         rows = [name for name in table.rows if name.startswith(TRAINED_CENTROID)]
         trained = {s.name: float(np.mean(table.column(s.name, rows))) for s in table.scores}
-    elif known := study.mixed_centroid:
+        if not known:
+            merged = {name: table.column(name, [MERGED_CENTROID])[0] for name in trained}
+            parts = {name: part_of_merged(own.averaged_centroid(name), merged[name], trained[name]) for name in trained}
+    elif known:
         trained = {name: own.table.column(name, [component_row(known)])[0] for name in own.scores}
-    laws = {}
+    curves = {}
     for name, score in trained.items():
         beside = [m.domain_components(name) for m in others if name in m.scores]
-        laws[name] = law_through(own.domain_components(name), score, np.concatenate(beside) if beside else None)
-    return laws
+        law = law_through(own.domain_components(name), score, np.concatenate(beside) if beside else None)
+        curves[name] = Curves(law, parts.get(name, 0.5))
+    return curves
 
 
 def fit_facts(surrogate: Surrogate, names: Sequence[str]) -> dict[str, Any]:

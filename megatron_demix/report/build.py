@@ -112,8 +112,20 @@ _PROXY_SCORES: dict[ProxyScore, str] = {
 def _proxy_score(data: ReportData) -> str:
     if data.proxies != "merged":
         return ""
-    law = " Averages of components' scores are bent, by an exponential law, through the model trained on equal parts of all."
-    return _PROXY_SCORES[data.proxy_score] + (law if data.bent else "")
+    if data.proxy_score == "interpolated" and data.merged_parts:
+        return (
+            "A proxy's scores are the components' own, on an exponential mixing law through the model trained on equal parts "
+            "of all domains: no proxy was merged for them."
+        )
+    if data.proxy_score == "stack" and data.merged_parts:
+        drawn = selection.drawn_scores(data)
+        parts = ", ".join(f"{name} {part:.0%}" for name, part in data.merged_parts.items() if name in drawn)
+        return (
+            "A proxy's scores are the mean of two estimates, and both go through the model trained on equal parts of all "
+            "domains: the components' scores on an exponential mixing law, and the way from their average to the merged "
+            f"model's scores, so far as that model says ({parts})."
+        )
+    return _PROXY_SCORES[data.proxy_score]
 
 
 def _figures(data: ReportData, verdict: Verdict) -> dict[str, list[str | None]]:

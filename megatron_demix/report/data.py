@@ -202,8 +202,8 @@ class ReportData:
     proxies: Literal["merged", "trained"] = "merged"
     proxy_score: ProxyScore = "merged"
     """What counted as a proxy's score."""
-    bent: bool = False
-    """Whether the components' scores were interpolated through a trained centroid's."""
+    merged_parts: Mapping[str, float] = field(default_factory=dict)
+    """Of each score that goes through a trained centroid's, how far that lies from the averaged to the merged one."""
     extrapolated: str = ""
     """In words, how scores were continued to the final run's length; and what is to be said against that."""
     extrapolation_warning: str | None = None

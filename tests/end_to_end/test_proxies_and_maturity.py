@@ -88,11 +88,13 @@ def test_the_merged_centroid_is_scored_beside_trained_ones_which_interpolation_g
     rows = read_json(dag.rounds[0].scores.folder / "scores.json")["rows"]
     entries = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
     fit = read_json(dag.rounds[0].fit.folder / "fit.json")
-    law = MixingLaw(fit["mixing_laws"]["code"])
+    law, part = MixingLaw(fit["through_centroid"]["code"]["limit"]), fit["through_centroid"]["code"]["merged_part"]
     alone_K = np.array([rows[f"component-{name}"]["code"] for name in dag.components])
     for entry, value in zip(entries, fit["surrogates"]["code"]["measured"], strict=True):
-        (interpolated,) = law.of(np.array([[*entry["weights"].values()]]), alone_K)
-        assert value == pytest.approx((rows[entry["name"]]["code"] + interpolated) / 2)
+        weights_K = np.array([*entry["weights"].values()])
+        averaged = weights_K @ alone_K
+        between = averaged + part * (rows[entry["name"]]["code"] - averaged)
+        assert value == pytest.approx((law.of(weights_K[None], alone_K)[0] + between) / 2)
     check = collect(dag).maturity
     assert check is not None
     rows = [check.merged, check.base, *check.trained]

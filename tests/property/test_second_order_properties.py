@@ -75,6 +75,7 @@ def test_the_centroid_bends_all_pairs_alike(num_domains, seed):
     far_M1 = (1 - np.square(weights_MK).sum(axis=1, keepdims=True)) / (1 - 1 / num_domains)
     expected_MC = np.hstack([weights_MK - far_M1 / num_domains, far_M1])
     assert order.coefficients(weights_MK) == pytest.approx(expected_MC, abs=1e-9)
+    assert order.centroid_K == pytest.approx(np.eye(num_domains + 1)[-1])
 
 
 def test_without_mixed_components_the_weights_are_left_as_they_are():
@@ -82,6 +83,7 @@ def test_without_mixed_components_the_weights_are_left_as_they_are():
     weights_MK = np.array([[0.1, 0.9], [1 / 3, 2 / 3]])
     assert order.coefficients(weights_MK) is weights_MK
     assert order.of({"b": 0.9, "a": 0.1}) == {"b": 0.9, "a": 0.1}
+    assert order.centroid_K.tolist() == [0.5, 0.5]
 
 
 def test_mixtures_that_correct_nothing_are_refused():

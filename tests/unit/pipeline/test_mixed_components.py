@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_texts import write_texts
 
@@ -9,6 +10,7 @@ from megatron_demix.artifact import publish, read_json
 from megatron_demix.errors import ConfigError, MixtureError
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
+from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.reporting import write_report
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.load import load_study
@@ -138,11 +140,12 @@ ALONE = {"component-code": 1.0, "component-english": 2.0, "component-math": 4.0}
     ("overrides", "seeds"),
     [
         (["component.mixed=pairs", "component.maturity_seeds=2"], {"seed0": 1.9, "seed1": 2.1}),
+        (["component.mixed={skills: {code: 0.5, math: 0.5}}", "component.maturity_seeds=2"], {"seed0": 1.9, "seed1": 2.1}),
         (["component.mixed=centroid"], {}),
         (["component.mixed=centroid", "component.maturity_seeds=2"], {"seed0": 1.9, "seed1": 2.1}),
     ],
 )
-def test_the_components_of_single_domains_are_interpolated_through_the_trained_centroid(path, overrides, seeds):
+def test_proxies_go_through_the_trained_centroid(path, overrides, seeds):
     """Whether that was trained for the maturity check, is a mixed component, or both."""
     dag = dag_of(path, *overrides)
     for stage in (dag.tokenizer, *dag.data.values(), dag.rounds[0].proposal):
@@ -152,16 +155,19 @@ def test_the_components_of_single_domains_are_interpolated_through_the_trained_c
     mixed = dict.fromkeys((f"component-{name}" for name in dag.mixed), 2.0)
     tables = {dag.rounds[0].scores: proxies | ALONE | mixed}
     if seeds:
-        tables[dag.maturity.scores] = {"merged": 17.0, "base": 30.0} | seeds
+        tables[dag.maturity.scores] = {"merged": 1.0, "base": 30.0} | seeds
     facts = scored(dag, tables)
-    assert facts["mixing_laws"] == pytest.approx(dict.fromkeys(dag.data, 0.0), abs=1e-9)
-    assert (
-        "are bent, by an exponential law, through the model trained on equal parts of all."
-        in write_report(dag).page.read_text()
-    )
+    components_C = [*ALONE.values(), *mixed.values()]
+    order = second_order(dag.study)
+    averaged = order.centroid_K @ components_C
+    # Where the centroid is a component, merges and averages go through it themselves.
+    merged_part = 0.5 if "centroid" in dag.mixed else min(max((2.0 - averaged) / (1.0 - averaged), 0), 1)
+    assert facts["through_centroid"]["code"] == pytest.approx({"limit": 0.0, "merged_part": merged_part}, abs=1e-9)
+    assert f"so far as that model says (code {merged_part:.0%}" in write_report(dag).page.read_text()
     for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
-        interpolated = 2 ** (mixture["weights"]["english"] + 2 * mixture["weights"]["math"])
-        assert value == pytest.approx((interpolated + proxies[mixture["name"]]) / 2)
+        law = 2 ** (mixture["weights"]["english"] + 2 * mixture["weights"]["math"])
+        averaged = np.dot([*order.of(mixture["weights"]).values()], components_C)
+        assert value == pytest.approx((law + averaged + merged_part * (proxies[mixture["name"]] - averaged)) / 2)
 
 
 def test_without_a_trained_centroid_all_components_are_interpolated_to_second_order(path):
@@ -174,7 +180,7 @@ def test_without_a_trained_centroid_all_components_are_interpolated_to_second_or
     alone |= {f"component-{name}": 10.0 for name in dag.mixed}
     proxies = {m["name"]: 20.0 + m["weights"]["code"] for m in mixtures}
     facts = scored(dag, {dag.rounds[0].scores: proxies | alone})
-    assert "mixing_laws" not in facts
+    assert "through_centroid" not in facts
     for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
         code, english, mathematics = mixture["weights"].values()
         pairs = 4 * (code * english + code * mathematics + english * mathematics)

@@ -112,7 +112,7 @@ def test_interpolated_losses_and_tasks_go_through_the_trained_centroid(path):
     assert [task.name for task in job.tasks] == ["quiz", "sums"]
     scores = [Score("code", "bits/byte", "lower"), Score("quiz/acc", "", "higher"), Score("sums/exact_match", "", "higher")]
     mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
-    # Both laws have the limit 1: 1 + 4 ^ (1 - w) bits, of the weight w of code, and 1 - 4 ^ (1 - w) / 5 of the answers.
+    # Both laws have the limit 1: of the weight w of code, 1 + 4 ^ (1 - w) bits, and 1 - .8 / 4 ^ w of the answers.
     code_M = [m["weights"]["code"] for m in mixtures]
     made = {
         dag.rounds[0].scores: {
@@ -122,7 +122,7 @@ def test_interpolated_losses_and_tasks_go_through_the_trained_centroid(path):
         },
         dag.maturity.scores: {
             "seed0": {"code": 3.0, "quiz/acc": 0.6, "sums/exact_match": 0.1},
-            "merged": {"code": 3.5, "quiz/acc": 0.25, "sums/exact_match": 0.0},
+            "merged": {"code": 3.0, "quiz/acc": 0.75, "sums/exact_match": 0.2},
             "base": {"code": 6.0, "quiz/acc": 0.1, "sums/exact_match": 0.0},
         },
     }
@@ -131,12 +131,17 @@ def test_interpolated_losses_and_tasks_go_through_the_trained_centroid(path):
             ScoreTable(scores, rows).write(work / "scores.json")
     dag.choice.finish()
     fit = read_json(dag.choice.folder / "fit.json")
-    laws = fit["mixing_laws"]
-    assert laws == {"code": pytest.approx(1.0), "quiz/acc": pytest.approx(1.0), "sums/exact_match": None}
-    assert fit["surrogates"]["code"]["measured"] == pytest.approx([(1 + 4 ** (1 - w) + 3.0) / 2 for w in code_M])
-    assert fit["surrogates"]["quiz/acc"]["measured"] == pytest.approx([(1 - 0.2 * 4 ** (1 - w) + 0.5) / 2 for w in code_M])
-    # What all components have alike does not bend.
-    assert fit["surrogates"]["sums/exact_match"]["measured"] == pytest.approx([w / 2 for w in code_M])
+    through = fit["through_centroid"]
+    assert through["code"] == pytest.approx({"limit": 1.0, "merged_part": 1.0})
+    assert through["quiz/acc"] == pytest.approx({"limit": 1.0, "merged_part": 0.4})
+    # What all components have alike does not bend; the trained centroid has .1, half of what the merged one has.
+    assert through["sums/exact_match"] == {"limit": None, "merged_part": pytest.approx(0.5)}
+    measured = {name: fit["surrogates"][name]["measured"] for name in through}
+    assert measured["code"] == pytest.approx([(1 + 4 ** (1 - w) + 3.0) / 2 for w in code_M])
+    averaged_M = [0.2 + 0.6 * w for w in code_M]
+    between_M = [a + 0.4 * (0.5 - a) for a in averaged_M]
+    assert measured["quiz/acc"] == pytest.approx([(1 - 0.8 * 0.25**w + b) / 2 for w, b in zip(code_M, between_M, strict=True)])
+    assert measured["sums/exact_match"] == pytest.approx([0.25 * w for w in code_M])
 
 
 def test_interpolated_scores_need_the_components_alone(path):
