@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_demix.artifact import read_json
-from megatron_demix.data.tokenizer import META, load_tokenizer
 from megatron_demix.errors import DemixError
+from megatron_demix.pipeline.data_stages import num_ids
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.train.derived import checkpoint_bytes, flops_per_token, padded_vocab_size
@@ -84,18 +83,8 @@ def _rows_of_embedding(foundation: Foundation) -> int | None:
     model = foundation.study.model
     if model.padded_vocab_size is not None:
         return model.padded_vocab_size
-    num_ids = _num_ids(foundation)
-    return None if num_ids is None else padded_vocab_size(model, foundation.study.parallel, num_ids)
-
-
-def _num_ids(foundation: Foundation) -> int | None:
-    """Of the tokenizer that is there, or will be."""
-    study, made = foundation.study, foundation.tokenizer
-    if made.is_intact():
-        return read_json(made.folder / META)["vocab_size"]
-    if study.tokenizer.type == "bpe":
-        return study.tokenizer.train_vocab_size
     try:
-        return load_tokenizer(study.tokenizer).vocab_size
+        ids = num_ids(foundation.study, foundation.tokenizer)
     except DemixError:  # it says so when the tokenizer is made
         return None
+    return padded_vocab_size(model, foundation.study.parallel, ids)

@@ -6,17 +6,19 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.data.clean import REVISION
 from megatron_demix.data.input_files import Look, facts_of, resolve_inputs
-from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
+from megatron_demix.errors import ConfigError, CorruptInput, DemixError, IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.data import DomainSpec
 from megatron_demix.study.study import Study
+from megatron_demix.train.derived import padded_vocab_size
 
 if TYPE_CHECKING:
     from megatron_demix.data.tokenizer import Tokenizer
@@ -145,7 +147,34 @@ def tokenizer(
         keys = {d.name: d.json_key for d in study.domains}
         train_tokenizer(spec, texts, folder, json_key=keys, on_bad_document=study.prepare.on_bad_document)
 
-    return Stage(f"tokenizer/{spec.type}", run, settings, needs, make)
+    stage = Stage(f"tokenizer/{spec.type}", run, settings, needs, make, check=lambda: check_rows(study, stage))
+    return stage
+
+
+def num_ids(study: Study, tokenizer: Stage) -> int:
+    """Of the tokenizer that is there, or will be: of one that is to be trained, what is asked for. Raises as load_tokenizer."""
+    from megatron_demix.data.tokenizer import META, load_tokenizer
+
+    if tokenizer.is_intact():
+        found: int = read_json(tokenizer.folder / META)["vocab_size"]
+        return found
+    return study.tokenizer.train_vocab_size if study.tokenizer.type == "bpe" else load_tokenizer(study.tokenizer).vocab_size
+
+
+def check_rows(study: Study, tokenizer: Stage) -> None:
+    """Raises ConfigError where the embedding, as the study says it or its base has it, has fewer rows than the tokenizer has
+    ids, or tensor parallelism does not divide it. What cannot be read of a tokenizer is said when that is made."""
+    rows, ids = study.model.padded_vocab_size, 0
+    if rows is None:
+        return
+    with suppress(DemixError):
+        ids = num_ids(study, tokenizer)
+    try:
+        padded_vocab_size(study.model, study.parallel, ids)
+    except ConfigError as e:
+        if study.base.tokens is not None or rows >= ids:
+            raise
+        raise ConfigError(f"{e} Or give the study the tokenizer of its base, whose rows they are by default.") from e
 
 
 def domain(
@@ -191,6 +220,10 @@ def domain(
                 raise
             raise ConfigError(f"domain {spec.name!r}, {_left_by_cleaning(spec.name, cleaned)}: {e}") from e
 
+    def check() -> None:
+        if tokenizer.is_intact():  # else it has been asked itself
+            check_rows(study, tokenizer)
+
     if spec.prefixes is not None:
         given = _given_prefixes(spec, inputs)
 
@@ -200,8 +233,8 @@ def domain(
             own = load_tokenizer(tokenizer.folder)
             write_json(folder / STATS, {"splits": {split: _counts(study, spec, split, given[split], own) for split in SPLITS}})
 
-        return Stage(f"data/{spec.name}", run, settings, needs, describe, stands_for=given)
-    return Stage(f"data/{spec.name}", run, settings, needs, prepare, make_part=prepare)
+        return Stage(f"data/{spec.name}", run, settings, needs, describe, check=check, stands_for=given)
+    return Stage(f"data/{spec.name}", run, settings, needs, prepare, make_part=prepare, check=check)
 
 
 def _left_by_cleaning(name: str, cleaned: Stage) -> str:

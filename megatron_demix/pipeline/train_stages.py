@@ -193,6 +193,7 @@ def training(
 
     def check_if_wanted() -> None:
         if filling.known() and filling.wanted():
+            data_stages.check_rows(study, tokenizer)
             filling.check()
 
     def load() -> Load | None:

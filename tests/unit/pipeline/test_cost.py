@@ -9,10 +9,10 @@ from task_files import ARC, write_lines
 
 from megatron_demix.artifact import publish, write_json
 from megatron_demix.cli import main
-from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.pipeline import cost as cost_module
 from megatron_demix.pipeline.cost import Cost, by_kind, costs
 from megatron_demix.pipeline.dag import build_dag
+from megatron_demix.pipeline.data_stages import num_ids
 from megatron_demix.study.load import load_study
 from megatron_demix.train.derived import checkpoint_bytes, flops_per_token
 
@@ -119,10 +119,9 @@ def test_rounds_that_stay_empty_cost_nothing_once_that_is_known(path, proxies, d
 
 
 def test_rows_that_the_model_says_are_taken_as_they_are(path):
-    """Whether they suffice, and tensor parallelism divides them, training says, which knows the ids."""
-    said = ["model.padded_vocab_size=385", "parallel={tensor: 2}"]
+    said = ["model.padded_vocab_size=386", "parallel={tensor: 2}"]
     study = load_study(path, said)
-    assert costs_of(path, *said)["base", "trains"].checkpoint_bytes == checkpoint_bytes(study.model, study.train, 385)
+    assert costs_of(path, *said)["base", "trains"].checkpoint_bytes == checkpoint_bytes(study.model, study.train, 386)
 
 
 def test_what_scores_tasks_alone_costs_nothing_that_is_known(path):
@@ -134,7 +133,7 @@ def test_what_scores_tasks_alone_costs_nothing_that_is_known(path):
 def test_a_plan_asks_the_tokenizer_once(path, monkeypatch, capsys):
     """A large vocabulary takes seconds to read, and a study has hundreds of stages."""
     asked = []
-    monkeypatch.setattr(cost_module, "load_tokenizer", lambda spec: asked.append(spec) or load_tokenizer(spec))
+    monkeypatch.setattr(cost_module, "num_ids", lambda *of: asked.append(of) or num_ids(*of))
     for flags in ([], ["--json"]):
         asked.clear()
         assert main(["plan", str(path), "--runs", str(path.parent / "runs"), *flags]) == 0

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dist_checkpoints import small_model, write_checkpoint
 from small_texts import SMALL_STUDY, write_texts
 
 from megatron_demix.cli import main
@@ -83,6 +84,47 @@ def test_the_budget_that_is_named_fits(study):
     preflight.check(prepared(study, f"final.tokens={most}").all)
     with pytest.raises(MixtureError):
         preflight.check(prepared(study, f"final.tokens={most + 64}").all)
+
+
+EMBEDDING = [
+    (["model.padded_vocab_size=256"], r"model\.padded_vocab_size is 256, expected at least 257, .*, such as 257\.$"),
+    (["model.padded_vocab_size=259", "parallel.tensor=2"], r"at least 257, .* a multiple of parallel\.tensor 2, such as 260\."),
+    (["tokenizer={type: bpe, train_vocab_size: 300}", "model.padded_vocab_size=299"], r"at least 300, .* such as 300\."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "said"), EMBEDDING)
+def test_an_embedding_that_does_not_fit_is_known_before_there_is_any_data(study, overrides, said):
+    dag = build_dag(load_study(study, overrides), study, study.parent / "runs" / "s")
+    with pytest.raises(ConfigError, match=said):
+        preflight.check(dag.all)
+
+
+@pytest.mark.parametrize(("overrides", "said"), EMBEDDING)
+@pytest.mark.parametrize("kind", ["tokenizer", "data"])
+def test_an_embedding_that_does_not_fit_is_known_whatever_is_done_already(study, kind, overrides, said):
+    dag = build_dag(load_study(study, overrides), study, study.parent / "runs" / "s")
+    for stage in dag.of_kinds({kind}):
+        stage.finish()
+    with pytest.raises(ConfigError, match=said):
+        preflight.check(dag.all)
+
+
+def test_a_base_of_another_tokenizer_is_known_before_there_is_any_data(study):
+    write_checkpoint(study.parent / "given", small_model(0))
+    dag = build_dag(load_study(study, ["base={checkpoint: given}"]), study, study.parent / "runs" / "s")
+    with pytest.raises(ConfigError, match=r"is 96, expected at least 257, .* Or give the study the tokenizer of its base"):
+        preflight.check(dag.all)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_what_a_plan_is_about(study):
+    (study.parent / "tokenizer.json").write_text("{}")
+    overrides = ["tokenizer={type: huggingface, model: tokenizer.json}", "model.padded_vocab_size=256"]
+    dag = build_dag(load_study(study, overrides), study, study.parent / "runs" / "s")
+    preflight.check(dag.all)
+    with pytest.raises(ConfigError, match=r"padded_vocab_size is 256, .* of parallel\.tensor 3, such as 258"):
+        preflight.check(build_dag(load_study(study, [*overrides, "parallel.tensor=3", "model.num_attention_heads=3",
+                                                     "model.hidden_size=12"]), study, dag.run).all)  # fmt: skip
 
 
 def test_proxies_that_are_trained_are_checked_when_their_mixtures_are_known(study):
