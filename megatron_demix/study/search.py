@@ -13,6 +13,9 @@ from megatron_demix.study.section import ExpandedPath, Name, Seconds, Section, T
 ProxyScore = Literal["merged", "interpolated", "stack", "ensemble"]
 
 MIN_BOOTSTRAPS = 10
+MAX_PROXIES, MAX_TRAINED_PROXIES = 10_000, 4096
+"""Of a search. A Gaussian process holds the square of their number; and each trained proxy is a stage of its own, of which a
+plan and a folder hold some thousands."""
 
 
 class GroupSpec(Section):
@@ -41,7 +44,7 @@ class EarlierSpec(Section):
 
 
 class SearchSpec(Section):
-    rounds: list[Annotated[int, Field(ge=1)]] = Field([64, 32, 16], min_length=1)
+    rounds: list[Annotated[int, Field(ge=1)]] = Field([64, 32, 16], min_length=1, max_length=100)
     """Proxies evaluated in each round."""
     earlier: list[EarlierSpec] = []
     """Studies of other domains whose proxies are used, too."""
@@ -64,14 +67,14 @@ class SearchSpec(Section):
     aim: Aim = "mean"
     """What is made of the scores: their weighted mean, the worst of them (in standard deviations), or their mean rank."""
     surrogate: Surrogate = "auto"
-    candidates: int = Field(200_000, ge=100)
+    candidates: int = Field(200_000, ge=100, le=10_000_000)
     """Feasible mixtures the surrogate scores in each round."""
     top: int = Field(128, ge=1)
     """The final mixture is the mean of this many best predicted candidates."""
     groups: dict[str, GroupSpec] = {}
     max_kl: float | None = Field(None, gt=0)
     """No mixture is farther from the natural shares than this Kullback-Leibler divergence, in nats."""
-    bootstraps: int = Field(50, ge=0)
+    bootstraps: int = Field(50, ge=0, le=10_000)
     """Searches repeated on resampled proxies, which say how sure the found mixture is. 0: none, and nothing is said."""
 
     @model_validator(mode="after")
@@ -80,6 +83,9 @@ class SearchSpec(Section):
             raise ValueError("objective: weights must be >= 0 and not all 0")
         if self.rounds[0] < MIN_PROXIES and not self.earlier:
             raise ValueError(f"rounds: the first has {self.rounds[0]} proxies, but a surrogate needs {MIN_PROXIES}")
+        most = MAX_TRAINED_PROXIES if self.proxies == "trained" else MAX_PROXIES
+        if (num := sum(self.rounds)) > most:
+            raise ValueError(f"rounds: {num:,} {self.proxies} proxies in all, expected at most {most:,}")
         if self.aim == "worst" and len({w for w in self.objective.values() if w}) > 1:
             raise ValueError(
                 f"aim 'worst' compares scores as equals, but their weights are {self.objective}; make them equal, or 0"

@@ -15,6 +15,8 @@ from megatron_demix.study.section import ExpandedPath, MixtureSpec, Name, Second
 
 PhaseName = Literal["base", "component", "proxy", "final"]
 LrDecayStyle = Literal["constant", "linear", "cosine", "WSD"]
+MAX_SEEDS = 100
+"""Each is a training run and a stage of its own; the interval of a mean over so many hardly narrows any more."""
 
 
 class ModelSpec(Section):
@@ -253,7 +255,7 @@ class ComponentSpec(Phase):
     mixed: Literal["centroid", "pairs"] | Annotated[dict[Name, dict[str, float]], Field(min_length=1)] | None = None
     """More components, trained on mixed merge weights, that correct proxies to second order: on all domains in equal parts, on
     every two of them, or on mixtures by name."""
-    maturity_seeds: int | None = Field(None, ge=0)
+    maturity_seeds: int | None = Field(None, ge=0, le=MAX_SEEDS)
     """Models trained on the centroid mixture, one a seed, that the merged centroid is compared with, and that interpolated
     scores go through. 0: none. Null: 1 where scores are interpolated (Study.maturity_seeds)."""
 
@@ -279,6 +281,6 @@ class FinalSpec(Phase):
     init: Literal["base", "scratch"] = "base"
     baselines: list[Literal["uniform", "natural"]] = ["uniform", "natural"]
     """Mixtures trained at the same budget, to compare the found one with. Empty: train the found mixture only."""
-    seeds: int = Field(1, ge=1)
+    seeds: int = Field(1, ge=1, le=MAX_SEEDS)
     """Runs of each mixture: how else would one know the noise?"""
     blend: Literal["view", "materialise"] = "view"

@@ -96,6 +96,29 @@ def test_paths_may_begin_with_the_home_folder(load, monkeypatch):
     assert load(overrides=["base={huggingface: ~nobody_here/x}"]).base.huggingface == Path("~nobody_here/x")
 
 
+TRAINED = "search.proxies=trained"
+
+
+@pytest.mark.parametrize(
+    ("fits", "too_many", "said"),
+    [
+        (["final.seeds=100"], ["final.seeds=1000000"], r"final\.seeds: .* less than or equal to 100, found 1000000"),
+        (["component.maturity_seeds=100"], ["component.maturity_seeds=101"], r"maturity_seeds: .* or equal to 100, found 101"),
+        (["search.rounds=[9990, 10]"], ["search.rounds=[9990, 11]"],
+         r"search: rounds: 10,001 merged proxies in all, expected at most 10,000"),
+        ([TRAINED, "search.rounds=[4096]"], [TRAINED, "search.rounds=[4097]"],
+         r"search: rounds: 4,097 trained proxies in all, expected at most 4,096"),
+        ([f"search.rounds={[8] * 100}"], [f"search.rounds={[8] * 101}"], r"search\.rounds: .* at most 100 items .* not 101"),
+        (["search.bootstraps=10000"], ["search.bootstraps=10001"], r"search\.bootstraps: .* or equal to 10000, found 10001"),
+        (["search.candidates=10000000"], ["search.candidates=10000001"], r"search\.candidates: .* equal to 10000000, found"),
+    ],
+)  # fmt: skip
+def test_counts_that_no_machine_comes_to_the_end_of_are_refused(load, fits, too_many, said):
+    load(overrides=[*fits, "component.tokens=10B"])
+    with pytest.raises(ConfigError, match=said):
+        load(overrides=[*too_many, "component.tokens=10B"])
+
+
 def test_mixtures_by_name_and_by_weight(load):
     study = load()
     natural = {"math": 10.0, "code": 30.0}
