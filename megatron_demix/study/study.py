@@ -194,8 +194,8 @@ class Study(Section):
             if tokens is not None and tokens < batch:
                 default = " (by default, what the components would cost)" if self.search.proxy_tokens is None else ""
                 raise ValueError(
-                    f"{what} is {tokens:.10g}{default if 'proxy' in what else ''}, less than one step: "
-                    f"train.global_batch_size x train.seq_length is {batch} tokens. Give it more, or make the batch smaller"
+                    f"{what} is {int(tokens):,}{default if 'proxy' in what else ''}, less than one step: "
+                    f"train.global_batch_size x train.seq_length is {batch:,} tokens. Give it more, or make the batch smaller"
                 )
 
     @property

@@ -290,12 +290,12 @@ def test_a_tokenizer_cannot_be_trained_on_what_is_tokenized(load):
 
 def test_a_budget_below_one_step_is_refused(load):
     for place in ("base.tokens", "component.tokens", "final.tokens"):
-        with pytest.raises(ConfigError, match=rf"{place} is 1000, less than one step: .* is 1024 tokens"):
+        with pytest.raises(ConfigError, match=rf"{place} is 1,000, less than one step: .* is 1,024 tokens"):
             load(overrides=[f"{place}=1000"])
         load(overrides=[f"{place}=1024"])
-    trained = ["search.proxies=trained", "component.tokens=6k"]
-    with pytest.raises(ConfigError, match=r"search\.proxy_tokens is 1000 \(by default, what the components would cost\), less"):
-        load(overrides=trained)
+    trained = ["search.proxies=trained", "component.tokens=6139"]
+    with pytest.raises(ConfigError, match=r"search\.proxy_tokens is 1,023 \(by default, what the components would cost\)"):
+        load(overrides=trained)  # 1,023.17
     load(overrides=[*trained, "search.proxy_tokens=2k"])
 
 
