@@ -17,7 +17,8 @@ from megatron_demix.report import caveats, figures, optimum, selection
 from megatron_demix.report.data import FOUND, Cost, Fit, Proxy, ReportData
 from megatron_demix.report.drawing import colour_variable
 from megatron_demix.report.maturity import gaps
-from megatron_demix.report.verdict import Verdict, judge, standard_deviation
+from megatron_demix.report.seed_noise import standard_deviation
+from megatron_demix.report.verdict import Verdict, judge
 from megatron_demix.study.search import ProxyScore
 from megatron_demix.units import format_bytes, format_count, format_duration
 

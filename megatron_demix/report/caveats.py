@@ -76,7 +76,7 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
             "anchor that every component was trained on, and no proxy stands for less. The best mixture may lie beyond; a "
             "smaller component.anchor.share would let the search look there."
         )
-    if verdict.comparisons and verdict.seed_sd is None:
+    if verdict.comparisons and verdict.noise is None:
         found.append("Each final mixture was trained with one seed: no difference can be told from chance.")
     elif 0 < (few := min((g.num_seeds for g in verdict.groups), default=0)) <= 3:
         seeds = f"{few} seed{'s' * (few > 1)}"

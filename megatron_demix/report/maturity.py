@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_demix.report.data import ReportData
+from megatron_demix.report.seed_noise import SeedNoise
 from megatron_demix.report.selection import listed
-from megatron_demix.report.verdict import CONFIDENCE, standard_deviation
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,19 @@ def gaps(data: ReportData) -> list[Gap]:
         return []
     seeds = {score: [row[score] for row in check.trained] for score in check.merged}
     of_unit = {more: [v for score, v in seeds.items() if (score in data.higher_is_better) == more] for more in (False, True)}
-    halves = {more: _half_interval(values) for more, values in of_unit.items()}
+    noises = {more: SeedNoise.of(values) for more, values in of_unit.items()}
     found = []
     for score, values in seeds.items():
         more = score in data.higher_is_better
-        sign, half = (-1.0 if more else 1.0), halves[more]
+        sign, noise = (-1.0 if more else 1.0), noises[more]
         mean = math.fsum(values) / len(values)
         gap = sign * (check.merged[score] - mean)
         won = sign * (check.base[score] - mean)
+        # The merged centroid, too, is one of many that other seeds would have given.
+        half = noise.half_interval(1, len(values)) if noise else None
         interval = (gap - half, gap + half) if half is not None else None
         found.append(Gap(score, check.merged[score], mean, gap, interval, 1 - gap / won if won > 0 else None))
     return found
-
-
-def _half_interval(seeds: list[list[float]]) -> float | None:
-    """Half the width of a gap's interval: the merged centroid, too, is one of many that other seeds would have given."""
-    freedom = sum(len(values) - 1 for values in seeds)
-    if freedom == 0:
-        return None
-    from scipy.special import stdtrit  # scipy.stats takes over a second to import
-
-    sum_of_squares = math.fsum((len(values) - 1) * (standard_deviation(values) or 0.0) ** 2 for values in seeds)
-    spread = math.sqrt(sum_of_squares / freedom)
-    return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * spread * math.sqrt(1 + 1 / len(seeds[0]))
 
 
 def maturity_warning(data: ReportData) -> str | None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_demix.report.data import FOUND, ReportData
+from megatron_demix.report.seed_noise import CONFIDENCE, SeedNoise, standard_deviation
 
 Outcome = Literal["won", "lost", "within noise", "unknown"]
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Verdict:
     sentence: str
     groups: Sequence[Group]
     comparisons: Sequence[Comparison]
-    seed_sd: float | None
-    """Standard deviation of the objective from seed to seed, pooled over the mixtures."""
+    noise: SeedNoise | None
+    """Of the objective, pooled over the mixtures; None while each has one seed."""
 
 
 def judge(data: ReportData) -> Verdict:
@@ -58,7 +58,8 @@ def judge(data: ReportData) -> Verdict:
     The interval of a difference of means is Student's, with one standard deviation pooled over all mixtures (degrees of
     freedom: runs less mixtures). It covers the noise of the final runs' seeds and nothing else.
     """
-    groups = _groups(data)
+    by_mixture = _objectives(data)
+    groups = [Group(name, len(v), math.fsum(v) / len(v), standard_deviation(v)) for name, v in by_mixture.items()]
     if not groups:
         sentence = "No final run is finished, so nothing is known about whether the found mixture is better than a baseline."
         return Verdict("unknown", "No verdict yet", sentence, [], [], None)
@@ -70,9 +71,8 @@ def judge(data: ReportData) -> Verdict:
             f"Mixture {measured.mixture}: {measured.objective:.4f} {data.final_unit}. There is nothing to compare it with."
         )
         return Verdict("unknown", "Not compared", sentence, groups, [], None)
-    freedom = sum(g.num_seeds - 1 for g in groups)
-    seed_sd = _pooled_sd(groups, freedom)
-    comparisons = [_compare(found, b, seed_sd, freedom) for b in baselines]
+    noise = SeedNoise.of(by_mixture.values())
+    comparisons = [_compare(found, b, noise) for b in baselines]
     outcome = _overall(comparisons)
     headline = {
         "won": "The found mixture won",
@@ -83,42 +83,26 @@ def judge(data: ReportData) -> Verdict:
     return Verdict(
         outcome,
         headline,
-        _sentence(found, baselines, comparisons, seed_sd, freedom, data),
+        _sentence(found, baselines, comparisons, noise, data),
         groups,
         comparisons,
-        seed_sd,
+        noise,
     )
 
 
-def _groups(data: ReportData) -> list[Group]:
+def _objectives(data: ReportData) -> dict[str, list[float]]:
+    """Of the final runs of each mixture, the found one first."""
     by_mixture: dict[str, list[float]] = {}
-    for run in data.final:
+    for run in sorted(data.final, key=lambda run: run.mixture != FOUND):
         by_mixture.setdefault(run.mixture, []).append(data.objective_of(run.scores))
-    ordered = sorted(by_mixture, key=lambda name: name != FOUND)
-    return [Group(name, len(v), math.fsum(v) / len(v), standard_deviation(v)) for name in ordered for v in [by_mixture[name]]]
+    return by_mixture
 
 
-def standard_deviation(values: Sequence[float]) -> float | None:
-    """Of a sample (n - 1); None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
-def _pooled_sd(groups: Sequence[Group], freedom: int) -> float | None:
-    if freedom == 0:
-        return None
-    return math.sqrt(math.fsum((g.num_seeds - 1) * g.sd**2 for g in groups if g.sd is not None) / freedom)
-
-
-def _compare(found: Group, baseline: Group, seed_sd: float | None, freedom: int) -> Comparison:
+def _compare(found: Group, baseline: Group, noise: SeedNoise | None) -> Comparison:
     difference = found.objective - baseline.objective
-    if seed_sd is None:
+    if noise is None:
         return Comparison(baseline.mixture, difference, None)
-    from scipy.special import stdtrit  # scipy.stats takes over a second to import
-
-    half = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * seed_sd * math.sqrt(1 / found.num_seeds + 1 / baseline.num_seeds)
+    half = noise.half_interval(found.num_seeds, baseline.num_seeds)
     return Comparison(baseline.mixture, difference, (difference - half, difference + half))
 
 
@@ -135,8 +119,7 @@ def _sentence(
     found: Group,
     baselines: Sequence[Group],
     comparisons: Sequence[Comparison],
-    seed_sd: float | None,
-    freedom: int,
+    noise: SeedNoise | None,
     data: ReportData,
 ) -> str:
     best = min(baselines, key=lambda g: g.objective)
@@ -150,12 +133,12 @@ def _sentence(
         f"Objective on the test split: {found.objective:.4f} {data.final_unit} with the found mixture, against {against}. "
         f"That is {abs(closest.difference):.4f}{part} {side} than {best.mixture}, the best baseline; "
     )
-    if closest.interval is None or seed_sd is None:
+    if closest.interval is None or noise is None:
         return text + "with one seed each nothing says how much of it is chance. Set final.seeds to 2 or more."
     low, high = sorted(-end if closest.difference < 0 else end for end in closest.interval)
     return text + (
         f"the {CONFIDENCE:.0%} interval of that is {_signed(low)} to {_signed(high)}, from a seed standard "
-        f"deviation of {seed_sd:.4f} ({_seeds([found, *baselines])}, {freedom} degrees of freedom)."
+        f"deviation of {noise.sd:.4f} ({_seeds([found, *baselines])}, {noise.freedom} degrees of freedom)."
     )
 
 

@@ -24,11 +24,11 @@ def test_a_win_beyond_the_noise():
     v = verdict_on(uniform=[1.300, 1.304], found=[1.200, 1.204])
     assert (v.outcome, v.headline) == ("won", "The found mixture won")
     assert [g.mixture for g in v.groups] == ["found", "uniform"]
-    assert v.seed_sd == pytest.approx(0.004 / np.sqrt(2))
+    assert v.noise.sd == pytest.approx(0.004 / np.sqrt(2))
     (comparison,) = v.comparisons
     assert comparison.difference == pytest.approx(-0.1)
     # Student's t at 0.975 with 2 degrees of freedom is 4.302653; the standard error is sd * sqrt(1/2 + 1/2).
-    assert comparison.interval == pytest.approx((-0.1 - 4.302653 * v.seed_sd, -0.1 + 4.302653 * v.seed_sd), abs=1e-6)
+    assert comparison.interval == pytest.approx((-0.1 - 4.302653 * v.noise.sd, -0.1 + 4.302653 * v.noise.sd), abs=1e-6)
     assert "1.2020 bits per byte with the found mixture, against 1.3020 (uniform)" in v.sentence
     assert "That is 0.1000 (7.68 %) better than uniform, the best baseline" in v.sentence
     assert "95% interval of that is +0.0878 to +0.1122" in v.sentence
@@ -63,7 +63,7 @@ def test_beating_only_some_baselines_is_no_win():
 
 def test_one_seed_says_nothing_about_noise():
     v = verdict_on(found=[1.2], uniform=[1.3])
-    assert (v.outcome, v.seed_sd) == ("unknown", None)
+    assert (v.outcome, v.noise) == ("unknown", None)
     assert v.headline == "Compared with one seed each: the noise is unknown"
     assert "Set final.seeds to 2 or more" in v.sentence
 
