@@ -56,7 +56,8 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
     """centroid: scores of the maturity check. Raises ConfigError where the first round has too few proxies."""
     study = foundation.study
     _enough_proxies(foundation, earlier)
-    proposal = _fit(foundation, 0, [[]], [], None, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
+    centroid = centroid if goes_through_centroid(study) else None
+    proposal = _fit(foundation, 0, [[]], [], centroid, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
     parts = [*train_stages.kept_iterations(study)[:-1], None] if study.search.extrapolate else [None]
     components = [] if scores_proxies(study) else [scores_of_components(foundation, at) for at in parts]
 
@@ -71,7 +72,7 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
         scores.append(scored(number))
         by_part = [unique(stages) for stages in zip(*scores, strict=True)]
         proposals = [*(r.proposal for r in result), proposal]
-        fit = _fit(foundation, number, by_part, proposals, centroid if goes_through_centroid(study) else None, earlier)
+        fit = _fit(foundation, number, by_part, proposals, centroid, earlier)
         result.append(Round(number, proposal, scores[-1][-1], fit))
         proposal = fit
     return result

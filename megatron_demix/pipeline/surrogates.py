@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,9 @@ def fit_surrogates(
     earlier: Sequence[Earlier] = (),
 ) -> Fitted:
     """Fit the proxies of all rounds so far and of earlier studies. A mixture that was scored in several studies counts once: in
-    this one, else in the first of them. scores: of all rounds, after each part of the components' run, at last its end."""
+    this one, else in the first of them. scores: of all rounds, after each part of the components' run, at last its end.
+    centroid: what every proxy's score goes through, an earlier study's too, so that a score means one thing in all of them.
+    """
     by_part = [_own(study, stages, proposals) for stages in scores]
     own, line = by_part[-1], horizon_line(study)
     sources = [own, *map(_of_earlier, earlier)]
@@ -125,7 +127,7 @@ def fit_surrogates(
         met |= {_mixture(m) for m in measured.entries}
     entries = [m for measured in sources for m in measured.entries]
     shares_MD = np.array([[m["shares"].get(d, 0.0) for d in (*space.domains, *dropped)] for m in entries])
-    kind, curves = proxy_score_of(study), _curves(study, sources, centroid)
+    kind, curves = proxy_score_of(study), _curves(study, sources, _components_alone(own, space.domains, earlier), centroid)
     varying, constant = {}, {}
     known = {name: score for measured in sources for name, score in measured.scores.items()}
     for name in known:
@@ -174,30 +176,44 @@ def _mixture(entry: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     return tuple(sorted((name, round(share, 9)) for name, share in entry["shares"].items() if share))
 
 
-def _curves(study: Study, sources: Sequence[_Measured], centroid: Stage | None) -> dict[str, Curves]:
+def _components_alone(own: _Measured, domains: Sequence[str], earlier: Sequence[Earlier]) -> list[_Measured]:
+    """Where this study's components have scores of their own: here, and before its first round in earlier studies that have all
+    of them, as theirs."""
+    if own.table.rows:
+        return [own]
+    names = own.second_order.names
+    return [
+        replace(_of_earlier(e), components=[e.row(component_row(name)) for name in names], second_order=own.second_order)
+        for e in earlier
+        if set(domains) <= set(e.same)
+    ]
+
+
+def _curves(
+    study: Study, sources: Sequence[_Measured], alone: Sequence[_Measured], centroid: Stage | None
+) -> dict[str, Curves]:
     """By score, where a model was really trained on all domains in equal parts: a component of this study, through which its
     merges and averages go themselves, or what a maturity check has measured. The components of all sources are on one side of
     a law's limit."""
-    own, *others = sources
-    if not goes_through_centroid(study) or not own.entries:
-        return {}
-    trained: dict[str, float] = {}
-    parts: dict[str, float] = {}
     known = study.mixed_centroid
-    if centroid is not None:
-        table = ScoreTable.read(centroid.folder / SCORES)
-        rows = [name for name in table.rows if name.startswith(TRAINED_CENTROID)]
-        trained = {s.name: float(np.mean(table.column(s.name, rows))) for s in table.scores}
-        if not known:
-            merged = {name: table.column(name, [MERGED_CENTROID])[0] for name in trained}
-            parts = {name: part_of_merged(own.averaged_centroid(name), merged[name], trained[name]) for name in trained}
-    elif known:
-        trained = {name: own.table.column(name, [component_row(known)])[0] for name in own.scores}
-    curves = {}
-    for name, score in trained.items():
-        beside = [m.domain_components(name) for m in others if name in m.scores]
-        law = law_through(own.domain_components(name), score, np.concatenate(beside) if beside else None)
-        curves[name] = Curves(law, parts.get(name, 0.5))
+    if not goes_through_centroid(study) or (centroid is None and known is None):
+        return {}
+    table = None if centroid is None else ScoreTable.read(centroid.folder / SCORES)
+    curves: dict[str, Curves] = {}
+    for own in alone:
+        for name in [name for name in own.scores if name not in curves]:
+            part = 0.5
+            if table is None:
+                trained = own.table.column(name, [own.components[own.second_order.names.index(known)]])[0]
+            else:
+                seeds = [row for row in table.rows if row.startswith(TRAINED_CENTROID)]
+                trained = float(np.mean(table.column(name, seeds)))
+                if known is None:
+                    merged = table.column(name, [MERGED_CENTROID])[0]
+                    part = part_of_merged(own.averaged_centroid(name), merged, trained)
+            beside = [source.domain_components(name) for source in sources if name in source.scores]
+            law = law_through(own.domain_components(name), trained, np.concatenate(beside))
+            curves[name] = Curves(law, part)
     return curves
 
 

@@ -179,6 +179,31 @@ def test_a_dropped_domain_stays_a_feature_and_the_first_round_goes_on_from_a_fit
     assert found["predicted"]["code"][0] == pytest.approx(loss("code", found["weights"]), abs=0.1)
 
 
+def test_a_trained_centroid_calibrates_the_first_round_as_it_does_the_others(folder):
+    """That round scores the components; before it, their scores are the earlier study's."""
+    searched(folder / "v1.yaml")
+    path, overrides = write(folder, "v2.yaml", STUDY.replace(MATH, "")), ["component.maturity_seeds=1", "search.rounds=[3, 2]"]
+    centroid = dag_of(path, *overrides).maturity.scores
+    rows = {name: {"code": code, "english": 9.0} for name, code in {"merged": 4.0, "seed0": 3.7, "base": 9.0}.items()}
+    with publish(centroid.folder, centroid.key, centroid.kind, {}) as work:
+        ScoreTable([Score(name, "", "lower") for name in ("code", "english")], rows).write(work / "scores.json")
+    dag = searched(path, *overrides)
+    interpolated = (loss("code", {"code": 0.8}) + loss("code", {})) / 2
+    found = [read_json(stage.folder / "fit.json") for stage in (dag.rounds[0].proposal, *(r.fit for r in dag.rounds))]
+    part = (3.7 - interpolated) / (4 - interpolated)
+    assert 0.1 < part < 0.4
+    through = [{name: facts["merged_part"] for name, facts in fit["through_centroid"].items()} for fit in found]
+    assert through == [pytest.approx({"code": part, "english": 1})] * 3
+    before, after = (
+        dict(zip(f["models"], f["measured"], strict=True)) for f in (fit["surrogates"]["code"] for fit in found[:2])
+    )
+    assert len(before) == 24
+    assert len(after) == found[1]["earlier"]["v1"]["proxies"] + 3
+    assert all(after[name] == pytest.approx(before[name]) for name in before.keys() & after.keys())
+    merged = dag_of(path, *overrides, "search.proxy_score=merged").rounds[0].proposal
+    assert not [need for need in merged.needs if need.kind == "maturity"], "what calibrates nothing is not waited for"
+
+
 def test_a_split_domain_gives_its_share_to_its_parts_by_their_tokens(folder):
     searched(folder / "v1.yaml")
     text = STUDY.replace(MATH, PARTS)
