@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.errors import DemixError
+from megatron_demix.settings import differences
 from megatron_demix.study.launch import LaunchSpec
 from megatron_demix.study.study import Study
 
@@ -55,7 +56,7 @@ class Started:
     def otherwise(self, now: Started) -> str:
         """The arguments that lead from the study as it is now to what was started; empty if that is the same. What only says
         where and how fast it runs does not count, but for the backend."""
-        settings = dict(_unequal(now.study, self.study))
+        settings = {place: then for place, then, _ in differences(self.study, now.study, as_one=_in_one_setting)}
         counted = [key for key in settings if not key.startswith("launch.") or key == "launch.backend"]
         words = [word for key in counted for word in ("--set", f"{key}={json.dumps(settings[key])}")]
         if self.until and self.until != now.until:
@@ -67,14 +68,6 @@ def _path(run: Path) -> Path:
     return run / "started.json"
 
 
-def _unequal(now: Any, then: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted place, value then) wherever two studies differ; whole, where names have dots themselves."""
-    inner = f"{place}." if place else ""
-    if isinstance(now, Mapping) and isinstance(then, Mapping) and set(then) >= set(now) and not any("." in key for key in then):
-        for key in then:
-            yield from _unequal(now.get(key), then[key], f"{inner}{key}")
-    elif isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
-        for i, (a, b) in enumerate(zip(now, then, strict=True)):
-            yield from _unequal(a, b, f"{inner}{i}")
-    elif now != then:
-        yield place, then
+def _in_one_setting(then: Mapping, now: Mapping) -> bool:
+    """Whether no settings of single keys lead from one mapping to the other: what is too much stays, and a dot ends a key."""
+    return not set(then) >= set(now) or any("." in key for key in then)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_demix.artifact import Manifest
 from megatron_demix.errors import CorruptInput
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.settings import Difference, differences
 
 _DIGEST = re.compile(r"[0-9a-f]{12}|[0-9a-f]{16}|[0-9a-f]{32}")
 _MOST = 3
@@ -50,23 +51,16 @@ def _nearest(stage: Stage) -> list[str] | None:
         except CorruptInput:
             continue
         if manifest and manifest.key != stage.key:
-            differs = list(_differences(manifest.settings, now))
+            differs = [_in_words(one) for one in differences(manifest.settings, now)]
             best = differs if best is None or len(differs) < len(best) else best
     return best
 
 
-def _differences(then: Any, now: Any, place: str = "") -> Iterator[str]:
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in {**then, **now}:
-            yield from _differences(then.get(key), now.get(key), f"{place}.{key}" if place else key)
-    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        for n, pair in enumerate(zip(then, now, strict=True)):
-            yield from _differences(*pair, f"{place}.{n}")
-    elif then != now:
-        if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (then, now)):
-            yield f"{place}: other content than before"
-        else:
-            yield f"{place} was {_short(then)}, is {_short(now)}"
+def _in_words(difference: Difference) -> str:
+    place, then, now = difference
+    if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (then, now)):
+        return f"{place}: other content than before"
+    return f"{place} was {_short(then)}, is {_short(now)}"
 
 
 def _short(value: Any) -> str:

@@ -10,12 +10,11 @@ from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings
 from megatron_demix.pipeline.scoring import proxy_score_of, scored_losses, scores_proxies
 from megatron_demix.pipeline.stage import Stage
+from megatron_demix.settings import differences
 from megatron_demix.study.training import PhaseName
 
-_ABSENT = "nothing"
 
-
-def differences(here: Foundation, there: Foundation) -> Iterator[str]:
+def reasons_against(here: Foundation, there: Foundation) -> Iterator[str]:
     """Why no score of an earlier study's proxies counts in this one, each with the settings to look at; nothing if some may."""
     kind, other = here.study.search.proxies, there.study.search.proxies
     if kind != other:
@@ -32,8 +31,8 @@ def differences(here: Foundation, there: Foundation) -> Iterator[str]:
     yield from (f"merge: {text}" for text in _unequal(merge_settings(here.study), merge_settings(there.study)))
     if _anchor(here) != _anchor(there):
         yield (
-            f"component.anchor: {_said(there)} there, {_said(here)} here, or of other text; an anchor that names its domains "
-            "stays what it is"
+            f"component.anchor: {_anchor_said(there)} there, {_anchor_said(here)} here, or of other text; an anchor that names "
+            "its domains stays what it is"
         )
     if _mixed(here) != _mixed(there):
         yield f"component.mixed: {_mixed_said(there)} there, {_mixed_said(here)} here, or of other text"
@@ -98,16 +97,13 @@ def _unlike(here: Stage, there: Stage, advice: str) -> Iterator[str]:
     yield f"{here.name}: {', '.join(reasons) or f'was {there.name}'} ({advice})"
 
 
-def _unequal(here: Mapping[str, Any], there: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _unequal(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """ "lr: 0.003 there, 0.001 here" for each setting that differs."""
-    found = []
-    for key in dict.fromkeys([*here, *there]):
-        ours, theirs = here.get(key, _ABSENT), there.get(key, _ABSENT)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            found += _unequal(ours, theirs, f"{prefix}{key}.")
-        elif ours != theirs:
-            found.append(f"{prefix}{key}: {theirs} there, {ours} here")
-    return found
+    return [f"{place}: {_said(theirs)} there, {_said(ours)} here" for place, theirs, ours in differences(there, here)]
+
+
+def _said(value: Any) -> Any:
+    return "nothing" if value is None else value
 
 
 def _anchor(foundation: Foundation) -> tuple[float, Any]:
@@ -132,7 +128,7 @@ def _mixed_said(foundation: Foundation) -> str:
     return ", ".join(foundation.mixed) or "none"
 
 
-def _said(foundation: Foundation) -> str:
+def _anchor_said(foundation: Foundation) -> str:
     anchor = foundation.study.component.anchor
     mixture = anchor.mixture
     words = f"{mixture} over {', '.join(foundation.data)}" if isinstance(mixture, str) else str(mixture)

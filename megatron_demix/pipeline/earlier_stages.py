@@ -19,7 +19,7 @@ from megatron_demix.evaluate.job import SCORES
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.pipeline import data_stages
-from megatron_demix.pipeline.comparable import differences, score_names, scores_left_out
+from megatron_demix.pipeline.comparable import reasons_against, score_names, scores_left_out
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import second_order
 from megatron_demix.pipeline.scoring import component_row, proxy_score_of, scores_proxies
@@ -89,7 +89,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
     parts_of = _parts(label, spec, here, there)
     left_out = dict(scores_left_out(here, there))
     scores = [name for name in score_names(here) if name not in left_out]
-    unlike = list(differences(here, there))
+    unlike = list(reasons_against(here, there))
     if (unlike or not scores) and not absent_ok:
         reasons = unlike or [f"{name}: {why}" for name, why in left_out.items()]
         raise IncompatibleInputs(

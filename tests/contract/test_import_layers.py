@@ -17,7 +17,7 @@ PACKAGE = "megatron_demix"
 # Lower rooms know nothing of higher ones.
 LAYERS = [
     {"errors", "units", "mixture", "native", "progress", "process", "locks", "command", "terminal", "csv_table", "yaml_file"}
-    | {"__init__"},
+    | {"settings", "__init__"},
     {"artifact", "study"},
     {"indexed", "checkpoint"},
     {"data", "train", "merge", "evaluate", "search", "report", "huggingface"},
