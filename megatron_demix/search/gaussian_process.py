@@ -14,8 +14,8 @@ _PART = 512
 _STEPS, _POLISHING = 200, 20
 _LEAST_SPREAD = 1e-2
 _TUNED, _POLISHED = 256, 1024
-"""Length scales are found on at most the first number of proxies, spread over all, because a step's cost grows with the cube of
-their number; up to the second number, a few more steps then see all of them."""
+"""Length scales are found on at most the first number of proxies, because a step's cost grows with the cube of their number; up
+to the second number, a few more steps then see all of them."""
 
 
 class GaussianProcess:
@@ -32,7 +32,9 @@ class GaussianProcess:
         if len(scores_M) <= _TUNED:
             self._fit(shares_MD, scores_M, kernel, _lbfgs(_STEPS))
             return
-        some = np.linspace(0, len(scores_M) - 1, _TUNED).astype(int)
+        # Spread over the proxies as sorted by what they are, so that the order of the rows has no part in it.
+        order_M = np.lexsort((scores_M, *shares_MD.T))
+        some = order_M[np.linspace(0, len(scores_M) - 1, _TUNED).astype(int)]
         self._fit(shares_MD[some], scores_M[some], kernel, _lbfgs(_STEPS))
         polish = _lbfgs(_POLISHING) if len(scores_M) <= _POLISHED else None
         self._fit(shares_MD, scores_M, self._model.kernel_, polish)

@@ -3,6 +3,8 @@ import pytest
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.mixture import Mixture
+from megatron_demix.search import gaussian_process
+from megatron_demix.search.gaussian_process import GaussianProcess
 from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.sample import sample_mixtures
 from megatron_demix.search.space import SearchSpace
@@ -180,6 +182,21 @@ def test_the_order_of_the_proxies_chooses_nothing() -> None:
         again = fit_surrogate(shares_MD[order_M], scores_M[order_M])
         assert again.kind == first.kind
         assert again.cross_validation["kinds"] == pytest.approx(first.cross_validation["kinds"], rel=1e-3)
+
+
+def test_the_order_of_many_proxies_does_not_decide_which_of_them_tune_a_process(monkeypatch) -> None:
+    """Beyond 1,024 proxies, of which these are to stand for many, nothing but some of them is seen by what finds the scales."""
+    monkeypatch.setattr(gaussian_process, "_TUNED", 24)
+    monkeypatch.setattr(gaussian_process, "_POLISHED", 48)
+    rng = np.random.default_rng(0)
+    shares_MD = np.repeat(mixtures(40, 1), 2, axis=0)
+    scores_M = loss(shares_MD) + 0.05 * rng.standard_normal(80)
+    scales = []
+    for order_M in (np.arange(80), np.arange(80)[::-1], rng.permutation(80)):
+        process = GaussianProcess()
+        process.fit(shares_MD[order_M], scores_M[order_M])
+        scales.append(process._model.kernel_.theta)
+    np.testing.assert_allclose(scales[1:], np.broadcast_to(scales[0], (2, len(scales[0]))), rtol=1e-2)
 
 
 def test_the_digits_of_a_share_that_is_fixed_are_no_distance() -> None:
