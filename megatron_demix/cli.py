@@ -12,8 +12,8 @@ from megatron_demix import __version__, commands
 from megatron_demix.command import exit_code
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
-# Each command that makes a part of the study, and its help.
-_PARTS = {
+# Each command that makes a study up to somewhere, and its help.
+_MILESTONES = {
     "prepare": "tokenize the domains into Megatron .bin/.idx, split into train, valid and test",
     "train": "train the base, one component per domain, and models on the centroid mixture, if any",
     "evaluate": "merge and score proxies, round by round, and fit the surrogates",
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--dry-run", action="store_true", help="show what would run, and stop")
     running.add_argument("--quiet", action="store_true", help="no progress; errors only")
     until = argparse.ArgumentParser(add_help=False)
-    until.add_argument("--until", choices=_PARTS, help="end with what this command makes: search ends with the mixture")
+    until.add_argument("--until", choices=_MILESTONES, help="end with what this command makes: search ends with the mixture")
     submitting = argparse.ArgumentParser(add_help=False)
     submitting.add_argument(
         "--dry-run", action="store_true", help="print what would be submitted (every sbatch script), and stop"
@@ -123,11 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     add("plan", "the stages, their state, where their artifacts lie, and what they cost", commands.plan, study, until)
     state = "the stages, what runs, how far it is, when it will be done, and its log"
     add("status", state, commands.status, study, watching)
-    for name, help in _PARTS.items():
+    for name, help in _MILESTONES.items():
         if name == "evaluate":
             add(name, help, commands.evaluate, study, running, judging, epilog=_EVALUATING)
         else:
-            add(name, help, commands.part_of(name), study, running)
+            add(name, help, commands.up_to(name), study, running)
     add("report", "the HTML report of whatever is done so far", commands.report, study)
     ranks = "how well proxies rank mixtures, against references that were truly trained"
     add_consistency_arguments(add("consistency", ranks, commands.consistency, machine))

@@ -99,8 +99,8 @@ def resume(options: argparse.Namespace) -> None:
         _write_report(study)
 
 
-def part_of(name: str) -> Callable[[argparse.Namespace], None]:
-    """`demix train`, say: what ends with that part of a study."""
+def up_to(name: str) -> Callable[[argparse.Namespace], None]:
+    """`demix train`, say: a study up to there."""
 
     def command(options: argparse.Namespace) -> None:
         study = _open(options, "looks" if options.dry_run else "makes", until=name)
@@ -122,7 +122,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if not options.checkpoint:
         if options.final:
             raise ConfigError("--final goes with --checkpoint: it says on which splits that is scored.")
-        part_of("evaluate")(options)
+        up_to("evaluate")(options)
         return
     from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
     from megatron_demix.pipeline.stage import with_needs

@@ -97,15 +97,15 @@ def _extrapolated(dag: Dag) -> list[str]:
     return [f"search.extrapolate takes {line}", *([f"warning: {line.warning}"] if line.warning else [])]
 
 
-def show_places(stages: Sequence[Stage], part: str, *, as_json: bool) -> None:
+def show_places(stages: Sequence[Stage], milestone: str, *, as_json: bool) -> None:
     """Where the stages lie that a command asks for; all that it needs in the JSON."""
-    from megatron_demix.pipeline.dag import PARTS
+    from megatron_demix.pipeline.dag import MILESTONES
 
     if as_json:
         print(json.dumps({stage.name: str(result(stage)) for stage in stages}, indent=1))
         return
     for stage in stages:
-        if stage.kind in PARTS[part]:
+        if stage.kind in MILESTONES[milestone]:
             print(f"{stage.name}: {shown(result(stage))}", file=sys.stderr)
 
 

@@ -34,7 +34,7 @@ from megatron_demix.launch.slurm_commands import (
 )
 from megatron_demix.launch.slurm_scripts import CONCLUDE, FOLDER, Group, Scripts, check_kinds, group
 from megatron_demix.launch.started import Started
-from megatron_demix.pipeline.dag import PARTS, Dag
+from megatron_demix.pipeline.dag import MILESTONES, Dag
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.units import format_duration
 
@@ -322,7 +322,7 @@ def main() -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--until", choices=PARTS)
+    parser.add_argument("--until", choices=MILESTONES)
     options = parser.parse_args()
     from megatron_demix.pipeline.dag import build_dag
     from megatron_demix.study.load import load_study

@@ -59,8 +59,8 @@ def group(stages: Sequence[Stage], parts: Mapping[str, int] = {}) -> list[Group]
 
 @dataclass(frozen=True)
 class Scripts:
-    """Renders the sbatch files of one run. root: the folder that the study's relative inputs start from. until: the part of
-    megatron_demix.pipeline.dag.PARTS that it ends with, None: the last."""
+    """Renders the sbatch files of one run. root: the folder that the study's relative inputs start from. until: which of
+    megatron_demix.pipeline.dag.MILESTONES it ends with, None: the last."""
 
     spec: SlurmSpec
     study_name: str

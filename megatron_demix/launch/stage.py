@@ -2,7 +2,7 @@
 
 `python -m megatron_demix.launch.stage STUDY STAGE --run DIR` on every node, with the node's number in NODE_RANK (or SLURM's own
 SLURM_NODEID), is all that a scheduler has to start. Node 0 checks that the needs are done, prepares and publishes; every node
-starts its part of the ranks. Exit codes: 0 the artifact is there; 75 start it again; another: starting it again is of no use.
+starts its own ranks. Exit codes: 0 the artifact is there; 75 start it again; another: starting it again is of no use.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Nodes:
 def start_ranks(
     stage: Stage, *, threads_per_rank: int, lock: IO | None, nodes: Nodes = Nodes(), devices: Sequence[str] = ()
 ) -> subprocess.Popen:
-    """Start this node's part of the ranks of a stage that has begun.
+    """Start this node's ranks of a stage that has begun.
 
     lock: the stage's, which becomes shared with the ranks: each takes it for itself, so that it is free when all of them have
     ended, even where torchrun was killed and they still save. devices: the GPUs they may use; none: whatever there is.
@@ -264,11 +264,11 @@ def _make_and_judge(
     outcome: Path | None = None,
     beside: Sequence[Stage] = (),
 ) -> int:
-    """Exit code of this node's part; node 0 keeps the account of attempts.
+    """Exit code of what this node does of the stage; node 0 keeps the account of attempts.
 
     beside: stages that are to be made, too; this one is not begun where the data cannot fill one of them. outcome: as of
     --outcome. A signal to one of several nodes that nobody asked for is a failure: srun stopped what was left
-    when another node's part had ended.
+    when another node's ranks had ended.
     """
     attempts, begun = Attempts(), False
     try:
@@ -287,7 +287,7 @@ def _make_and_judge(
         e = limit_reached(raised) or raised
         if isinstance(e, Incomplete) and stop.asked and nodes.number > 1 and outcome and not _asked(outcome).exists():
             e = StageFailed(
-                f"stage {stage.name}: the part of another node ended first, and this one was stopped with it. Logs of all "
+                f"stage {stage.name}: another node ended first, and this one was stopped with it. Logs of all "
                 f"nodes: {stage.log.with_suffix('')}*.log"
             )
         said = str(e) if isinstance(e, DemixError) else traceback.format_exc().rstrip()
@@ -351,14 +351,14 @@ def main() -> int:
     warn_in_lines()
     stop, known = _Stop(), False
     try:
-        from megatron_demix.pipeline.dag import PARTS, build_dag
+        from megatron_demix.pipeline.dag import MILESTONES, build_dag
         from megatron_demix.study.load import load_study
 
         study = load_study(options.study)
         dag = build_dag(study, options.root or options.study, options.run)
         stage = dag.stage(options.stage)
         last = Started.read(dag.run)
-        beside = dag.foreseen(last.until if last else None) if stage.kind not in PARTS["prepare"] | {"clean"} else []
+        beside = dag.foreseen(last.until if last else None) if stage.kind not in MILESTONES["prepare"] | {"clean"} else []
         known = True
     except Exception as e:
         stop.settled = True

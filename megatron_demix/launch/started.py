@@ -21,7 +21,7 @@ from megatron_demix.study.study import Study
 
 @dataclass(frozen=True)
 class Started:
-    """study: as JSON. until: the part of megatron_demix.pipeline.dag.PARTS that it was to end with, None: the last."""
+    """study: as JSON. until: which of megatron_demix.pipeline.dag.MILESTONES it was to end with, None: the last."""
 
     study: Mapping[str, Any]
     until: str | None

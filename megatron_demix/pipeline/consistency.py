@@ -151,10 +151,12 @@ def show(report: Mapping[str, Any]) -> None:
 
 def _rows(report: Mapping[str, Any]) -> list[tuple[str | None, str, dict[str, Any]]]:
     found: list[tuple[str | None, str, dict[str, Any]]] = []
-    for style, label, part in ((None, "", report), ("dim", "ceiling ", report.get("ceiling"))):
-        if part:
-            summary = {"mean of all": part["macro"]} | ({"objective": part["objective"]} if "objective" in part else {})
-            found += [("bold" if style is None else style, label, summary), (style, label, part["scores"])]
+    for style, label, section in ((None, "", report), ("dim", "ceiling ", report.get("ceiling"))):
+        if section:
+            summary = {"mean of all": section["macro"]} | (
+                {"objective": section["objective"]} if "objective" in section else {}
+            )
+            found += [("bold" if style is None else style, label, summary), (style, label, section["scores"])]
     if best := report.get("noiseless"):
         summary = {"mean of all": best["macro"]} | ({"objective": best["objective"]} if "objective" in best else {})
         rhos = summary | best["scores"]

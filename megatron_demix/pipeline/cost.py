@@ -17,14 +17,14 @@ from megatron_demix.train.derived import checkpoint_bytes, flops_per_token, padd
 H100_FLOPS = 989e12
 """Dense bfloat16 FLOP/s of an H100, from NVIDIA's data sheet: the unit of `Cost.gpu_hours`."""
 UTILISATION = 0.4
-"""Part of these that a well-set training run of a dense model reaches."""
+"""How much of that a well-set training run of a dense model reaches."""
 
 
 @dataclass(frozen=True)
 class Cost:
     """Of a stage that trains or scores, or of all those of one kind that do.
 
-    kind: the first part of a stage's name. models, tokens: how many, and each model's, summed over models. flop:
+    kind: the first word of a stage's name. models, tokens: how many, and each model's, summed over models. flop:
     multiplications and additions. checkpoint_bytes: what stays on disk, optimizer included; runs hold more while they go on.
     """
 

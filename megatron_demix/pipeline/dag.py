@@ -25,7 +25,7 @@ from megatron_demix.study.study import Study
 from megatron_demix.study.unused import without_unused
 from megatron_demix.train.megatron_lm.checkout import Checkout
 
-PARTS = {
+MILESTONES = {
     "prepare": {"tokenizer", "data"},
     "train": {"base", "components", "averages"},
     "evaluate": {"maturity", "rounds"},
@@ -34,7 +34,7 @@ PARTS = {
     "blend": {"blend"},
     "final": {"final"},
 }
-"""The commands that make a part of a study, in its order, and the kinds of stages that each asks for (with all they need)."""
+"""The commands that make a study up to somewhere, in its order, and the kinds of stages that each asks for, with all needs."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Dag(Foundation):
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"study {self.study.name!r} has no stage {name!r}{hint} `demix plan` lists them.")
 
-    def until(self, part: str | None) -> list[Stage]:
-        """What a study has up to one of PARTS, that included; None: all of it."""
-        return self.of_kinds(PARTS[part]) if part else self.all
+    def until(self, milestone: str | None) -> list[Stage]:
+        """What a study has up to one of MILESTONES, that included; None: all of it."""
+        return self.of_kinds(MILESTONES[milestone]) if milestone else self.all
 
-    def foreseen(self, part: str | None) -> list[Stage]:
-        """What has to be possible before anything up to `part` is made: that, and of components the search they are for."""
-        return [*self.until(part), *([self.rounds[0].proposal] if part == "train" else [])]
+    def foreseen(self, milestone: str | None) -> list[Stage]:
+        """What has to be possible before anything up to there is made: that, and of components the search they are for."""
+        return [*self.until(milestone), *([self.rounds[0].proposal] if milestone == "train" else [])]
 
     def of_kinds(self, kinds: set[str]) -> list[Stage]:
         """The stages of these kinds and all they need. Raises ConfigError where the study has none."""
@@ -91,7 +91,7 @@ class Dag(Foundation):
 
 
 def build_dag(study: Study, place: Path, run: Path, *, absent_inputs: Absent = "refused") -> Dag:
-    """Wire the stages of `study` together. Reads the inputs once (their digests are part of the keys), runs nothing.
+    """Wire the stages of `study` together. Reads the inputs once (their digests are in the keys), runs nothing.
 
     place: the study's file, from whose folder relative inputs are resolved; or that folder, where the file is not known. Raises
     ConfigError or CorruptInput for inputs that are missing, as far as absent_inputs says that this is one.

@@ -2,7 +2,7 @@
 
 A score counts if this study would have measured the same: the same base, components trained and merged in the same way, the
 same text and evaluation. A proxy then is an observation at its actual shares: 0 of a domain that was added, some of one that
-was dropped, and of one that was split as much of each part as that has of its tokens.
+was dropped, and of one that was split as much of each domain it became as that has of its tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Earlier:
         return {
             "scores": list(self.scores),
             "left_out": dict(self.left_out),
-            "split": {name: list(parts) for name, parts in self.split.items()},
+            "split": {name: list(domains) for name, domains in self.split.items()},
             "dropped": list(self.dropped),
         }
 
@@ -86,7 +86,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
     label, used = label_of(spec), there.rounds[: spec.rounds]
     if len(used) < (spec.rounds or 0):
         raise ConfigError(f"search.earlier: {label} has {len(used)} rounds, not {spec.rounds}.")
-    parts_of = _parts(label, spec, here, there)
+    became = _what_became(label, spec, here, there)
     left_out = dict(scores_left_out(here, there))
     scores = [name for name in score_names(here) if name not in left_out]
     unlike = list(reasons_against(here, there))
@@ -96,7 +96,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
             f"search.earlier: nothing that {label} measured would be the same here. Make the studies agree, or take it out:\n"
             + "\n".join(f"  {reason}" for reason in reasons)
         )
-    dropped = {name: f"{name}-{there.data[name].key}" for name, parts in parts_of.items() if not parts}
+    dropped = {name: f"{name}-{there.data[name].key}" for name, domains in became.items() if not domains}
     interpolates = proxy_score_of(here.study) != "merged"
 
     def make(folder: Path) -> None:
@@ -111,7 +111,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
             table = ScoreTable.read(r.scores.folder / SCORES)
             known |= {score.name: score for score in table.scores}
             for m in read_json(r.proposal.folder / MIXTURES):
-                shares = _shares(m["shares"], parts_of, dropped, here)
+                shares = _shares(m["shares"], became, dropped, here)
                 entries.append({"name": found.row(m["name"]), "weights": m["weights"], "shares": shares})
                 if scores_proxies(there.study):
                     add(table, m["name"])
@@ -127,33 +127,33 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
         "study": label,
         "rounds": [[r.proposal.key, r.scores.key] for r in used],
         "domains": list(here.data),
-        "parts": parts_of,
+        "parts": became,
         "dropped": dropped,
         "scores": scores,
         "components": interpolates,
     }
-    needs = {name: here.data[name] for parts in parts_of.values() if len(parts) > 1 for name in parts}
+    needs = {name: here.data[name] for domains in became.values() if len(domains) > 1 for name in domains}
     stage = Stage(f"earlier/{label}", here.run, settings, tuple(needs.values()), make)
     if not absent_ok and not stage.is_intact():
         _require(label, spec, [s for r in used for s in (r.proposal, r.scores)])
-    same = [name for name, parts in parts_of.items() if parts == [name] and name not in spec.split]
+    same = [name for name, domains in became.items() if domains == [name] and name not in spec.split]
     num_proxies = sum(there.study.search.rounds[: len(used)])
     found = Earlier(label, stage, num_proxies, scores, left_out, same, spec.split, dropped, second_order(there.study))
     return found
 
 
-def _parts(label: str, spec: EarlierSpec, here: Foundation, there: Dag) -> dict[str, list[str]]:
+def _what_became(label: str, spec: EarlierSpec, here: Foundation, there: Dag) -> dict[str, list[str]]:
     """What each of its domains is here: itself, if text and name are the same; what it was split into; or none."""
     for name in spec.split:
         if name not in there.data:
             raise ConfigError(f"search.earlier: split: {label} has no domain {name!r}{nearest(name, list(there.data))}")
-    parts = {}
+    became = {}
     for name, stage in there.data.items():
         same = name in here.data and here.data[name].key == stage.key
         if same and name in spec.split:
             raise ConfigError(f"search.earlier: split: {name!r} is the same domain here as in {label}; take it out.")
-        parts[name] = [name] if same else spec.split.get(name, [])
-    return parts
+        became[name] = [name] if same else spec.split.get(name, [])
+    return became
 
 
 def _require(label: str, spec: EarlierSpec, stages: Sequence[Stage]) -> None:
@@ -170,18 +170,18 @@ def _require(label: str, spec: EarlierSpec, stages: Sequence[Stage]) -> None:
 
 
 def _shares(
-    shares: Mapping[str, float], parts_of: Mapping[str, Sequence[str]], dropped: Mapping[str, str], here: Foundation
+    shares: Mapping[str, float], became: Mapping[str, Sequence[str]], dropped: Mapping[str, str], here: Foundation
 ) -> dict[str, float]:
     """Actual shares of the domains of this study, and after them of those that are no longer there."""
     found = dict.fromkeys([*here.data, *dropped.values()], 0.0)
     for name, share in shares.items():
-        parts = parts_of[name]
-        if not parts:
+        domains = became[name]
+        if not domains:
             found[dropped[name]] = share
-        elif len(parts) == 1:
-            found[parts[0]] += share
+        elif len(domains) == 1:
+            found[domains[0]] += share
         else:
-            tokens = data_stages.tokens({part: here.data[part] for part in parts}, "train")
-            for part in parts:
-                found[part] += share * tokens[part] / sum(tokens.values())
+            tokens = data_stages.tokens({domain: here.data[domain] for domain in domains}, "train")
+            for domain in domains:
+                found[domain] += share * tokens[domain] / sum(tokens.values())
     return found

@@ -58,21 +58,21 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
     _enough_proxies(foundation, earlier)
     centroid = centroid if goes_through_centroid(study) else None
     proposal = _fit(foundation, 0, [[]], [], centroid, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
-    parts = [*train_stages.kept_iterations(study)[:-1], None] if study.search.extrapolate else [None]
-    components = [] if scores_proxies(study) else [scores_of_components(foundation, at) for at in parts]
+    kept = [*train_stages.kept_iterations(study)[:-1], None] if study.search.extrapolate else [None]
+    components = [] if scores_proxies(study) else [scores_of_components(foundation, at) for at in kept]
 
     def scored(number: int) -> list[Stage]:
         if study.search.proxies == "trained":
             return [scores_of_trained(foundation, number, proposal)]
-        return components or [scores_of_merged(foundation, number, proposal, at) for at in parts]
+        return components or [scores_of_merged(foundation, number, proposal, at) for at in kept]
 
     result: list[Round] = []
     scores: list[list[Stage]] = []
     for number, _ in enumerate(study.search.rounds, start=1):
         scores.append(scored(number))
-        by_part = [unique(stages) for stages in zip(*scores, strict=True)]
+        by_iteration = [unique(stages) for stages in zip(*scores, strict=True)]
         proposals = [*(r.proposal for r in result), proposal]
-        fit = _fit(foundation, number, by_part, proposals, centroid, earlier)
+        fit = _fit(foundation, number, by_iteration, proposals, centroid, earlier)
         result.append(Round(number, proposal, scores[-1][-1], fit))
         proposal = fit
     return result
@@ -192,7 +192,7 @@ def _fit(
     earlier: Sequence[Earlier],
 ) -> Stage:
     """Fit every score on earlier studies and all rounds so far; then propose the next round's mixtures, or after the last round
-    choose. Number 0 proposes the first. scores: of all rounds, after each part of the components' run, at last its end."""
+    choose. Number 0 proposes the first. scores: of all rounds, after each kept iteration of the components, at last the end."""
     study, data = foundation.study, foundation.data
     last, search = number == len(study.search.rounds), study.search
     settings = {

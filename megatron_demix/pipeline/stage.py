@@ -68,7 +68,7 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """What the stage does: the first part of its name."""
+        """What the stage does: the first word of its name."""
         return self.name.split("/")[0]
 
     @property

@@ -113,11 +113,11 @@ def fit_surrogates(
     earlier: Sequence[Earlier] = (),
 ) -> Fitted:
     """Fit the proxies of all rounds so far and of earlier studies. A mixture that was scored in several studies counts once: in
-    this one, else in the first of them. scores: of all rounds, after each part of the components' run, at last its end.
+    this one, else in the first of them. scores: of all rounds, after each kept iteration of the components, at last the end.
     centroid: what every proxy's score goes through, an earlier study's too, so that a score means one thing in all of them.
     """
-    by_part = [_own(study, stages, proposals) for stages in scores]
-    own, line = by_part[-1], horizon_line(study)
+    by_iteration = [_own(study, stages, proposals) for stages in scores]
+    own, line = by_iteration[-1], horizon_line(study)
     sources = [own, *map(_of_earlier, earlier)]
     shares = [m["shares"] for measured in sources for m in measured.entries]
     dropped = [name for name in dict.fromkeys(name for row in shares for name in row) if name not in space.domains]
@@ -133,7 +133,7 @@ def fit_surrogates(
     for name in known:
         values_of = [measured.values(name, kind, curves.get(name)) for measured in sources]
         if line:
-            values_of[0] = line.coefficients_P @ [measured.values(name, kind, None) for measured in by_part]
+            values_of[0] = line.coefficients_P @ [measured.values(name, kind, None) for measured in by_iteration]
         values_M = np.concatenate(values_of)
         measured_M = np.isfinite(values_M)
         if not measured_M.any():

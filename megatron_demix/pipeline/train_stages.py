@@ -49,13 +49,13 @@ def kept_iterations(study: Study) -> list[int]:
 
     Raises ConfigError where two of them would be one.
     """
-    total, setting, parts = schedule_iterations(study, "component"), "component.average", study.component.average
-    if parts is None:
-        setting, parts = "search.extrapolate", [*(study.search.extrapolate or ()), 1.0]
-    kept = [max(1, round(part * total)) for part in parts]
+    total, setting, fractions = schedule_iterations(study, "component"), "component.average", study.component.average
+    if fractions is None:
+        setting, fractions = "search.extrapolate", [*(study.search.extrapolate or ()), 1.0]
+    kept = [max(1, round(fraction * total)) for fraction in fractions]
     if len(set(kept)) < len(kept):
         raise ConfigError(
-            f"{setting}: {parts} of {total} iterations are {kept}, which repeats one. Take parts farther apart, or "
+            f"{setting}: {fractions} of {total} iterations are {kept}, which repeats one. Take numbers farther apart, or "
             "train components for longer."
         )
     return kept
@@ -302,9 +302,13 @@ def averaged(study: Study, run: Path, trained: Stage) -> Stage:
         from megatron_demix.merge.engine import merge_checkpoints
 
         kept = kept_iterations(study)
-        parts = {iteration_folder(i): trained.folder / iteration_folder(i) for i in kept}
+        checkpoints = {iteration_folder(i): trained.folder / iteration_folder(i) for i in kept}
         merge_checkpoints(
-            parts, {AVERAGE: dict.fromkeys(parts, 1 / len(parts))}, folder, threads=study.merge.threads, progress=False
+            checkpoints,
+            {AVERAGE: dict.fromkeys(checkpoints, 1 / len(checkpoints))},
+            folder,
+            threads=study.merge.threads,
+            progress=False,
         )
         write_json(folder / POINTER, {"checkpoint": AVERAGE})
 

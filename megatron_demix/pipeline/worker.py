@@ -52,7 +52,9 @@ def _work(path: Path, held: IO) -> int:
 
         evaluation = EvaluateJob.model_validate(job)
         method, threads = method_of(evaluation.merge, evaluation.base, evaluation.seed), evaluation.threads_per_rank
-        evaluate(evaluation, lambda parts, live: ProxyMerger(parts, live, threads=threads, method=method), load_tokenizer)
+        evaluate(
+            evaluation, lambda components, live: ProxyMerger(components, live, threads=threads, method=method), load_tokenizer
+        )
     return 0
 
 

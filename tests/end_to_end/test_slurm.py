@@ -311,6 +311,6 @@ def test_a_node_that_fails_at_every_start_ends_the_job(study, tmp_path):
     log = logs(tmp_path / "broken")
     assert log.count("base/base is not finished (code 75): back into the queue") == 3, errors + log
     # And perhaps once more, by the other node, when node 0 gives up.
-    assert log.count("the part of another node ended first, and this one was stopped with it") in (3, 4), log
+    assert log.count("another node ended first, and this one was stopped with it") in (3, 4), log
     assert found["state"] == "failed", found
     assert "ended 3 times without saving anything new" in found["note"], found
