@@ -63,7 +63,7 @@ class SlurmSpec(SlurmResources):
     """Overrides for stages without ranks (tokenizing, fitting, blending), which need no GPU."""
     kinds: dict[str, SlurmResources] = {}
     """Overrides for all stages of a kind, which is the first part of their name: {final: {time: 2-00:00:00}}."""
-    parts: dict[str, Annotated[int, Field(ge=1)]] = {}
+    parts: dict[str, Annotated[int, Field(ge=1, le=10_000)]] = {}
     """Array elements that make each stage of a kind together: {data: 16, rounds: 8, blend: 8}. rounds: what is scored in them.
     blend: if it is materialised."""
     grace: Seconds = 300

@@ -111,6 +111,8 @@ TRAINED = "search.proxies=trained"
         ([f"search.rounds={[8] * 100}"], [f"search.rounds={[8] * 101}"], r"search\.rounds: .* at most 100 items .* not 101"),
         (["search.bootstraps=10000"], ["search.bootstraps=10001"], r"search\.bootstraps: .* or equal to 10000, found 10001"),
         (["search.candidates=10000000"], ["search.candidates=10000001"], r"search\.candidates: .* equal to 10000000, found"),
+        (["launch.slurm.parts={data: 10000}"], ["launch.slurm.parts={data: 10001}"],
+         r"launch\.slurm\.parts\.data: .* or equal to 10000, found 10001"),
     ],
 )  # fmt: skip
 def test_counts_that_no_machine_comes_to_the_end_of_are_refused(load, fits, too_many, said):
