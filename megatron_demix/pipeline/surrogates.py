@@ -204,6 +204,7 @@ def _curves(
         for name in [name for name in own.scores if name not in curves]:
             part = 0.5
             if table is None:
+                assert known is not None
                 trained = own.table.column(name, [own.components[own.second_order.names.index(known)]])[0]
             else:
                 seeds = [row for row in table.rows if row.startswith(TRAINED_CENTROID)]
