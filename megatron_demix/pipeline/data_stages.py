@@ -172,9 +172,12 @@ def check_rows(study: Study, tokenizer: Stage) -> None:
     try:
         padded_vocab_size(study.model, study.parallel, ids)
     except ConfigError as e:
-        if study.base.tokens is not None or rows >= ids:
+        advice = "give the study the tokenizer of its base, whose rows they are by default"
+        if study.base.tokens is not None:
+            advice = f"set tokenizer.train_vocab_size to at most {rows}" if study.tokenizer.type == "bpe" else ""
+        if rows >= ids or not advice:
             raise
-        raise ConfigError(f"{e} Or give the study the tokenizer of its base, whose rows they are by default.") from e
+        raise ConfigError(f"{e} Or {advice}.") from e
 
 
 def domain(

@@ -24,8 +24,8 @@ def padded_vocab_size(model: ModelSpec, parallel: ParallelSpec, vocab_size: int)
         if rows < vocab_size or rows % parallel.tensor:
             fits = math.ceil(max(rows, vocab_size) / parallel.tensor) * parallel.tensor
             raise ConfigError(
-                f"model.padded_vocab_size is {rows}, expected at least {vocab_size}, the ids there are, and a multiple of "
-                f"parallel.tensor {parallel.tensor}, such as {fits}."
+                f"model.padded_vocab_size is {rows}, expected at least {vocab_size}, the ids of the tokenizer, and a multiple "
+                f"of parallel.tensor {parallel.tensor}, such as {fits}."
             )
         return rows
     multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tensor)

@@ -89,7 +89,8 @@ def test_the_budget_that_is_named_fits(study):
 EMBEDDING = [
     (["model.padded_vocab_size=256"], r"model\.padded_vocab_size is 256, expected at least 257, .*, such as 257\.$"),
     (["model.padded_vocab_size=259", "parallel.tensor=2"], r"at least 257, .* a multiple of parallel\.tensor 2, such as 260\."),
-    (["tokenizer={type: bpe, train_vocab_size: 300}", "model.padded_vocab_size=299"], r"at least 300, .* such as 300\."),
+    (["tokenizer={type: bpe, train_vocab_size: 400}", "model.padded_vocab_size=399"],
+     r"at least 400, the ids of the tokenizer, .* such as 400\. Or set tokenizer\.train_vocab_size to at most 399\.$"),
 ]  # fmt: skip
 
 
