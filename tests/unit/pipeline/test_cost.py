@@ -73,7 +73,9 @@ def test_demix_plan_shows_what_is_to_do(path, capsys):
     place = [str(path), "--runs", str(path.parent / "runs")]
     assert main(["plan", *place]) == 0
     shown = capsys.readouterr().out
-    assert ["components", "2", "trained", "640"] in [line.split()[:4] for line in shown.splitlines()]
+    begun = [line.split()[:4] for line in shown.splitlines()]
+    assert ["components", "2", "trained", "640"] in begun
+    assert ["final", "6", "scored", "1.92k"] in begun
     (all_of_it,) = [line for line in shown.splitlines() if line.startswith("to do: ")]
     assert all_of_it.endswith(" of checkpoints")
     assert "H100" not in all_of_it
@@ -93,6 +95,7 @@ def test_hours_of_a_gpu_where_they_count(path, capsys):
     main(["plan", str(path), "--runs", str(path.parent / "runs"), *(word for text in large for word in ("--set", text))])
     shown = capsys.readouterr().out
     assert " hours of an H100 at 40% of its peak, and " in shown
+    assert Cost("final", "trains", 1, 10**9, 3 * 3600 * 0.4 * 989e12, 0).gpu_hours == pytest.approx(3)
 
 
 def test_a_tokenizer_that_cannot_be_read_has_no_cost_yet(path, capsys):
