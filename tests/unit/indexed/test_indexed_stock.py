@@ -77,6 +77,17 @@ def test_ids_that_do_not_fit(tmp_path):
         w.add(np.arange(3), np.array([2]))
 
 
+@pytest.mark.parametrize(("sentences", "groups"), [(True, [2]), (False, [2, 1])])
+def test_sequences_that_cannot_be_grouped(tmp_path, sentences, groups):
+    """Into documents of fewer than there are, or of several where the file was opened for documents of one."""
+    with (
+        pytest.raises(ValueError, match=rf"3 sequences cannot be grouped by {sum(groups)}"),
+        IndexedWriter(tmp_path / "x", np.dtype("<u2"), sentences=sentences) as w,
+    ):
+        w.add(np.arange(6), np.array([2, 2, 2]), sequences_a_document=np.array(groups))
+    assert not (tmp_path / "x.idx").exists()
+
+
 def test_a_document_longer_than_the_format_holds(tmp_path):
     with (
         pytest.raises(IncompatibleInputs, match=r"a document of 2147483648 tokens; the format holds 2\^31 - 1 at most"),
