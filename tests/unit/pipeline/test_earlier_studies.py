@@ -1,7 +1,7 @@
 """Proxies of an earlier study in a search whose domains are others. Scores are invented, so the optimum is known."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def loss(name: str, shares: Mapping[str, float]) -> float:
     return -math.log(shares.get(name, 0) + 1e-3) - (0.5 * shares.get("math", 0) if name == "code" else 0)
 
 
-def searched(path: Path, *overrides: str) -> Dag:
-    """Its rounds, with `loss` as what each model scores, components included."""
+def searched(path: Path, *overrides: str, diverged: Collection[str] = ()) -> Dag:
+    """Its rounds, with `loss` as what each model scores, components included; nothing for proxies that diverged."""
     dag = dag_of(path, *overrides)
     finish_earlier(dag)
     for r in dag.rounds:
@@ -77,7 +77,7 @@ def searched(path: Path, *overrides: str) -> Dag:
             models |= {f"component-{d}": {e: 0.8 * (e == d) + 0.2 * (e == "english") for e in dag.data} for d in dag.data}
             models |= {f"component-{name}": dict.fromkeys(dag.data, 0.5) for name in dag.mixed}
         for model, shares in models.items():
-            table.rows[model] = {name: loss(name, shares) for name in dag.data}
+            table.rows[model] = {} if model in diverged else {name: loss(name, shares) for name in dag.data}
         if not r.scores.done():
             with publish(r.scores.folder, r.scores.key, "scores", {}) as work:
                 table.write(work / "scores.json")
@@ -253,6 +253,15 @@ def test_nothing_of_the_earlier_study_is_needed_once_it_was_taken_over(folder):
     finish_earlier(dag)
     shutil.rmtree(first.rounds[0].scores.folder)
     assert dag_of(path).earlier[0].stage.done()
+
+
+def test_a_proxy_that_has_no_score_there_has_none_here(folder):
+    searched(folder / "v1.yaml", diverged=["r1_003"])
+    dag = searched(write(folder, "v2.yaml", STUDY.replace(MATH, MATH + LAW)), "search.rounds=[8, 4]")
+    models = fits(dag)[0]["surrogates"]["code"]["models"]
+    assert len(models) == 8 + 23
+    assert "v1/r1_002" in models
+    assert "v1/r1_003" not in models
 
 
 def test_mixtures_that_were_scored_in_both_count_once(folder):
