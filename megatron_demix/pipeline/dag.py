@@ -62,13 +62,13 @@ class Dag(Foundation):
 
     def stage(self, name: str) -> Stage:
         """Also a part, by its own name. Raises ConfigError naming the nearest stage there is."""
-        name, _, part = name.partition("@")
+        whole, _, part = name.partition("@")
         for stage in self.all:
-            if stage.name == name and not part:
+            if stage.name == name:
                 return stage
-            if stage.name == name and stage.make_part and (numbers := re.fullmatch(r"(\d+)-of-(\d+)", part)):
+            if stage.name == whole and stage.make_part and (numbers := re.fullmatch(r"(\d+)-of-(\d+)", part)):
                 return stage.part((int(numbers[1]), int(numbers[2])))
-        close = difflib.get_close_matches(name, [s.name for s in self.all], n=1)
+        close = difflib.get_close_matches(whole, [s.name for s in self.all], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"study {self.study.name!r} has no stage {name!r}{hint} `demix plan` lists them.")
 

@@ -379,6 +379,18 @@ def test_torn_lines_of_the_log_of_times_are_passed_over(study_path):
     assert _timings(dag) == {"tokenizer/byte": 2.5}
 
 
+def test_a_stage_and_its_parts_have_names(study_path):
+    dag = build_dag(load_study(study_path), study_path, study_path.parent / "run")
+    assert dag.stage("data/code") is dag.data["code"]
+    part = dag.stage("data/code@1-of-3")
+    assert (part.whole, part.name) == (dag.data["code"], "data/code@1-of-3")
+    for name, near in {"data/coed": "data/code", "data/code@1": "data/code", "base/base@0-of-2": "base/base"}.items():
+        with pytest.raises(ConfigError, match=rf"study 's' has no stage '{name}'; did you mean '{near}'\? `demix plan` lists"):
+            dag.stage(name)
+    with pytest.raises(ConfigError, match=r"has no stage 'x'\. `demix plan` lists them"):
+        dag.stage("x")
+
+
 def test_missing_text_is_named(study_path):
     with pytest.raises(ConfigError, match=r"nothing\.txt"):
         keys(study_path, "domains.0={name: code, inputs: [nothing.txt]}")
