@@ -188,6 +188,22 @@ def test_files_are_hashed_side_by_side(texts, tmp_path, monkeypatch):
     assert InputDigests(tmp_path / "cache.json").of(list(reversed(texts))) == fingerprint(expected)
 
 
+def test_digests_are_kept_while_others_are_still_read(texts, tmp_path, monkeypatch):
+    """A job that is killed after hours of reading loses what it read last, not all."""
+    monkeypatch.setattr("megatron_demix.native.default_threads", lambda: 1)
+    monkeypatch.setattr(inputs, "_KEEP_EVERY_S", -1)
+    digest, kept = inputs._digest, []
+
+    def read(path, *how):
+        cache = tmp_path / "cache.json"
+        kept.append(list(json.loads(cache.read_text())["files"]) if cache.exists() else [])
+        return digest(path, *how)
+
+    monkeypatch.setattr(inputs, "_digest", read)
+    InputDigests(tmp_path / "cache.json").of(texts[:3])
+    assert kept == [[], [str(texts[0])], [str(path) for path in texts[:2]]]
+
+
 @pytest.mark.parametrize("first", ["tokenizer", "clean"])
 def test_files_of_all_domains_are_hashed_side_by_side(texts, tmp_path, monkeypatch, first):
     (tmp_path / "study.yaml").write_text(STUDY)
