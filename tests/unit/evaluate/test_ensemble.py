@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_demix.artifact import temporary_beside
 from megatron_demix.errors import CorruptInput
 from megatron_demix.evaluate import ensemble
-from megatron_demix.evaluate.ensemble import DomainText, Ensemble, TaskText, Texts, keep
+from megatron_demix.evaluate.ensemble import DomainText, Ensemble, TaskText, Texts, keep, remove_unfinished
 from megatron_demix.evaluate.tasks.choices import Choices
 
 # Two questions: three options, the last one right; two, of which equals the first one counts.
@@ -58,6 +59,15 @@ def test_probabilities_that_are_nothing_beside_others_count_as_nothing(tmp_path)
         keep(tmp_path, name, texts, [np.array([nats], np.float32)])
     found = Ensemble(tmp_path, "ab").scores(np.array([[0.5, 0.5]]))
     assert found["code"] == pytest.approx([(1 + math.log(2)) / math.log(2)])
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(kept):
+    folder, _ = kept
+    whole = {path.name for path in folder.iterdir()}
+    temporary_beside(folder / "d.npy").write_bytes(b"half")
+    (folder / ".nfs0001").write_bytes(b"")  # as a network file system keeps what is still open
+    remove_unfinished(folder)
+    assert {path.name for path in folder.iterdir()} == whole | {".nfs0001"}
 
 
 def test_of_equal_answers_the_first_is_chosen():
