@@ -65,6 +65,8 @@ def test_settings_that_cost(path):
     checked = counted(costs_of(path, "component.maturity_seeds=2"))
     assert (checked["components", "trains"], checked["maturity", "scores"]) == ((4, 1280), (4, 4 * 320))
     assert counted(costs_of(path, "search.proxy_score=interpolated"))["rounds", "scores"] == (2, 2 * 320)
+    larger = costs_of(path, "tokenizer={type: bpe, train_vocab_size: 1000}")["base", "trains"]
+    assert larger.flop == pytest.approx(640 * flops_per_token(load_study(path).model, 16, 1024)), "before it is trained"
     kept = costs_of(path, "component.average=[0.4, 0.8]")["components", "trains"]
     assert (kept.tokens, kept.checkpoint_bytes) == (2 * 256, 2 * costs_of(path)["components", "trains"].checkpoint_bytes)
 
