@@ -147,10 +147,12 @@ def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path, make_train_job
     with stop_in_iteration(5), pytest.raises(Incomplete):
         train(job)
     assert sorted(p.name for p in job.work.glob("iter_*")) == ["iter_0000003", "iter_0000004", "iter_0000005"]
-    for number in (4, 5):
-        (job.work / f"iter_000000{number}" / "metadata.json").unlink()
+    (job.work / "iter_0000004" / "metadata.json").unlink()
+    torn = job.work / "iter_0000005" / "checksums.json"
+    torn.write_text(torn.read_text()[:-9])
     train(job.model_copy(update={"keep_at_end": 2}))
     assert caplog.text.count("is damaged") == 2
+    assert f"iter_0000005 is damaged: {torn}: not readable as JSON" in caplog.text
     assert sorted(p.name for p in job.work.glob("iter_*")) == ["iter_0000005", "iter_0000006"]
     train(job)  # as a study's runs end
     assert [p.name for p in job.work.glob("iter_*")] == ["iter_0000006"]
