@@ -88,6 +88,22 @@ def test_sequences_that_cannot_be_grouped(tmp_path, sentences, groups):
     assert not (tmp_path / "x.idx").exists()
 
 
+def test_what_was_written_before_and_is_gone(tmp_path):
+    """As after a power cut. Going on would leave a hole in the data."""
+    killed = IndexedWriter(tmp_path / "x", np.dtype("<u2"))
+    killed.add(np.arange(6), np.array([6]))
+    written = killed.checkpoint()
+    with open(tmp_path / "x.bin", "r+b") as file:
+        file.truncate(4)
+    with pytest.raises(ValueError, match=r"x\.bin has 4 bytes, expected 12 from before"):
+        IndexedWriter(tmp_path / "x", np.dtype("<u2"), resume=written)
+    with (
+        pytest.raises(ValueError, match=r"x\.bin has 4 bytes, expected 12"),
+        IndexedWriter(tmp_path / "all", np.dtype("<u2")) as writer,
+    ):
+        writer.append(tmp_path / "x", written)
+
+
 def test_a_document_longer_than_the_format_holds(tmp_path):
     with (
         pytest.raises(IncompatibleInputs, match=r"a document of 2147483648 tokens; the format holds 2\^31 - 1 at most"),
