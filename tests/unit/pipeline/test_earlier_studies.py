@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from small_texts import write_texts
 
-from megatron_demix.artifact import publish, read_json
+from megatron_demix.artifact import publish, read_json, write_json
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.pipeline.dag import Dag, build_dag
@@ -394,6 +394,20 @@ def test_what_is_wrong_with_a_list_of_earlier_studies(folder, earlier, message):
     path = write(folder, "v2.yaml", STUDY.replace(MATH, ""), earlier)
     with pytest.raises(ConfigError, match=message):
         dag_of(path)
+
+
+def test_an_earlier_study_without_proxies_of_its_own_is_named(folder):
+    """All of its rounds turned out unnecessary."""
+    first = dag_of(folder / "v1.yaml")
+    finish_earlier(first)
+    for r in first.rounds:
+        with publish(r.proposal.folder, r.proposal.key, r.proposal.kind, {}) as work:
+            write_json(work / "mixtures.json", [])
+        with publish(r.scores.folder, r.scores.key, r.scores.kind, {}) as work:
+            ScoreTable([]).write(work / "scores.json")
+    dag = dag_of(write(folder, "v2.yaml", STUDY.replace(MATH, MATH + LAW)), "search.proxy_score=merged")
+    with pytest.raises(IncompatibleInputs, match=r"search.earlier: v1 has scored no proxies of its own\. Take it out\."):
+        dag.earlier[0].stage.finish()
 
 
 def test_studies_that_name_one_another(folder):
