@@ -1,7 +1,9 @@
 """A study as sbatch files: which stages share a job array, and what each asks for. Nothing here needs SLURM."""
 
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,10 @@ def test_light_stages_and_kinds_override(stages):
     assert "--time=02:00:00\n#SBATCH --signal" in blend
     assert "#SBATCH --exclusive\n" in blend
     assert "--partition=gpu\n" in render(stages, "base.base", **spec)
+    light = SlurmSpec(**spec | {"light": {"partition": "cpu", "sbatch": ["--mem=1G"]}})
+    last = Scripts(light, "s", RUN, Path("/studies")).of_conclusion()
+    assert "#SBATCH --partition=cpu\n" in last
+    assert "#SBATCH --mem=1G\n" in last
     check_kinds(SlurmSpec(**spec), stages)
     with pytest.raises(ConfigError, match=r"launch.slurm.kinds: 'blends' is not one of data, base, rounds, components, blend"):
         check_kinds(SlurmSpec(kinds={"blends": {}}), stages)
@@ -121,8 +127,13 @@ def test_containers_and_set_up(stages):
         "    --container-image='nvcr.io#nvidia/nemo:26.04' --container-mounts=/data:/data,/runs \\\n    python3 -P -m" in text
     )
     assert f"\n{setup}\n" in text
-    last = Scripts(SlurmSpec(container="image", setup=setup), "s", RUN, Path("/studies")).of_conclusion()
+    inside = {"container": "image", "python": "/opt/venv/bin/python", "setup": setup}
+    assert "/opt/venv/bin/python -P -m" in render(stages, "base.base", **inside)
+    last = Scripts(SlurmSpec(**inside), "s", RUN, Path("/studies")).of_conclusion()
     assert "container" not in last
+    assert f"exec {shlex.quote(sys.executable)} -P -m megatron_demix.launch.slurm" in last, (
+        "beside the container its python is not there"
+    )
     assert last.endswith(f"{setup}\n")
 
 
