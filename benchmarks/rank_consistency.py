@@ -123,6 +123,11 @@ def main() -> int:
         "command": f"python benchmarks/rank_consistency.py --work build/rank_consistency --profile {args.profile}",
         "device": "one CPU core" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         **summarise(suites),
+        "suites": {name: {k: v for k, v in s.items() if k not in ("bases", "kinds")} for name, s in suites.items()},
+        "bases": {
+            name: [{k: base[k] for k in ("seed", "steps", "maturity", "fitted_scale")} for base in s["bases"]]
+            for name, s in suites.items()
+        },
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
@@ -174,7 +179,8 @@ def facts(benches: Sequence[Bench]) -> dict[str, Any]:
 
 
 def keep_scores(suites: dict[str, dict[str, Any]], path: Path) -> None:
-    """By suite, a list of its bases: two seeds' truths and every row's predictions, {score: a value for each mixture}."""
+    """By suite, the kinds of its sets, and of its bases two seeds' truths and every row's predictions, {score: a value for each
+    mixture}: what rank_together.py reads."""
 
     def table(scores: dict[str, np.ndarray]) -> dict[str, list[float]]:
         return {name: [round(float(value), 5) for value in values_M] for name, values_M in scores.items()}
@@ -186,7 +192,9 @@ def keep_scores(suites: dict[str, dict[str, Any]], path: Path) -> None:
             "trained": {f"{length} {kind}": table(scores) for (length, kind), scores in found["trained"].items()},
         }
 
-    kept = {name: [base(found) for found in suite["bases"]] for name, suite in suites.items()}
+    kept = {
+        name: {"kinds": suite["kinds"], "bases": [base(found) for found in suite["bases"]]} for name, suite in suites.items()
+    }
     path.write_bytes(gzip.compress(json.dumps(kept, separators=(",", ":")).encode(), mtime=0))
 
 

@@ -50,6 +50,7 @@ def group_of(score: str, kind: str, suite: str) -> str:
 
 
 def summarise(suites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """suites: of each the `kinds` of its sets and its `bases`: two seeds' `truths`, and what was `predicted` and `trained`."""
     pool = _Pool(suites)
     predictors = list(dict.fromkeys(n for s in suites.values() for base in s["bases"] for n in base["predicted"]))
     rows: dict[str, dict[str, Any]] = {CEILING: {}, **{name: {} for name in predictors}, TRAINED: {}, TRAINED_AUTO: {}}
@@ -82,11 +83,6 @@ def summarise(suites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "composites": {label: _composite(*found) for label, found in composites.items()},
         "judged": _judged(traces, [found for found, _ in composites.values()]),
         "counted": pool.counted_by_score(),
-        "suites": {name: {k: v for k, v in s.items() if k not in ("bases", "kinds")} for name, s in suites.items()},
-        "bases": {
-            name: [{k: base[k] for k in ("seed", "steps", "maturity", "fitted_scale")} for base in s["bases"]]
-            for name, s in suites.items()
-        },
         "by_score": pool.by_score(predictors),
     }
 
