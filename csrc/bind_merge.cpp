@@ -80,7 +80,7 @@ void bind_merge(py::module_& m) {
                  return plan.add_record(reinterpret_cast<const void*>(base), bytes, crc);
              },
              py::arg("address"), py::arg("bytes"), py::arg("crc"))
-        .def("add_target", &MergePlan::add_target, py::arg("shape"), py::arg("dtype_in"), py::arg("dtype_out"))
+        .def("add_target", &MergePlan::add_target, py::arg("shape"), py::arg("dtypes_in"), py::arg("dtype_out"))
         .def("add_region", &MergePlan::add_region, py::arg("target"), py::arg("lo"), py::arg("hi"), py::arg("weight_set"),
              py::arg("records"), py::arg("byte_offsets"), py::arg("strides"), py::arg("index"), py::arg("index_strides"))
         .def("run", &run, py::arg("weights"), py::arg("to_addresses"), py::arg("descriptors"), py::arg("direct"),

@@ -39,7 +39,8 @@ struct Region {
 struct Target {
     int dims;
     std::int64_t shape[max_dims];
-    DType in, out;
+    DType in, out;             // in: what is summed, the type of all sources, or float32 where they differ
+    std::vector<DType> stored;  // [K] the type of each source
     std::vector<Region> regions;
     std::uint64_t elements() const;
 };
@@ -79,7 +80,8 @@ public:
     explicit MergePlan(int num_sources) : num_sources_(num_sources) {}
 
     int add_record(const void* base, std::uint64_t bytes, std::uint32_t crc);
-    int add_target(const std::vector<std::int64_t>& shape, DType in, DType out);
+    // stored: [K] the type of each source. Throws std::invalid_argument for other numbers of types, or of dimensions.
+    int add_target(const std::vector<std::int64_t>& shape, const std::vector<DType>& stored, DType out);
     // lo, hi: [dims]; records, byte_offsets: [K] where the element at `lo` lies; strides: [K][dims], in elements.
     // index, index_strides: the number of the element at `lo` and how it grows along each dimension ([dims], the last one 1), for
     // rules that need to know which element of its tensor they see; [] where none does.

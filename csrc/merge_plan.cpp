@@ -1,4 +1,5 @@
 // Building a plan: every address a source may be read at is checked here, so that executing it needs no checks.
+#include <algorithm>
 #include <stdexcept>
 
 #include "merge.hpp"
@@ -16,9 +17,11 @@ int MergePlan::add_record(const void* base, std::uint64_t bytes, std::uint32_t c
     return int(records_.size()) - 1;
 }
 
-int MergePlan::add_target(const std::vector<std::int64_t>& shape, DType in, DType out) {
+int MergePlan::add_target(const std::vector<std::int64_t>& shape, const std::vector<DType>& stored, DType out) {
     if (shape.empty() || shape.size() > max_dims) throw std::invalid_argument("a target has 1 to 8 dimensions");
-    Target t{int(shape.size()), {}, in, out, {}};
+    if (stored.empty() || stored.size() != std::size_t(num_sources_)) throw std::invalid_argument("a target has a type for each source");
+    const bool alike = std::all_of(stored.begin(), stored.end(), [&](DType t) { return t == stored[0]; });
+    Target t{int(shape.size()), {}, alike ? stored[0] : DType::f32, out, stored, {}};
     for (int d = 0; d < t.dims; ++d) {
         if (shape[d] < 0) throw std::invalid_argument("a target has a negative size");
         t.shape[d] = shape[d];
@@ -58,7 +61,7 @@ void MergePlan::add_region(int target, const std::vector<std::int64_t>& lo, cons
                 __builtin_add_overflow(last, extent, &last) || last > record.bytes)
                 throw std::invalid_argument("a source leaves its record");
         }
-        const std::uint64_t item = item_size(t.in);
+        const std::uint64_t item = item_size(t.stored[k]);
         if (byte_offsets[k] > record.bytes || (last + 1) * item > record.bytes - byte_offsets[k])
             throw std::invalid_argument("a source leaves its record");
         r.sources.push_back(record.base + byte_offsets[k]);

@@ -30,7 +30,7 @@ Tiling make_tiling(const Target& t, std::size_t tile_bytes) {
 TileWorker::TileWorker(Execution& execution)
     : x_(execution), num_mixtures_(execution.settings.num_mixtures), to_files_(execution.to.addresses.empty()),
       block_(block_of(execution.plan.num_sources())), sum_(execution.kernels),
-      gathered_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
+      gathered_(execution.plan.num_sources()), widened_(execution.plan.num_sources()), outs_(num_mixtures_), outs_here_(num_mixtures_), sources_(execution.plan.num_sources()) {
     if (execution.settings.deltas) delta_sum_ = std::make_unique<DeltaSum>(*execution.settings.deltas, execution.kernels);
 }
 
@@ -83,7 +83,7 @@ void TileWorker::meet(const Target& t, const Region& r, const std::int64_t* tile
         for (std::size_t k = 0; k < sources_.size(); ++k) {
             std::int64_t from = 0;
             for (int d = 0; d < t.dims; ++d) from += (at[d] - r.lo[d]) * r.strides[k * t.dims + d];
-            sources_[k] = r.sources[k] + from * std::int64_t(item_size(t.in));
+            sources_[k] = r.sources[k] + from * std::int64_t(item_size(t.stored[k]));
         }
         run(t, r, to - first, length, index);
         int d = outer - 1;
@@ -94,7 +94,8 @@ void TileWorker::meet(const Target& t, const Region& r, const std::int64_t* tile
 
 void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int64_t n, std::int64_t index) {
     const WeightSet& set = x_.sets[r.weight_set];
-    const std::size_t in = item_size(t.in), out = item_size(t.out);
+    const std::size_t out = item_size(t.out);
+    const auto item = [&](int k) { return item_size(t.stored[std::size_t(k)]); };
     const auto contiguous = [&](int k) { return n == 1 || r.strides[std::size_t(k) * t.dims + t.dims - 1] == 1; };
     const bool together = x_.check && x_.check->together(r);
     if (x_.check) crcs_.assign(set.read.size(), 0), checked_.resize(set.read.size());
@@ -104,13 +105,19 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
         for (std::size_t j = 0; j < set.read.size(); ++j) {
             const int k = set.read[j];
             const std::int64_t stride = r.strides[std::size_t(k) * t.dims + t.dims - 1];
+            const std::size_t in = item(k);
             const char* at = sources_[k] + i * stride * std::int64_t(in);
             views_[k] = contiguous(k) ? sources_[k] + std::size_t(i) * in : gather(k, at, stride, in, count);
             if (x_.check && !contiguous(k)) check_scattered(r, k, at, stride, in, count);
             if (x_.check && contiguous(k) && !together) crcs_[j] = crc32_raw(crcs_[j], views_[k], std::size_t(count) * in);
             if (together) checked_[j] = views_[k];
+            if (t.stored[std::size_t(k)] != t.in) {
+                float* const wide = widened_[k].get(block_);
+                x_.kernels.widen[int(t.stored[std::size_t(k)])](views_[k], wide, std::size_t(count));
+                views_[k] = reinterpret_cast<const char*>(wide);
+            }
         }
-        if (together) crcs_[0] = crc32_raw_staggered(crcs_[0], checked_.data(), checked_.size(), std::size_t(count) * in);
+        if (together) crcs_[0] = crc32_raw_staggered(crcs_[0], checked_.data(), checked_.size(), std::size_t(count) * item(set.read[0]));
         for (int m = 0; m < num_mixtures_; ++m) outs_here_[m] = outs_[m] + std::size_t(to + i) * out;
         if (delta_sum_) {
             (*delta_sum_)(r.weight_set, set, t.in, t.out, views_, index + i, outs_here_, std::size_t(count), !to_files_);
@@ -119,9 +126,11 @@ void TileWorker::run(const Target& t, const Region& r, std::int64_t to, std::int
         }
     }
     if (!x_.check) return;
-    const std::uint64_t bytes = std::uint64_t(n) * in;
     for (std::size_t j = 0; j < (together ? 1 : set.read.size()); ++j)
-        if (const int k = set.read[j]; contiguous(k)) x_.check->add(r.records[k], crcs_[j], bytes, sources_[k] + bytes);
+        if (const int k = set.read[j]; contiguous(k)) {
+            const std::uint64_t bytes = std::uint64_t(n) * item(k);
+            x_.check->add(r.records[k], crcs_[j], bytes, sources_[k] + bytes);
+        }
 }
 
 void TileWorker::write(const Target& t, std::int64_t target_index, std::uint64_t offset, std::size_t bytes) {

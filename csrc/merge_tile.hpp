@@ -65,6 +65,7 @@ private:
     std::unique_ptr<DeltaSum> delta_sum_;  // takes the place of sum_ where the elements are deltas under a rule
     Buffer<char> tile_buffer_;
     std::vector<Buffer<char>> gathered_;    // [K]
+    std::vector<Buffer<float>> widened_;    // [K] of sources that are stored in another type than is summed
     std::vector<char*> outs_, outs_here_;   // [M] where the tile lies, and where the elements in work go
     std::vector<const char*> sources_, views_, checked_;  // [K], [K], [read]
     std::vector<std::uint32_t> crcs_;

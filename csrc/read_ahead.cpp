@@ -17,7 +17,7 @@ constexpr std::uint64_t farthest = 1ull << 30;  // bytes of all sources asked fo
 std::uint64_t extent(const Target& t, const Region& r, std::size_t k) {
     std::uint64_t last = 0;
     for (int d = 0; d < t.dims; ++d) last += std::uint64_t(r.strides[k * t.dims + d]) * std::uint64_t(r.hi[d] - r.lo[d] - 1);
-    return (last + 1) * item_size(t.in);
+    return (last + 1) * item_size(t.stored[k]);
 }
 
 void ask(const char* data, std::uint64_t bytes, bool shows_cached) {

@@ -7,14 +7,15 @@
 namespace demix {
 namespace {
 
-// Whether all sources of a region that are read lie at the same place of records of the same size, in runs.
-bool lie_alike(const MergePlan& plan, const Region& r, int dims, const std::vector<int>& read) {
+// Whether all sources of a region that are read lie at the same place of records of the same size, in runs, and have one type.
+bool lie_alike(const MergePlan& plan, const Target& t, const Region& r, const std::vector<int>& read) {
+    const int dims = t.dims;
     const auto record = [&](int k) -> const Record& { return plan.records()[std::size_t(r.records[std::size_t(k)])]; };
     const auto strides = [&](int k) { return r.strides.begin() + std::ptrdiff_t(k) * dims; };
     const int first = read[0];
     if (strides(first)[dims - 1] != 1) return false;
     for (const int k : read)
-        if (record(k).bytes != record(first).bytes ||
+        if (t.stored[std::size_t(k)] != t.stored[std::size_t(first)] || record(k).bytes != record(first).bytes ||
             r.sources[std::size_t(k)] - record(k).base != r.sources[std::size_t(first)] - record(first).base ||
             !std::equal(strides(k), strides(k) + dims, strides(first)))
             return false;
@@ -33,7 +34,7 @@ RecordCheck::RecordCheck(const MergePlan& plan, const std::vector<int>& read)
             for (const int k : read) group.push_back(r.records[std::size_t(k)]);
             const std::int32_t leader = group[0];
             const auto& known = groups_.try_emplace(leader, group).first->second;
-            if (known != group || !lie_alike(plan, r, t.dims, read)) apart[std::size_t(leader)] = true;
+            if (known != group || !lie_alike(plan, t, r, read)) apart[std::size_t(leader)] = true;
             // A record that is read with others elsewhere is added up with none, nor are those others.
             for (const std::int32_t record : group) {
                 std::int32_t& its = leaders_[std::size_t(record)];

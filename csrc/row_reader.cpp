@@ -33,11 +33,12 @@ void RowReader::read(const Target& t, int k, std::int64_t row, std::int64_t begi
             const std::int64_t* strides = &r.strides[std::size_t(k) * t.dims];
             std::int64_t from = (lo - r.lo[last]) * strides[last];
             for (int d = 0; d < last; ++d) from += (at[d] - r.lo[d]) * strides[d];
-            const char* source = r.sources[k] + from * std::int64_t(item_size(t.in));
+            const DType stored = t.stored[std::size_t(k)];
+            const char* source = r.sources[k] + from * std::int64_t(item_size(stored));
             if (strides[last] == 1) {
-                kernels_.widen[int(t.in)](source, out + (lo - begin), std::size_t(hi - lo));
+                kernels_.widen[int(stored)](source, out + (lo - begin), std::size_t(hi - lo));
             } else {
-                widen_strided(t.in, source, strides[last], hi - lo, out + (lo - begin));
+                widen_strided(stored, source, strides[last], hi - lo, out + (lo - begin));
             }
             missing -= hi - lo;
         }

@@ -151,11 +151,12 @@ def model_arguments(state: Mapping[str, Any]) -> dict[str, Any]:
     return dict(arguments.state) if isinstance(arguments, Inert) and isinstance(arguments.state, dict) else {}
 
 
-def merged_common_state(state: Mapping[str, Any], iteration: int) -> tuple[dict[str, Any], list[str]]:
+def merged_common_state(state: Mapping[str, Any], iteration: int, dtype: str | None = None) -> tuple[dict[str, Any], list[str]]:
     """(the common state of a merged checkpoint, names of what was left out).
 
     Carries the arguments (with consumed samples at zero), the checkpoint version and the content metadata; leaves out
-    optimizer, scheduler and random state, and every value that is not plain.
+    optimizer, scheduler and random state, and every value that is not plain. dtype: that tensors are written in, if it may not
+    be what the arguments say.
     """
     left_out = sorted(str(k) for k in state if k not in ("args", "checkpoint_version", "content_metadata", "iteration"))
     merged: dict[str, Any] = {"iteration": iteration, "checkpoint_version": state.get("checkpoint_version", 3.0)}
@@ -166,6 +167,9 @@ def merged_common_state(state: Mapping[str, Any], iteration: int) -> tuple[dict[
                 kept[name] = 0 if name in _ZEROED else value
             else:
                 left_out.append(f"args.{name}")
+        if dtype is not None:
+            precision = {"bf16": dtype == "bfloat16", "fp16": dtype == "float16", "params_dtype": Global(f"torch.{dtype}")}
+            kept |= {name: value for name, value in precision.items() if name in kept}
         merged["args"] = _namespace(kept | {"iteration": iteration})
     if _is_plain(state.get("content_metadata")) and state.get("content_metadata") is not None:
         merged["content_metadata"] = state["content_metadata"]

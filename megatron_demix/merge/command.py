@@ -49,6 +49,11 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         help="weights that do not sum to 1 (default: error, as are negative ones; affine: these are allowed)",
     )
     add(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="of what is written; components may then be of any of these (default: the components' own, which has to be one)",
+    )
+    add(
         "--max-chunk",
         type=parse_bytes,
         metavar="BYTES",
@@ -139,6 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
             worker=_worker(arguments),
             into_output=single,
             method=_method(arguments),
+            dtype=arguments.dtype,
             said=said,
         )
         if arguments.dry_run:
@@ -260,6 +266,9 @@ def _show_plan(merge: Merge, output: Path) -> None:
         iteration = "" if location.iteration is None else f", iteration {location.iteration}"
         print(f"  {name}: {location.path} ({location.kind}{iteration})")
     bound = job.method
+    if job.dtype:
+        kept = sum(1 for key in parts.tensors if parts.kept_in_float32(key)) if job.dtype != "fp32" else 0
+        print(f"written as {job.dtype}" + (f", {kept} tensors as fp32, as in the components" if kept else ""))
     described = bound.describe()
     options = [f"{k} {v}" for k, v in described.items() if k not in ("name", "base", "fused", "rules")]
     within = f"{bound.partition.num_parts} logical tensors" if bound.partition else "all tensors alike"

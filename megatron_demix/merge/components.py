@@ -27,6 +27,9 @@ from megatron_demix.merge.grid import Grid
 
 MERGEABLE = tuple(ARRAY_DTYPES)
 
+# The balance of experts, in models of any precision.
+_ALWAYS_FLOAT32 = ".router.expert_bias"
+
 # LoRA's two factors, as Megatron-Bridge and NeMo save them beside the weights of a layer, or alone.
 _ADAPTER = re.compile(r"(.*\.)?adapter\.(.+\.)?linear_(in|out)\.weight")
 
@@ -172,11 +175,8 @@ class Components:
                 raise IncompatibleInputs(
                     f"{pair}: {key!r} has shape {first[key].shape} in {first_name!r} and {info.shape} in {name!r}. {hint}"
                 )
-            if info.dtype != first[key].dtype:
-                raise IncompatibleInputs(
-                    f"{pair}: {key!r} is {first[key].dtype} in {first_name!r} and {info.dtype} in {name!r}. Save all "
-                    "components in one precision."
-                )
+            if info.dtype != first[key].dtype and not {info.dtype, first[key].dtype} <= set(MERGEABLE):
+                raise IncompatibleInputs(f"{self._unlike(k, key)}. Save all components alike.")
             if not tile(info.shape, tuple((chunk.offset, chunk.shape) for chunk in info.chunks)):
                 covered = sum(math.prod(chunk.shape) for chunk in info.chunks)
                 raise CorruptInput(
@@ -184,6 +184,48 @@ class Components:
                     f"its shape {info.shape} {info.elements}. The checkpoint was not saved by all ranks, or saves some "
                     "elements twice."
                 )
+
+    def check_one_precision(self) -> None:
+        """Raises IncompatibleInputs where a tensor is of different types. All can be read, but what a merge is written as has
+        to be said then."""
+        for key in self.tensors:
+            for k, info in enumerate(self.infos(key)):
+                if info.dtype != self.tensors[key].dtype:
+                    raise IncompatibleInputs(
+                        f"{self._unlike(k, key)}. Say in which type the merge is to be written (--dtype), or save all "
+                        "components in one precision."
+                    )
+
+    @cached_property
+    def in_one_precision(self) -> bool:
+        """Whether each tensor has the same type in all components."""
+        return all(info.dtype == self.tensors[key].dtype for key in self.tensors for info in self.infos(key))
+
+    def kept_in_float32(self, key: str) -> bool:
+        """Whether models of any precision have this tensor in float32: some component does whose other tensors are narrower, or
+        it is one that Megatron itself makes float32 before it loads and saves."""
+        return key.endswith(_ALWAYS_FLOAT32) or any(
+            info.dtype == "float32" and precision != "float32"
+            for info, precision in zip(self.infos(key), self._precisions, strict=True)
+        )
+
+    @cached_property
+    def _precisions(self) -> list[str]:
+        """[K] the type of most elements of each."""
+        found = []
+        for k in range(len(self.names)):
+            elements = dict.fromkeys(MERGEABLE, 0)
+            for key in self.tensors:
+                info = self._tensors[k][key]
+                elements[info.dtype] += info.elements
+            found.append(max(elements, key=elements.__getitem__))
+        return found
+
+    def _unlike(self, k: int, key: str) -> str:
+        """That a tensor's type is another one in component k than in the first, in words."""
+        first, info = self._tensors[0][key], self._tensors[k][key]
+        pair = f"components {self.names[0]!r} and {self.names[k]!r}"
+        return f"{pair}: {key!r} is {first.dtype} in {self.names[0]!r} and {info.dtype} in {self.names[k]!r}"
 
     def _advice(self, k: int) -> str:
         """What to do about a component that has not the first one's keys."""

@@ -18,7 +18,7 @@ from megatron_demix.checkpoint.maps import check_maps
 from megatron_demix.checkpoint.output import Output, resolved
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError, VerificationFailed, storage_errors
 from megatron_demix.merge.components import Components
-from megatron_demix.merge.job import Job, Layout
+from megatron_demix.merge.job import DTYPES, Dtype, Job, Layout
 from megatron_demix.merge.methods import Linear, Method
 from megatron_demix.merge.verify import Verify, verify_merge
 from megatron_demix.merge.weights import Normalize, weight_matrix
@@ -46,14 +46,18 @@ def merge_checkpoints(
     worker: tuple[int, int] | None = None,
     into_output: bool = False,
     method: Method | None = None,
+    dtype: Dtype | None = None,
 ) -> list[Path]:
     """Merge K component checkpoints into one checkpoint a mixture, at output/<mixture name>, and return those now published.
 
-    Elements are summed in float32 and rounded once to the components' type. The result is a Megatron run's root (tracker and
-    release/ or iter_*/) with the model only, and loads with a plain --load: optimizer and random state are not carried,
-    consumed samples are zero, `_extra_state` and tensors of other types come from the first component. demix_merge.json says
-    what was merged. Equal inputs give equal bytes, whatever the number of threads. A mixture that is already there is skipped.
+    Elements are summed in float32 and rounded once to the components' type, or to dtype. The result is a Megatron run's root
+    (tracker and release/ or iter_*/) with the model only, and loads with a plain --load: optimizer and random state are not
+    carried, consumed samples are zero, `_extra_state` and tensors of other types come from the first component.
+    demix_merge.json says what was merged. Equal inputs give equal bytes, whatever the number of threads. A mixture that is
+    already there is skipped.
 
+    dtype: of what is written; components may then be of any of the three, each read as it is. Tensors that models of half
+    precision have in float32 stay so. None: the components', which then have to be alike.
     method: what the weights mean (megatron_demix.merge.methods); None: a plain weighted average. layout: release starts at
     iteration 0; iter keeps the first component's iteration. max_chunk: cut tensors anew, into chunks of at most so many bytes
     and one layer or expert; None: as the first component is cut. worker (i, n): one of n processes that write together, on any
@@ -74,6 +78,7 @@ def merge_checkpoints(
             worker=worker,
             into_output=into_output,
             method=method,
+            dtype=dtype,
         )
         return write_merge(merge, threads=threads, progress=progress, verify=verify, max_memory=max_memory)
 
@@ -109,6 +114,7 @@ def plan_merge(
     worker: tuple[int, int] | None = None,
     into_output: bool = False,
     method: Method | None = None,
+    dtype: Dtype | None = None,
     said: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Merge:
     """Check all of merge_checkpoints that needs no elements, and write nothing. Raises as it does.
@@ -116,6 +122,8 @@ def plan_merge(
     said: more plain facts for demix_merge.json, by mixture."""
     if layout not in get_args(Layout):
         raise ConfigError(f"layout is {layout!r}, expected one of {', '.join(get_args(Layout))}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if into_output and len(mixtures) != 1:
         raise ConfigError(f"{len(mixtures)} mixtures cannot be written to {output} itself: give it one, or a folder for all.")
     if max_chunk is not None and max_chunk < 1:
@@ -130,7 +138,7 @@ def plan_merge(
     _check_outside(targets, parts)
     if worker is None:
         check_maps(parts.num_files, f"the tensors of {len(parts.names)} components")
-    job = Job(parts, layout, method.bind(parts), max_chunk, shared=worker is not None)
+    job = Job(parts, layout, method.bind(parts), max_chunk, dtype, shared=worker is not None)
     provenances = [
         job.provenance(name, row, normalize) | dict((said or {}).get(name, {}))
         for name, row in zip(mixtures, weights_MK, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from megatron_demix.artifact import fingerprint
 from megatron_demix.checkpoint.common_state import merged_common_state
 from megatron_demix.checkpoint.layout import iteration_folder
+from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.output import Output, is_published
 from megatron_demix.checkpoint.pickles import write_pickle
 from megatron_demix.checkpoint.run_config import RUN_CONFIG, merged_run_config
@@ -27,6 +29,8 @@ from megatron_demix.merge.plan import Box, BytePlan
 from megatron_demix.merge.weights import Normalize
 
 Layout = Literal["release", "iter"]
+Dtype = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PROVENANCE = "demix_merge.json"
 _NAMED = 4  # in a warning; demix_merge.json has all
 
@@ -35,10 +39,23 @@ class Job:
     """What all outputs of a merge have in common: targets, placement, copied items, common state."""
 
     def __init__(
-        self, parts: Components, layout: Layout, method: BoundMethod, max_chunk: int | None, *, shared: bool = False
+        self,
+        parts: Components,
+        layout: Layout,
+        method: BoundMethod,
+        max_chunk: int | None,
+        dtype: Dtype | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
-        """shared: other processes write parts of it, so that most of the components' files are of no use to this one."""
+        """dtype: what is written; None: what the components are, all of them.
+
+        shared: other processes write parts of it, so that most of the components' files are of no use to this one."""
         self.parts = parts
+        self.dtype = dtype
+        if dtype is None:
+            parts.check_one_precision()
+        self.written_as = {key: self._written_as(info) for key, info in parts.tensors.items()}
         self._shared = shared
         self.max_chunk = max_chunk
         self.method = method
@@ -55,7 +72,7 @@ class Job:
         self.placements = place(self._items())
         run_config = merged_run_config(first.location)
         self.carried = {} if run_config is None else {RUN_CONFIG: run_config}
-        self.common, self.left_out = merged_common_state(self.common_state, self.iteration)
+        self.common, self.left_out = merged_common_state(self.common_state, self.iteration, dtype and DTYPES[dtype])
         self.unknown_objects = _unknown_objects(parts)
         self.mine = self.placements
 
@@ -91,7 +108,7 @@ class Job:
 
     @cached_property
     def oracle(self) -> Oracle:
-        return make_oracle(self.parts, self.method)
+        return make_oracle(self.parts, self.method, self.written_as)
 
     @property
     def tensor_placements(self) -> list[Placement]:
@@ -115,6 +132,7 @@ class Job:
             "method": self.method.describe(name),
             "normalize": normalize,
             "max_chunk": self.max_chunk,
+            **({"dtype": self.dtype} if self.dtype else {}),
             "weights": dict(zip(self.parts.names[: len(weights)], weights.tolist(), strict=True)),
             "components": {
                 part: {"model": self._digests[k], "iteration": self.parts.checkpoints[k].location.iteration}
@@ -146,19 +164,23 @@ class Job:
         # The first one's files stay in any case: what is copied lies there.
         return [self.parts.digest(k, keep=k == 0 or not self._shared) for k in range(len(self.parts.names))]
 
+    def _written_as(self, info: TensorInfo) -> str:
+        return info.dtype if self.dtype is None else "float32" if self.parts.kept_in_float32(info.key) else DTYPES[self.dtype]
+
     def _items(self) -> list[TensorItem | CopiedItem]:
         """In the order the first component stores them, so that reading it is sequential; what is cut anew lies together."""
         first = self.parts.checkpoints[0]
         located: list[tuple[tuple, TensorItem | CopiedItem]] = []
         for info in self.parts.tensors.values():
+            dtype = self.written_as[info.key]
             if self.max_chunk is None:
                 for chunk in info.chunks:
-                    item = TensorItem(info.key, info.dtype, info.shape, chunk.offset, chunk.shape)
+                    item = TensorItem(info.key, dtype, info.shape, chunk.offset, chunk.shape)
                     located.append(((chunk.location.file, chunk.location.position), item))
             else:
                 first_place = min((chunk.location.file, chunk.location.position) for chunk in info.chunks)
-                for offset, shape in cut_anew(info, self.max_chunk):
-                    located.append((first_place, TensorItem(info.key, info.dtype, info.shape, offset, shape)))
+                for offset, shape in cut_anew(replace(info, dtype=dtype), self.max_chunk):
+                    located.append((first_place, TensorItem(info.key, dtype, info.shape, offset, shape)))
         for info in self.parts.copied.values():
             for chunk in info.chunks:
                 data = first.sound_blob(chunk.location, info.key).data

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
@@ -42,23 +42,25 @@ _EPS32 = 2.0**-24
 class Oracle(ABC):
     """What the elements of merges of these components by one method should be."""
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, dtypes: Mapping[str, str]) -> None:
+        """dtypes: of what is written, by tensor."""
         self.components = components
+        self.dtypes = dtypes
 
     @abstractmethod
     def mixture(self, weights_K: np.ndarray, name: str) -> Expectation:
         """For the mixture of this name. Whole tensors that its elements belong to are read when they are asked for."""
 
 
-def make_oracle(components: Components, bound: BoundMethod) -> Oracle:
-    """The oracle of a method that was bound to the components."""
+def make_oracle(components: Components, bound: BoundMethod, dtypes: Mapping[str, str]) -> Oracle:
+    """The oracle of a method that was bound to the components. dtypes: of what is written, by tensor."""
     method, fused = bound.method, bound.describe().get("fused", {})
     if isinstance(method, Spherical):
-        return _SphericalOracle(components, method, fused)
+        return _SphericalOracle(components, dtypes, method, fused)
     if isinstance(method, Sparse):
-        return _SparseOracle(components, method, fused)
+        return _SparseOracle(components, dtypes, method, fused)
     assert isinstance(method, Linear)
-    return _LinearOracle(components, method)
+    return _LinearOracle(components, dtypes, method)
 
 
 # --- logical tensors ------------------------------------------------------------------------------------------------
@@ -144,8 +146,8 @@ def _logical(key: str, shape: Shape, index: Shape, fused: tuple[tuple[str, Any],
 class _ByTensor(Oracle):
     """An oracle that looks at whole logical tensors."""
 
-    def __init__(self, components: Components, fused: dict[str, Any]) -> None:
-        super().__init__(components)
+    def __init__(self, components: Components, dtypes: Mapping[str, str], fused: dict[str, Any]) -> None:
+        super().__init__(components, dtypes)
         self._fused = tuple(sorted(fused.items()))
 
     def groups(self, key: str, indices: np.ndarray) -> Iterator[tuple[_Logical, np.ndarray]]:
@@ -159,8 +161,8 @@ class _ByTensor(Oracle):
 
 
 class _LinearOracle(_ByTensor):
-    def __init__(self, components: Components, method: Linear) -> None:
-        super().__init__(components, {})
+    def __init__(self, components: Components, dtypes: Mapping[str, str], method: Linear) -> None:
+        super().__init__(components, dtypes, {})
         self._method = method
 
     def mixture(self, weights_K: np.ndarray, name: str) -> Expectation:
@@ -171,7 +173,7 @@ class _LinearOracle(_ByTensor):
             for logical, members in groups:
                 coefficients = self._coefficients(weights_K, logical.name if logical else "", name)
                 results[members] = linear(coefficients, values[:, members])
-                bounds[members] = error_bound(coefficients, values[:, members], self.components.tensors[key].dtype)
+                bounds[members] = error_bound(coefficients, values[:, members], self.dtypes[key])
             return [Expected(results, bounds)]
 
         return expect
@@ -195,8 +197,8 @@ class _LinearOracle(_ByTensor):
 
 
 class _SphericalOracle(_ByTensor):
-    def __init__(self, components: Components, method: Spherical, fused: dict[str, Any]) -> None:
-        super().__init__(components, fused)
+    def __init__(self, components: Components, dtypes: Mapping[str, str], method: Spherical, fused: dict[str, Any]) -> None:
+        super().__init__(components, dtypes, fused)
         self._method = method
         self._products: dict[_Logical, np.ndarray] = {}
 
@@ -209,7 +211,7 @@ class _SphericalOracle(_ByTensor):
                     coefficients = np.append(coefficients, 1 - math.fsum(coefficients))
                 parts = component_values(self.components, key, indices[members])
                 values[members] = linear(coefficients, parts)
-                bounds[members] = error_bound(coefficients, parts, self.components.tensors[key].dtype)
+                bounds[members] = error_bound(coefficients, parts, self.dtypes[key])
             return [Expected(values, bounds)]
 
         return expect
@@ -230,8 +232,8 @@ class _SphericalOracle(_ByTensor):
 
 
 class _SparseOracle(_ByTensor):
-    def __init__(self, components: Components, method: Sparse, fused: dict[str, Any]) -> None:
-        super().__init__(components, fused)
+    def __init__(self, components: Components, dtypes: Mapping[str, str], method: Sparse, fused: dict[str, Any]) -> None:
+        super().__init__(components, dtypes, fused)
         self._method = method
         self._kept: dict[tuple[str, bytes], np.ndarray] = {}
 
@@ -241,7 +243,7 @@ class _SparseOracle(_ByTensor):
             at = (key, indices.tobytes())
             if at not in self._kept:  # the same for all mixtures
                 self._kept = {at: self._thinned(key, indices, parts)}
-            return self._sums(weights_K, self._kept[at], parts[-1], self.components.tensors[key].dtype)
+            return self._sums(weights_K, self._kept[at], parts[-1], self.dtypes[key])
 
         return expect
 

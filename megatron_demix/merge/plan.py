@@ -99,21 +99,21 @@ class BytePlan:
                     regions.append(region)
         if len(regions) == 1 and all(_is_contiguous(box.shape, strides) for strides in regions[0].views):
             # One run: the native side can then cut it anywhere, so that tiles of a file stay aligned.
-            target = self.native.add_target([num_elements], infos[0].dtype, box.dtype)
+            target = self.native.add_target([num_elements], _dtypes(infos), box.dtype)
             one = regions[0]
             regions = [
                 _Region([0], [num_elements], one.records, one.byte_offsets, [(1,)] * len(infos), one.part, one.index,
                         (1,) if one.index_strides else ())
             ]  # fmt: skip
         else:
-            target = self.native.add_target(box.shape or (1,), infos[0].dtype, box.dtype)
+            target = self.native.add_target(box.shape or (1,), _dtypes(infos), box.dtype)
         self._add_regions(target, regions)
 
     def add_part(self, part: Part) -> int:
         """Plan a whole logical tensor as a target to be read: its rows come in its own order. Returns its index."""
         infos = self.components.infos(part.key)
         shape = (*(1 for _ in part.stack), *part.shape)
-        target = self.native.add_target(shape or (1,), infos[0].dtype, infos[0].dtype)
+        target = self.native.add_target(shape or (1,), _dtypes(infos), infos[0].dtype)
         if not math.prod(shape):
             return target
         grids = self.components.grids(part.key)
@@ -206,6 +206,10 @@ class BytePlan:
             self._chunks.append((k, info.key, chunk))
         inside = sum((a - o) * s for a, o, s in zip(lo, chunk.offset, payload.strides, strict=True))
         return self._records[at], payload.offset_bytes + inside * ITEM_BYTES[info.dtype], payload.strides
+
+
+def _dtypes(infos: Sequence[TensorInfo]) -> list[str]:
+    return [info.dtype for info in infos]
 
 
 def _cells(lo: Shape, hi: Shape, grids: Sequence[Grid]) -> list[tuple[Shape, Shape]]:

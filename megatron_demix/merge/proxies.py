@@ -96,8 +96,9 @@ class ProxyMerger:
                 raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
             self._method.prepare(self._plan, self._threads)
             recipe = self._method.recipe(weights_MK, list(mixtures))
-            # Coefficients that differ between tensors, and deltas, are the CPU's work: the device sums whole parameters.
-            linear = self._method.partition is None and recipe.deltas is None
+            # Coefficients that differ between tensors, deltas, and components of several types are the CPU's work: the device
+            # sums whole parameters that are stored alike.
+            linear = self._method.partition is None and recipe.deltas is None and self.components.in_one_precision
             self._device = DeviceMerge(self.components, self._live, self._threads, allowed=linear and contiguous)
         else:
             recipe = self._method.recipe(weights_MK, list(mixtures))

@@ -51,9 +51,10 @@ class MergePlan:
         address, _ = data.__array_interface__["data"]  # data.ctypes makes an object of its own for each of very many records
         return self._plan.add_record(address, data.nbytes, crc)
 
-    def add_target(self, shape: Sequence[int], dtype_in: str, dtype_out: str) -> int:
-        """A box of 1 to 8 dimensions. Returns its index."""
-        index = self._plan.add_target(list(shape), _DTYPES[dtype_in][0], _DTYPES[dtype_out][0])
+    def add_target(self, shape: Sequence[int], dtype_in: str | Sequence[str], dtype_out: str) -> int:
+        """A box of 1 to 8 dimensions. dtype_in: of all sources, or [K] of each. Returns its index."""
+        stored = [dtype_in] * self.num_sources if isinstance(dtype_in, str) else dtype_in
+        index = self._plan.add_target(list(shape), [_DTYPES[dtype][0] for dtype in stored], _DTYPES[dtype_out][0])
         self._targets.append((math.prod(shape), dtype_out))
         return index
 

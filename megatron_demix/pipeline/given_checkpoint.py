@@ -75,7 +75,9 @@ def check_precision(study: Study, base: str, dtype: str | None) -> None:
         raise IncompatibleInputs(
             f"study {study.name!r}: the base {base} is {dtype}, and components are trained as {trained} (train.precision); "
             f"merge.method {study.merge.method} with these options subtracts one from the other, in one type. Give a base that "
-            f"is {trained}, set train.precision to its type, or merge without the base (method linear, no scale)."
+            f"is {trained} (tools/merge_dist_ckpt.py CHECKPOINT:1 --dtype {study.train.precision} --output NEW writes it; "
+            "tools/convert_hf.py import makes a checkpoint of a Hugging Face folder), set train.precision to its type, or "
+            "merge without the base (method linear, no scale)."
         )
 
 

@@ -100,12 +100,15 @@ void random_checksums() {
 }
 
 void random_plan() {
-    const DType in = DType(draw(0, 2)), out = DType(draw(0, 2));
+    const DType out = DType(draw(0, 2));
     const int dims = int(draw(1, 4)), num_sources = int(draw(0, 4) ? draw(1, 5) : draw(6, 20)), num_mixtures = int(draw(1, 5));
     std::vector<std::int64_t> shape;
     std::int64_t elements = 1;
     for (int d = 0; d < dims; ++d) shape.push_back(draw(1, dims == 1 ? 5000 : 17)), elements *= shape[d];
-    const std::size_t size_in = item_size(in), size_out = item_size(out);
+    const std::size_t size_out = item_size(out);
+    std::vector<DType> in(num_sources, DType(draw(0, 2)));  // of one type, or of several
+    if (draw(0, 2) == 0)
+        for (DType& type : in) type = DType(draw(0, 2));
 
     MergePlan plan(num_sources);
     plan.add_target(shape, in, out);
@@ -113,13 +116,13 @@ void random_plan() {
     std::vector<std::unique_ptr<Bytes>> sources;
     std::vector<std::vector<std::int64_t>> strides;
     for (int k = 0; k < num_sources; ++k) {
-        sources.push_back(std::make_unique<Bytes>(std::size_t(elements) * size_in, draw(0, 1)));
+        sources.push_back(std::make_unique<Bytes>(std::size_t(elements) * item_size(in[k]), draw(0, 1)));
         char* p = sources.back()->data();
         for (std::int64_t i = 0; i < elements; ++i) {
             const float value = float(draw(-1000, 1000)) / 64;
-            if (in == DType::f32) store_element<DType::f32>(p, i, value);
-            if (in == DType::bf16) store_element<DType::bf16>(p, i, value);
-            if (in == DType::f16) store_element<DType::f16>(p, i, value);
+            if (in[k] == DType::f32) store_element<DType::f32>(p, i, value);
+            if (in[k] == DType::bf16) store_element<DType::bf16>(p, i, value);
+            if (in[k] == DType::f16) store_element<DType::f16>(p, i, value);
         }
         std::vector<int> order;
         for (int d = 0; d < dims; ++d) order.push_back(d);
@@ -132,10 +135,10 @@ void random_plan() {
     }
     // Bytes that are not those whose CRC was promised, at one place of any sources, and the same damage in each.
     std::vector<bool> damaged(num_sources, false);
-    const std::size_t place = std::size_t(draw(0, elements - 1)) * size_in;
+    const std::size_t place = std::size_t(draw(0, elements - 1));
     const char damage = char(draw(1, 7));
     for (int k = 0; k < num_sources; ++k)
-        if (draw(0, 3) == 0) damaged[k] = true, sources[k]->data()[place] ^= damage;
+        if (draw(0, 3) == 0) damaged[k] = true, sources[k]->data()[place * item_size(in[k])] ^= damage;
     std::vector<std::vector<std::int64_t>> edges(dims);
     for (int d = 0; d < dims; ++d) {
         std::set<std::int64_t> cuts = {0, shape[d]};
@@ -154,7 +157,7 @@ void random_plan() {
         for (int k = 0; k < num_sources; ++k) {
             std::int64_t from = 0;
             for (int d = 0; d < dims; ++d) from += lo[d] * strides[k][d];
-            offsets.push_back(std::uint64_t(from) * size_in);
+            offsets.push_back(std::uint64_t(from) * item_size(in[k]));
             records.push_back(k);
             flat.insert(flat.end(), strides[k].begin(), strides[k].end());
         }
@@ -191,7 +194,7 @@ void random_plan() {
     const auto value = [&](int k, std::int64_t i) {  // of element i of the target, in its order
         std::int64_t from = 0;
         for (int d = dims - 1; d >= 0; --d) from += i % shape[d] * strides[k][d], i /= shape[d];
-        return float(read(sources[k]->data() + from * size_in, in));
+        return float(read(sources[k]->data() + from * item_size(in[k]), in[k]));
     };
     check_statistics(plan, isa, elements, value);
     DeltaRules rules;
@@ -277,7 +280,7 @@ void changing_source() {
     MergePlan plan(2);
     plan.add_record(values.data(), n * sizeof(float), 0);
     plan.add_record(base.data(), n * sizeof(float), 0);
-    plan.add_target({n}, DType::f32, DType::f32);
+    plan.add_target({n}, {DType::f32, DType::f32}, DType::f32);
     plan.add_region(0, {0}, {n}, 0, {0, 1}, {0, 0}, {1, 1});
     std::atomic<bool> done{false};
     std::thread changes([&] {

@@ -48,7 +48,7 @@ def test_components_of_different_models(parts, tmp_path):
     wide = write_checkpoint(tmp_path / "f", small_model(3, torch.float32))
     refuse(
         IncompatibleInputs,
-        "is bfloat16 in 'a' and float32 in 'f'. Save all components in one precision",
+        "is bfloat16 in 'a' and float32 in 'f'. Say in which type the merge is to be written \\(--dtype\\), or save all",
         parts | {"f": wide},
         tmp_path,
     )
@@ -83,6 +83,7 @@ def test_weights_are_never_normalised_silently(parts, tmp_path):
     with pytest.raises(MixtureError, match=r"no mixtures to merge"):
         merge_checkpoints(parts, {}, tmp_path / "out", progress=False)
     refuse(ConfigError, "normalize is 'always'", parts, tmp_path, normalize="always")
+    refuse(ConfigError, "dtype is 'bfloat16', expected one of bf16, fp16, fp32", parts, tmp_path, dtype="bfloat16")
     with pytest.warns(UserWarning, match=r"weights sum to 0.5; divided by the sum"):
         merge_checkpoints(parts, {"w": {"a": 0.5}}, tmp_path / "ok", normalize="warn", progress=False)
     merge_checkpoints(parts, {"x": {"a": 1.5, "b": -0.5}}, tmp_path / "ok", normalize="off", progress=False, verify="full")
