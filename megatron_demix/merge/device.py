@@ -30,7 +30,7 @@ class DeviceMerge:
     def __init__(self, components: Components, live: Sequence[LiveTensor], threads: int | None, *, allowed: bool) -> None:
         """allowed: whether the sum is one that the kernels make. A device without room leaves it to the CPU, with a warning.
 
-        Raises ConfigError where CUDA is asked for, and is not there or has no room."""
+        Raises ConfigError where CUDA is asked for, and is not there or has no room; RuntimeError where CUDA fails otherwise."""
         self._method: ResidentComponents | StreamedComponents | None = None
         self._compared = self._chosen = False
         device = _one_device(live)
@@ -44,7 +44,9 @@ class DeviceMerge:
                 self._method = ResidentComponents(components, live, threads)
             else:
                 self._method = StreamedComponents(components, live, threads, device)
-        except RuntimeError as e:  # torch.OutOfMemoryError is one, and so is what pinning memory ends with
+        except RuntimeError as e:
+            if not _no_memory(e):
+                raise
             why, _, _ = str(e).partition("\n")
             said = f"{device} has no room to merge proxies ({why})"
             if cuda.required():
@@ -98,7 +100,10 @@ class Staged:
 
             try:
                 self.written = torch.empty(target.shape, dtype=target.dtype, pin_memory=pinned and target.device.type == "cuda")
-            except RuntimeError:  # no more may be pinned: the copy takes longer
+            except RuntimeError as e:
+                if not _no_memory(e):
+                    raise
+                # No more may be pinned: the copy takes longer.
                 self.written = torch.empty(target.shape, dtype=target.dtype)
 
     @property
@@ -119,6 +124,12 @@ def _one_device(live: Sequence[LiveTensor]) -> torch.device | None:
     devices = {tensor.tensor.device for tensor in live}
     one = next(iter(devices)) if len(devices) == 1 else None
     return one if one is not None and one.type == "cuda" else None
+
+
+def _no_memory(e: RuntimeError) -> bool:
+    """Whether the device, or what may be pinned of the host's memory, is full. torch has a class for the device's alone."""
+    said = str(e).lower()
+    return "out of memory" in said or "can't allocate memory" in said
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -64,7 +64,7 @@ class StreamedComponents:
     ) -> None:
         """live: one set, as a pattern of keys, places and types. weighted_sum: of tensors on `device`.
 
-        Raises RuntimeError where the device, or what may be pinned, has no room for two batches.
+        Raises RuntimeError as torch does where the device, or what may be pinned, has no room for two batches.
         """
         self._num_components = len(components.checkpoints)
         self._threads, self._device, self._weighted_sum = threads, device, weighted_sum

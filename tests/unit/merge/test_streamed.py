@@ -117,6 +117,10 @@ def test_what_is_kept_on_a_device_are_the_components(parts, monkeypatch, staged)
             assert bits(sources[k]) == bits(small_model(k)[tensor.key])
 
 
+def cuda_fails():
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
 class WrongSums:
     """A device that copies, and cannot add."""
 
@@ -141,19 +145,26 @@ def test_a_device_is_compared_with_the_cpu_in_a_merge_that_sums(parts, monkeypat
         merger.merge({"a": 0.5, "b": 0.5})
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_a_device_without_room_leaves_merges_to_the_cpu(parts, monkeypatch, fits):
-    """Another process may have taken the memory, or no more of the host's may be pinned."""
+def device_that_raises(monkeypatch, error, *, fits):
+    """Where components are to be kept on it, or streamed to it."""
 
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee the documentation")
+    def fail(*_, **__):
+        raise error
 
     monkeypatch.setattr(device, "_one_device", lambda live: torch.device("cuda:0"))
     monkeypatch.setattr(device, "fits_on_device", lambda *_: fits)
-    monkeypatch.setattr(device, "ResidentComponents" if fits else "StreamedComponents", full)
+    monkeypatch.setattr(device, "ResidentComponents" if fits else "StreamedComponents", fail)
     for name in ("available", "runs_on"):
         monkeypatch.setattr(cuda, name, lambda *_: True)
     monkeypatch.delenv("MEGATRON_DEMIX_CUDA", raising=False)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_a_device_without_room_leaves_merges_to_the_cpu(parts, monkeypatch, error, fits):
+    """Another process may have taken the memory, or no more of the host's may be pinned."""
+    full = error("CUDA out of memory. Tried to allocate 20 GiB.\nSee the documentation")
+    device_that_raises(monkeypatch, full, fits=fits)
     got, expected = live_model(), live_model()
     merger = ProxyMerger(parts, got)
     said = r"cuda:0 has no room to merge proxies \(CUDA out of memory. Tried to allocate 20 GiB.\)"
@@ -165,6 +176,13 @@ def test_a_device_without_room_leaves_merges_to_the_cpu(parts, monkeypatch, fits
     monkeypatch.setattr(device, "_one_device", lambda live: None)
     ProxyMerger(parts, expected).merge(WEIGHTS[0])
     assert all(bits(a.tensor) == bits(b.tensor) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_device_that_fails_is_not_taken_for_a_full_one(parts, monkeypatch, fits):
+    device_that_raises(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"), fits=fits)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access was encountered$"):
+        ProxyMerger(parts, live_model()).merge(WEIGHTS[0])
 
 
 def test_results_that_cannot_be_pinned_are_staged_all_the_same(monkeypatch):
@@ -180,3 +198,6 @@ def test_results_that_cannot_be_pinned_are_staged_all_the_same(monkeypatch):
     target = SimpleNamespace(device=torch.device("cuda:0"), shape=(2, 3), dtype=torch.bfloat16)
     assert Staged(target, pinned=True).written.shape == (2, 3)
     assert asked == [True, False]
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: cuda_fails())
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        Staged(target, pinned=True)
