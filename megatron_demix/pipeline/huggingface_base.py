@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_demix.artifact import write_json
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -15,6 +15,9 @@ from megatron_demix.pipeline.stage import POINTER, Stage
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.derived import ffn_hidden_size, padded_vocab_size
+
+if TYPE_CHECKING:
+    from megatron_demix.huggingface.importing import TransformerImpl
 
 IMPORTED = "imported"
 # Of a study's model: what a Hugging Face folder says nothing of.
@@ -46,10 +49,11 @@ def with_base(study: Study, root: Path, digests: InputDigests) -> Study:
             f"study {study.name!r}: base.huggingface {folder} is another model than the study's. It has "
             f"{', '.join(differing)}. Set these; `tools/convert_hf.py import` prints the whole section."
         )
-    if described.num_experts is not None and study.model.transformer_impl == "auto":
+    stock = study.trainer.backend == "megatron_lm"
+    if stock and described.num_experts is not None and study.model.transformer_impl == "auto":
         raise ConfigError(
-            f"study {study.name!r}: with experts, the names of the base's tensors depend on who loads it. Set "
-            "model.transformer_impl to transformer_engine (GPUs) or local."
+            f"study {study.name!r}: stock Megatron-LM (trainer.backend) loads a base with experts only under the names of its "
+            "own layers. Set model.transformer_impl to transformer_engine if that is installed where it trains, else to local."
         )
     rows = padded_vocab_size(study.model, study.parallel, described.vocab_size)
     return study.model_copy(update={"model": study.model.model_copy(update={"padded_vocab_size": rows})})
@@ -74,6 +78,8 @@ def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stag
     """The stage whose artifact holds the folder as a checkpoint, cut for the study's parallelism."""
     assert study.base.huggingface is not None
     folder = root / study.base.huggingface
+    # Our trainer knows both names of the norm before experts; stock Megatron-LM has to be told whose layers there are.
+    layers: TransformerImpl = "local" if study.model.transformer_impl == "local" else "transformer_engine"
 
     def digest() -> str:
         read_config(folder)  # raises where there is none
@@ -83,7 +89,7 @@ def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stag
     settings = {
         "huggingface": digests.answer(str(folder), digest, kind="huggingface weights"),
         "padded_vocab_size": study.model.padded_vocab_size,
-        "transformer_impl": study.model.transformer_impl if study.model.num_experts is not None else None,
+        "transformer_impl": layers if study.model.num_experts is not None else None,
     }
 
     def make(target: Path) -> None:
@@ -95,7 +101,7 @@ def imported(study: Study, root: Path, run: Path, digests: InputDigests) -> Stag
             folder,
             target / IMPORTED,
             layout=Layout(parallel.tensor, parallel.pipeline, rows // parallel.tensor),
-            transformer_impl="local" if study.model.transformer_impl == "local" else "transformer_engine",
+            transformer_impl=layers,
             progress=False,
         )
         embedding = Checkpoint(target / IMPORTED, read_ahead=False).model_tensors[EMBEDDING]

@@ -64,12 +64,13 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, VOCAB, (2, SEQUENCE), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_there_and_back(name, tokens, tmp_path):
+@pytest.mark.parametrize(("name", "layers"), [*((name, "local") for name in MODELS), ("qwen3_moe", "transformer_engine")])
+def test_there_and_back(name, layers, tokens, tmp_path):
+    """The model here has local layers: it loads a base that was made for either."""
     kind, settings = MODELS[name]
     original = save_model(tmp_path / "hf", kind, **settings)
     layout = Layout(tensor=2, pipeline=2, make_vocab_size_divisible_by=64)
-    arguments = import_folder(tmp_path / "hf", tmp_path / "base", layout=layout, transformer_impl="local", progress=False)
+    arguments = import_folder(tmp_path / "hf", tmp_path / "base", layout=layout, transformer_impl=layers, progress=False)
 
     spec = ModelSpec(**arguments.study(), make_vocab_size_divisible_by=16)
     expected = logits_of(original, tokens)

@@ -120,7 +120,7 @@ def test_an_embedding_is_not_cut(folder):
     assert dag(folder, "model.padded_vocab_size=400").study.model.padded_vocab_size == 400
 
 
-def test_with_experts_the_layers_have_to_be_named(folder):
+def test_with_experts_stock_megatron_lm_has_to_be_told_its_layers(folder):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
     shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.Qwen3MoeConfig(
@@ -135,8 +135,14 @@ def test_with_experts_the_layers_have_to_be_named(folder):
         "model.moe_ffn_hidden_size=16",
         "model.moe_aux_loss_coeff=0.001",
     ]
-    with pytest.raises(ConfigError, match=r"Set model.transformer_impl to transformer_engine \(GPUs\) or local"):
-        dag(folder, *settings)
+    assert dag(folder, *settings).study.model.padded_vocab_size == 512
+    stock = ["trainer.backend=megatron_lm", "trainer.checkout=/somewhere"]
+    with pytest.raises(
+        ConfigError, match=r"Set model.transformer_impl to transformer_engine if that is installed where it tra"
+    ):
+        dag(folder, *settings, *stock)
+    named = [dag(folder, *settings, f"model.transformer_impl={impl}") for impl in ("transformer_engine", "local")]
+    assert [each.base.key == dag(folder, *settings).base.key for each in named] == [True, False]
     assert dag(folder, *settings, "model.transformer_impl=local").study.model.padded_vocab_size == 512
     with pytest.raises(IncompatibleInputs, match=r"It has model.moe_aux_loss_coeff: 0.001 \(found 0.01\)\. Set"):
         dag(folder, *settings[:-1])
