@@ -34,6 +34,20 @@ def known_as(key: str, mine: Container[str], others: Container[str]) -> str:
     return key
 
 
+class _StackedOrNot(Container[str]):
+    """Keys, each also in the form the other side may have it in: a layer by itself as the stack, a stack as its layers."""
+
+    def __init__(self, keys: Container[str]) -> None:
+        self._keys = keys
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        stacked, single = _STACKED.fullmatch(key), _SINGLE.fullmatch(key)
+        other = f"{stacked[1]}0.{stacked[2]}" if stacked else single[1] + single[3] if single else key
+        return key in self._keys or other in self._keys
+
+
 def with_keys(tensors: Mapping[str, TensorInfo], keys: Iterable[str]) -> dict[str, TensorInfo]:
     """The tensors, with those of the same layers seen under the names of `keys`. What fits none of them stays as it is.
 
@@ -41,7 +55,8 @@ def with_keys(tensors: Mapping[str, TensorInfo], keys: Iterable[str]) -> dict[st
     """
     keys = list(keys)
     wanted = set(keys)
-    left = {name: replace(info, key=name) for key, info in tensors.items() for name in [known_as(key, tensors, wanted)]}
+    mine, others = _StackedOrNot(tensors), _StackedOrNot(wanted)
+    left = {name: replace(info, key=name) for key, info in tensors.items() for name in [known_as(key, mine, others)]}
     if not any(map(_HALF.fullmatch, keys)):
         left = _halves_joined(left)
     if not any(map(_SINGLE_EXPERT.fullmatch, keys)):

@@ -43,21 +43,26 @@ def parts(tmp_path):
     }
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_the_norm_before_experts_is_one_with_and_without_transformer_engine(tmp_path, first):
+@pytest.mark.parametrize(("first", "layers_apart"), [(f, apart) for f in (False, True) for apart in ("", "a", "b", "ab")])
+def test_the_norm_before_experts_is_one_with_and_without_transformer_engine(tmp_path, first, layers_apart):
     norm, te = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"
 
     def named(seed, name):
         others = {key: tensor for key, tensor in small_model(seed).items() if key != norm}
-        return others | {name: torch.full((2, 8), seed + 1.0, dtype=torch.bfloat16)}
+        experts = {key: torch.full((2, 3, 4, 8), seed + 1.0, dtype=torch.bfloat16)}
+        model = others | experts | {name: torch.full((2, 8), seed + 1.0, dtype=torch.bfloat16)}
+        return by_layer(model) if "ab"[seed] in layers_apart else model
 
+    key = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
     names = (te, norm) if first else (norm, te)
     parts = {n: write_checkpoint(tmp_path / n, named(i, name)) for i, (n, name) in enumerate(zip("ab", names, strict=True))}
     merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False, verify="full")
     merged = read_checkpoint(tmp_path / "out" / "m" / "release")
     assert merged.keys() == named(0, names[0]).keys()
-    assert (merged[names[0]] == 1.5).all()
-    both = write_checkpoint(tmp_path / "c", named(1, norm) | named(1, te))
+    for name in (names[0], key):
+        for found in [name] if "a" not in layers_apart else by_layer({name: torch.zeros(2)}):
+            assert (merged[found] == 1.5).all()
+    both = write_checkpoint(tmp_path / "c", named(0, norm) | named(0, te))
     with pytest.raises(IncompatibleInputs, match=r"norm.*weight' is in 'c' but not in 'a'"):
         Components({"a": parts["a"], "c": both})
 
