@@ -69,6 +69,17 @@ def test_output_is_a_run_that_loads_from_its_start(parts, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_release_is_of_iteration_0_wherever_its_components_were(parts, tmp_path):
+    """Megatron-LM would skip the samples of the iterations before it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    parts["a"].rename(run / "iter_0000100")
+    (run / TRACKER).write_text("100")
+    (path,) = merge_checkpoints(parts | {"a": run}, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    common = torch.load(path / "release" / "common.pt", weights_only=False)
+    assert (common["iteration"], common["args"].iteration) == (0, 0)
+
+
 def test_iteration_layout(parts, tmp_path):
     (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
     assert (path / "latest_checkpointed_iteration.txt").read_text() == "100"
@@ -174,6 +185,15 @@ def test_done_is_skipped_and_other_things_are_not_overwritten(parts, tmp_path):
         merge_checkpoints(parts, {"m": WEIGHTS}, parts["a"], into_output=True, progress=False)
     os.truncate(path / "release" / "__0_0.distcp", 100)
     with pytest.raises(CorruptInput, match=r"missing or not .* bytes long.*make it again"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("order", [3, None, [["a"], 5]])
+def test_what_others_have_said_of_a_checkpoint_is_something_else(parts, tmp_path, order):
+    (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    said = path / "release" / "demix_merge.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"order": order}))
+    with pytest.raises(OutputExists, match="made from other inputs or settings"):
         merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
 
 
@@ -305,4 +325,8 @@ def test_objects_that_are_not_known_are_named(tmp_path):
     said_of = {name: json.loads((tmp_path / "out" / name / "release" / "demix_merge.json").read_text()) for name in "mn"}
     assert said_of["n"]["unknown_objects"] == ["router.map"]
     assert "unknown_objects" not in said_of["m"]
+    del said_of["n"]["unknown_objects"]
+    (tmp_path / "out" / "n" / "release" / "demix_merge.json").write_text(json.dumps(said_of["n"]))
+    with pytest.warns(UserWarning, match="are not merged"):  # an earlier version said nothing of them, and made the same
+        merge_checkpoints(parts, {"n": {"a": 1.0}}, tmp_path / "out", progress=False)
     assert "rng_state_emb" in Checkpoint(tmp_path / "out" / "m").model_tensors
