@@ -123,6 +123,25 @@ def test_nothing_is_written_where_all_was_known(texts, tmp_path):
     assert look() != before
 
 
+def test_what_was_read_is_known_through_a_link(texts, tmp_path, monkeypatch):
+    first = InputDigests(tmp_path / "cache.json")
+    expected = first.of(texts[:1])
+    first.save()
+    (tmp_path / "link").symlink_to(texts[0].parent)
+    monkeypatch.setattr(inputs, "_digest", lambda path, *how: pytest.fail(f"{path} is read again"))
+    assert InputDigests(tmp_path / "cache.json").of([tmp_path / "link" / texts[0].name]) == expected
+
+
+def test_where_inputs_may_be_absent_only_digests_are_saved(texts, tmp_path):
+    """What stands for an absent one is no answer to remember."""
+    digests = InputDigests(tmp_path / "cache.json", absent="allowed")
+    digests.of(texts[:1])
+    digests.answer("q", lambda: 1, kind="k")
+    digests.save()
+    found = json.loads((tmp_path / "cache.json").read_text())
+    assert (list(found["files"]), found["answers"]) == ([str(texts[0])], {})
+
+
 def test_answers_are_kept_by_what_they_are_about(tmp_path):
     """Two kinds of answers to one question, and a file of that name, are three things."""
     cache = tmp_path / "cache.json"
