@@ -1,6 +1,7 @@
 """Stages: keys follow settings and needs; an artifact is there whole or not at all."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,19 @@ def test_a_failing_make_leaves_nothing(tmp_path):
         broken.finish()
     assert broken.state() == "to do"
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_what_is_not_what_it_has_to_be_is_not_published(tmp_path, ranks):
+    def judge(folder):
+        raise CorruptInput((folder / "out.txt").read_text())
+
+    a = replace(stage(tmp_path, ranks=ranks), judge=judge)
+    if ranks:
+        a.begin()
+    with pytest.raises(CorruptInput, match="hello"):
+        a.finish()
+    assert a.state() == ("partial" if ranks else "to do"), "what ranks have made stays"
 
 
 def test_damage_is_noticed(tmp_path):
