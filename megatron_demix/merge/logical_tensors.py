@@ -2,9 +2,12 @@
 
 Megatron stacks layers as [L, ...] and experts as [E, ...], and fuses projections along the rows of what is stacked:
 
-    linear_qkv   for each of num_query_groups groups: the group's query heads, then its key and its value head, kv_channels
-    rows each linear_fc1   with SwiGLU: all gate rows, then all up rows (under one key; newer versions may store
-    linear_fc1.weight_w and _v)
+    linear_qkv            for each of num_query_groups groups: the group's query heads, then its key and its value head,
+                          kv_channels rows each
+    linear_fc1            with SwiGLU: all gate rows, then all up rows (under one key; newer versions may store
+                          linear_fc1.weight_w and _v)
+    linear_kv_down_proj   of multi-latent attention: kv_lora_rank rows for the latent, then those for the keys' positions
+    linear_kv_up_proj     for each head: qk_head_dim rows of its key, then v_head_dim rows of its value
 
 What a method decides per tensor must be decided per logical tensor: a norm or a threshold over a stack of layers, or over q,
 k and v together, is another method. Sums of the same coefficients everywhere need none of this.
@@ -26,6 +29,7 @@ from megatron_demix.errors import ConfigError, IncompatibleInputs
 _STACKED_LAYERS = re.compile(r"(?:^|\.)layers\.(?!\d)")
 _STACKED_EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
 _QKV = re.compile(r"(?:^|\.)linear_qkv\.(?:weight|bias)$")
+_KV = re.compile(r"(?:^|\.)linear_kv_(up|down)_proj\.(?:weight|bias)$")
 _FC1 = re.compile(r"(?:^|\.)linear_fc1\.(?:weight|bias)$")
 
 
@@ -36,6 +40,10 @@ class FusedLayout:
     num_query_groups: int | None = None
     kv_channels: int | None = None
     swiglu: bool | None = None
+    # Of multi-latent attention, as Megatron calls them.
+    qk_head_dim: int | None = None
+    v_head_dim: int | None = None
+    kv_lora_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_query_groups", "kv_channels"):
@@ -52,7 +60,8 @@ class FusedLayout:
             channels = hidden // heads
         gated = [arguments.get(k) for k in ("swiglu", "gated_linear_unit", "quick_geglu")]
         swiglu = True if any(g is True for g in gated) else False if any(g is False for g in gated) else None
-        return cls(groups, channels, swiglu)
+        latent = ("qk_head_dim", "v_head_dim", "kv_lora_rank") if arguments.get("multi_latent_attention") else ()
+        return cls(groups, channels, swiglu, **{name: _count(arguments, name) for name in latent})
 
     def describe(self) -> dict[str, Any]:
         """What is known, by name."""
@@ -223,6 +232,8 @@ def _fused_rows(key: str, num_rows: int, layout: FusedLayout) -> list[Rows]:
             raise IncompatibleInputs(f"{key!r} has {num_rows} rows, which are no gate and up halves. Say --no-swiglu.")
         half = num_rows // 2
         return [Rows("gate", 0, half, num_rows, 1), Rows("up", half, half, num_rows, 1)] if layout.swiglu and num_rows else []
+    if latent := _KV.search(key):
+        return _latent_rows(key, num_rows, layout, up=latent[1] == "up")
     if not _QKV.search(key):
         return []
     groups, channels = layout.num_query_groups, layout.kv_channels
@@ -244,3 +255,21 @@ def _fused_rows(key: str, num_rows: int, layout: FusedLayout) -> list[Rows]:
         Rows("k", queries, channels, period, groups),
         Rows("v", queries + channels, channels, period, groups),
     ]
+
+
+def _latent_rows(key: str, num_rows: int, layout: FusedLayout, *, up: bool) -> list[Rows]:
+    keys, values, rank = layout.qk_head_dim, layout.v_head_dim, layout.kv_lora_rank
+    if keys is None or values is None or rank is None:
+        raise ConfigError(
+            f"{key!r}: how its rows fuse keys and values is not known, since the first component does not hold Megatron's "
+            "arguments of multi-latent attention. Give its whole folder, with common.pt, or use --method linear."
+        )
+    period = keys + values
+    if up and num_rows % period == 0:
+        return [Rows("k", 0, keys, period, num_rows // period), Rows("v", keys, values, period, num_rows // period)]
+    if not up and num_rows > rank:
+        return [Rows("kv", 0, rank, num_rows, 1), Rows("k_pos", rank, num_rows - rank, num_rows, 1)]
+    raise IncompatibleInputs(
+        f"{key!r} has {num_rows} rows, which do not fit qk_head_dim {keys}, v_head_dim {values} and kv_lora_rank {rank} of the "
+        "first component's arguments. Use --method linear."
+    )

@@ -1,11 +1,13 @@
 """Logical tensors: what a fused or stacked tensor falls into, how boxes are cut by them, and when that cannot be known."""
 
+import argparse
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from dist_checkpoints import read_checkpoint
+from dist_checkpoints import even_cuts, read_checkpoint, write_checkpoint
 from merge_models import saved_arguments, write_components
 
 from megatron_demix.checkpoint.metadata import TensorInfo
@@ -213,3 +215,66 @@ def test_half_precision_components_are_compared_as_they_are_stored(tmp_path):
     parts, base = write_components(tmp_path, torch.bfloat16)
     method = make_method("ties", base, density=0.2)
     merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", method=method, progress=False, verify="full")
+
+
+LATENT = {"multi_latent_attention": True, "qk_head_dim": 3, "v_head_dim": 2, "kv_lora_rank": 4}
+UP, DOWN = (f"decoder.layers.self_attention.linear_kv_{which}_proj.weight" for which in ("up", "down"))
+
+
+def latent_components(tmp_path, arguments=LATENT):
+    """Two components and their base, with 4 heads, cut by 2 ranks."""
+    common = {"args": argparse.Namespace(num_attention_heads=4, swiglu=False, **arguments)}
+    draw = torch.Generator().manual_seed(1)
+    return {
+        name: write_checkpoint(
+            tmp_path / name,
+            {UP: torch.randn(2, 20, 4, generator=draw), DOWN: torch.randn(2, 6, 8, generator=draw)},
+            {UP: even_cuts((2, 20, 4), (2, 2, 1)), DOWN: even_cuts((2, 6, 8), (1, 2, 1))},
+            common=common,
+        )
+        for name in ("a", "b", "origin")
+    }
+
+
+@pytest.mark.parametrize("method", ["multislerp", "ties"])
+def test_keys_and_values_of_latent_attention(tmp_path, method):
+    """With the oracle, and with heads and rows cut out by hand: a layer's keys alone are what they would be by themselves."""
+    parts = latent_components(tmp_path)
+    models = {name: read_checkpoint(path) for name, path in parts.items()}
+    options = {"density": 0.5} if method == "ties" else {}
+    chosen = make_method(method, parts.pop("origin"), layout=FusedLayout(), **options)
+    mixture = {"m": {"a": 0.5, "b": 0.5}}
+    (path,) = merge_checkpoints(parts, mixture, tmp_path / "out", method=chosen, progress=False, verify="full")
+    merged = read_checkpoint(path / "release")
+    cut = {
+        "k": lambda model: model[UP].view(2, 4, 5, 4)[1, :, :3].reshape(12, 4),
+        "v": lambda model: model[UP].view(2, 4, 5, 4)[1, :, 3:].reshape(8, 4),
+        "kv": lambda model: model[DOWN][1, :4],
+        "k_pos": lambda model: model[DOWN][1, 4:],
+    }
+    alone = {
+        name: write_checkpoint(tmp_path / "alone" / name, {f"{part}.weight": of(model).clone() for part, of in cut.items()})
+        for name, model in models.items()
+    }
+    chosen = make_method(method, alone.pop("origin"), layout=FusedLayout(), **options)
+    (path,) = merge_checkpoints(alone, mixture, tmp_path / "parts", method=chosen, progress=False)
+    expected = read_checkpoint(path / "release")
+    for part, of in cut.items():
+        assert torch.equal(of(merged), expected[f"{part}.weight"]), part
+
+
+def test_latent_attention_whose_sizes_are_not_known_or_do_not_fit(tmp_path):
+    base = tmp_path / "x" / "origin"
+    for arguments, error, says in (
+        ({}, ConfigError, "how its rows fuse keys and values is not known"),
+        (LATENT | {"v_head_dim": 4}, IncompatibleInputs, "has 20 rows, which do not fit qk_head_dim 3, v_head_dim 4"),
+        (LATENT | {"kv_lora_rank": 6}, IncompatibleInputs, "has 6 rows, which do not fit .* kv_lora_rank 6"),
+    ):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        parts = latent_components(tmp_path / "x", arguments)
+        parts.pop("origin")
+        with pytest.raises(error, match=says):
+            merge_checkpoints(
+                parts, {"m": {"a": 1.0}}, tmp_path / "out", method=make_method("ties", base, density=0.5), progress=False
+            )
+        merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / f"linear{says[4:6]}", progress=False)
