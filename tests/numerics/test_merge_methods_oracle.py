@@ -253,7 +253,8 @@ def test_verification_notices_another_option(name, options, tmp_path):
     from megatron_demix.merge.components import Components
 
     components = Components(other.sources(parts))
-    expected = make_oracle(components, other.bind(components)).mixture(np.array([0.5, 0.3, 0.2]), "even")
+    dtypes = {key: info.dtype for key, info in components.tensors.items()}
+    expected = make_oracle(components, other.bind(components), dtypes).mixture(np.array([0.5, 0.3, 0.2]), "even")
     with pytest.raises(VerificationFailed, match=r"decoder|embedding"):
         verify_merge(tmp_path / "out" / "even" / "release", components, expected, "full", "even")
 
