@@ -19,8 +19,8 @@ namespace demix {
 struct MappedFile::Watch {
     std::atomic<std::uintptr_t> begin{0}, end{0};
     std::atomic<bool> lost{false};
-    bool used = true;
     Watch* next = nullptr;
+    Watch* next_unused = nullptr;
 };
 
 namespace {
@@ -28,6 +28,7 @@ namespace {
 using Watch = MappedFile::Watch;
 
 std::atomic<Watch*> all{nullptr};
+Watch* unused = nullptr;  // under `changing`
 std::mutex changing;
 struct sigaction others;
 const std::uintptr_t page_bytes = std::uintptr_t(::sysconf(_SC_PAGESIZE));
@@ -67,14 +68,14 @@ Watch* watch(const MappedFile* file) {
     const std::lock_guard<std::mutex> lock(changing);
     static const bool installed = (install_handler(), true);
     (void)installed;
-    Watch* map = all.load();
-    while (map && map->used) map = map->next;
-    if (!map) {
+    Watch* map = unused;
+    if (map) {
+        unused = map->next_unused;
+    } else {
         map = new Watch;
         map->next = all.load();
         all.store(map, std::memory_order_release);
     }
-    map->used = true;
     map->lost.store(false);
     const auto begin = reinterpret_cast<std::uintptr_t>(file->data());
     map->begin.store(begin);
@@ -132,7 +133,8 @@ MappedFile::~MappedFile() {
     if (watch_) {
         const std::lock_guard<std::mutex> lock(changing);
         watch_->end.store(0);
-        watch_->used = false;
+        watch_->next_unused = unused;
+        unused = watch_;
     }
     if (data_) ::munmap(const_cast<char*>(data_), bytes_);
 }

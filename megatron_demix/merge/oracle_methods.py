@@ -110,9 +110,9 @@ def _projection(key: str, num_rows: int, row: int, fused: dict[str, Any]) -> str
         return ""
     if module == "linear_fc1" and fused.get("swiglu"):
         return "gate" if row < num_rows // 2 else "up"
-    if module == "linear_kv_up_proj":
+    if module == "linear_kv_up_proj" and "qk_head_dim" in fused:
         return "k" if row % (fused["qk_head_dim"] + fused["v_head_dim"]) < fused["qk_head_dim"] else "v"
-    if module == "linear_kv_down_proj":
+    if module == "linear_kv_down_proj" and "kv_lora_rank" in fused:
         return "kv" if row < fused["kv_lora_rank"] else "k_pos"
     if module == "linear_qkv" and "num_query_groups" in fused:
         period = num_rows // fused["num_query_groups"]

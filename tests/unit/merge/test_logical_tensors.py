@@ -263,6 +263,15 @@ def test_keys_and_values_of_latent_attention(tmp_path, method):
         assert torch.equal(of(merged), expected[f"{part}.weight"]), part
 
 
+def test_methods_that_tell_no_tensors_apart_need_no_sizes_of_latent_attention(tmp_path):
+    parts = latent_components(tmp_path, {})
+    base = parts.pop("origin")
+    rules = [Rule(tensors="*_up_proj.*", scale=0.5)]
+    for name, options in {"dare_ties": {"density": 0.5}, "linear": {"rules": rules}}.items():
+        method = make_method(name, base, **options)
+        merge_checkpoints(parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / name, method=method, progress=False, verify="full")
+
+
 def test_latent_attention_whose_sizes_are_not_known_or_do_not_fit(tmp_path):
     base = tmp_path / "x" / "origin"
     for arguments, error, says in (
