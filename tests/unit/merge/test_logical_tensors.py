@@ -15,6 +15,7 @@ from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs,
 from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout, Partition
 from megatron_demix.merge.methods_by_name import OPTIONS, make_method
+from megatron_demix.merge.rules import Rule
 from megatron_demix.merge.spherical import karcher, multislerp
 
 KNOWN = FusedLayout(num_query_groups=2, kv_channels=3, swiglu=True)
