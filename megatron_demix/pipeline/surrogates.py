@@ -87,7 +87,10 @@ class _Measured:
         if curves is None:
             return (averaged_M + self._merged(score)) / 2 if kind == "stack" else averaged_M
         law_M = curves.law.of(self.weights_MK, self.domain_components(score))
-        return curves.stacked(law_M, averaged_M, self._merged(score)) if kind == "stack" else law_M
+        if kind == "stack":
+            return curves.stacked(law_M, averaged_M, self._merged(score))
+        # The law knows nothing of mixed components, of which the average of all is a function.
+        return (law_M + averaged_M) / 2 if len(self.components) > self.second_order.num_domains else law_M
 
     def averaged_centroid(self, score: str) -> float:
         """Of equal merge weights."""

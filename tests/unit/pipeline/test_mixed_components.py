@@ -170,6 +170,18 @@ def test_proxies_go_through_the_trained_centroid(path, overrides, seeds):
         assert value == pytest.approx((law + averaged + merged_part * (proxies[mixture["name"]] - averaged)) / 2)
 
 
+def test_interpolated_scores_are_the_law_beside_the_average_of_all_components(path):
+    dag = dag_of(path, "component.mixed=centroid", "search.proxy_score=interpolated")
+    for stage in (dag.tokenizer, *dag.data.values(), dag.rounds[0].proposal):
+        stage.finish()
+    facts = scored(dag, {dag.rounds[0].scores: ALONE | {"component-centroid": 2.0}})
+    order = second_order(dag.study)
+    mixtures = read_json(dag.rounds[0].proposal.folder / "mixtures.json")
+    for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
+        law = 2 ** (mixture["weights"]["english"] + 2 * mixture["weights"]["math"])
+        assert value == pytest.approx((law + np.dot([*order.of(mixture["weights"]).values()], [1, 2, 4, 2])) / 2)
+
+
 def test_without_a_trained_centroid_all_components_are_interpolated_to_second_order(path):
     """Component k alone scores k; the three pairs score 10."""
     dag = dag_of(path, "component.mixed=pairs")
