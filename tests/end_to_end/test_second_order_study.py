@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dist_checkpoints import read_checkpoint
 from in_process import make
@@ -11,6 +12,7 @@ from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.given_scores import given_scores, named_checkpoints
 from megatron_demix.pipeline.reporting import collect, write_report
 from megatron_demix.pipeline.stage import Stage, with_needs
+from megatron_demix.search.mixing_law import MixingLaw
 from megatron_demix.study.load import load_study
 
 SETTINGS = [
@@ -69,15 +71,19 @@ def test_a_proxy_on_disk_is_the_corrected_sum(dag):
         assert (tensor.double() - expected).abs().max() < 1e-6
 
 
-def test_proxies_in_memory_are_merged_and_interpolated_with_the_same_coefficients(dag):
+def test_proxies_in_memory_are_merged_and_averaged_with_the_same_coefficients(dag):
     scores, proposal = dag.rounds[0].scores, dag.rounds[0].proposal
     rows = read_json(scores.folder / "scores.json")["rows"]
-    measured = read_json(dag.rounds[0].fit.folder / "fit.json")["surrogates"]["code"]["measured"]
+    fit = read_json(dag.rounds[0].fit.folder / "fit.json")
+    law = MixingLaw(fit["through_centroid"]["code"]["limit"])
+    alone_K = np.array([rows[f"component-{name}"]["code"] for name in dag.components])
+    measured = fit["surrogates"]["code"]["measured"]
     for entry, value in zip(read_json(proposal.folder / "mixtures.json"), measured, strict=True):
         wanted = coefficients(entry["weights"]["code"])
         assert read_json(scores.job)["mixtures"][entry["name"]] == pytest.approx(wanted)
-        interpolated = sum(weight * rows[f"component-{name}"]["code"] for name, weight in wanted.items())
-        assert value == pytest.approx((interpolated + rows[entry["name"]]["code"]) / 2)
+        averaged = sum(weight * rows[f"component-{name}"]["code"] for name, weight in wanted.items())
+        by_law = law.of(np.array([[*entry["weights"].values()]]), alone_K)[0]
+        assert value == pytest.approx((by_law + (averaged + rows[entry["name"]]["code"]) / 2) / 2)
     assert any(min(weights.values()) < 0 for weights in read_json(scores.job)["mixtures"].values())
 
 
