@@ -104,9 +104,10 @@ def render(data: ReportData, table: str = "proxies.csv") -> str:
 _PROXY_SCORES: dict[ProxyScore, str] = {
     "merged": "A proxy's scores are those of the merged model.",
     "interpolated": "A proxy's scores are the components' own, averaged with its merge weights: no proxy was merged for them.",
-    "stack": "A proxy's scores are the mean of the merged model's and of the components' own, averaged with its merge weights.",
+    # Their mean, unless an earlier version made the run.
+    "stack": "A proxy's scores lie between those of the merged model and the components' own, averaged with its merge weights.",
     "ensemble": "A proxy's scores are those of the components' probabilities, averaged for every token with its merge weights; "
-    "those of generated answers are the components' own, averaged. No proxy was merged for them.",
+    "those of generated answers are interpolated from the components' own. No proxy was merged for them.",
 }
 
 
@@ -123,8 +124,8 @@ def _proxy_score(data: ReportData) -> str:
         parts = ", ".join(f"{name} {part:.0%}" for name, part in data.merged_parts.items() if name in drawn)
         return (
             "A proxy's scores are the mean of two estimates, and both go through the model trained on equal parts of all "
-            "domains: the components' scores on an exponential mixing law, and the way from their average to the merged "
-            f"model's scores, so far as that model says ({parts})."
+            "domains: the components' scores on an exponential mixing law, and a part of the way from their average to the "
+            f"merged model's scores ({parts})."
         )
     return _PROXY_SCORES[data.proxy_score]
 

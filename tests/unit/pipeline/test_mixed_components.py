@@ -132,6 +132,10 @@ def scored(dag: Dag, tables: dict[Stage, dict[str, float]]) -> dict:
     return read_json(dag.rounds[0].fit.folder / "fit.json")
 
 
+def report_of(dag: Dag) -> str:
+    return write_report(dag).page.read_text()
+
+
 ALONE = {"component-code": 1.0, "component-english": 2.0, "component-math": 4.0}
 """On the law with limit 0, a mixture has 2 ^ (english + 2 math), and the centroid 2."""
 
@@ -163,7 +167,7 @@ def test_proxies_go_through_the_trained_centroid(path, overrides, seeds):
     # Where the centroid is a component, merges and averages go through it themselves.
     merged_part = 0.5 if "centroid" in dag.mixed else min(max((2.0 - averaged) / (1.0 - averaged), 0), 1)
     assert facts["through_centroid"]["code"] == pytest.approx({"limit": 0.0, "merged_part": merged_part}, abs=1e-9)
-    assert f"so far as that model says (code {merged_part:.0%}" in write_report(dag).page.read_text()
+    assert f"a part of the way from their average to the merged model&#39;s scores (code {merged_part:.0%}" in report_of(dag)
     for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
         law = 2 ** (mixture["weights"]["english"] + 2 * mixture["weights"]["math"])
         averaged = np.dot([*order.of(mixture["weights"]).values()], components_C)
@@ -193,6 +197,8 @@ def test_without_a_trained_centroid_all_components_are_interpolated_to_second_or
     proxies = {m["name"]: 20.0 + m["weights"]["code"] for m in mixtures}
     facts = scored(dag, {dag.rounds[0].scores: proxies | alone})
     assert "through_centroid" not in facts
+    # Nor has it a fit of an earlier version, whose stack was no mean.
+    assert "scores lie between those of the merged model and the components&#39; own" in report_of(dag)
     for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
         code, english, mathematics = mixture["weights"].values()
         pairs = 4 * (code * english + code * mathematics + english * mathematics)

@@ -1,5 +1,6 @@
 """Studies in which no proxy is scored itself: the components' scores, or every token's probability, say what proxies score."""
 
+import html
 import math
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def test_a_surrogate_is_fitted_to_the_mean_probability_of_every_token(path):
     assert fitted["quiz/acc"]["measured"] == right_M.tolist()
     # What is generated has no probabilities here: it is interpolated.
     assert fitted["sums/exact_match"]["measured"] == pytest.approx(weights_MK @ [0.2, 0.8])
+    assert "those of generated answers are interpolated from" in html.unescape(write_report(dag).page.read_text())
 
 
 def test_interpolated_losses_and_tasks_go_through_the_trained_centroid(path):
