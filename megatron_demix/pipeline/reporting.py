@@ -211,7 +211,8 @@ def _maturity(dag: Dag) -> Maturity | None:
 
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:
-    tables = [ScoreTable.read(r.scores.folder / SCORES) for r in dag.rounds if r.scores.is_intact()]
+    stages = [*(r.scores for r in dag.rounds), *([dag.maturity.scores] if dag.maturity else [])]
+    tables = [ScoreTable.read(stage.folder / SCORES) for stage in unique(stages) if stage.is_intact()]
     return frozenset(score.name for table in tables for score in table.scores if score.direction == "higher")
 
 

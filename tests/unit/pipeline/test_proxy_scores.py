@@ -17,6 +17,7 @@ from megatron_demix.evaluate.scores import Score, ScoreTable
 from megatron_demix.evaluate.tasks.choices import Choices
 from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.reporting import collect, write_report
+from megatron_demix.report.maturity import gaps
 from megatron_demix.study.load import load_study
 
 STUDY = """
@@ -144,6 +145,15 @@ def test_interpolated_losses_and_tasks_go_through_the_trained_centroid(path):
     between_M = [a + 0.4 * (0.5 - a) for a in averaged_M]
     assert measured["quiz/acc"] == pytest.approx([(1 - 0.8 * 0.25**w + b) / 2 for w, b in zip(code_M, between_M, strict=True)])
     assert measured["sums/exact_match"] == pytest.approx([0.25 * w for w in code_M])
+
+
+def test_what_the_maturity_check_scores_is_known_before_the_first_round_is(path):
+    dag = dag_of(path, "component.maturity_seeds=1")
+    with publish(dag.maturity.scores.folder, dag.maturity.scores.key, "maturity", {}) as work:
+        scores = [Score("code", "bits/byte", "lower"), Score("quiz/acc", "fraction", "higher")]
+        rows = {"seed0": {"code": 3.0, "quiz/acc": 0.6}, "merged": {"code": 3.5, "quiz/acc": 0.5}}
+        ScoreTable(scores, rows | {"base": {"code": 4.0, "quiz/acc": 0.2}}).write(work / "scores.json")
+    assert [(g.gap, g.kept) for g in gaps(collect(dag))] == [(0.5, 0.5), (pytest.approx(0.1), pytest.approx(0.75))]
 
 
 def test_interpolated_scores_need_the_components_alone(path):
