@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_demix.errors import ConfigError
 
-_DIGITS = 12
+_DIGITS = 10
 """Coefficients are rounded to these, so that a merge at a component's own weights is that component, bit for bit."""
 _NEW = 1e-3
 """The part of a mixed component's products that no other one has has to be larger than this, of its length."""
