@@ -33,8 +33,9 @@ def saved_arguments(checkpoint: Checkpoint, state: Mapping[str, Any] | None = No
     return arguments or _model(_read(checkpoint.location) or {})
 
 
-def merged_run_config(location: CheckpointDir) -> bytes | None:
-    """The file for a merged checkpoint, of its first component's; None where that has none. Raises CorruptInput."""
+def merged_run_config(location: CheckpointDir, dtype: str | None = None) -> bytes | None:
+    """The file for a merged checkpoint, of its first component's; None where that has none. dtype: that tensors are written in,
+    if it may not be what the file says. Raises CorruptInput."""
     config = _read(location)
     if config is None:
         return None
@@ -42,6 +43,13 @@ def merged_run_config(location: CheckpointDir) -> bytes | None:
 
     if "checkpoint" in config:
         config["checkpoint"] |= dict.fromkeys(_NOT_SAVED, False)
+    if dtype is not None:
+        model = config.get("model", {})
+        named = {"_target_": f"torch.{dtype}", "_call_": False}
+        precision = {"bf16": dtype == "bfloat16", "fp16": dtype == "float16", "params_dtype": named, "pipeline_dtype": named}
+        for section in (model, model.get("transformer")):
+            if isinstance(section, dict):
+                section |= {name: value for name, value in precision.items() if section.get(name) is not None}
     return yaml.safe_dump(config, sort_keys=False).encode()
 
 

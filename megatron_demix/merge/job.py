@@ -70,9 +70,10 @@ class Job:
         self.folder = iteration_folder(self.iteration) if layout == "iter" else "release"
         self.tracker = str(self.iteration) if layout == "iter" else "release"
         self.placements = place(self._items())
-        run_config = merged_run_config(first.location)
+        stored = None if dtype is None else DTYPES[dtype]
+        run_config = merged_run_config(first.location, stored)
         self.carried = {} if run_config is None else {RUN_CONFIG: run_config}
-        self.common, self.left_out = merged_common_state(self.common_state, self.iteration, dtype and DTYPES[dtype])
+        self.common, self.left_out = merged_common_state(self.common_state, self.iteration, stored)
         self.unknown_objects = _unknown_objects(parts)
         self.mine = self.placements
 

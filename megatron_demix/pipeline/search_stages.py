@@ -28,6 +28,7 @@ from megatron_demix.pipeline.scoring import (
 from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates
 from megatron_demix.pipeline.train_stages import MIXTURES
+from megatron_demix.search.proxy_score import REVISION
 from megatron_demix.search.space import TOLERANCE, Group, SearchSpace, epoch_caps
 from megatron_demix.study.choices import MIN_PROXIES
 from megatron_demix.study.search import SearchSpec
@@ -198,6 +199,7 @@ def _fit(
     settings = {
         **search.model_dump(include={"objective", "aim", "surrogate", "candidates"}),
         "proxy_score": proxy_score_of(study),
+        **({"curves": REVISION} if goes_through_centroid(study) and (centroid or study.mixed_centroid) else {}),
         **({} if last else {"num": search.rounds[number], "stop": search.stop}),
         **(search.model_dump(include={"top", "bootstraps"}) if last or search.stop is not None else {}),
         **_space_settings(study),

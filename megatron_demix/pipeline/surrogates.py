@@ -195,26 +195,26 @@ def _components_alone(own: _Measured, domains: Sequence[str], earlier: Sequence[
 def _curves(
     study: Study, sources: Sequence[_Measured], alone: Sequence[_Measured], centroid: Stage | None
 ) -> dict[str, Curves]:
-    """By score, where a model was really trained on all domains in equal parts: a component of this study, through which its
-    merges and averages go themselves, or what a maturity check has measured. The components of all sources are on one side of
-    a law's limit."""
-    known = study.mixed_centroid
-    if not goes_through_centroid(study) or (centroid is None and known is None):
+    """By score, where a model was really trained on all domains in equal parts: a component of this study, whose merges then go
+    through it themselves, or what a maturity check has measured. The components of all sources are on one side of a law's
+    limit."""
+    if not goes_through_centroid(study):
         return {}
+    known = study.mixed_centroid
     table = None if centroid is None else ScoreTable.read(centroid.folder / SCORES)
     curves: dict[str, Curves] = {}
     for own in alone:
         for name in [name for name in own.scores if name not in curves]:
-            part = 0.5
-            if table is None:
-                assert known is not None
-                trained = own.table.column(name, [own.components[own.second_order.names.index(known)]])[0]
-            else:
+            if table is not None:
                 seeds = [row for row in table.rows if row.startswith(TRAINED_CENTROID)]
                 trained = float(np.mean(table.column(name, seeds)))
-                if known is None:
-                    merged = table.column(name, [MERGED_CENTROID])[0]
-                    part = part_of_merged(own.averaged_centroid(name), merged, trained)
+            elif known is not None:
+                trained = own.table.column(name, [own.components[own.second_order.names.index(known)]])[0]
+            else:
+                return {}
+            part = 1.0
+            if table is not None and known is None:
+                part = part_of_merged(own.averaged_centroid(name), table.column(name, [MERGED_CENTROID])[0], trained)
             beside = [source.domain_components(name) for source in sources if name in source.scores]
             law = law_through(own.domain_components(name), trained, np.concatenate(beside))
             curves[name] = Curves(law, part)

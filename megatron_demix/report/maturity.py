@@ -32,11 +32,12 @@ class Gap:
 
 
 def gaps(data: ReportData) -> list[Gap]:
-    """By score, in the order of the table; empty where the study has no such check."""
+    """By score that all models have, in the order of the table; empty where the study has no such check."""
     check = data.maturity
     if check is None:
         return []
-    seeds = {score: [row[score] for row in check.trained] for score in check.merged}
+    models = [check.merged, check.base, *check.trained]
+    seeds = {s: [row[s] for row in check.trained] for s in check.merged if all(s in row for row in models)}
     of_unit = {more: [v for score, v in seeds.items() if (score in data.higher_is_better) == more] for more in (False, True)}
     noises = {more: SeedNoise.of(values) for more, values in of_unit.items()}
     found = []

@@ -13,6 +13,9 @@ import numpy as np
 
 from megatron_demix.search.mixing_law import MixingLaw
 
+REVISION = 2
+"""Of what Curves makes of scores; part of the key of every fit that has them."""
+
 
 @dataclass(frozen=True)
 class Curves:

@@ -9,6 +9,7 @@ from megatron_demix.checkpoint.model_function import model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import RUN_CONFIG, saved_arguments
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
+from megatron_demix.merge.engine import merge_checkpoints
 from megatron_demix.merge.logical_tensors import FusedLayout
 
 TRANSFORMER = {
@@ -104,3 +105,16 @@ def test_components_of_bridge_that_are_other_functions(tmp_path):
     refuse(IncompatibleInputs, "rotary_base is 1000000 in the one and 10000 in the other", {"a": a, "b": b}, tmp_path)
     (b / RUN_CONFIG).write_text("model: [1]")
     refuse(CorruptInput, r"run_config.yaml: not a run's configuration. Correct it, or take it away", {"a": a, "b": b}, tmp_path)
+
+
+@pytest.mark.parametrize("model", [PROVIDER | {"bf16": True, "fp16": False}, BUILDER])
+def test_a_merge_in_another_precision_says_so_to_bridge(tmp_path, model):
+    parts = {"a": bridge_checkpoint(tmp_path / "a", model)}
+    (path,) = merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", progress=False, dtype="fp16")
+    carried = yaml.safe_load((path / "release" / RUN_CONFIG).read_text())["model"]
+    changed = {"params_dtype": {"_target_": "torch.float16", "_call_": False}}
+    expected = yaml.safe_load(yaml.safe_dump(model))
+    expected.get("transformer", expected).update(changed)
+    if "bf16" in expected:
+        expected |= {"bf16": False, "fp16": True}
+    assert carried == expected

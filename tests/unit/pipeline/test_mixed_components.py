@@ -164,8 +164,8 @@ def test_proxies_go_through_the_trained_centroid(path, overrides, seeds):
     components_C = [*ALONE.values(), *mixed.values()]
     order = second_order(dag.study)
     averaged = order.centroid_K @ components_C
-    # Where the centroid is a component, merges and averages go through it themselves.
-    merged_part = 0.5 if "centroid" in dag.mixed else min(max((2.0 - averaged) / (1.0 - averaged), 0), 1)
+    # Where the centroid is a component, merges go through it themselves.
+    merged_part = 1.0 if "centroid" in dag.mixed else min(max((2.0 - averaged) / (1.0 - averaged), 0), 1)
     assert facts["through_centroid"]["code"] == pytest.approx({"limit": 0.0, "merged_part": merged_part}, abs=1e-9)
     assert f"a part of the way from their average to the merged model&#39;s scores (code {merged_part:.0%}" in report_of(dag)
     for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):

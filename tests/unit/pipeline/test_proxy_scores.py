@@ -147,6 +147,19 @@ def test_interpolated_losses_and_tasks_go_through_the_trained_centroid(path):
     assert measured["sums/exact_match"] == pytest.approx([0.25 * w for w in code_M])
 
 
+@pytest.mark.parametrize("overrides", [["component.maturity_seeds=1"], ["component.mixed=centroid"]])
+def test_what_is_made_of_a_trained_centroid_is_part_of_the_key(path, overrides, monkeypatch):
+    def keys():
+        dag = dag_of(path, "search.proxy_score=stack", *overrides)
+        return {stage.name: stage.key for stage in dag.all}
+
+    before = keys()
+    monkeypatch.setattr("megatron_demix.pipeline.search_stages.REVISION", 99)
+    changed = {name for name, key in keys().items() if before[name] != key}
+    assert "rounds/1/fit" in changed
+    assert not changed & {"rounds/1/sample", "rounds/1/scores", "maturity/scores"}
+
+
 def test_what_the_maturity_check_scores_is_known_before_the_first_round_is(path):
     dag = dag_of(path, "component.maturity_seeds=1")
     with publish(dag.maturity.scores.folder, dag.maturity.scores.key, "maturity", {}) as work:

@@ -77,6 +77,12 @@ def test_noise_is_pooled_over_scores_of_one_unit(whole):
     assert halves == pytest.approx([of_losses, of_losses, of_task], rel=1e-3)
 
 
+def test_a_score_that_some_model_lacks_is_left_out(whole):
+    """One that was no finite number is in no table."""
+    data = checked(whole, {"code": 2.5, "math": 2.0}, {"code": 2.0})
+    assert [gap.score for gap in gaps(data)] == ["code"]
+
+
 def test_without_the_check_there_is_no_section(whole, tmp_path):
     assert gaps(whole) == []
     build_report(whole, tmp_path / "index.html")
