@@ -161,6 +161,24 @@ def test_what_core_saves_merges_and_is_loaded_by_it(core, tmp_path, name):
     assert set(Checkpoint(mixed).model_objects) == set(Checkpoint(parts["a"]).model_objects) != set()
 
 
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_components_of_two_precisions_become_a_model_of_either(core, tmp_path, dtype, torch_dtype):
+    """The base of Hugging Face folders in bf16, say, and components that were trained in fp32 on CPUs."""
+    model = build("grouped queries, tied, fp32")
+    parts, values = {"a": tmp_path / "a", "b": tmp_path / "b"}, {}
+    for part, stored in (("a", torch.bfloat16), ("b", torch.float32)):
+        model = model.to(stored)
+        values[part] = fill(model, part)
+        save(model, parts[part])
+    (path,) = merge_checkpoints(
+        parts, {"m": {"a": 0.5, "b": 0.5}}, tmp_path / "out", progress=False, verify="full", dtype=dtype
+    )
+    loaded = load(model.to(torch_dtype), path / "release")
+    for key, parameter in loaded.items():
+        wide = [values[part][key].float() for part in parts]
+        assert bits(parameter.detach()) == bits(linear_merge(wide, [0.5, 0.5]).to(torch_dtype)), key
+
+
 @pytest.mark.parametrize(
     "name", ["experts, bf16", "dense and expert layers, fp32", "grouped queries, tied, fp32", "gpt2, fp16"]
 )
