@@ -1,100 +1,15 @@
-"""The study file: what it means, and what is said about each mistake."""
+"""The study file: what is said about each mistake."""
 
 import contextlib
-import copy
-import warnings
-from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sound_study import GOOD, put
 
-from megatron_demix.artifact import write_json
 from megatron_demix.errors import ConfigError, DemixError, MixtureError
 from megatron_demix.study.load import load_study
 from megatron_demix.study.study import Study
-from megatron_demix.study.unused import warnings_of
-from megatron_demix.yaml_file import load_yaml
-
-QUIZ = "evaluate.tasks=[{name: quiz, format: arc, path: quiz.jsonl}]"
-GOOD = {
-    "name": "tiny",
-    "domains": [{"name": "code", "inputs": ["code/*.jsonl"]}, {"name": "math", "inputs": ["math/*.jsonl"], "max_epochs": 2}],
-    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
-    "train": {"seq_length": 128, "global_batch_size": 8, "lr": 0.001},
-    "base": {"tokens": "4M"},
-    "component": {"tokens": "2M", "lr": 3e-4, "anchor": {"mixture": {"code": 0.25, "math": 0.75}, "share": 0.5}},
-    "search": {"rounds": [8, 4], "objective": {"code": 2, "math": 1}},
-    "final": {"tokens": "1e7"},
-}
-
-
-@pytest.fixture
-def load(tmp_path):
-    def load_changed(change=None, overrides=None) -> Study:
-        data = copy.deepcopy(GOOD)
-        if change:
-            change(data)
-        path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump(data))
-        return load_study(path, overrides)
-
-    return load_changed
-
-
-def test_a_study_is_read_with_its_defaults(load):
-    study = load()
-    assert study.domain_names == ["code", "math"]
-    assert (study.base.tokens, study.component.tokens, study.final.tokens) == (4_000_000, 2_000_000, 10_000_000)
-    assert study.phase("component").lr == 3e-4
-    assert study.phase("final").lr == study.train.lr == 1e-3
-    assert study.parallel.world_size == 1
-    assert study.final.baselines == ["uniform", "natural"]
-    assert Study.model_validate(study.model_dump(mode="json")) == study
-
-
-def test_a_study_that_is_handed_on_as_json_is_the_same_whatever_characters_it_has(load, tmp_path):
-    study = load(lambda data: data["domains"][0].update(inputs=["data/\U0001f600/\u4f8b/\u2028.jsonl"]))
-    write_json(tmp_path / "study.json", study.model_dump(mode="json"))
-    assert load_study(tmp_path / "study.json") == study
-
-
-def test_a_study_cannot_be_changed_after_it_was_read(load):
-    with pytest.raises(ValueError, match="frozen"):
-        load().train.lr = 1.0
-
-
-def test_paths_may_begin_with_the_home_folder(load, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    study = load(
-        overrides=[
-            "domains.0.inputs=[~/code/*.jsonl, math]",
-            "domains.1={name: math, prefixes: {train: [~/train], valid: [valid]}}",
-            "tokenizer={type: huggingface, model: ~/tokenizer}",
-            "prepare.clean={quality: {model: ~/q.bin}, contamination: {tasks: {arc: [~/arc.jsonl]}}}",
-            "base={checkpoint: ~/ckpt/base}",
-            "trainer={checkout: ~/Megatron-LM}",
-            "search.earlier=[{study: ~/study_v1.yaml}]",
-            "evaluate.tasks=[{name: arc, format: arc, path: ~/arc}]",
-        ]
-    )
-    assert study.domains[0].inputs == ["/home/me/code/*.jsonl", "math"]
-    assert study.domains[1].prefixes == {"train": [Path("/home/me/train")], "valid": [Path("valid")]}
-    assert study.prepare.clean.contamination.tasks == {"arc": ["/home/me/arc.jsonl"]}
-    assert [
-        str(path)
-        for path in (
-            study.tokenizer.model,
-            study.prepare.clean.quality.model,
-            study.base.checkpoint,
-            study.trainer.checkout,
-            study.search.earlier[0].study,
-            study.evaluate.tasks[0].path,
-        )
-    ] == [f"/home/me/{name}" for name in ("tokenizer", "q.bin", "ckpt/base", "Megatron-LM", "study_v1.yaml", "arc")]
-    assert load(overrides=["base={huggingface: ~nobody_here/x}"]).base.huggingface == Path("~nobody_here/x")
-
 
 TRAINED = "search.proxies=trained"
 
@@ -121,27 +36,6 @@ def test_counts_that_no_machine_comes_to_the_end_of_are_refused(load, fits, too_
         load(overrides=[*too_many, "component.tokens=10B"])
 
 
-def test_mixtures_by_name_and_by_weight(load):
-    study = load()
-    natural = {"math": 10.0, "code": 30.0}
-    assert study.mixture("natural", natural, "base") == {"code": 0.75, "math": 0.25}
-    assert study.mixture("uniform", natural, "base") == {"code": 0.5, "math": 0.5}
-    assert list(study.mixture({"math": 1.0}, natural, "base").items()) == [("code", 0.0), ("math", 1.0)]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "look", "value"),
-    [
-        (["final.tokens=20M"], lambda s: s.final.tokens, 20_000_000),
-        (["search.rounds=[12, 1]"], lambda s: s.search.rounds, [12, 1]),
-        (["domains.1.max_epochs=7"], lambda s: s.domains[1].max_epochs, 7.0),
-        (["merge.threads=3", "merge.threads=4"], lambda s: s.merge.threads, 4),
-    ],
-)
-def test_overrides(load, overrides, look, value):
-    assert look(load(overrides=overrides)) == value
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -157,17 +51,6 @@ def test_overrides(load, overrides, look, value):
 def test_overrides_that_fit_nowhere(load, override, message):
     with pytest.raises(ConfigError, match=message):
         load(overrides=[override])
-
-
-def put(*path_and_value):
-    *path, last, value = path_and_value
-
-    def change(data):
-        for part in path:
-            data = data[part] if isinstance(part, int) else data.setdefault(part, {})
-        data[last] = value
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -283,6 +166,12 @@ def test_bounds_and_rules_that_no_data_could_meet(load, overrides, message):
         load(overrides=overrides)
 
 
+def test_bounds_and_rules_that_can_be_met(load):
+    near = ["domains.0.min_share=0.6", "domains.0.max_share=0.7", "search.groups={g: {domains: [math], lowest: 0.3}}"]
+    assert load(overrides=near).domains[0].min_share == 0.6
+    load(overrides=["component.mixed=pairs", "merge.rules=[{tensors: 'embedding.*', weights: {code+math: 1}}]"])
+
+
 def test_a_tokenizer_cannot_be_trained_on_what_is_tokenized(load):
     given = ["domains.0={name: code, prefixes: {train: [x], valid: [x], test: [x]}}", "tokenizer={type: bpe}"]
     load(overrides=given)
@@ -301,77 +190,12 @@ def test_a_budget_below_one_step_is_refused(load):
     load(overrides=[*trained, "search.proxy_tokens=2k"])
 
 
-@pytest.mark.parametrize(
-    ("override", "warning"),
-    [
-        ("trainer={args: --x, checkout: a}", "trainer.args has no effect: trainer.backend is megatron_core"),
-        ("tokenizer={type: byte, train_bytes: 5M}", "tokenizer.train_bytes has no effect: a tokenizer of type byte is not"),
-        ("domains.0={name: code, prefixes: {train: [a]}, json_key: x}", "domains.0.json_key has no effect"),
-        ("model.moe_ffn_hidden_size=64", "model.moe_ffn_hidden_size has no effect: model.num_experts is not set"),
-        ("model.rope_scaling_factor=4", "model.rope_scaling_factor has no effect: model.use_rope_scaling is false"),
-        ("evaluate.generate_batch_size=64", "evaluate.generate_batch_size has no effect: no task has answers generated"),
-        ("parallel.sequence_parallel=true", "parallel.sequence_parallel has no effect: parallel.tensor is 1"),
-        ("base={checkpoint: a, lr: 0.1, mixture: uniform}", "base.mixture has no effect: the base is given"),
-        ("final={tokens: 1M, min_lr: 1e-5, lr_decay_style: constant}", "final.min_lr has no effect: the learning rate stays"),
-        ("train={seq_length: 8, global_batch_size: 8, min_lr: 1e-5, lr_decay_style: constant}", "train.min_lr has no effect"),
-        (
-            "component.anchor={share: 0, mixture: natural}",
-            "component.anchor.mixture has no effect: component.anchor.share is 0",
-        ),
-        ("search={proxies: trained, objective: {code: 1}}", "component.anchor has no effect: search.proxies is trained"),
-        ("search={rounds: [8], objective: {code: 1}, stop: 0.1}", "search.stop has no effect: there is one round"),
-        (
-            "evaluate.tasks=[{name: q, format: gsm8k, path: q, scores: [bits_per_byte], max_new_tokens: 9}]",
-            "evaluate.tasks.0.max_new_tokens has no effect: no score of it needs written answers",
-        ),
-        ("launch={backend: slurm, jobs: 2}", "launch.jobs has no effect: launch.backend is slurm"),
-        ("launch={backend: slurm, slurm: {mounts: [/a]}}", "launch.slurm.mounts has no effect"),
-        ("launch={backend: slurm, slurm: {gpus_per_node: 8}}", "launch.slurm.gpus_per_node is 8, and cpus_per_task is not set"),
-        (
-            "launch={backend: slurm, slurm: {kinds: {final: {gpus_per_node: 8}}}}",
-            "launch.slurm.kinds.final.gpus_per_node is 8, and cpus_per_task is not set: where nodes are shared",
-        ),
-        (
-            "search={candidates: 100, objective: {code: 1}}",
-            "search.top is 128 of 100 candidates: the found mixture is the mean",
-        ),
-        ("evaluate.tokens_per_domain=100", "evaluate.tokens_per_domain is 100, but one window holds train.seq_length = 128"),
-    ],
-)
-def test_what_has_no_effect_is_said(load, override, warning):
-    assert warnings_of(load()) == []
-    assert [line for line in warnings_of(load(overrides=[override])) if line.startswith(warning)]
-
-
-def test_settings_of_earlier_versions_are_passed_over_and_said(load):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load(overrides=["train.eval_interval=null", "train.eval_iters=4"])
-    with pytest.warns(UserWarning, match=r"train\.eval_interval has no effect: a study scores finished models"):
-        load(overrides=["train.eval_interval=10"])
-
-
-@pytest.mark.parametrize("more", ["cpus_per_task: 64", 'sbatch: ["--cpus-per-gpu=8"]', "sbatch: [--exclusive]"])
-def test_cpus_beside_gpus_may_be_asked_for_in_several_ways(load, more):
-    assert warnings_of(load(overrides=[f"launch={{backend: slurm, slurm: {{gpus_per_node: 8, {more}}}}}"])) == []
-
-
-def test_bounds_and_rules_that_can_be_met(load):
-    near = ["domains.0.min_share=0.6", "domains.0.max_share=0.7", "search.groups={g: {domains: [math], lowest: 0.3}}"]
-    assert load(overrides=near).domains[0].min_share == 0.6
-    load(overrides=["component.mixed=pairs", "merge.rules=[{tensors: 'embedding.*', weights: {code+math: 1}}]"])
-
-
 def test_a_learning_rate_that_decays_upwards_is_refused(load):
     with pytest.raises(
         ConfigError, match=r"component: min_lr 0\.001 is above lr 0\.0001; set component\.min_lr, or train\.min_lr"
     ):
         load(overrides=["train.lr=0.01", "train.min_lr=1e-3", "component.lr=1e-4"])
     load(overrides=["train.lr=0.01", "train.min_lr=1e-3", "component.lr=1e-4", "component.lr_decay_style=constant"])
-
-
-def test_an_empty_section_can_be_set(load):
-    assert load(put("prepare", None), overrides=["prepare.workers=3"]).prepare.workers == 3
 
 
 def test_a_mixture_that_does_not_sum_to_one(load):
@@ -405,11 +229,6 @@ def test_files_that_are_no_study(tmp_path, content, message):
         load_study(tmp_path / "study.yaml")
 
 
-def test_what_a_merge_key_brings_may_be_replaced():
-    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\n"
-    assert load_yaml(text) == yaml.safe_load(text)
-
-
 def test_a_study_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load_study(tmp_path / "nowhere.yaml")
@@ -425,6 +244,8 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+
+
 places = st.sampled_from(
     [[k] for k in Study.model_fields] + [["train", "lr"], ["base", "mixture"], ["domains", 0], ["search", "objective"]]
 )
@@ -438,24 +259,3 @@ def test_whatever_stands_in_a_study_it_is_read_or_refused(load, place, value):
 
     with contextlib.suppress(DemixError):
         load(change)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "num"),
-    [
-        ([], 1),
-        (["component.maturity_seeds=0"], 0),
-        (["component.maturity_seeds=3"], 3),
-        (["search.proxy_score=interpolated"], 1),
-        (["search.proxy_score=ensemble"], 0),
-        (["search.proxy_score=merged"], 0),
-        (["search.extrapolate=[0.5]", "component.lr_decay_style=constant"], 0),
-        (["search.proxy_score=merged", "component.maturity_seeds=2"], 2),
-        (["search.proxies=trained"], 0),
-        (["evaluate.losses=[]", "search.objective={quiz/acc: 1}", QUIZ], 1),
-        (["component.mixed=centroid"], 0),
-        (["component.mixed=centroid", "component.maturity_seeds=1"], 1),
-    ],
-)
-def test_a_centroid_is_trained_where_interpolated_scores_go_through_it(load, overrides, num):
-    assert load(overrides=overrides).maturity_seeds == num
