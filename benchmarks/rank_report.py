@@ -24,7 +24,7 @@ COMPOSITES: dict[str, tuple[str, dict[str, float] | None]] = {
     "mean of skill bits": ("skill bits", None),
 }
 """Each is a weighted mean of the raw scores of a group, all of them (None: equal weights), counted or not."""
-TODAY = "stack: calibrated at the centroid"
+CALIBRATED = "stack: calibrated at the centroid"
 """What proxies were scored by, where a study said nothing, when the third run was made."""
 CHALLENGERS = (
     "stack: mean of merged and interpolated",
@@ -264,9 +264,9 @@ def _judged(traces: Mapping[str, Mapping[str, Trace]], composites: Sequence[Comp
         for name, groups in traces.items()
         if len(groups) == len(GROUPS) and all(name in found for found in composites)
     }
-    rows = {n: {"rho": _interval(t), "minus the default": _interval(t - whole[TODAY])} for n, t in whole.items()}
+    rows = {n: {"rho": _interval(t), "minus the default": _interval(t - whole[CALIBRATED])} for n, t in whole.items()}
     best = max(CHALLENGERS, key=lambda name: whole[name][0])
-    return {"rows": rows, "chosen": best if (rows[best]["minus the default"]["low"] or 0.0) > 0 else TODAY}
+    return {"rows": rows, "chosen": best if (rows[best]["minus the default"]["low"] or 0.0) > 0 else CALIBRATED}
 
 
 def _overall(traces: Mapping[str, Mapping[str, Trace]]) -> dict[str, Any]:
