@@ -16,6 +16,7 @@ from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, Bench, t
 from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.search.horizon import Line
 from megatron_demix.search.mixing_law import law_through
+from megatron_demix.search.proxy_score import part_of_merged
 from megatron_demix.search.regressors import REGRESSORS
 from megatron_demix.search.surrogate import fit_surrogate
 
@@ -180,7 +181,7 @@ def _mean(*tables: Table) -> Table:
 def calibrated(bench: Bench) -> Table:
     """Between merged and interpolated, for each score, where the trained centroid lies between theirs."""
     gaps = _centroid_gaps(bench)
-    parts = {name: np.clip(trained / merged, 0, 1) if merged else 1.0 for name, (merged, trained) in gaps.items()}
+    parts = {name: part_of_merged(0.0, merged, trained) for name, (merged, trained) in gaps.items()}
     return _between(bench, parts)
 
 
