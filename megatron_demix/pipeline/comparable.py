@@ -8,7 +8,7 @@ from typing import Any
 from megatron_demix.pipeline import train_stages
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import merge_settings
-from megatron_demix.pipeline.scoring import proxy_score_of, scored_losses, scores_proxies
+from megatron_demix.pipeline.scoring import scored_losses, scores_proxies
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.settings import differences
 from megatron_demix.study.training import PhaseName
@@ -37,9 +37,9 @@ def reasons_against(here: Foundation, there: Foundation) -> Iterator[str]:
     if _mixed(here) != _mixed(there):
         yield f"component.mixed: {_mixed_said(there)} there, {_mixed_said(here)} here, or of other text"
     if scores_proxies(here.study) and not scores_proxies(there.study):
-        scored = proxy_score_of(there.study)
+        scored = there.study.proxy_score
         yield f"search.proxy_score: {scored} there, so that only its components have scores; set it to interpolated here"
-    if proxy_score_of(here.study) != "merged" and proxy_score_of(there.study) == "merged":
+    if here.study.proxy_score != "merged" and there.study.proxy_score == "merged":
         yield "search.proxy_score: merged there, so that its components have no scores of their own; set it to merged here, too"
 
 

@@ -22,7 +22,7 @@ from megatron_demix.pipeline import data_stages
 from megatron_demix.pipeline.comparable import reasons_against, score_names, scores_left_out
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import second_order
-from megatron_demix.pipeline.scoring import component_row, proxy_score_of, scores_proxies
+from megatron_demix.pipeline.scoring import component_row, scores_proxies
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.study.search import EarlierSpec
@@ -97,7 +97,7 @@ def earlier(spec: EarlierSpec, here: Foundation, there: Dag, *, absent_ok: bool 
             + "\n".join(f"  {reason}" for reason in reasons)
         )
     dropped = {name: f"{name}-{there.data[name].key}" for name, domains in became.items() if not domains}
-    interpolates = proxy_score_of(here.study) != "merged"
+    interpolates = here.study.proxy_score != "merged"
 
     def make(folder: Path) -> None:
         entries: list[dict[str, Any]] = []

@@ -15,7 +15,7 @@ from megatron_demix.pipeline.cost import by_kind, costs
 from megatron_demix.pipeline.final_stages import FOUND
 from megatron_demix.pipeline.maturity_stages import BASE
 from megatron_demix.pipeline.preflight import few
-from megatron_demix.pipeline.scoring import MERGED_CENTROID, proxy_score_of, scored_losses
+from megatron_demix.pipeline.scoring import MERGED_CENTROID, scored_losses
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
 from megatron_demix.pipeline.stage import Stage, unique
 from megatron_demix.pipeline.train_stages import horizon_line
@@ -84,7 +84,7 @@ def collect(dag: Dag) -> ReportData:
         few=_few(dag),
         losses=dict(_losses(dag)),
         proxies=dag.study.search.proxies,
-        proxy_score=proxy_score_of(dag.study),
+        proxy_score=dag.study.proxy_score,
         merged_parts=_merged_parts(dag),
         extrapolated=str(line) if line else "",
         extrapolation_warning=line.warning if line else None,

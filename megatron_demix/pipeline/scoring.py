@@ -14,33 +14,21 @@ from megatron_demix.pipeline.merging import merge_settings, normalization, secon
 from megatron_demix.pipeline.stage import Load, Stage
 from megatron_demix.pipeline.task_inputs import ScoredTasks
 from megatron_demix.pipeline.train_stages import MIXTURES
-from megatron_demix.study.search import ProxyScore
 from megatron_demix.study.study import Study
 
 MERGED_CENTROID, TRAINED_CENTROID = "merged", "seed"
 """Rows of the maturity check's scores: the merged centroid, and (with a number) the ones trained on its mixture."""
 
 
-def proxy_score_of(study: Study) -> ProxyScore:
-    """A trained proxy's score is its own, as a merged one's can be."""
-    return study.search.proxy_score if study.search.proxies == "merged" else "merged"
-
-
-def goes_through_centroid(study: Study) -> bool:
-    """Whether interpolated scores go through the trained centroid's: not where they are continued to a longer run, of which
-    only its end has them."""
-    return proxy_score_of(study) != "merged" and study.search.extrapolate is None
-
-
 def scores_proxies(study: Study) -> bool:
     """Whether the proxies themselves are scored; if not, what their components score says all."""
-    return proxy_score_of(study) in ("merged", "stack")
+    return study.proxy_score in ("merged", "stack")
 
 
 def scores_of_merged(foundation: Foundation, number: int, proposal: Stage, at: int | None = None) -> Stage:
     """at: merges of the components as they were after so many iterations."""
     study, components = foundation.study, foundation.merged
-    with_components = number == 1 and proxy_score_of(study) != "merged"
+    with_components = number == 1 and study.proxy_score != "merged"
 
     def models() -> dict[str, Any]:
         order = second_order(study)
@@ -66,7 +54,7 @@ def _num_proposed(study: Study, number: int, proposal: Stage) -> int:
 def scores_of_components(foundation: Foundation, at: int | None = None) -> Stage:
     """What all rounds need where no proxy is scored itself; with what every token costs, where that decides. at: as above."""
     study, components = foundation.study, foundation.merged
-    kept = {"keep_tokens": [component_row(name) for name in components]} if proxy_score_of(study) == "ensemble" else {}
+    kept = {"keep_tokens": [component_row(name) for name in components]} if study.proxy_score == "ensemble" else {}
 
     def models() -> dict[str, Any]:
         alone, as_they_are = _alone(foundation, at)

@@ -18,8 +18,6 @@ from megatron_demix.pipeline.earlier_stages import Earlier
 from megatron_demix.pipeline.foundation import Foundation
 from megatron_demix.pipeline.merging import check_rules
 from megatron_demix.pipeline.scoring import (
-    goes_through_centroid,
-    proxy_score_of,
     scores_of_components,
     scores_of_merged,
     scores_of_trained,
@@ -57,7 +55,7 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
     """centroid: scores of the maturity check. Raises ConfigError where the first round has too few proxies."""
     study = foundation.study
     _enough_proxies(foundation, earlier)
-    centroid = centroid if goes_through_centroid(study) else None
+    centroid = centroid if study.goes_through_centroid else None
     proposal = _fit(foundation, 0, [[]], [], centroid, earlier) if _covers(foundation, earlier) else _first_proposal(foundation)
     kept = [*train_stages.kept_iterations(study)[:-1], None] if study.search.extrapolate else [None]
     components = [] if scores_proxies(study) else [scores_of_components(foundation, at) for at in kept]
@@ -198,8 +196,8 @@ def _fit(
     last, search = number == len(study.search.rounds), study.search
     settings = {
         **search.model_dump(include={"objective", "aim", "surrogate", "candidates"}),
-        "proxy_score": proxy_score_of(study),
-        **({"curves": REVISION} if goes_through_centroid(study) and (centroid or study.mixed_centroid) else {}),
+        "proxy_score": study.proxy_score,
+        **({"curves": REVISION} if study.goes_through_centroid and (centroid or study.mixed_centroid) else {}),
         **({} if last else {"num": search.rounds[number], "stop": search.stop}),
         **(search.model_dump(include={"top", "bootstraps"}) if last or search.stop is not None else {}),
         **_space_settings(study),

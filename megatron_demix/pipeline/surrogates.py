@@ -20,8 +20,6 @@ from megatron_demix.pipeline.scoring import (
     MERGED_CENTROID,
     TRAINED_CENTROID,
     component_row,
-    goes_through_centroid,
-    proxy_score_of,
 )
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import MIXTURES, horizon_line
@@ -130,7 +128,7 @@ def fit_surrogates(
         met |= {_mixture(m) for m in measured.entries}
     entries = [m for measured in sources for m in measured.entries]
     shares_MD = np.array([[m["shares"].get(d, 0.0) for d in (*space.domains, *dropped)] for m in entries])
-    kind, curves = proxy_score_of(study), _curves(study, sources, _components_alone(own, space.domains, earlier), centroid)
+    kind, curves = study.proxy_score, _curves(study, sources, _components_alone(own, space.domains, earlier), centroid)
     varying, constant = {}, {}
     known = {name: score for measured in sources for name, score in measured.scores.items()}
     for name in known:
@@ -162,7 +160,7 @@ def _own(study: Study, scores: Sequence[Stage], proposals: Sequence[Stage]) -> _
     table = ScoreTable(next((t.scores for t in tables if t.scores), []), rows)
     entries = [m for p in proposals for m in read_json(p.folder / MIXTURES)]
     own = _Measured(entries, table, [component_row(name) for name in order.names], order)
-    if proxy_score_of(study) == "ensemble":
+    if study.proxy_score == "ensemble":
         (components,) = scores
         own.ensemble = Ensemble(components.folder / FOLDER, own.components).scores(own.weights_MC)
     return own
@@ -198,7 +196,7 @@ def _curves(
     """By score, where a model was really trained on all domains in equal parts: a component of this study, whose merges then go
     through it themselves, or what a maturity check has measured. The components of all sources are on one side of a law's
     limit."""
-    if not goes_through_centroid(study):
+    if not study.goes_through_centroid:
         return {}
     known = study.mixed_centroid
     table = None if centroid is None else ScoreTable.read(centroid.folder / SCORES)

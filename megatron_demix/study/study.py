@@ -15,7 +15,7 @@ from megatron_demix.mixture import TOLERANCE, Mixture
 from megatron_demix.study.data import DomainSpec, PrepareSpec, TokenizerSpec
 from megatron_demix.study.launch import LaunchSpec
 from megatron_demix.study.merging import MergeSpec
-from megatron_demix.study.search import EvaluateSpec, SearchSpec
+from megatron_demix.study.search import EvaluateSpec, ProxyScore, SearchSpec
 from megatron_demix.study.section import MixtureSpec, Name, Section, nearest
 from megatron_demix.study.training import (
     OVERRIDES,
@@ -199,16 +199,25 @@ class Study(Section):
                 )
 
     @property
+    def proxy_score(self) -> ProxyScore:
+        """What a proxy's score is. A trained one's is its own, as a merged one's can be."""
+        return self.search.proxy_score if self.search.proxies == "merged" else "merged"
+
+    @property
+    def goes_through_centroid(self) -> bool:
+        """Whether interpolated scores go through the trained centroid's: not where they are continued to a longer run, of which
+        only its end has them."""
+        return self.proxy_score != "merged" and self.search.extrapolate is None
+
+    @property
     def maturity_seeds(self) -> int:
-        """By default one, where components' scores are interpolated, which the trained centroid then bends, and none of the
-        mixed components is one. 0 where there is nothing to compare."""
-        search = self.search
-        if search.proxies != "merged":
+        """By default one, where it is what makes interpolated scores, and none of the mixed components is one; averaged
+        probabilities do without. 0 where there is nothing to compare."""
+        if self.search.proxies != "merged":
             return 0
         if (given := self.component.maturity_seeds) is not None:
             return given
-        bends = search.proxy_score in ("stack", "interpolated") and search.extrapolate is None
-        return int(bends and self.mixed_centroid is None)
+        return int(self.goes_through_centroid and self.proxy_score != "ensemble" and self.mixed_centroid is None)
 
     @property
     def mixed_centroid(self) -> str | None:
