@@ -12,14 +12,9 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_demix.errors import IncompatibleInputs, storage_errors
-from megatron_demix.indexed.format import HEADER_BYTES, bin_path, header, idx_path
+from megatron_demix.indexed.format import bin_path, header, idx_path
 
 _CHUNK = 1 << 20
-
-
-def index_bytes(sequences: int, boundaries: int) -> int:
-    """Size of an .idx without modes."""
-    return HEADER_BYTES + 12 * sequences + 8 * boundaries
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, *, documents: np.ndarray | None = None) -> None:
