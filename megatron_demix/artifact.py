@@ -280,15 +280,12 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
+def remove_leftovers(folder: Path) -> None:
     """Delete the temporary folders and files that killed processes of this machine left directly in `folder`.
 
     Those of other machines and containers, which may share the disk, are left: whether their writers live cannot be seen.
     """
-    removed = []
     for path in Path(folder).glob(f".*{_TEMPORARY}*"):
         where, _, pid = path.name.rsplit(_TEMPORARY, 1)[1].rpartition("-")[0].rpartition("-")
         if where == this_place() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed

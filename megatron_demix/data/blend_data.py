@@ -39,11 +39,11 @@ SHARD_STEP_DOCUMENTS = 1 << 14
 _COPIED_BYTES = 8 << 20
 
 
-def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
-    """Choose the order of the documents, once. Returns what plan-facts says: evenness, and the number of shards."""
+def write_plan(plan: BlendPlan, work: Path, threads: int) -> None:
+    """Choose the order of the documents, once; plan-facts says how even it is, and the number of shards."""
     facts_path = work / PLAN_FACTS
     if facts_path.is_file():
-        return read_json(facts_path)
+        return
     order = plan.order()
     longest = 0
     with (
@@ -77,7 +77,6 @@ def write_plan(plan: BlendPlan, work: Path, threads: int) -> dict[str, Any]:
         },
     }
     write_json(facts_path, facts)
-    return facts
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def export_checkpoint(
     vocab_size: int | None = None,
     shard_bytes: int = _SHARD_BYTES,
     progress: bool = True,
-) -> ModelArguments:
+) -> None:
     """Write the model of a checkpoint to `output` as safetensors with config.json and, where known, its tokenizer.
 
     checkpoint: a run's root, an iter_* or release folder; a merged one too. Optimizer and random state stay behind.
@@ -88,7 +88,6 @@ def export_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return model
 
 
 def _model(checkpoint: Checkpoint, saved: dict[str, Any], reference: Path | None, vocab_size: int | None) -> ModelArguments:
