@@ -35,12 +35,7 @@ _SILENT_S = 60
 """A heartbeat is late when it is older than this and three units of work: nothing is said of the time left then."""
 
 
-def rows(dag: Dag, backend: Backend) -> list[dict[str, Any]]:
-    """Of what the backend says is under way."""
-    return _rows(dag, backend.activity())
-
-
-def _rows(dag: Dag, active: Mapping[str, Activity]) -> list[dict[str, Any]]:
+def rows(dag: Dag, active: Mapping[str, Activity]) -> list[dict[str, Any]]:
     """A row a stage: "stage", "state" (one of COLOURS), "key", "log"; where known "job" (the scheduler's), "note",
     "progress" (0 to 1), "eta_s", or "silent_s" instead, if it has not been heard for that long; of a stage that array elements
     make together and that has begun "parts" and, of these, "parts_done"."""
@@ -100,10 +95,10 @@ def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> No
     if as_json or not (watch and sys.stdout.isatty()):
         unknown = ""
         try:
-            found = rows(dag, backend)
+            found = rows(dag, backend.activity())
         except (ConfigError, Incomplete) as e:
             unknown = f"what is queued or running is not known: {e}"
-            found = _rows(dag, {})
+            found = rows(dag, {})
         if as_json:
             print(json.dumps(found, indent=1))
         else:
@@ -117,7 +112,7 @@ def show_status(dag: Dag, backend: Backend, *, as_json: bool, watch: bool) -> No
     with Live(refresh_per_second=4, console=on_terminal()) as live:
         while True:
             try:
-                found = rows(dag, backend)
+                found = rows(dag, backend.activity())
             except Incomplete:  # the scheduler has no time; what was seen last stays
                 time.sleep(_REFRESH_S)
                 continue

@@ -36,7 +36,8 @@ def run(tmp_path):
 
 
 def test_rows(run):
-    found = {r["stage"]: r for r in rows(*run)}
+    dag, backend = run
+    found = {r["stage"]: r for r in rows(dag, backend.activity())}
     assert {name: r["state"] for name, r in found.items()} == {
         "data/a": "done", "base/base": "failed", "components/a": "running", "components/b": "queued", "final/a": "to do",
     }  # fmt: skip
@@ -70,10 +71,10 @@ def test_a_stage_in_parts_says_how_many_are_done(run, capsys):
     dag, backend = run
     stage = Stage("data/b", dag.run, {}, (), lambda folder: None, make_part=lambda folder, part: None)
     dag.all.append(stage)
-    assert "parts" not in rows(dag, backend)[-1]
+    assert "parts" not in rows(dag, backend.activity())[-1]
     backend.activity()["data/b"] = Activity("running", "7_1")
     for number in range(3):
-        row = rows(dag, backend)[-1]
+        row = rows(dag, backend.activity())[-1]
         assert (row["parts_done"], row["parts"]) == (number, 3)
         show_status(dag, backend, as_json=False, watch=False)
         assert re.search(rf"data/b +running +7_1 +{number} of 3 parts", capsys.readouterr().out)
@@ -81,8 +82,8 @@ def test_a_stage_in_parts_says_how_many_are_done(run, capsys):
     show_status(dag, backend, as_json=False, watch=False)
     assert "of 3 parts" not in capsys.readouterr().out
     stage.finish()
-    assert "parts" not in rows(dag, backend)[-1]
-    assert not any("parts" in row for row in rows(dag, backend))
+    assert "parts" not in rows(dag, backend.activity())[-1]
+    assert not any("parts" in row for row in rows(dag, backend.activity()))
 
 
 def test_a_late_heartbeat_is_said_instead_of_a_time_left(run):
@@ -90,12 +91,12 @@ def test_a_late_heartbeat_is_said_instead_of_a_time_left(run):
     running = dag.all[2]
     beat = json.loads(running.heartbeat.read_text())
     running.heartbeat.write_text(json.dumps(beat | {"time": time.time() - 62, "left_s": 75 * 50}))  # 50 s a unit
-    assert "eta_s" in rows(dag, backend)[2]
+    assert "eta_s" in rows(dag, backend.activity())[2]
     running.heartbeat.write_text(json.dumps(beat | {"time": time.time() - 120}))
-    row = rows(dag, backend)[2]
+    row = rows(dag, backend.activity())[2]
     assert (row["state"], "eta_s" in row, row["silent_s"]) == ("running", False, pytest.approx(120, abs=5))
     running.job.touch()  # it has been started again since
-    assert not {"eta_s", "silent_s"} & set(rows(dag, backend)[2])
+    assert not {"eta_s", "silent_s"} & set(rows(dag, backend.activity())[2])
 
 
 def test_what_to_do_is_said_where_nothing_is_under_way(run, capsys):
@@ -126,7 +127,7 @@ def test_the_schedulers_own_job_is_shown_where_nothing_else_is_under_way(run, ca
     assert re.search(r"conclude +running +9", text)
     assert "nothing is under way" not in text
     dag.all, stages = dag.all[:1], dag.all
-    assert [r["state"] for r in rows(dag, SimpleNamespace(activity=lambda: {"conclude": Activity("running", "9")}))] == ["done"]
+    assert [r["state"] for r in rows(dag, {"conclude": Activity("running", "9")})] == ["done"]
     dag.all = stages
     both = {"conclude": Activity("queued", "9"), "components/a": Activity("running", "8")}
-    assert [r["stage"] for r in rows(dag, SimpleNamespace(activity=lambda: both))] == [s.name for s in dag.all]
+    assert [r["stage"] for r in rows(dag, both)] == [s.name for s in dag.all]
