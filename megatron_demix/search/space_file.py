@@ -10,22 +10,18 @@ max_kl: 1.0
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.space import Group, SearchSpace, epoch_caps
 from megatron_demix.study.search import GroupSpec
-from megatron_demix.study.section import Share, Tokens
+from megatron_demix.study.section import Section, Tokens
+from megatron_demix.study.training import AnchorSpec
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class _Domain(_Section):
+class _Domain(Section):
     tokens: Tokens
     """Distinct tokens at hand."""
     max_epochs: float | None = Field(None, gt=0)
@@ -34,18 +30,13 @@ class _Domain(_Section):
     max_share: float = Field(1.0, ge=0, le=1)
 
 
-class _Anchor(_Section):
-    mixture: Literal["natural", "uniform"] | dict[str, float] = "uniform"
-    share: Share = 0.5
-
-
-class _SpaceFile(_Section):
+class _SpaceFile(Section):
     domains: dict[str, _Domain] = Field(min_length=2)
     target_tokens: Tokens
     """Tokens of the final run."""
-    anchor: _Anchor = _Anchor(share=0.0)
+    anchor: AnchorSpec = AnchorSpec(share=0.0)
     """What every component is trained on beside its own domain. Absent: components are pure, and weights are shares."""
-    groups: dict[str, GroupSpec] = {}
+    groups: dict[str, GroupSpec] = Field({})
     max_kl: float | None = Field(None, gt=0)
 
 
