@@ -71,17 +71,17 @@ class _Foreign(Inert):
     def extend(self, values: Any) -> None: ...
 
 
-# Modules that run programs, load code or reach the network: no training state is made of what they have.
+# Beside those of RUNNING, modules that run programs, load code or reach the network: no training state is made of what they
+# have. And builtins that do.
 _RUNNING = frozenset(
     (
-        *("os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "pty", "shutil", "socket", "ctypes", "_ctypes"),
         *("code", "codeop", "pdb", "bdb", "timeit", "cProfile", "profile", "trace", "webbrowser", "pickle", "_pickle"),
         *("marshal", "multiprocessing", "asyncio", "threading", "_thread", "site", "pip", "http", "urllib", "ftplib"),
         *("smtplib", "tempfile"),
         *("commands", "thread", "cPickle", "urllib2", "httplib"),  # as pickles of the old protocols name them
     )
 )
-_RUNNING_BUILTINS = frozenset({"eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint", "globals"})
+_RUNNING_BUILTINS = frozenset({"compile", "open", "input", "breakpoint", "globals"})
 
 
 def _foreign(name: str, what: str) -> type[_Foreign]:
