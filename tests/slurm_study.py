@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from folders import contents
 from processes import processes
 from slurm_cluster import Cluster, missing_programs
-
-from megatron_demix.artifact import hash_file
 
 needs_slurm = pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())} (slurm-wlm)")
 DEMIX = [sys.executable, "-m", "megatron_demix.cli"]
@@ -106,10 +105,6 @@ def is_asked_to_stop(pid: int) -> bool:
 def job_of(cluster: Cluster, study_name: str, group: str, index: int | str = "N/A") -> str:
     rows = cluster.run("squeue", "--noheader", "--array", "--format=%A %j %K").split("\n")
     return next(j for j, name, k in map(str.split, filter(None, rows)) if name == f"{study_name}.{group}" and k == str(index))
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def make_again(run: Path, job: str, work: Path, *, ranks: int) -> dict[str, str]:

@@ -1,10 +1,8 @@
 """Kinds of models that are trained in tests, runs that are stopped, and what they have left."""
 
 import os
-from pathlib import Path
 from unittest import mock
 
-from megatron_demix.artifact import hash_file
 from megatron_demix.train.compat import cpu_compat
 
 FAMILIES = {
@@ -20,10 +18,6 @@ FAMILIES = {
     },
     "moe": {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32},
 }
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def stop_in_iteration(number: int):

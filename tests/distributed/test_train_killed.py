@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from folders import contents
 from processes import held, kill, processes
 
-from megatron_demix.artifact import hash_file
 from megatron_demix.errors import Incomplete
 from megatron_demix.launch.stage import is_being_made, stage_lock, start_ranks
 from megatron_demix.pipeline.stage import Stage
@@ -23,10 +23,6 @@ from megatron_demix.train.trainer import train
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_component.py"
 TIME_LIMIT_S = 200
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def start(path: Path, **variables: str) -> subprocess.Popen:

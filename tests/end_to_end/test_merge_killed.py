@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from dist_checkpoints import write_checkpoint
+from folders import contents
 
 TOOL = Path(__file__).parents[2] / "tools" / "merge_dist_ckpt.py"
 
@@ -28,10 +29,6 @@ def command(parts, weights, output):
     return [sys.executable, str(TOOL), "--components", *named, "--weights", str(weights), "--output", str(output), "--quiet"]
 
 
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def test_kill_at_random_moments_then_run_again(parts, tmp_path):
     weights = tmp_path / "weights.jsonl"
     rows = [{"name": f"m{i}", "weights": {"c0": i / 8, "c1": 1 - i / 8}} for i in range(6)]
@@ -39,7 +36,7 @@ def test_kill_at_random_moments_then_run_again(parts, tmp_path):
     started = time.monotonic()
     subprocess.run(command(parts, weights, tmp_path / "whole"), check=True, capture_output=True, timeout=200)
     took = time.monotonic() - started
-    whole = tree(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
 
     chance, out = random.Random(4), tmp_path / "out"
     for _ in range(6):
@@ -50,9 +47,9 @@ def test_kill_at_random_moments_then_run_again(parts, tmp_path):
         # What bears its final name is whole; everything else is temporary.
         for name in os.listdir(out) if out.exists() else ():
             if not name.startswith("."):
-                assert {f"{name}/{file}": data for file, data in tree(out / name).items()}.items() <= whole.items()
+                assert {f"{name}/{file}": data for file, data in contents(out / name).items()}.items() <= whole.items()
     subprocess.run(command(parts, weights, out), check=True, capture_output=True, timeout=200)
-    assert tree(out) == whole
+    assert contents(out) == whole
 
 
 def test_a_quiet_merge_that_is_asked_to_stop_leaves_nothing(parts, tmp_path):

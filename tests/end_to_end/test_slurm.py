@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from dist_checkpoints import small_model, write_checkpoint
+from folders import contents
 from processes import held, processes
 from slurm_cluster import Cluster, private_cluster
 from slurm_study import (
     LIMIT_S,
-    contents,
     demix,
     is_asked_to_stop,
     iterations,

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from folders import contents
 from slurm_cluster import Cluster, private_cluster
-from slurm_study import contents, demix, iterations, job_of, make_again, needs_slurm, states, wait_for, write_study
+from slurm_study import demix, iterations, job_of, make_again, needs_slurm, states, wait_for, write_study
 
 PYXIS = Path(os.environ.get("DEMIX_PYXIS", "/nowhere"))
 pytestmark = [

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import contents
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,10 +44,6 @@ def make(target, key="k1", text="hello", kind="demo", **settings):
         (folder / ".metadata").write_bytes(b"\0\1")
 
 
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 @given(json_values)
 def test_fingerprints_survive_json(value):
     assert fingerprint(value) == fingerprint(json.loads(json.dumps(value)))
@@ -79,7 +76,7 @@ def test_publish_and_read_back(tmp_path):
 def test_two_runs_write_the_same_bytes(tmp_path):
     make(tmp_path / "one", size=3)
     make(tmp_path / "two", size=3)
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_nested_manifest_is_a_file_like_any_other(tmp_path):
@@ -126,12 +123,12 @@ def test_a_working_folder_is_taken_over_or_kept(tmp_path):
 def test_nothing_is_overwritten(tmp_path):
     target = tmp_path / "out"
     make(target)
-    before = tree(target)
+    before = contents(target)
     with pytest.raises(OutputExists, match=r"out is already done \(key k1\)"):
         make(target, text="other")
     with pytest.raises(OutputExists, match="holds an artifact with key k1, expected k2: it was made from other inputs"):
         make(target, key="k2")
-    assert tree(target) == before
+    assert contents(target) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("x")

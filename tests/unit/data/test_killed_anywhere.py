@@ -2,10 +2,10 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 from blends import build
+from folders import contents
 
 from megatron_demix import native
 from megatron_demix.data import blend_data, inputs, outputs
@@ -47,10 +47,6 @@ def runs_until_call(number: int, run) -> bool:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, 9)
     return code == 0
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import contents
 
 from megatron_demix.data import encode_blocks
 from megatron_demix.data import inputs as inputs_module
@@ -42,10 +43,6 @@ def corpus(tmp_path, monkeypatch):
 def prepare(inputs, folder, **options):
     folder.mkdir()
     return prepare_domain(inputs, BYTE, folder, seed=5, progress=False, **options)
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def texts_of(prefix):

@@ -11,6 +11,7 @@ import threading
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from folders import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,10 +59,6 @@ def tokenized(inputs, prefix, **options):
     return preprocess(inputs, BYTE, prefix, on_bad_document="reject", progress=False, **options)
 
 
-def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
 @pytest.fixture(scope="module")
 def whole(mixed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -78,7 +75,7 @@ def test_parts_in_any_order_are_the_whole(mixed, whole, tmp_path, number):
         assert not (tmp_path / "x.bin").exists()
     counts = tokenized(mixed, tmp_path / "x", part=(order[-1], number))
     assert contents(tmp_path) == whole
-    meta = json.loads(whole["x.meta.json"])
+    meta = json.loads((tmp_path / "x.meta.json").read_text())
     assert counts == {what: meta[what] for what in ("documents", "tokens", "bytes", "rejected")}
     assert counts == tokenized(mixed, tmp_path / "x", part=(0, number)) == tokenized(mixed, tmp_path / "x")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from dist_checkpoints import bits, one_large_tensor, read_checkpoint, saved, small_model, three_components, write_checkpoint
+from folders import contents
 
 import megatron_demix
 from megatron_demix.checkpoint import output
@@ -32,10 +33,6 @@ WEIGHTS = {"a": 0.5, "b": 0.25, "c": 0.25}
 @pytest.fixture
 def parts(tmp_path):
     return three_components(tmp_path)
-
-
-def files_of(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_one_hot_is_a_bit_identical_copy_across_layouts(parts, tmp_path):
@@ -113,7 +110,7 @@ def test_payload_checksums_are_right(parts, tmp_path):
 def test_bytes_do_not_depend_on_threads_memory_or_company(parts, tmp_path):
     def merged(name, mixtures, **settings):
         merge_checkpoints(parts, mixtures, tmp_path / name, progress=False, **settings)
-        return files_of(tmp_path / name / "m")
+        return contents(tmp_path / name / "m")
 
     alone = merged("alone", {"m": WEIGHTS}, threads=1)
     assert merged("threads", {"m": WEIGHTS}, threads=5, max_memory=10 * 65536) == alone

@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 from dist_checkpoints import parallel_cuts, small_model, write_checkpoint
+from folders import contents
 
 from megatron_demix import artifact
 from megatron_demix.checkpoint import output as output_module
@@ -29,10 +30,6 @@ def parts(tmp_path, monkeypatch):
     return {n: write_checkpoint(tmp_path / n, small_model(s), parallel_cuts(2 - s), odd=True) for s, n in enumerate("ab")}
 
 
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def merge(parts, output, worker=None, mixtures=None, **settings):
     return merge_checkpoints(parts, mixtures or MIXTURES, output, worker=worker, progress=False, threads=1, **settings)
 
@@ -44,7 +41,7 @@ def test_the_last_worker_publishes_the_bytes_of_one_alone(parts, tmp_path):
     assert merge(parts, out, (0, 3)) == []
     assert not [p for p in out.iterdir() if not p.name.startswith(".")]
     assert merge(parts, out, (1, 3)) == [out / "m", out / "n"]
-    assert tree(out) == tree(tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
     assert len(list((out / "m" / "release").glob("*.distcp"))) > 3
     assert merge(parts, out, (0, 3)) == [out / "m", out / "n"]
 
@@ -61,7 +58,7 @@ def test_at_the_same_time(parts, tmp_path, workers):
     out = tmp_path / "out"
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda i: merge(parts, out, (i, workers)), range(workers)))
-    assert tree(out) == tree(tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
 
 
 def test_a_file_system_without_locks(parts, tmp_path, monkeypatch):
@@ -75,7 +72,7 @@ def test_a_file_system_without_locks(parts, tmp_path, monkeypatch):
     with artifact.only_maker(out / "m"), artifact.only_maker(out / "m"):  # nothing keeps the second one out
         pass
     assert [merge(parts, out, (i, 2)) for i in range(2)] == [[], [out / "m", out / "n"]]
-    assert tree(out) == tree(tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
 
 
 def test_a_method_that_decides_by_tensor(parts, tmp_path):
@@ -85,7 +82,7 @@ def test_a_method_that_decides_by_tensor(parts, tmp_path):
     merge(parts, tmp_path / "alone", method=method, verify="full")
     for i in range(2):
         merge(parts, tmp_path / "out", (i, 2), method=method, verify="full")
-    assert tree(tmp_path / "out") == tree(tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
 class Killed(BaseException):
@@ -109,7 +106,7 @@ def test_a_worker_that_dies_is_run_again(parts, tmp_path, monkeypatch, step):
             merge(parts, out, (1, 2))
     assert not (out / "m").exists()
     assert merge(parts, out, (1, 2)) == [out / "m", out / "n"]
-    assert tree(out) == tree(tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
 
 
 def test_what_fails_to_verify_is_not_published_nor_kept(parts, tmp_path, monkeypatch):
@@ -127,7 +124,7 @@ def test_what_fails_to_verify_is_not_published_nor_kept(parts, tmp_path, monkeyp
     merge(parts, out, (1, 2))
     merge(parts, out, (0, 2))
     merge(parts, tmp_path / "alone")
-    assert tree(out) == tree(tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
 
 
 def test_a_record_read_in_part_is_checked_whole(parts, tmp_path):

@@ -10,7 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from train_runs import contents, stop_in_iteration
+from folders import contents
+from train_runs import stop_in_iteration
 
 from megatron_demix.errors import ConfigError, CorruptInput, Incomplete, StageFailed, StorageError
 from megatron_demix.train.compat import cpu_compat

@@ -14,7 +14,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from train_runs import FAMILIES, contents
+from folders import contents
+from train_runs import FAMILIES
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError, CorruptInput, Diverged, IncompatibleInputs

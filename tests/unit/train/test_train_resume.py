@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from train_runs import FAMILIES, contents, stop_in_iteration
+from folders import contents
+from train_runs import FAMILIES, stop_in_iteration
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError, IncompatibleInputs, Incomplete

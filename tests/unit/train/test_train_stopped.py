@@ -6,7 +6,7 @@ import os
 from unittest import mock
 
 import pytest
-from train_runs import contents
+from folders import contents
 
 from megatron_demix.errors import Incomplete
 from megatron_demix.train.compat import cpu_compat
