@@ -37,8 +37,9 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
+def _does_nothing() -> Callable:
+    """Another one each time: torch's compiler refuses one function that it has two rules for."""
+    return lambda *_, **__: None
 
 
 def _compile_nothing(*_: Any, **__: Any) -> None:
@@ -59,10 +60,10 @@ def _set_cpu_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 _CUDA_STAND_INS: dict[str, Callable] = {
     "current_device": lambda: _CPU,
-    "current_stream": _nothing,
-    "empty_cache": _nothing,
-    "set_device": _nothing,
-    "synchronize": _nothing,
+    "current_stream": _does_nothing(),
+    "empty_cache": _does_nothing(),
+    "set_device": _does_nothing(),
+    "synchronize": _does_nothing(),
     "manual_seed": _seed_cpu,
     "get_rng_state": _get_cpu_rng_state,
     "set_rng_state": _set_cpu_rng_state,
@@ -95,13 +96,13 @@ def cpu_compat() -> Iterator[None]:
         return
     _import_core_uncompiled()
     import megatron.core.tensor_parallel.random as random
-    import torch._dynamo  # torch.optim does anyway, and dynamo must not first look at torch.cuda while it is replaced
+    import torch._dynamo  # torch.optim does anyway
 
     with ExitStack() as stack:
         for name, stand_in in _CUDA_STAND_INS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         for name in ("range_push", "range_pop"):
-            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, _nothing))
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, _does_nothing()))
         stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", _get_cpu_rng_state))
         stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", _set_cpu_rng_state))
         stack.enter_context(_router_without_te())

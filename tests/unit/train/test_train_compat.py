@@ -85,3 +85,14 @@ except RuntimeError as e:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "there is no CUDA device to compile for\n"
+
+
+def test_what_was_compiled_outside_runs_inside():
+    """megatron.core may have been imported, and compiled, before."""
+    compiled = torch.compile(lambda x: x + 1, backend="eager")
+    try:
+        with cpu_compat():
+            torch._dynamo.trace_rules.clear_lru_cache()  # as torch does where a process group is made
+            assert compiled(torch.ones(1)).item() == 2
+    finally:
+        torch._dynamo.trace_rules.clear_lru_cache()
