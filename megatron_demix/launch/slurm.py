@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Slurm:
             check_owner(live)
             if live and not self._scripts.cancelled.exists() and all(job.group != CONCLUDE for job in live):
                 # The last job is submitted last, and waits for the others: what submitted these was broken off.
-                slurm_commands.call("scancel", *{job.id for job in live})
+                slurm_commands.scancel(*{job.id for job in live})
                 live = []
             if held := sorted({job.id for job in live if is_held(job.reason)}):
                 slurm_commands.call("scontrol", "release", *held)
@@ -103,8 +104,8 @@ class Slurm:
         write_atomic(self._scripts.cancelled, "")
         ids = sorted({job.id for job in jobs})
         # The batch scripts pass USR1 on to the ranks, which save; TERM would leave them no more than SLURM's KillWait.
-        slurm_commands.call("scancel", "--state=PENDING", *ids)
-        slurm_commands.call("scancel", "--signal=USR1", "--batch", *ids, check=False)
+        slurm_commands.scancel("--state=PENDING", *ids)
+        slurm_commands.scancel("--state=RUNNING", "--signal=USR1", "--batch", *ids)
         deadline = time.monotonic() + CANCEL_WAIT_S
         while left := self._jobs():
             if time.monotonic() >= deadline:
@@ -113,7 +114,7 @@ class Slurm:
                     "be saving. Try again, or scancel them."
                 )
             # A job that was starting had no one who listened to the signal, and one that was requeued is pending now.
-            slurm_commands.call("scancel", "--state=PENDING", *ids, check=False)
+            slurm_commands.scancel("--state=PENDING", *ids)
             time.sleep(1)
         return {"said": f"jobs {job_ids(ids)} have saved and stopped; `demix resume` goes on", "jobs": ids}
 
@@ -161,7 +162,7 @@ class Slurm:
                 )
                 return
             if live:  # the start of this job before this one submitted them, and was broken off
-                patiently(lambda: slurm_commands.call("scancel", *{job.id for job in live}))
+                patiently(lambda: slurm_commands.scancel(*{job.id for job in live}))
             elif self._progress() == read_json(self._scripts.folder / "progress.json"):
                 self._note_what_never_began()
             failed = {s.name: reason for s in missing if (reason := Attempts.read(s).failed)}
@@ -178,7 +179,7 @@ class Slurm:
         def submit() -> dict[str, str]:
             nonlocal ceased
             if ceased and (begun := {job.id for job in self._jobs()}):
-                slurm_commands.call("scancel", *begun, check=False)
+                slurm_commands.scancel(*begun)
             ceased = True
             return self._submit(stages)
 
@@ -239,7 +240,8 @@ class Slurm:
             jobs[CONCLUDE] = sbatch(scripts.path(CONCLUDE), *after)
         except BaseException:
             if jobs:
-                slurm_commands.call("scancel", *jobs.values(), check=False)
+                with suppress(DemixError):  # what went wrong is still to be heard of
+                    slurm_commands.scancel(*jobs.values())
             raise
         return jobs
 

@@ -78,6 +78,14 @@ def sbatch(script: Path, *options: str) -> str:
     return answer.split(";")[0].strip()
 
 
+_ENDED = ("Invalid job id specified", "Job/step already completing or completed")
+
+
+def scancel(*arguments: str) -> None:
+    """Raises what call() does, but not for jobs that have ended since they were listed."""
+    call("scancel", *arguments, unless=_ENDED)
+
+
 _DEFAULTS = {
     "SBATCH_ACCOUNT": ("--account", "-A"),
     "SBATCH_PARTITION": ("--partition", "-p"),
@@ -121,9 +129,9 @@ def patiently(ask: Callable[[], _Answer]) -> _Answer:
             time.sleep(10)
 
 
-def call(*command: str, check: bool = True) -> str:
+def call(*command: str, unless: Sequence[str] = ()) -> str:
     """Output of one of SLURM's commands. Raises NoSlurm where it is not installed, ConfigError where it refuses, NoAnswer where
-    the controller does not answer."""
+    the controller does not answer. unless: what may stand in a line of its errors that is of no matter."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S, env=_environment())
     except FileNotFoundError as e:
@@ -133,8 +141,12 @@ def call(*command: str, check: bool = True) -> str:
             " A job that it submitted all the same is cancelled by the next `demix submit`." if command[0] == "sbatch" else ""
         )
         raise NoAnswer(f"{command[0]} has not answered within {_COMMAND_LIMIT_S} s; try again.{more}") from e
-    if check and result.returncode != 0:
-        said = " ".join(result.stderr.split())
+    if result.returncode != 0:
+        errors = result.stderr.splitlines()
+        matter = [line for line in errors if not any(text in line for text in unless)]
+        if errors and not matter:
+            return result.stdout
+        said = " ".join(" ".join(matter).split())
         # The last is what scontrol says of a job, of a controller that is away.
         away = ("Unable to contact", "Connection refused", "Socket timed out", "try again", "Unexpected message received")
         raise (NoAnswer if any(s in said for s in away) else ConfigError)(f"{' '.join(command[:1])}: {said or 'failed'}")

@@ -32,7 +32,7 @@ def answers(monkeypatch):
     """Commands that were given, and what squeue lists."""
     found = SimpleNamespace(commands=[], listed=[])
 
-    def answer(*command, check=True):
+    def answer(*command, unless=()):
         found.commands.append(command)
         return "".join(line + "\n" for line in found.listed) if command[0] == "squeue" else f"{len(found.commands)}\n"
 
@@ -209,11 +209,11 @@ def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, 
     write_json(dag.run / "slurm" / "progress.json", "another")
     answer, away = slurm_commands.call, iter([False, True])
 
-    def break_off(*command, check=True, **_):
+    def break_off(*command, **more):
         if command[0] == "sbatch" and next(away, False):
             answers.listed = [line(dag, 12, 0, "data", "PENDING", "None")]
             raise slurm_commands.NoAnswer("sbatch: Unable to contact slurm controller (connect failure)")
-        return answer(*command, check=check)
+        return answer(*command, **more)
 
     monkeypatch.setattr(slurm_commands, "call", break_off)
     monkeypatch.setattr(slurm.time, "sleep", lambda s: None)
@@ -250,6 +250,30 @@ def test_an_array_that_the_cluster_does_not_take_is_refused_at_once(dag, answers
     assert not any(command[0] == "sbatch" for command in answers.commands)
     limit = 12
     slurm.Slurm(dag, dag.run).submit()
+
+
+ENDED = "scancel: error: Kill job error on job id 7: Invalid job id specified"
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [
+        (ENDED, None),
+        (f"{ENDED}\n{ENDED.replace('Invalid job id specified', 'Job/step already completing or completed')}", None),
+        (f"{ENDED}\n{ENDED.replace('Invalid job id specified', 'Access/permission denied')}", ConfigError),
+        (ENDED.replace("Invalid job id specified", "Unable to contact slurm controller (connect failure)"), Incomplete),
+        ("", ConfigError),
+    ],
+)
+def test_a_job_that_has_ended_meanwhile_does_not_keep_others_from_being_cancelled(tmp_path, monkeypatch, said, raised):
+    (tmp_path / "scancel").write_text(f"#!/bin/sh\nprintf '%s' '{said}' >&2\nexit 1\n")
+    (tmp_path / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if raised is None:
+        slurm_commands.scancel("7", "8")
+    else:
+        with pytest.raises(raised, match=r"^scancel: (scancel: error: Kill job error on job id 7: [AU]|failed$)"):
+            slurm_commands.scancel("7", "8")
 
 
 def test_many_jobs_are_named_by_the_first_and_the_last():
