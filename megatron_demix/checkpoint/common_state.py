@@ -113,6 +113,15 @@ def missing_files(checkpoint: Checkpoint) -> list[str]:
     return [name for name in (BACKEND, COMMON) if name not in there]
 
 
+def check_loadable(checkpoint: Checkpoint) -> None:
+    """Raises CorruptInput naming the small files that it lacks."""
+    if missing := missing_files(checkpoint):
+        raise CorruptInput(
+            f"checkpoint {checkpoint.location.path}: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing, "
+            "without which Megatron does not load it. Copy the whole folder again from where it was saved."
+        )
+
+
 def read_common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The common state: plain values, Global for names, Inert for instances. {} where the checkpoint has none.
 

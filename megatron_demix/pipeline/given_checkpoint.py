@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_demix.checkpoint.common_state import missing_files
+from megatron_demix.checkpoint.common_state import check_loadable
 from megatron_demix.checkpoint.digest import weights_digest
 from megatron_demix.checkpoint.layout import find_checkpoint
 from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import saved_arguments
-from megatron_demix.errors import CorruptInput, IncompatibleInputs
+from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import ModelSpec
@@ -52,11 +52,7 @@ def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
 
 def _facts(folder: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(folder, read_ahead=False)
-    if missing := missing_files(checkpoint):
-        raise CorruptInput(
-            f"checkpoint {folder}: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing, without which "
-            "Megatron does not load it. Copy the whole folder again from where it was saved."
-        )
+    check_loadable(checkpoint)
     for key, location in checkpoint.model_objects.items():
         checkpoint.harmless_blob(location, key)  # stock Megatron-LM may be given this folder
     tensors, digest = checkpoint.model_tensors, weights_digest(checkpoint)

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_demix.checkpoint.common_state import check_loadable
 from megatron_demix.checkpoint.layers import known_as
 from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -34,9 +35,10 @@ def load_weights(
     an embedding that was padded otherwise is accepted if it has that many rows. arguments: the model's
     (derived.model_arguments); where given, saved arguments that make another function of the weights are refused.
     Raises IncompatibleInputs naming the first tensor that does not fit, or every such argument, CorruptInput for metadata that
-    is damaged or unsafe.
+    is damaged or unsafe, and for a file that is missing.
     """
     stored = Checkpoint(folder)  # reads .metadata without running it, which megatron.core's reader would
+    check_loadable(stored)
     path = stored.location.path
     # Extra states carry nothing for these layer specs, and whoever converts checkpoints leaves them out. Transformer Engine's
     # experts have one each: _extra_state, _extra_state1, ...

@@ -105,6 +105,15 @@ def test_metadata_that_would_run_code_is_refused(tmp_path, make_train_job):
     assert not (tmp_path / "it ran").exists()
 
 
+@pytest.mark.parametrize("name", ["common.pt", "metadata.json"])
+def test_a_checkpoint_that_was_copied_in_part_is_refused_by_the_name_of_what_is_missing(tmp_path, make_train_job, name):
+    base = make_train_job(tmp_path / "base", train_iters=1)
+    train(base)
+    (base.work / "iter_0000001" / name).unlink()
+    with pytest.raises(CorruptInput, match=rf"iter_0000001: {name} is missing, without which Megatron does not load it"):
+        train(make_train_job(tmp_path / "second", init_checkpoint=base.work))
+
+
 def test_sources_of_weight_zero_are_dropped_with_a_notice(tmp_path, make_train_job, byte_corpus, caplog):
     job = make_train_job(tmp_path, blend=[(byte_corpus["a"], 1.0), (tmp_path / "absent", 0.0)], train_iters=1)
     train(job)
