@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_demix.artifact import fingerprint
 from megatron_demix.checkpoint.common_state import merged_common_state
-from megatron_demix.checkpoint.layout import iteration_folder
+from megatron_demix.checkpoint.layout import CheckpointDir, iteration_folder
 from megatron_demix.checkpoint.metadata import TensorInfo
 from megatron_demix.checkpoint.output import Output, is_published
 from megatron_demix.checkpoint.pickles import write_pickle
@@ -60,13 +60,8 @@ class Job:
         self.max_chunk = max_chunk
         self.method = method
         first = parts.checkpoints[0]
-        iteration = first.location.iteration
         self.common_state = parts.common_states[0]
-        if layout == "iter" and iteration is None:
-            iteration = self.common_state.get("iteration")
-            if not isinstance(iteration, int) or iteration < 0:
-                raise ConfigError(f"layout iter: {first.location.path} does not say its iteration. Use --layout release.")
-        self.iteration = (iteration or 0) if layout == "iter" else 0
+        self.iteration = _iteration(first.location, self.common_state) if layout == "iter" else 0
         self.folder = iteration_folder(self.iteration) if layout == "iter" else "release"
         self.tracker = str(self.iteration) if layout == "iter" else "release"
         self.placements = place(self._items())
@@ -190,6 +185,19 @@ class Job:
         for key, location in first.model_objects.items():
             located.append(((location.file, location.position), CopiedItem(key, first.harmless_blob(location, key).data)))
         return [item for _, item in sorted(located, key=lambda entry: entry[0])]
+
+
+def _iteration(first: CheckpointDir, common_state: Mapping[str, Any]) -> int:
+    """Of a merge in the iteration layout. Raises ConfigError where the first component has none that Megatron-LM loads."""
+    iteration = common_state.get("iteration") if first.iteration is None else first.iteration
+    if not isinstance(iteration, int):
+        raise ConfigError(f"layout iter: {first.path} does not say its iteration. Use --layout release.")
+    if iteration < 1:
+        raise ConfigError(
+            f"layout iter: {first.path} is of iteration {iteration}, and Megatron-LM loads no folder of an iteration below 1. "
+            "Use --layout release."
+        )
+    return iteration
 
 
 def _unknown_objects(parts: Components) -> list[str]:

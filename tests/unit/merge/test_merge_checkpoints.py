@@ -86,6 +86,13 @@ def test_iteration_layout(parts, tmp_path):
         merge_checkpoints(parts, {"n": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
 
 
+def test_a_merge_of_releases_has_no_iteration_layout(parts, tmp_path):
+    """They are of iteration 0, and Megatron-LM stops at a tracker that names it."""
+    (released,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
+    with pytest.raises(ConfigError, match=r"release is of iteration 0, and Megatron-LM loads no folder of"):
+        merge_checkpoints({"m": released}, {"n": {"m": 1.0}}, tmp_path / "out", layout="iter", progress=False)
+
+
 def test_other_arguments_are_another_merge(parts, tmp_path):
     """What no weights decide counts as well: elements may be equal, and the model's function not."""
     merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", progress=False)
