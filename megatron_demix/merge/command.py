@@ -167,8 +167,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# Set by torchrun and by srun, for each process: its number, and how many there are.
-_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+# Set by torchrun and by srun, for each process: its number, and how many there are. A batch script has SLURM_PROCID and
+# SLURM_NTASKS, too, and is one process.
+_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
 
 def _worker(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -150,10 +150,14 @@ def test_flags(parts, tmp_path, monkeypatch, capsys):
     for rank, _ in engine_ranks():
         monkeypatch.delenv(rank, raising=False)
     assert main([*common, "--worker", "auto"]) == 2
+    monkeypatch.setenv("SLURM_PROCID", "0")  # as a batch script has them, in which nothing else was started
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert main([*common, "--worker", "auto"]) == 2
+    assert "--worker auto: neither torchrun nor srun has started this process" in capsys.readouterr().err
     assert main([*common, "--worker", "0", "--workers", "2"]) == 0
     assert "not published yet" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert main([*common, "--worker", "auto"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
