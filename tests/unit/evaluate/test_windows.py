@@ -39,8 +39,8 @@ def test_few_windows_are_spread_over_all_documents(prefixes):
 
 
 def test_too_little_text(prefixes):
-    with pytest.raises(CorruptInput, match=r"domain 'code': .*holds 25 tokens, but one evaluation window needs 41"):
-        windows(prefixes, seq_length=40)
+    with pytest.raises(CorruptInput, match=r"domain 'code': .*holds 25 tokens, but one evaluation window needs 26"):
+        windows(prefixes, seq_length=25)
 
 
 def test_foreign_token_ids(prefixes):
