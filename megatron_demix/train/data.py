@@ -19,7 +19,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_demix.artifact import fingerprint, hash_file
-from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, MixtureError, storage_errors
+from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs, storage_errors
 from megatron_demix.locks import open_lock, take_lock
 from megatron_demix.train.derived import blend_surplus
 from megatron_demix.train.job import TrainJob
@@ -46,8 +46,8 @@ class _Vocabulary:
 
 
 def training_data(job: TrainJob) -> torch.utils.data.Dataset:
-    """train_iters x global_batch_size samples of the blend. All ranks call it. Raises ConfigError, MixtureError,
-    IncompatibleInputs."""
+    """At least train_iters x global_batch_size samples of the blend. All ranks call it. Raises ConfigError, CorruptInput,
+    StorageError."""
     sources = [(prefix, weight) for prefix, weight in job.blend if weight > 0]
     dropped = [str(prefix) for prefix, weight in job.blend if weight == 0]
     if dropped and torch.distributed.get_rank() == 0:
@@ -56,7 +56,7 @@ def training_data(job: TrainJob) -> torch.utils.data.Dataset:
 
 
 def validation_data(job: TrainJob) -> dict[str, torch.utils.data.Dataset]:
-    """eval_iters x global_batch_size samples of every validation set, by name: the same ones at each evaluation."""
+    """At least eval_iters x global_batch_size samples of every validation set, by name: the same ones at each evaluation."""
     num_samples = job.eval_iters * job.train.global_batch_size
     return {name: _build(job, [(prefix, 1.0)], num_samples) for name, prefix in sorted(job.valid.items())}
 
@@ -82,17 +82,7 @@ def _build(job: TrainJob, sources: Sequence[tuple[Path, float]], num_samples: in
         mid_level_dataset_surplus=blend_surplus(len(weights), num_samples),
     )
     with _building_alone(job.index_cache), storage_errors(f"writing sample indices into {job.index_cache}"):
-        try:
-            builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
-            dataset = builder.build()[0]
-        except IndexError as e:
-            raise MixtureError(f"run {job.name}: megatron.core cannot draw {num_samples} samples of this blend: {e}") from e
-    if dataset is None or len(dataset) < num_samples:
-        raise IncompatibleInputs(
-            f"run {job.name}: {', '.join(prefixes)} give {0 if dataset is None else len(dataset)} samples of "
-            f"{job.train.seq_length} tokens, expected {num_samples}."
-        )
-    return dataset
+        return BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
 
 
 def _content(prefixes: Sequence[str]) -> str:
