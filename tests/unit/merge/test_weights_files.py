@@ -53,6 +53,7 @@ def test_both_forms(tmp_path, name, text):
         ("w.jsonl", '{"name": "a", "weights": {"code": 0.5, "math": 0.5, "code": 1}}', r"line 1: 'code' is given twice"),
         ("w.jsonl", '{"name": "a", "weights": [["code", 1]]}', r"line 1: expected .*weights are a list"),
         ("w.jsonl", "[" * 100_000, r"line 1: expected .*RecursionError"),
+        ("w.jsonl", '{"name": 3, "weights": {"code": 1}}', r"line 1: 3 cannot name an output folder"),
         ("w.jsonl", r'{"name": "\ud800", "weights": {"code": 1}}', r"'\\ud800' cannot name an output folder"),
     ],
 )
@@ -62,8 +63,8 @@ def test_malformed(tmp_path, name, text, message):
         read_weights(tmp_path / name)
 
 
-@pytest.mark.parametrize("weight", ["1e39", "9" * 400, "-1e39", "Infinity"])
-def test_weights_that_float32_does_not_hold(tmp_path, weight):
+@pytest.mark.parametrize("weight", ["1e39", "9" * 400, "-1e39", "Infinity", "true"])
+def test_weights_that_are_no_numbers_of_float32(tmp_path, weight):
     (tmp_path / "w.jsonl").write_text(f'{{"name": "a", "weights": {{"code": {weight}}}}}')
     with pytest.raises(MixtureError, match=r"mixture a: weight of 'code' is .*, expected a finite number \(in float32"):
         weight_matrix(read_weights(tmp_path / "w.jsonl"), ["code"], "off")
