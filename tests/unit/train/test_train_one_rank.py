@@ -129,6 +129,27 @@ def test_a_cache_that_cannot_be_locked_is_used_with_a_warning(tmp_path, make_tra
     assert "index cannot be locked (Function not implemented): start nothing else that works there now" in caplog.text
 
 
+def test_every_setting_of_the_optimizer_has_an_effect(tmp_path, make_train_job):
+    settings = {
+        "seq_length": 32,  # as without it
+        "lr": 1e-3,
+        "min_lr": 1e-3,
+        "lr_decay_style": "linear",
+        "lr_warmup_fraction": 0.5,
+        "weight_decay": 10.0,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.5,
+        "adam_eps": 1e-2,
+        "clip_grad": 0.1,
+    }
+    losses = set()
+    for name, value in settings.items():
+        job = make_train_job(tmp_path / name, train={name: value}, train_iters=4)
+        train(job)
+        losses.add(tuple(row["lm loss"] for row in read_losses(job.work / "losses.jsonl")))
+    assert len(losses) == len(settings)
+
+
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, make_train_job):
     job = make_train_job(tmp_path, train={"lr": 1e30, "lr_warmup_fraction": 0.0, "clip_grad": 0.0, "save_interval": 1})
     with pytest.raises(Diverged, match=r"run tiny: (loss|gradient norm) is .* at iteration \d, expected a finite number"):

@@ -152,6 +152,22 @@ def test_settings_that_no_weight_shows_are_compared_too(tmp_path, make_train_job
         "hidden_dropout 0.0 (now 0.1)": {"model": {"hidden_dropout": 0.1}},
         "attention_dropout 0.0 (now 0.1)": {"model": {"attention_dropout": 0.1}},
         "moe_aux_loss_coeff 0.01 (now 0.5)": {"model": {"moe_aux_loss_coeff": 0.5}},
+        "global_batch_size 8 (now 4), bf16 False (now True), use_distributed_optimizer False (now True), seed 5 (now 6)": {
+            "train": {"global_batch_size": 4, "precision": "bf16", "use_distributed_optimizer": True},
+            "seed": 6,
+        },
+        "min_lr 0.0 (now 0.001), lr_decay_style cosine (now linear), weight_decay 0.1 (now 0.2), adam_beta1 0.9 (now 0.8), "
+        "adam_beta2 0.95 (now 0.9), adam_eps 1e-08 (now 1e-07), clip_grad 1.0 (now 2.0)": {
+            "train": {
+                "min_lr": 1e-3,
+                "lr_decay_style": "linear",
+                "weight_decay": 0.2,
+                "adam_beta1": 0.8,
+                "adam_beta2": 0.9,
+                "adam_eps": 1e-7,
+                "clip_grad": 2.0,
+            }
+        },
     }
     advice = f"set that back, choose another folder, or delete {job.work} to train again from the start."
     for said, change in changes.items():
