@@ -81,9 +81,11 @@ def test_iteration_layout(parts, tmp_path):
     (path,) = merge_checkpoints(parts, {"m": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
     assert (path / "latest_checkpointed_iteration.txt").read_text() == "100"
     assert torch.load(path / "iter_0000100" / "common.pt", weights_only=False)["iteration"] == 100
-    (parts["a"] / "common.pt").unlink()
-    with pytest.raises(ConfigError, match=r"does not say its iteration. Use --layout release"):
-        merge_checkpoints(parts, {"n": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
+    common = torch.load(parts["a"] / "common.pt", weights_only=False)
+    for iteration in (-1, None):
+        torch.save(common | {"iteration": iteration}, parts["a"] / "common.pt")
+        with pytest.raises(ConfigError, match=r"does not say its iteration. Use --layout release"):
+            merge_checkpoints(parts, {"n": WEIGHTS}, tmp_path / "out", layout="iter", progress=False)
 
 
 def test_a_merge_of_releases_has_no_iteration_layout(parts, tmp_path):
