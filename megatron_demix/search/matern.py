@@ -26,7 +26,7 @@ class MaternRegressor(GaussianProcessRegressor):
         return variance * (distance_NM @ self.alpha_)
 
     def log_marginal_likelihood(self, theta=None, eval_gradient=False, clone_kernel=True):
-        if theta is None or not eval_gradient:
+        if not eval_gradient:
             return super().log_marginal_likelihood(theta, eval_gradient, clone_kernel)
         variance, noise = np.exp(theta[0]), np.exp(theta[-1])
         inputs_MD, scores_M = self.X_train_ / np.exp(theta[1:-1]), self.y_train_
