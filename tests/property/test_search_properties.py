@@ -1,6 +1,7 @@
 """Whatever the bounds, a mixture that leaves the search space's hands is feasible and sums to exactly 1."""
 
 import numpy as np
+import pytest
 from feasible_mixtures import feasible
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,7 @@ def test_other_designs_are_feasible_and_distinct(space: SearchSpace | None, seed
     assert len(distinct(weights_MD)) == 20 or np.ptp(weights_MD, axis=0).max() < 1e-3
 
 
+@pytest.mark.filterwarnings("error")
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_waterfill_meets_bounds_and_total_and_keeps_free_proportions(data) -> None:
