@@ -129,6 +129,17 @@ def test_a_cache_that_cannot_be_locked_is_used_with_a_warning(tmp_path, make_tra
     assert "index cannot be locked (Function not implemented): start nothing else that works there now" in caplog.text
 
 
+def test_an_evaluation_changes_nothing_of_the_training(tmp_path, make_train_job, byte_corpus):
+    plain = make_train_job(tmp_path / "plain", model=FAMILIES["gpt2"], train_iters=4)  # with dropout
+    evaluated = make_train_job(
+        tmp_path / "evaluated", model=FAMILIES["gpt2"], train_iters=4, valid={"b": byte_corpus["b"]}, eval_interval=1
+    )
+    for job in (plain, evaluated):
+        train(job)
+    (evaluated.work / "validation.jsonl").unlink()
+    assert contents(evaluated.work) == contents(plain.work)
+
+
 def test_every_setting_of_the_optimizer_has_an_effect(tmp_path, make_train_job):
     settings = {
         "seq_length": 32,  # as without it
