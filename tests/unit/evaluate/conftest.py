@@ -8,7 +8,13 @@ from megatron_demix.train.compat import cpu_compat
 MAX_TOKENS, VOCABULARY = 160, 257  # bytes and end-of-document
 KINDS = {
     "rope": {"num_query_groups": 2, "qk_layernorm": True},
-    "learned": {"position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False},
+    "learned": {
+        "position_embedding_type": "learned_absolute",
+        "normalization": "LayerNorm",
+        "swiglu": False,
+        "hidden_dropout": 0.5,
+        "attention_dropout": 0.5,
+    },
     "experts": {"num_experts": 4, "untie_embeddings_and_output_weights": True},
 }
 
