@@ -57,13 +57,13 @@ def test_checkpoints_hold_what_megatron_lm_looks_up_and_no_paths(tmp_path, make_
 
 def test_checkpoints_on_the_way_stay_and_a_run_may_end_before_its_schedule(tmp_path, make_train_job):
     style = {"lr_decay_style": "linear", "save_interval": 4}
-    whole = make_train_job(tmp_path / "whole", train=style, train_iters=5, schedule_iters=10, keep=[1, 3])
+    whole = make_train_job(tmp_path / "whole", train=style, train_iters=5, schedule_iters=10, keep=[1, 3, 5])
     train(whole)
     assert sorted(p.name for p in whole.work.glob("iter_*")) == ["iter_0000001", "iter_0000003", "iter_0000005"]
     assert (whole.work / "latest_checkpointed_iteration.txt").read_text() == "5"
     rates = [row["learning-rate"] for row in read_losses(whole.work / "losses.jsonl")]
     assert rates == pytest.approx([3e-3 * (1 - n / 10) for n in range(5)])
-    stopped = make_train_job(tmp_path / "stopped", train=style, train_iters=5, schedule_iters=10, keep=[1, 3])
+    stopped = make_train_job(tmp_path / "stopped", train=style, train_iters=5, schedule_iters=10, keep=[1, 3, 5])
     with stop_in_iteration(4), pytest.raises(Incomplete):
         train(stopped)
     train(stopped)
