@@ -168,7 +168,7 @@ class Output:
             for file, path in self._written.items():
                 try:
                     os.rename(path, self.folder / file)
-                except FileNotFoundError:  # who sealed the same work took it for left over: it is not finished, then
+                except FileNotFoundError:  # removed by who sealed the same work, or found it wrong: not finished, then
                     del self._crcs[file]
                     continue
                 write_json(self._record(file), {"crcs": self._crcs[file]})

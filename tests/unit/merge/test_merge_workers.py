@@ -109,6 +109,34 @@ def test_a_worker_that_dies_is_run_again(parts, tmp_path, monkeypatch, step):
     assert contents(out) == contents(tmp_path / "alone")
 
 
+@pytest.mark.parametrize(
+    ("step", "error", "published"),
+    [((output_module.Output, "publish"), Killed, ["m", "n"]), ((engine, "verify_merge"), VerificationFailed, [])],
+)
+def test_who_makes_the_same_files_and_fails_meanwhile_costs_no_more(parts, tmp_path, monkeypatch, step, error, published):
+    """It has removed what the other was about to finish: as left over, when it sealed; or with all the rest."""
+    merge(parts, tmp_path / "alone")
+    out, complete = tmp_path / "out", output_module.Output.complete
+
+    def fail(*arguments):
+        raise error
+
+    def overtaken(self, *arguments):
+        complete(self, *arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(output_module.Output, "complete", complete)
+            patch.setattr(output_module.Output, "discard", lambda self: None)
+            patch.setattr(*step, fail)
+            with pytest.raises(error):
+                merge(parts, out, (0, 1), {self.target.name: MIXTURES[self.target.name]})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.Output, "complete", overtaken)
+        assert merge(parts, out, (0, 1)) == [out / name for name in published]
+    merge(parts, out, (0, 1))
+    assert tree(out) == tree(tmp_path / "alone")
+
+
 def test_what_fails_to_verify_is_not_published_nor_kept(parts, tmp_path, monkeypatch):
     out = tmp_path / "out"
     merge(parts, out, (0, 2))
