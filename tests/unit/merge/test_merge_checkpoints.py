@@ -255,6 +255,8 @@ def test_outputs_that_are_links_are_followed_and_those_that_cannot_be_renamed_to
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ConfigError, match=r"output '\.' is the current folder"):
         merge_checkpoints(parts, {"m": WEIGHTS}, ".", progress=False, into_output=True)
+    with pytest.raises(ConfigError, match=r"output '/' is a mount point"):
+        merge_checkpoints(parts, {"m": WEIGHTS}, "/", progress=False, into_output=True)
 
 
 def test_a_later_version_finds_what_is_there(parts, tmp_path, monkeypatch):
