@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import sys
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from megatron_demix.artifact import fingerprint, hash_file, read_json
 from megatron_demix.data import engines
 from megatron_demix.data.engines import Engine
 from megatron_demix.errors import ConfigError, CorruptInput, DemixError
+from megatron_demix.progress import silent
 
 FILE_NAMES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _PATTERNS = {"tiktoken": "*.tiktoken", "gpt2": "*vocab.json"}
@@ -247,7 +244,7 @@ def train_bpe(text: bytes, vocab_size: int) -> str:
     """A tokenizer.json: byte-level BPE with GPT-2's pre-tokenizer, ids 0-255 the bytes, then merges, last end-of-document."""
     import gigatoken
 
-    with _silent():
+    with silent():
         vocabulary, merges = gigatoken.train_bpe(text, vocab_size - 1, [])
     spelled = {_to_byte_level(token): i for i, token in vocabulary.items()}
     return _byte_level_bpe(spelled, [(_to_byte_level(a), _to_byte_level(b)) for a, b in merges])
@@ -262,27 +259,6 @@ def _byte_level_bpe(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOD, special=True, normalized=False)])
     return tokenizer.to_str(pretty=True)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """gigatoken reports its progress on standard output and error from native code: shown only if an error comes of it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    with tempfile.TemporaryFile() as said:
-        try:
-            for descriptor in (1, 2):
-                os.dup2(said.fileno(), descriptor)
-            yield
-        except BaseException:
-            said.seek(0)
-            os.write(kept[1], said.read())
-            raise
-        finally:
-            for descriptor, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, descriptor)
-                os.close(copy)
 
 
 def _gigatoken(load_with: Any) -> Engine | None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_demix.data.clean.scores import LocalKenlm, Pieces, load_fasttext
 from megatron_demix.data.clean.trove import KenlmModel
 from megatron_demix.data.inputs import read_documents
 from megatron_demix.errors import ConfigError, OutputExists, StageFailed, storage_errors
-from megatron_demix.study.data import PerplexitySpec
+from megatron_demix.progress import silent
 
 HELD_OUT = 0.1
 
@@ -43,7 +43,7 @@ def train_perplexity(
     documents = _shuffled(sample, json_key)
     held_out, trained = _split(documents)
     with _folder(output) as work:
-        spec = PerplexitySpec(model=work / "model.arpa", sentencepiece=work / "sentencepiece.model")
+        arpa, sentencepiece = work / "model.arpa", work / "sentencepiece.model"
         normalize = KenlmModel("", "").normalize
         lines = [normalize(text) for text in trained]
         try:
@@ -59,12 +59,14 @@ def train_perplexity(
         except RuntimeError as e:
             raise ConfigError(f"the sample is too small for {vocab_size} pieces ({e}). Give more text, or fewer pieces.") from e
         (work / "sentencepiece.vocab").unlink()
-        pieces = Pieces(spec.sentencepiece)
+        pieces = Pieces(sentencepiece)
         text = work / "pieces.txt"
         text.write_text("".join(pieces.tokenize(line) + "\n" for line in lines), encoding="utf-8")
-        train_arpa(["--ngram-order", str(order), "--text", str(text), "--lm", str(spec.model)])
+        # On a terminal its bars say how far it is.
+        with nullcontext() if sys.stderr.isatty() else silent():
+            train_arpa(["--ngram-order", str(order), "--text", str(text), "--lm", str(arpa)])
         text.unlink()
-        model = LocalKenlm(spec)
+        model = LocalKenlm(arpa, sentencepiece)
         medians = {
             name: _median([model.get_perplexity(text) for text in texts])
             for name, texts in (("sample", trained[: len(held_out)]), ("held_out", held_out))

@@ -21,7 +21,7 @@ from megatron_demix.data.clean.account import MANIFEST
 from megatron_demix.data.clean.cuts import Grades
 from megatron_demix.data.clean.documents import Source
 from megatron_demix.data.clean.plan import Pass, plan
-from megatron_demix.data.clean.scores import Perplexity, Quality
+from megatron_demix.data.clean.scores import Perplexity, Quality, forget_models
 from megatron_demix.data.input_files import names_of, resolve_inputs
 from megatron_demix.data.inputs import BadDocuments
 from megatron_demix.errors import ConfigError, OutputExists, storage_errors
@@ -84,10 +84,13 @@ def clean_domains(
         if slurm is not None:
             _submit(passes, work, slurm)
             return None
-        with progress_bar("cleaning", len(passes), unit="passes", enabled=progress) as advance:
-            for step in passes:
-                _Local(step.steps, step.tasks, min(step.tasks, workers), work / "logs" / step.name).run()
-                advance(1, info=step.name)
+        try:
+            with progress_bar("cleaning", len(passes), unit="passes", enabled=progress) as advance:
+                for step in passes:
+                    _Local(step.steps, step.tasks, min(step.tasks, workers), work / "logs" / step.name).run()
+                    advance(1, info=step.name)
+        finally:
+            forget_models()
         _tidy(work, note, identity)
     report = read_json(output / MANIFEST)
     _warn_of_losses(report, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from megatron_demix.data.clean.documents import Source
 from megatron_demix.data.clean.trove import Document, KenlmModel, PipelineStep
 from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.progress import silent
 from megatron_demix.study.data import PerplexitySpec, QualitySpec
 
 
@@ -59,23 +61,22 @@ class Perplexity(Score):
     def __init__(self, work: Path, spec: PerplexitySpec) -> None:
         super().__init__(work, "perplexity")
         self.spec = spec
-        self._model: LocalKenlm | None = None
 
     def score(self, text: str) -> float:
-        self._model = self._model or LocalKenlm(self.spec)
-        return float(self._model.get_perplexity(text, normalize_cc_net=self.spec.sentencepiece is not None))
+        model = _perplexity_model(self.spec.model, self.spec.sentencepiece)
+        return float(model.get_perplexity(text, normalize_cc_net=self.spec.sentencepiece is not None))
 
     def check(self) -> None:
         """Raises ConfigError or CorruptInput if the models cannot be used."""
-        _ = LocalKenlm(self.spec).model
+        LocalKenlm(self.spec.model, self.spec.sentencepiece)
 
 
 class LocalKenlm(KenlmModel):
     """datatrove's, from files that are here instead of from a download."""
 
-    def __init__(self, spec: PerplexitySpec) -> None:
+    def __init__(self, model: Path, sentencepiece: Path | None) -> None:
         super().__init__("", "")
-        self._model, self._tokenizer = _kenlm(spec.model), Pieces(spec.sentencepiece)
+        self._model, self._tokenizer = _kenlm(model), Pieces(sentencepiece)
 
     @property
     def model(self) -> Any:
@@ -110,7 +111,8 @@ def _kenlm(path: Path) -> Any:
         raise ConfigError("kenlm is not installed: pip install 'megatron-demix[data]'.") from e
     _exists(path, "perplexity")
     try:
-        return kenlm.Model(str(path))
+        with silent():
+            return kenlm.Model(str(path))
     except (OSError, RuntimeError) as e:
         raise CorruptInput(f"{path}: not a model that KenLM reads, expected .arpa or KenLM's binary form ({e}).") from e
 
@@ -121,12 +123,10 @@ class Quality(Score):
     def __init__(self, work: Path, spec: QualitySpec) -> None:
         super().__init__(work, "quality")
         self.spec = spec
-        self._model: Any = None
 
     def score(self, text: str) -> float:
         # Not datatrove's filter: it keeps a copy of a model by path, and would go on using it after the file has changed.
-        self._model = self._model or load_fasttext(self.spec.model)
-        labels, probabilities = self._model.predict(text.replace("\n", " "), k=-1)
+        labels, probabilities = _quality_model(self.spec.model).predict(text.replace("\n", " "), k=-1)
         return float(dict(zip(labels, probabilities, strict=True)).get(f"__label__{self.spec.label}", 0.0))
 
     def check(self) -> None:
@@ -151,3 +151,15 @@ def load_fasttext(path: Path) -> Any:
 def _exists(path: Path, what: str) -> None:
     if not path.is_file():
         raise ConfigError(f"{what}: the model {path} does not exist. Correct the path; nothing is downloaded.")
+
+
+# A worker has many tasks, one a file of the input, and each has a copy of the steps: kept in a step, a model would be read anew
+# for every file.
+_perplexity_model = lru_cache(maxsize=1)(LocalKenlm)
+_quality_model = lru_cache(maxsize=1)(load_fasttext)
+
+
+def forget_models() -> None:
+    """Read them again when they are next needed: the files may be others by then."""
+    _perplexity_model.cache_clear()
+    _quality_model.cache_clear()

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import date
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from megatron_demix.data.clean import run
+from megatron_demix.data.clean import run, scores
 from megatron_demix.data.clean.models import train_perplexity, train_quality
 from megatron_demix.data.clean.run import clean_domains
 from megatron_demix.errors import ConfigError, CorruptInput, Incomplete, OutputExists
@@ -342,6 +344,32 @@ def test_scores_drop_the_worst_and_grade_the_rest(models, tmp_path):
     again = {"math": {"high": parse_cut(bounds["grade high"]), "low": None}}
     report = clean(inputs, tmp_path / "again", spec, grades=again)
     assert texts(tmp_path / "again/math_high") == high
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_models_are_read_once_a_worker_and_in_silence(models, tmp_path, monkeypatch, capfd, workers):
+    folder, _, _ = models
+    inputs = {"x": [write(tmp_path / f"{i}.jsonl", [PROSE[i]])[0] for i in range(5)]}
+    spec = NOTHING | {
+        "perplexity": {"model": folder / "prose/model.arpa", "sentencepiece": folder / "prose/sentencepiece.model"},
+        "quality": {"model": folder / "quality.bin"},
+    }
+    read = tmp_path / "read"
+    for name in ("_kenlm", "load_fasttext"):
+        load = getattr(scores, name)
+        monkeypatch.setattr(scores, name, lambda path, load=load: (read.open("a").write(f"{path.name}\n"), load(path))[1])
+    monkeypatch.setattr(scores, "_quality_model", lru_cache(maxsize=1)(scores.load_fasttext))
+    clean(inputs, tmp_path / "out", spec, workers=workers)
+    loads = Counter(read.read_text().split())
+    assert set(loads) == {"model.arpa", "quality.bin"}
+    assert max(loads.values()) <= 1 + workers  # once to see that they can be read
+    assert capfd.readouterr() == ("", "")
+    assert scores._perplexity_model.cache_info().currsize == scores._quality_model.cache_info().currsize == 0
+
+
+def test_training_a_model_of_perplexity_is_silent(tmp_path, capfd):
+    train_perplexity(write(tmp_path / "prose.jsonl", PROSE[:100]), tmp_path / "out", vocab_size=500)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_model_of_words(models, tmp_path):

@@ -135,7 +135,7 @@ def test_who_makes_the_same_files_and_fails_meanwhile_costs_no_more(parts, tmp_p
         patch.setattr(output_module.Output, "complete", overtaken)
         assert merge(parts, out, (0, 1)) == [out / name for name in published]
     merge(parts, out, (0, 1))
-    assert tree(out) == tree(tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
 
 
 def test_what_fails_to_verify_is_not_published_nor_kept(parts, tmp_path, monkeypatch):
