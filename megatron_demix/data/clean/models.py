@@ -61,7 +61,9 @@ def train_perplexity(
         (work / "sentencepiece.vocab").unlink()
         pieces = Pieces(sentencepiece)
         text = work / "pieces.txt"
-        text.write_text("".join(pieces.tokenize(line) + "\n" for line in lines), encoding="utf-8")
+        # What was never seen is as likely as what was seen once. In a model without <unk> KenLM gives 1e-100 to it, and one
+        # rare character makes a document the worst of all.
+        text.write_text("".join(pieces.tokenize(line) + "\n" for line in lines) + "<unk>\n", encoding="utf-8")
         # On a terminal its bars say how far it is.
         with nullcontext() if sys.stderr.isatty() else silent():
             train_arpa(["--ngram-order", str(order), "--text", str(text), "--lm", str(arpa)])

@@ -305,6 +305,14 @@ def test_models_say_how_good_they_are(models):
         train_quality({"high": [folder / "prose.jsonl"], "low": [folder / "code.jsonl"]}, folder / "quality.bin")
 
 
+def test_one_rare_character_does_not_make_a_document_the_worst(models):
+    folder, _, _ = models
+    model = scores.LocalKenlm(folder / "prose/model.arpa", folder / "prose/sentencepiece.model")
+    worst = max(model.get_perplexity(text) for text in PROSE[:100])
+    assert model.get_perplexity(PROSE[0] + " \N{SNOWMAN}") < 1.5 * model.get_perplexity(PROSE[0]) < 1.5 * worst
+    assert model.get_perplexity("\N{SNOWMAN}" * 20 + " \N{CLOUD}" * 20) > worst
+
+
 def test_a_label_with_a_blank_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"label 'very good' has a blank, at which fastText would end it"):
         train_quality({"very good": write(tmp_path / "a.jsonl", PROSE), "low": [tmp_path / "a.jsonl"]}, tmp_path / "q.bin")
