@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     study.set_defaults(until=None, quiet=False, dry_run=False)
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--dry-run", action="store_true", help="show what would run, and stop")
-    running.add_argument("--quiet", action="store_true", help="no progress; errors only")
+    running.add_argument("--quiet", action="store_true", help="neither progress nor notes")
     until = argparse.ArgumentParser(add_help=False)
     until.add_argument("--until", choices=_MILESTONES, help="end with what this command makes: search ends with the mixture")
     submitting = argparse.ArgumentParser(add_help=False)

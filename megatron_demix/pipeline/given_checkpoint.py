@@ -88,7 +88,7 @@ def check_function(study: Study, checkpoint: Path, found: GivenCheckpoint) -> No
     if study.model.kv_channels is None and theirs.keys() & {"hidden_size", "num_attention_heads"}:
         theirs.pop("kv_channels", None)  # follows from them
     known = {name: value for name, value in theirs.items() if name in ModelSpec.model_fields}
-    said = [f"model.{name}: {value} (found {ours[name]})" for name, value in known.items()]
+    said = [f"model.{name}: {value} (the study: {ours[name]})" for name, value in known.items()]
     said += [f"{name} {value}" for name, value in theirs.items() if name not in known]
     todo = "Set these." if known == theirs else "What has no `model.` before it, no model of a study can have."
     raise IncompatibleInputs(

@@ -44,7 +44,7 @@ def with_base(study: Study, root: Path, digests: InputDigests) -> Study:
     wanted, given = _resolved(ModelSpec(**described.study())), _resolved(study.model)
     said = study.model.model_dump()
     # A study without experts, or scaling, has fewer settings that count.
-    if differing := [f"model.{k}: {v} (found {said[k]})" for k, v in wanted.items() if given.get(k) != v]:
+    if differing := [f"model.{k}: {v} (the study: {said[k]})" for k, v in wanted.items() if given.get(k) != v]:
         raise IncompatibleInputs(
             f"study {study.name!r}: base.huggingface {folder} is another model than the study's. It has "
             f"{', '.join(differing)}. Set these; `tools/convert_hf.py import` prints the whole section."

@@ -117,8 +117,8 @@ def test_another_model_is_named_key_by_key(folder, which):
         given_scores(build(folder, *overrides), named_checkpoints([str(folder / "scored")]), final=False)
 
     message = (
-        rf"study 's': checkpoint .*{which} is another model .* It has model.rotary_base: 500000 \(found 10000\), "
-        r"model.norm_epsilon: 1e-06 \(found 1e-05\). Set these."
+        rf"study 's': checkpoint .*{which} is another model .* It has model.rotary_base: 500000 \(the study: 10000\), "
+        r"model.norm_epsilon: 1e-06 \(the study: 1e-05\). Set these."
     )
     with pytest.raises(IncompatibleInputs, match=message):
         look()
@@ -129,16 +129,16 @@ def test_another_model_is_named_key_by_key(folder, which):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"num_layers": 4}, r"model.num_layers: 4 \(found 2\)"),
-        ({"hidden_size": 16, "kv_channels": 8}, r"model.hidden_size: 16 \(found 8\)"),
+        ({"num_layers": 4}, r"model.num_layers: 4 \(the study: 2\)"),
+        ({"hidden_size": 16, "kv_channels": 8}, r"model.hidden_size: 16 \(the study: 8\)"),
         (
             {"num_layers": 4, "untie_embeddings_and_output_weights": True, "rotary_base": 500},
-            r"model.num_layers: 4 \(found 2\), model.untie_embeddings_and_output_weights: True \(found False\), "
-            r"model.rotary_base: 500 \(found 10000\)",
+            r"model.num_layers: 4 \(the study: 2\), model.untie_embeddings_and_output_weights: True \(the study: False\), "
+            r"model.rotary_base: 500 \(the study: 10000\)",
         ),
         (
             {"num_experts": 8, "moe_ffn_hidden_size": None, "moe_router_topk": 2},
-            r"model.num_experts: 8 \(found None\)",
+            r"model.num_experts: 8 \(the study: None\)",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_another_size_is_named_first_and_what_follows_from_it_is_not(folder, arg
 def test_layers_are_as_wide_as_the_base_where_the_study_does_not_say(folder):
     write_checkpoint(folder / "base", small_model(0), common=saved(ffn_hidden_size=48))
     assert build(folder).study.model.ffn_hidden_size == 48
-    with pytest.raises(IncompatibleInputs, match=r"It has model.ffn_hidden_size: 48 \(found 32\)\. Set these"):
+    with pytest.raises(IncompatibleInputs, match=r"It has model.ffn_hidden_size: 48 \(the study: 32\)\. Set these"):
         build(folder, "model.ffn_hidden_size=32")
     write_checkpoint(folder / "other", small_model(0), common=saved())
     assert build(folder, "base.checkpoint=other").study.model.ffn_hidden_size is None  # its key is that of earlier versions

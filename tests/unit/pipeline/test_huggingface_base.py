@@ -104,7 +104,8 @@ def test_its_bytes_are_in_the_keys(folder):
 
 def test_another_model_is_named_key_by_key(folder):
     message = (
-        r"another model than the study's. It has model.num_layers: 2 \(found 4\), model.qk_layernorm: True \(found False\)"
+        r"another model than the study's. It has model.num_layers: 2 \(the study: 4\), "
+        r"model.qk_layernorm: True \(the study: False\)"
     )
     with pytest.raises(IncompatibleInputs, match=message):
         dag(folder, "model.num_layers=4", "model.qk_layernorm=false")
@@ -144,9 +145,9 @@ def test_with_experts_stock_megatron_lm_has_to_be_told_its_layers(folder):
     named = [dag(folder, *settings, f"model.transformer_impl={impl}") for impl in ("transformer_engine", "local")]
     assert [each.base.key == dag(folder, *settings).base.key for each in named] == [True, False]
     assert dag(folder, *settings, "model.transformer_impl=local").study.model.padded_vocab_size == 512
-    with pytest.raises(IncompatibleInputs, match=r"It has model.moe_aux_loss_coeff: 0.001 \(found 0.01\)\. Set"):
+    with pytest.raises(IncompatibleInputs, match=r"It has model.moe_aux_loss_coeff: 0.001 \(the study: 0.01\)\. Set"):
         dag(folder, *settings[:-1])
-    with pytest.raises(IncompatibleInputs, match=r"model.num_experts: 4 \(found None\)"):
+    with pytest.raises(IncompatibleInputs, match=r"model.num_experts: 4 \(the study: None\)"):
         dag(folder, "base.huggingface=moe")
 
 
