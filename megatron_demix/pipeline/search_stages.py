@@ -84,7 +84,7 @@ def _enough_proxies(foundation: Foundation, earlier: Sequence[Earlier]) -> None:
     if lacking and first < MIN_PROXIES:
         raise ConfigError(
             f"search.rounds: the first has {first} proxies. A surrogate needs {MIN_PROXIES}, and no earlier study has the "
-            f"scores {', '.join(lacking)}."
+            f"scores {', '.join(lacking)}. Make it {MIN_PROXIES} or more, or leave them out of `evaluate`."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.process import die_with_parent
-from megatron_demix.search.surrogate import Surrogate, check_fit, fit_surrogate
+from megatron_demix.search.surrogate import Surrogate, check_fit, check_shapes, fit_surrogate
 
 _PAYS = 10.0
 """Seconds of work left from which processes are started: each takes about 2 to import what it needs."""
@@ -32,7 +32,9 @@ def fit_scores(
     import joblib
 
     fits: dict[str, dict[str, Any]] = {}
-    for name, scores_M in scores.items():
+    for name, given in scores.items():
+        scores_M = np.asarray(given, np.float64)
+        check_shapes(shares_MD, scores_M, name)
         measured_M = np.isfinite(scores_M)
         check_fit(shares_MD[measured_M], scores_M[measured_M], kind, name)
         only = {} if measured_M.all() else {"measured_M": measured_M}

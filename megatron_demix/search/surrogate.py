@@ -186,10 +186,7 @@ def check_fit(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str)
     """Raise as fit_surrogate does."""
     if kind not in KINDS:
         raise ConfigError(f"surrogate kind {kind!r} is unknown; expected one of {', '.join(KINDS)}.")
-    if shares_MD.ndim != 2 or scores_M.shape != shares_MD.shape[:1]:
-        raise IncompatibleInputs(
-            f"{name}: {shares_MD.shape} shares do not go with {scores_M.shape} scores; expected (M, D) and (M,)."
-        )
+    check_shapes(shares_MD, scores_M, name)
     if (num := len(distinct(shares_MD))) < MIN_PROXIES:
         raise IncompatibleInputs(
             f"{name}: {num} proxies{' of different mixtures' if num < len(scores_M) else ''} are too few for a surrogate, "
@@ -206,6 +203,14 @@ def check_fit(shares_MD: np.ndarray, scores_M: np.ndarray, kind: str, name: str)
         raise IncompatibleInputs(
             f"{name}: all {len(scores_M)} scores are {scores_M[0]:g}: nothing to learn. Drop the score from the objective, or "
             "use a finer one (a loss instead of an accuracy)."
+        )
+
+
+def check_shapes(shares_MD: np.ndarray, scores_M: np.ndarray, name: str) -> None:
+    """Raises IncompatibleInputs unless there is a score for each of the mixtures."""
+    if shares_MD.ndim != 2 or scores_M.shape != shares_MD.shape[:1]:
+        raise IncompatibleInputs(
+            f"{name}: {shares_MD.shape} shares do not go with {scores_M.shape} scores; expected (M, D) and (M,)."
         )
 
 

@@ -428,9 +428,12 @@ def test_a_job_knows_the_folder_alone_and_finds_an_earlier_study_of_any_name(fol
 def test_a_score_that_no_earlier_study_has_needs_a_first_round(folder):
     searched(folder / "v1.yaml")
     path = write(folder, "v2.yaml", STUDY.replace(MATH, LAW))
-    with pytest.raises(ConfigError, match=r"the first has 4 proxies. A surrogate needs 8, and no earlier .* the scores law\."):
+    with pytest.raises(
+        ConfigError, match=r"the first has 4 proxies. A surrogate needs 8, and no earlier .* the scores law\. Make it 8"
+    ):
         dag_of(path, "search.rounds=[4, 2]")
     dag_of(path, "search.rounds=[8]")
+    dag_of(path, "search.rounds=[4, 2]", "evaluate.losses=[code, english]")
 
 
 def test_studies_can_be_looked_at_without_their_inputs(folder):

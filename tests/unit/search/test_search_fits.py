@@ -41,6 +41,13 @@ def test_a_score_that_cannot_be_fitted_is_refused_before_others_are(monkeypatch:
         next(fit_scores(SHARES_MD, SCORES | {"last": np.ones(30)}))
 
 
+def test_scores_that_are_not_of_these_mixtures_are_refused() -> None:
+    with pytest.raises(IncompatibleInputs, match=r"short: \(30, 4\) shares do not go with \(29,\) scores"):
+        next(fit_scores(SHARES_MD, {"short": SCORES["s0"][1:]}))
+    with pytest.raises(IncompatibleInputs, match=r"s0: \(30,\) shares do not go with \(30,\) scores"):
+        next(fit_scores(SHARES_MD[:, 0], SCORES))
+
+
 def test_what_killed_processes_leave_is_fitted_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(shares_MD, kind, fit):
         import os
