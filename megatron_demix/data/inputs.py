@@ -262,7 +262,7 @@ def _batches(
                 names = ", ".join(schema.names)
                 raise CorruptInput(
                     f"{file}: no column {column!r}; it has {names}. Name the right one "
-                    "(domains[].json_key in a study, --json-keys)."
+                    "(domains[].json_key in a study, --json-key of a tool)."
                 )
             if column is not None and str(_value_type(kind := schema.field(column).type)) not in _STRINGS:
                 raise CorruptInput(f"{file}: column {column!r} holds {kind}, expected strings.")
@@ -371,7 +371,8 @@ def _parse_one_by_one(block: Block, json_key: str, on_bad_document: BadDocuments
             text = text_of(item, block.kind, json_key)
         except ValueError as e:
             if on_bad_document == "error":
-                key = "Name its key (domains[].json_key in a study, --json-keys), c" if isinstance(e, _NoSuchKey) else "C"
+                named = "Name its key (domains[].json_key in a study, --json-key of a tool), c"
+                key = named if isinstance(e, _NoSuchKey) else "C"
                 raise CorruptInput(
                     f"{block.file}:{line + _lines_before(block)}: {e}. {key}orrect the file, or have such documents "
                     "rejected and listed (--on-bad-document reject; in a study, prepare.on_bad_document)."

@@ -89,7 +89,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_a_wrong_key_says_where_it_is_set(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(
-        CorruptInput, match=r"no key 'text' \(it has 'body'\)\. Name its key \(domains\[\]\.json_key in a study, --json-keys\)"
+        CorruptInput,
+        match=r"no key 'text' \(it has 'body'\)\. Name its key \(domains\[\]\.json_key in a study, --json-key of a tool\)",
     ):
         documents([tmp_path / "x.jsonl"])
 

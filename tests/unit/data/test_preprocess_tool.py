@@ -186,6 +186,12 @@ def test_again_in_parts_and_over_something_else(call, tmp_path):
     ("data", "flags", "code", "message"),
     [
         (lines(), ["--json-keys", "body"], 7, "x.jsonl:1: no key 'body' (it has 'text')"),
+        (
+            lines(),
+            ["--json-key", "body"],
+            7,
+            "no key 'body' (it has 'text'). Name its key (domains[].json_key in a study, --json-key of",
+        ),
         (b'{"text": "a"}\n{"text": "b', [], 7, "x.jsonl:2: not JSON"),
         (b"", [], 7, "x.jsonl is empty, expected text"),
         (lines(), ["--tokenizer-type", "HuggingFaceTokenizer"], 2, "needs --tokenizer-model"),
