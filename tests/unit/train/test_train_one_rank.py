@@ -144,7 +144,7 @@ def test_every_setting_of_the_optimizer_has_an_effect(tmp_path, make_train_job):
     settings = {
         "seq_length": 32,  # as without it
         "lr": 1e-3,
-        "min_lr": 1e-3,
+        "min_lr": 3e-3,  # as high as lr may be
         "lr_decay_style": "linear",
         "lr_warmup_fraction": 0.5,
         "weight_decay": 10.0,
@@ -247,6 +247,23 @@ def test_data_that_does_not_fit_is_named(tmp_path, make_train_job, byte_corpus):
         train(make_train_job(tmp_path / "empty", blend=[(tmp_path / "empty", 1.0)]))
     with pytest.raises(ConfigError, match=r"min_lr 1.0 is above lr 0.003"):
         train(make_train_job(tmp_path / "rate", train={"min_lr": 1.0}))
+
+
+def test_a_sample_runs_on_over_the_ends_of_documents(tmp_path, make_train_job):
+    """As Megatron-LM's do by default: positions are counted on, and the loss is of all tokens, ends of documents too."""
+    with IndexedWriter(tmp_path / "short", np.dtype(np.uint16)) as writer:
+        for _ in range(20):
+            writer.add(np.array([*range(7), 256], np.uint16), np.array([8]))
+    job = make_train_job(tmp_path, blend=[(tmp_path / "short", 1.0)])
+    with cpu_compat():
+        from megatron_demix.train.data import micro_batches, training_data
+        from megatron_demix.train.model import parallel_groups
+
+        with parallel_groups(job.parallel, seed=job.seed, timeout_s=60):
+            batch = next(micro_batches(training_data(job), 0, job, "cpu"))
+    assert (batch["labels"] == 256).sum() == 2 * 4
+    assert (batch["loss_mask"] == 1).all()
+    assert batch["position_ids"].tolist() == [list(range(32))] * 2
 
 
 def tokens_of(job):
