@@ -169,6 +169,7 @@ def test_a_record_read_in_part_is_checked_whole(parts, tmp_path):
         with suppress(CorruptInput):
             merge(parts, tmp_path / "out", (i, 5))
     assert not (tmp_path / "out" / "m").exists()
+    assert not [p for p in (tmp_path / "out").rglob("*") if artifact.is_temporary(p)], "what was made in part is removed"
 
 
 def test_flags(parts, tmp_path, monkeypatch, capsys):
