@@ -119,7 +119,7 @@ def result(stage: Stage) -> Path:
 def show_choice(dag: Dag, *, as_json: bool) -> None:
     """The mixture that was found."""
     from megatron_demix.artifact import read_json
-    from megatron_demix.pipeline.search_stages import CHOICE
+    from megatron_demix.pipeline.search_stages import CHOICE, FIT
     from megatron_demix.search.outcome import natural_in_words
 
     path = dag.choice.folder / CHOICE
@@ -136,7 +136,11 @@ def show_choice(dag: Dag, *, as_json: bool) -> None:
     on_terminal().print(table)
     compared = natural_in_words(found.get("natural_distance"))
     said = "expected" if judged else "predicted"
-    print(f"{said} to be {mean:.2g} ± {std:.1g} better than {compared}, in the objective's unit\n{shown(path)}")
+    print(f"{said} to be {mean:.2g} ± {std:.1g} better than {compared}, in the objective's unit")
+    constant = read_json(path.with_name(FIT)).get("constant", {})
+    if left_out := [name for name, weight in dag.study.search.objective.items() if weight and name in constant]:
+        print(f"left out of the objective, being the same for every proxy: {', '.join(left_out)}")
+    print(shown(path))
 
 
 def show_scores(scores: Stage, *, as_json: bool) -> None:

@@ -19,8 +19,10 @@ from megatron_demix.pipeline.dag import Dag, build_dag
 from megatron_demix.pipeline.reporting import write_report
 from megatron_demix.pipeline.surrogates import fit_surrogates
 from megatron_demix.pipeline.task_inputs import check_tasks
+from megatron_demix.printing import show_choice
 from megatron_demix.search.objective import Objective
 from megatron_demix.study.load import load_study
+from megatron_demix.terminal import shown
 
 STUDY = """
 name: s
@@ -281,7 +283,7 @@ def with_tasks(study_path: Path) -> Path:
     return study_path
 
 
-def test_a_task_is_an_objective(with_tasks):
+def test_a_task_is_an_objective(with_tasks, capsys):
     """Accuracy is best where english has most, and its weight beats the losses'."""
     quiz = {"quiz/acc": lambda shares: shares["english"] ** 0.5, "sums/exact_match": lambda shares: 0.0}
     objective = "search.objective={code: 0.01, quiz/acc: 1, sums/exact_match: 5}"
@@ -292,6 +294,12 @@ def test_a_task_is_an_objective(with_tasks):
     assert "sums/exact_match" not in found["predicted"]
     # What is the same for every proxy prefers none: the search goes on without it, and says so.
     assert read_json(dag.choice.folder / "fit.json")["constant"] == {"sums/exact_match": 0.0}
+    capsys.readouterr()
+    show_choice(dag, as_json=False)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "left out of the objective, being the same for every proxy: sums/exact_match",
+        shown(dag.choice.folder / "mixture.json"),
+    ]
     page = write_report(dag).page.read_text()
     assert "sums/exact_match was 0 for every proxy: the search could not use it" in page
     assert "compared on the very items of quiz, sums" in page, "arc has a validation split, but not in this one file"
