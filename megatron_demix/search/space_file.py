@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.space import Group, SearchSpace, epoch_caps
+from megatron_demix.study.load import checked
 from megatron_demix.study.search import GroupSpec
 from megatron_demix.study.section import Section, Tokens
 from megatron_demix.study.training import AnchorSpec
@@ -48,12 +49,10 @@ def load_space(path: Path) -> SearchSpace:
 
     path = Path(path)
     try:
-        file = _SpaceFile.model_validate(load_yaml(path.read_text(encoding="utf-8")))
+        given = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ConfigError(f"{path}: cannot be read: {e}") from e
-    except ValidationError as e:
-        lines = (f"  {'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']}, found {d['input']!r}" for d in e.errors())
-        raise ConfigError(f"{path}: not a domains file:\n" + "\n".join(lines)) from e
+    file = checked(_SpaceFile, given, f"{path}: not a domains file")
     tokens = {name: float(domain.tokens) for name, domain in file.domains.items()}
     epochs = {name: domain.max_epochs for name, domain in file.domains.items() if domain.max_epochs is not None}
     caps = epoch_caps(tokens, epochs, file.target_tokens)

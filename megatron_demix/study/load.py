@@ -33,15 +33,16 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
         raise ConfigError(f"study {path}: expected a mapping with name, domains, model, ...; found {type(data).__name__}.")
     for override in overrides or []:
         _override(data, override)
-    return _checked(Study, data, f"study {path}")
+    return checked(Study, data, f"study {path}")
 
 
 def clean_spec(data: Mapping[str, Any]) -> CleanSpec:
     """What a study holds under prepare.clean, for use without a study. Raises ConfigError."""
-    return _checked(CleanSpec, data, "cleaning")
+    return checked(CleanSpec, data, "cleaning")
 
 
-def _checked(section: type[_Checked], data: Any, what: str) -> _Checked:
+def checked(section: type[_Checked], data: Any, what: str) -> _Checked:
+    """Raises ConfigError, which names `what` and says of every key that is wrong what was expected there."""
     try:
         return section.model_validate(data)
     except ValidationError as e:

@@ -54,8 +54,9 @@ def test_without_an_anchor_weights_are_shares(tmp_path: Path) -> None:
         (
             "domains: {a: {tokens: 1M, epochs: 2}, b: {tokens: 1}}\ntarget_tokens: 1M\n",
             ConfigError,
-            r"domains\.a\.epochs: Extra inputs",
+            r"domains\.a\.epochs: unknown key; did you mean 'max_epochs'\?",
         ),
+        ("domains: {a: {tokens: 1M}, b: {tokens: 1M}}\n", ConfigError, r"target_tokens: Field required\Z"),
         ("domains: {a: {tokens: lots}, b: {tokens: 1}}\ntarget_tokens: 1M\n", ConfigError, "'lots' is not understood"),
         (
             "domains: {a: {tokens: 1M, max_epochs: 1}, b: {tokens: 1M, max_epochs: 2}}\ntarget_tokens: 4M\n",
