@@ -109,8 +109,8 @@ def test_a_component_that_has_diverged(tmp_path, monkeypatch, dtype, value, isa)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge_checkpoints(parts, {"without": {"a": 1.0}}, tmp_path / "out", progress=False)
+    mixtures = {"with": {"a": 0.75, "b": 0.25}, "beside": {"a": 1.0}}
     with pytest.warns(UserWarning, match="component 'b': NaN or infinity in 'norm', and so in what was merged"):
-        mixtures = {"with": {"a": 0.75, "b": 0.25}, "beside": {"a": 1.0}}
         merge_checkpoints(parts, mixtures, tmp_path / "out", progress=False)
     with pytest.warns(
         UserWarning, match="NaN or infinity in what was merged, .norm.*, but in no component: a sum is too large"
