@@ -116,6 +116,7 @@ void bind_merge(py::module_& m) {
         .def("expect_scattered_reads", &MappedFile::expect_scattered_reads, py::arg("scattered"))
         .def("want", &MappedFile::want, py::arg("at"), py::arg("bytes"))
         .def("touch", &MappedFile::touch, py::arg("at"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+        .def_static("leave_pages", &MappedFile::leave_pages, py::arg("files"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("lost", &MappedFile::lost);
     // An errno, 0 or EOPNOTSUPP. The system call itself: posix_fallocate writes, where a file system has no such call.
     m.def("fallocate",

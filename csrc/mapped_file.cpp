@@ -6,10 +6,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <mutex>
 #include <system_error>
+#include <utility>
 
 #include "parallel.hpp"
 
@@ -137,6 +139,19 @@ MappedFile::~MappedFile() {
         unused = watch_;
     }
     if (data_) ::munmap(const_cast<char*>(data_), bytes_);
+}
+
+void MappedFile::leave_pages(const std::vector<const MappedFile*>& files, int threads) {
+    constexpr std::size_t piece = 64 << 20;
+    std::vector<std::pair<const MappedFile*, std::size_t>> pieces;
+    for (const MappedFile* file : files)
+        for (std::size_t at = 0; at < file->bytes_; at += piece) pieces.emplace_back(file, at);
+    parallel(std::int64_t(pieces.size()), threads, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            const auto [file, at] = pieces[std::size_t(i)];
+            ::madvise(const_cast<char*>(file->data_) + at, std::min(piece, file->bytes_ - at), MADV_DONTNEED);
+        }
+    });
 }
 
 bool MappedFile::lost() const { return watch_ && watch_->lost.load(); }

@@ -29,6 +29,8 @@ public:
     void want(std::size_t at, std::size_t n) const;
     // Have the pages of these bytes in memory on return, as many at a time as there are threads: each of them waits for the disk.
     void touch(const std::vector<std::size_t>& at, int threads) const;
+    // Take the pages of these files out of the maps; they stay in the page cache. Ending a map does it, too, but on one thread.
+    static void leave_pages(const std::vector<const MappedFile*>& files, int threads);
 
     struct Watch;
     static constexpr unsigned places = 128;

@@ -163,6 +163,11 @@ class Checkpoint:
             if path.exists()
         )
 
+    @property
+    def files(self) -> list[MappedFile]:
+        """Those that are mapped."""
+        return list(self._files.values())
+
     def start_read_ahead(self) -> None:
         """From now on items are read whole, one after another."""
         if not self._read_ahead:

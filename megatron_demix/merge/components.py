@@ -24,6 +24,7 @@ from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
 from megatron_demix.merge.grid import Grid
+from megatron_demix.native import MappedFile
 
 MERGEABLE = tuple(ARRAY_DTYPES)
 
@@ -122,6 +123,10 @@ class Components:
         """The plan is made, for which the beginning of every chunk was read: now comes all of them."""
         for checkpoint in self.checkpoints:
             checkpoint.start_read_ahead()
+
+    def leave_pages(self, threads: int) -> None:
+        """All that was read is used."""
+        MappedFile.leave_pages([file for checkpoint in self.checkpoints for file in checkpoint.files], threads)
 
     def check_still_there(self) -> None:
         """Raises CorruptInput if a component's file became unreadable after it was opened: sums made since do not count."""

@@ -184,6 +184,7 @@ def write_merge(
         job.method.prepare(plan, threads)
     for start in range(0, len(todo), per_pass):
         _write_together(merge, todo[start : start + per_pass], threads, max_memory, verify, progress)
+    job.parts.leave_pages(threads)
     return [target for m, target in enumerate(merge.targets) if m not in todo or merge.is_published(m)]
 
 

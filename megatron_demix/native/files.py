@@ -37,6 +37,12 @@ class MappedFile:
         """Have the pages of these bytes in memory on return. Tens of threads wait for the disk at once."""
         self._file.touch(positions, _WAIT_AT_ONCE)
 
+    @staticmethod
+    def leave_pages(files: Sequence[MappedFile], threads: int) -> None:
+        """Take the pages of files out of their maps, on several threads; what is read again is mapped again. Ending a map does
+        it on one."""
+        core.MappedFile.leave_pages([file._file for file in files], threads)
+
 
 _WAIT_AT_ONCE = 32
 """Reads of a page: enough for the latency of a disk across a network, and few enough for its servers."""

@@ -133,7 +133,8 @@ def _decomposed(features: Features, num_domains: int, shares: bytes) -> _Decompo
 class Linear:
     """Bayesian ridge on fixed features: its two precisions are learned, so small samples shrink to the mean.
 
-    scikit-learn's BayesianRidge, to rounding. It decomposes the features anew for every score; they are the same for all.
+    scikit-learn's BayesianRidge, to rounding where there are no more features than proxies, else with another end of its
+    iterations. It decomposes the features anew for every score; they are the same for all.
     """
 
     def __init__(self, features: Features) -> None:

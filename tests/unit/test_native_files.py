@@ -84,3 +84,24 @@ def test_a_map_begins_at_its_place(tmp_path, limit, expected):
     done = subprocess.run([sys.executable, "-c", PLACES, path, limit], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert expected is None or done.stdout.strip() == expected
+
+
+def test_pages_that_a_map_leaves_are_mapped_again_when_they_are_read(tmp_path):
+    import numpy as np
+
+    from megatron_demix import native
+
+    def mapped_kib() -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("RssFile"))
+
+    content = np.random.default_rng(0).integers(0, 256, 80 << 20, np.uint8)  # more than one piece
+    content.tofile(tmp_path / "large")
+    (tmp_path / "empty").touch()
+    files = [native.MappedFile(tmp_path / name) for name in ("large", "empty")]
+    before = mapped_kib()
+    assert np.array_equal(files[0].data, content)
+    assert mapped_kib() > before + (70 << 10)
+    native.MappedFile.leave_pages(files, threads=2)
+    assert mapped_kib() < before + (10 << 10)
+    assert np.array_equal(files[0].data, content)
