@@ -206,7 +206,7 @@ def publish(target: Path, key: str, kind: str, settings: Mapping[str, Any], *, w
 @contextmanager
 def only_maker(target: Path) -> Iterator[None]:
     """One process at a time, of all that share the disk, puts together what is published at `target`; the others wait."""
-    path = target.parent / f".{target.name}.lock"
+    path = _lock_of(target)
     while True:
         with open_lock(path) as file:
             take_lock(file, f"another process that makes {target}")
@@ -221,6 +221,17 @@ def only_maker(target: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)  # where a file system has no locks, another one may have been in here, too
             return
+
+
+def remove_lock(target: Path) -> None:
+    """Of a target that is published: the lock of a process that was killed once it had published it."""
+    if _lock_of(target).exists():
+        with only_maker(target):
+            pass
+
+
+def _lock_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
 
 
 def _seal(folder: Path, key: str, kind: str, settings: Mapping[str, Any]) -> None:

@@ -6,13 +6,14 @@ import os
 import resource
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from megatron_demix.artifact import remove_leftovers
+from megatron_demix.artifact import remove_leftovers, remove_lock
 from megatron_demix.checkpoint.collector import without_collector
 from megatron_demix.checkpoint.maps import check_maps
 from megatron_demix.checkpoint.output import Output, resolved
@@ -177,6 +178,10 @@ def write_merge(
         with storage_errors(f"writing {parent}"):
             parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(parent)
+    for m, target in enumerate(merge.targets):
+        if m not in todo:
+            with suppress(OSError, StorageError):  # it may be another user's
+                remove_lock(target)
     per_pass = check_means(merge, threads=threads, max_memory=max_memory)  # with what the leftovers took
     if todo:
         plan = job.plan  # while a disk reads no more than is asked of it

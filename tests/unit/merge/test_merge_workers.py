@@ -46,6 +46,15 @@ def test_the_last_worker_publishes_the_bytes_of_one_alone(parts, tmp_path):
     assert merge(parts, out, (0, 3)) == [out / "m", out / "n"]
 
 
+def test_the_lock_of_a_worker_that_was_killed_once_it_had_published_does_not_stay(parts, tmp_path):
+    out = tmp_path / "out"
+    merge(parts, out, (0, 1))
+    made = contents(out)
+    (out / ".m.lock").touch()
+    assert merge(parts, out) == [out / "m", out / "n"]
+    assert contents(out) == made
+
+
 def test_an_empty_folder_is_no_published_output(parts, tmp_path):
     (tmp_path / "out" / "m").mkdir(parents=True)
     assert merge(parts, tmp_path / "out", (0, 2)) == []

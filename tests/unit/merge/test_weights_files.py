@@ -1,5 +1,6 @@
 """Merge weights: files of them for tools/merge_dist_ckpt.py --weights, and what becomes of those that do not sum to 1."""
 
+import math
 import warnings
 from typing import get_args
 
@@ -79,7 +80,7 @@ def test_weights_are_used_as_given_or_divided_by_their_sum_or_refused(values, no
     """Components that a mixture does not name have none; a sum within 1e-6 of 1 is 1."""
     given_weights = {"c": values[0], "a": values[1] + off, "b": values[2]}
     row = np.array([given_weights[name] for name in "abc"])
-    total, negative = row.sum(), (row < 0).any()
+    total, negative = math.fsum(row), (row < 0).any()
     as_given = normalize == "off" or (abs(total - 1) <= 1e-6 and not (negative and normalize == "error"))
     refused = not as_given and (normalize in ("error", "affine") or total <= 0)
     mixtures = {"m": given_weights, "one": {"d": 1.0}}
