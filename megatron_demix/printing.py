@@ -131,10 +131,10 @@ def show_choice(dag: Dag, *, as_json: bool) -> None:
     table = new_table("domain", "share", *(["merge weight"] if merged else []))
     for name, share in found["weights"].items():
         table.add_row(name, f"{share:.1%}", *([f"{found['merge_weights'][name]:.1%}"] if merged else []))
-    judged = found.get("optimum", {}).get("judged_gain")
+    judged = found["optimum"]["judged_gain"] if "optimum" in found else None
     mean, std = judged or found["expected_gain"]
     on_terminal().print(table)
-    compared = natural_in_words(found.get("natural_distance"))
+    compared = natural_in_words(found["natural_distance"])
     said = "expected" if judged else "predicted"
     print(f"{said} to be {mean:.2g} ± {std:.1g} better than {compared}, in the objective's unit")
     constant = read_json(path.with_name(FIT)).get("constant", {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ class GivenCheckpoint:
     path: str
     digest: str
     function: Mapping[str, Any]
+    sizes: Mapping[str, Any]
     rows: int | None
-    sizes: Mapping[str, Any] = field(default_factory=dict)  # earlier versions kept none with the digest, and no dtype
-    dtype: str | None = None
+    dtype: str | None
 
 
 def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
@@ -46,7 +46,7 @@ def look_at(checkpoint: Path, digests: InputDigests) -> GivenCheckpoint:
         files = sorted(file for file in folder.iterdir() if file.is_file())
         return {"path": str(folder), **digests.about(str(folder), files, lambda: _facts(folder), kind="checkpoint facts")}
 
-    absent: dict[str, Any] = {"path": "", "digest": "absent", "function": {}, "rows": None}
+    absent: dict[str, Any] = {"path": "", "digest": "absent", "function": {}, "sizes": {}, "rows": None, "dtype": None}
     return GivenCheckpoint(**digests.answer(str(checkpoint), ask, kind="checkpoints", absent=absent))
 
 
@@ -59,8 +59,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     arguments = saved_arguments(checkpoint)
     function, sizes = _as_json(model_function(arguments)), _as_json(model_sizes(arguments))
     embedding = tensors.get(EMBEDDING)
-    seen = {"rows": embedding.shape[0], "dtype": embedding.dtype} if embedding else {"rows": None}
-    return {"digest": digest, "function": function, "sizes": sizes, **seen}
+    rows, dtype = (embedding.shape[0], embedding.dtype) if embedding else (None, None)
+    return {"digest": digest, "function": function, "sizes": sizes, "rows": rows, "dtype": dtype}
 
 
 def check_precision(study: Study, base: str, dtype: str | None) -> None:

@@ -53,29 +53,6 @@ def _digest(path: Path, advance: Advance, threads: int = 1) -> str:
     return hash_bin(path, path.stat().st_size, threads=threads, advance=advance)[0]
 
 
-_EARLIER = {
-    "files in ": "domain files",
-    "model of checkpoint ": "checkpoints",
-    "model and sizes in ": "checkpoint facts",
-    "config of ": "huggingface configs",
-    "weights in ": "huggingface weights",
-    "task ": "tasks",
-}
-"""How questions of earlier versions begin, and what kind they are."""
-
-
-def _of_earlier_versions(known: Mapping[str, Any]) -> dict[str, Any]:
-    """A cache in which digests and answers lay side by side: inputs that are gone cannot be read again."""
-    answers: dict[str, dict[str, Any]] = {}
-    for question, answer in known.items():
-        for beginning, kind in _EARLIER.items():
-            if question.startswith(beginning):
-                asked = question.removeprefix(beginning)
-                answers.setdefault(kind, {})[asked.replace(" of {", " {", 1) if kind == "domain files" else asked] = answer
-    files = {place: facts for place, facts in known.items() if place.startswith("/") and isinstance(facts, list)}
-    return {"files": files, "answers": answers}
-
-
 class InputDigests:
     """Digests of input files, remembered by path, size and modification time, so that a second run reads none of them; and
     whatever else keys depend on, for looking at a study whose inputs are gone, or on another machine.
@@ -91,8 +68,6 @@ class InputDigests:
         except (OSError, ValueError):
             known = None
         known = known if isinstance(known, dict) else {}
-        if known and not known.keys() & {"files", "answers"}:
-            known = _of_earlier_versions(known)
         self._files: dict[str, list[Any]] = known.get("files", {})
         self._answers: dict[str, dict[str, Any]] = known.get("answers", {})
         self._answers_before = {kind: dict(answers) for kind, answers in self._answers.items()}

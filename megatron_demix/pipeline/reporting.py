@@ -225,8 +225,7 @@ def _choice(dag: Dag) -> Choice | None:
     optimum = None
     if spread := found.get("optimum"):
         samples = dict(zip(spread["shares"], zip(*spread["samples"], strict=True), strict=True))
-        gain = tuple(spread["judged_gain"]) if "judged_gain" in spread else None  # earlier versions let the choice judge itself
-        optimum = Optimum(samples, spread["expected_regret"], gain, spread.get("judged_probability", 0.0))
+        optimum = Optimum(samples, spread["expected_regret"], tuple(spread["judged_gain"]), spread["judged_probability"])
     return Choice(
         shares=found["weights"],
         weights=found["merge_weights"],
@@ -234,7 +233,7 @@ def _choice(dag: Dag) -> Choice | None:
         objective=tuple(found["objective"]),
         natural={name: (mean, std) for name, (mean, std) in found["natural"].items()},
         expected_gain=tuple(found["expected_gain"]),
-        compared=natural_in_words(found.get("natural_distance")),
+        compared=natural_in_words(found["natural_distance"]),
         optimum=optimum,
         pareto=[FrontPoint(point["weights"], point["predicted"]) for point in found.get("pareto", ())],
         binding=[_sentence(bound) for bound in found["binding"]],

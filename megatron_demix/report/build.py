@@ -104,8 +104,7 @@ def render(data: ReportData, table: str = "proxies.csv") -> str:
 _PROXY_SCORES: dict[ProxyScore, str] = {
     "merged": "A proxy's scores are those of the merged model.",
     "interpolated": "A proxy's scores are the components' own, averaged with its merge weights: no proxy was merged for them.",
-    # Their mean, unless an earlier version made the run.
-    "stack": "A proxy's scores lie between those of the merged model and the components' own, averaged with its merge weights.",
+    "stack": "A proxy's scores are the mean of the merged model's and of the components' own, averaged with its merge weights.",
     "ensemble": "A proxy's scores are those of the components' probabilities, averaged for every token with its merge weights; "
     "those of generated answers are interpolated from the components' own. No proxy was merged for them.",
 }

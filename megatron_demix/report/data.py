@@ -94,13 +94,13 @@ class Optimum:
     """The optima of searches on resampled proxies: shares by domain, one value a search.
 
     expected_regret: what a perfect further search could still win, in the objective's unit, on average. gain: (mean, standard
-    deviation) of what mixtures chosen by half of the proxies win over the natural one, as the other half predicts, if that is
-    known; probability: the part of these that win at all.
+    deviation) of what mixtures chosen by half of the proxies win over the natural one, as the other half predicts;
+    probability: the part of these that win at all.
     """
 
     samples: Mapping[str, Sequence[float]]
     expected_regret: float
-    gain: tuple[float, float] | None
+    gain: tuple[float, float]
     probability: float
 
 

@@ -51,11 +51,9 @@ def outcome(goal: Objective, *, candidates: int = 200_000, top: int = 128, boots
     return report
 
 
-def natural_in_words(distance: float | None) -> str:
+def natural_in_words(distance: float) -> str:
     """What a gain is over: the bounds, or the anchor, may leave nothing as near to the natural mixture as itself. distance: in
-    total variation; None in what earlier versions wrote."""
-    if distance is None:
-        return "what is reachable nearest to natural"
+    total variation."""
     return (
         "natural"
         if distance <= _AWAY

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -126,21 +125,6 @@ class TrainSpec(Section):
     log_interval: int = Field(10, ge=1)
     timeout: Seconds = 1800
     """A collective that waits longer than this has lost a rank: the run is stopped."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_retired(cls, given: Any) -> Any:
-        """Settings of earlier versions that changed nothing in a study; jobs of runs that began with these have them all."""
-        if not isinstance(given, Mapping):
-            return given
-        retired = {"eval_interval": None, "eval_iters": 4}
-        for key, default in retired.items():
-            if given.get(key, default) != default:
-                warnings.warn(
-                    f"train.{key} has no effect: a study scores finished models (evaluate). Take it out.",
-                    stacklevel=1,  # the place of a caller, pydantic, would have it shown as a warning of pydantic's
-                )
-        return {key: value for key, value in given.items() if key not in retired}
 
 
 def check_layout(model: ModelSpec, parallel: ParallelSpec, train: TrainSpec) -> None:

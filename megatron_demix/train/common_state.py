@@ -30,8 +30,6 @@ _LAYOUT = {
     "micro_batch_size",
     "padded_vocab_size",  # its rows beyond the vocabulary follow the layout
 }
-_SINCE = {"lr_warmup_fraction", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "demix_blend", "demix_start"}
-"""Compared only with checkpoints that say them: earlier versions saved none, and Megatron-LM not all."""
 SCRATCH = "scratch"
 _RNG_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
@@ -104,9 +102,7 @@ def changed_settings(saved: Namespace, now: Namespace) -> str:
     changed = {
         name: (getattr(saved, name, None), value)
         for name, value in vars(now).items()
-        if name not in _COUNTERS | _LAYOUT
-        and getattr(saved, name, None) != value
-        and not (name in _SINCE and getattr(saved, name, None) is None)
+        if name not in _COUNTERS | _LAYOUT and getattr(saved, name, None) != value
     }
     said = {name: f"{name} {before} (now {after})" for name, (before, after) in changed.items()}
     if "demix_blend" in changed:

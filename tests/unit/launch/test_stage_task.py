@@ -294,11 +294,11 @@ def command(tmp_path):
     return run
 
 
-STOPPED = """import os, signal, sys
+DURING_IMPORTS = """import os, signal, sys, warnings
 class Finder:
     def find_spec(self, name, *_):
         if name == "megatron_demix.pipeline.dag":
-            os.kill(os.getpid(), signal.%s)
+            %s
 sys.meta_path.insert(0, Finder())
 """
 
@@ -306,7 +306,7 @@ sys.meta_path.insert(0, Finder())
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_during_the_imports_is_no_traceback(command, name):
     """No attempt was counted, so that no outcome is written: the batch script counts."""
-    assert command(0, STOPPED % name) == (75, f"demix: stopped by {name}.\n", {})
+    assert command(0, DURING_IMPORTS % f"os.kill(os.getpid(), signal.{name})") == (75, f"demix: stopped by {name}.\n", {})
 
 
 @pytest.mark.parametrize(("node", "file"), [(0, "7.outcome"), (1, "7.outcome.1")])
@@ -320,6 +320,7 @@ def test_what_is_final_before_the_stage_is_known_is_an_outcome(command, node, fi
 
 
 def test_warnings_in_a_jobs_log_are_lines(command):
-    _, said, _ = command(0, "", study="train: {seq_length: 128, global_batch_size: 8, eval_interval: 10}")
-    assert "warning: train.eval_interval has no effect" in said.splitlines()[0], said
+    warn = "warnings.warn_explicit('it has no effect', UserWarning, sys.modules['megatron_demix'].__file__, 1)"
+    _, said, _ = command(0, DURING_IMPORTS % warn)
+    assert "warning: it has no effect" in said.splitlines()[0], said
     assert "UserWarning" not in said

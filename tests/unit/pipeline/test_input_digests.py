@@ -4,7 +4,6 @@ import json
 import os
 import threading
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from small_texts import write_texts
@@ -163,25 +162,6 @@ def test_answers_are_kept_by_what_they_are_about(tmp_path):
     assert [remembered.answer(str(place), gone, kind=kind) for kind in ("one", "another")] == ["one", "another"]
     with pytest.raises(ConfigError, match="gone"):
         remembered.answer(str(place), gone, kind="a third")
-
-
-def test_what_earlier_versions_knew_is_known(tmp_path):
-    """They kept files and answers side by side; inputs may be gone since."""
-    domain = '{"inputs":["code.jsonl"],"prefixes":null}'
-    old = {
-        "/text.jsonl": [1, 2, "digest"],
-        f"files in /here of {domain}": ["/text.jsonl"],
-        "model of checkpoint /c": {"path": "/c"},
-    }
-    (tmp_path / "cache.json").write_text(json.dumps(old))
-    digests = InputDigests(tmp_path / "cache.json", absent="remembered")
-
-    def gone():
-        raise ConfigError("gone")
-
-    assert digests.answer(f"/here {domain}", gone, kind="domain files") == ["/text.jsonl"]
-    assert digests.answer("/c", gone, kind="checkpoints") == {"path": "/c"}
-    assert digests.read([Path("/text.jsonl")]) == {Path("/text.jsonl"): "digest"}
 
 
 @pytest.mark.parametrize("cache", ["[]", '{"x": 1}', "{"])

@@ -197,8 +197,7 @@ def test_without_a_trained_centroid_all_components_are_interpolated_to_second_or
     proxies = {m["name"]: 20.0 + m["weights"]["code"] for m in mixtures}
     facts = scored(dag, {dag.rounds[0].scores: proxies | alone})
     assert "through_centroid" not in facts
-    # Nor has it a fit of an earlier version, whose stack was no mean.
-    assert "scores lie between those of the merged model and the components&#39; own" in report_of(dag)
+    assert "scores are the mean of the merged model&#39;s and of the components&#39; own" in report_of(dag)
     for mixture, value in zip(mixtures, facts["surrogates"]["code"]["measured"], strict=True):
         code, english, mathematics = mixture["weights"].values()
         pairs = 4 * (code * english + code * mathematics + english * mathematics)

@@ -1,6 +1,5 @@
 """The study file: what it means."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -130,14 +129,6 @@ def test_overrides(load, overrides, look, value):
 def test_what_has_no_effect_is_said(load, override, warning):
     assert warnings_of(load()) == []
     assert [line for line in warnings_of(load(overrides=[override])) if line.startswith(warning)]
-
-
-def test_settings_of_earlier_versions_are_passed_over_and_said(load):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load(overrides=["train.eval_interval=null", "train.eval_iters=4"])
-    with pytest.warns(UserWarning, match=r"train\.eval_interval has no effect: a study scores finished models"):
-        load(overrides=["train.eval_interval=10"])
 
 
 @pytest.mark.parametrize("more", ["cpus_per_task: 64", 'sbatch: ["--cpus-per-gpu=8"]', "sbatch: [--exclusive]"])
