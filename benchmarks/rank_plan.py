@@ -30,7 +30,9 @@ CONCENTRATION = 0.5
 ANCHOR = 0.5
 OTHER_ANCHORS = (0.0, 0.25)
 TRAINED_LENGTHS = (0.125, 0.25, 0.5)
-"""Of a trained proxy, in parts of the horizon. All proxies of a length together cost what the components cost."""
+"""Of a trained proxy, in parts of the horizon. All proxies of a length together cost what the components cost ..."""
+TRAINED_MORE = (0, 1)
+"""... or so many models more: scores that go through the trained centroid cost one more, too."""
 AVERAGED = {"averaged before the decay": (0.6, 0.65, 0.7, 0.75), "averaged over the decay": (0.85, 0.9, 0.95, 1.0)}
 SHORTER = (0.125, 0.25, 0.5)
 
@@ -172,8 +174,9 @@ class Bench:
     def references_MD(self) -> np.ndarray:
         return self._drawn(NUM_REFERENCES, 1)
 
-    def trained_MD(self, length: float) -> np.ndarray:
-        num = round(len(self.suite.domains) * self.plan.horizon / self.plan.steps(length))
+    def trained_MD(self, length: float, more: int = 0) -> np.ndarray:
+        """Those that cost more begin with those that cost less."""
+        num = round((len(self.suite.domains) + more) * self.plan.horizon / self.plan.steps(length))
         return self._drawn(num, 2 + TRAINED_LENGTHS.index(length))
 
     # --- training ---------------------------------------------------------------------------------------------------

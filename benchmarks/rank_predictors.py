@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 from rank_models import merged
-from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, Bench, to_weights
+from rank_plan import ANCHOR, AVERAGED, OTHER_ANCHORS, TRAINED_LENGTHS, TRAINED_MORE, Bench, to_weights
 
 from megatron_demix.merge.second_order import SecondOrder
 from megatron_demix.search.horizon import Line
@@ -242,14 +242,14 @@ def no_model(bench: Bench) -> Table:
     return result
 
 
-def trained_scores(bench: Bench, length: float) -> Table:
-    return _table([bench.trained(length, m) for m in range(len(bench.trained_MD(length)))])
+def trained_scores(bench: Bench, length: float, more: int) -> Table:
+    return _table([bench.trained(length, m) for m in range(len(bench.trained_MD(length, more)))])
 
 
-def trained(bench: Bench, length: float, kind: str) -> Table:
+def trained(bench: Bench, more: int, length: float, kind: str) -> Table:
     """Short runs on other mixtures, and a surrogate."""
-    shares_MD = bench.trained_MD(length)
-    scores = trained_scores(bench, length)
+    shares_MD = bench.trained_MD(length, more)
+    scores = trained_scores(bench, length, more)
     result = {}
     for name, values_M in scores.items():
         if np.ptp(values_M) == 0:
@@ -293,6 +293,9 @@ PREDICTORS: dict[str, Predictor] = {
     "no model: own share": no_model,
 }
 COSTLY = {"merged, anchor of one domain", "merged, second order from all pairs"}
-TRAINED: dict[tuple[float, str], Predictor] = {
-    (length, kind): partial(trained, length=length, kind=kind) for length in TRAINED_LENGTHS for kind in ("auto", *REGRESSORS)
+TRAINED: dict[tuple[int, float, str], Predictor] = {
+    (more, length, kind): partial(trained, more=more, length=length, kind=kind)
+    for more in TRAINED_MORE
+    for length in TRAINED_LENGTHS
+    for kind in ("auto", *REGRESSORS)
 }

@@ -35,7 +35,11 @@ CHALLENGERS = (
 )
 """What could take its place (the third run)."""
 TRAINED = "trained proxies, best in hindsight"
+TRAINED_MORE = "trained proxies of one model more, best in hindsight"
 TRAINED_AUTO = "trained proxies, 1/4 of the horizon, auto"
+BEST_TRAINED = {TRAINED: 0, TRAINED_MORE: 1}
+"""What the rows that may choose among trained proxies may spend beside the components' cost, in models."""
+AUTO_KEY = (0, 0.25, "auto")
 CEILING = "seed ceiling"
 
 Table = Mapping[str, np.ndarray]
@@ -53,27 +57,28 @@ def summarise(suites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """suites: of each the `kinds` of its sets and its `bases`: two seeds' `truths`, and what was `predicted` and `trained`."""
     pool = _Pool(suites)
     predictors = list(dict.fromkeys(n for s in suites.values() for base in s["bases"] for n in base["predicted"]))
-    rows: dict[str, dict[str, Any]] = {CEILING: {}, **{name: {} for name in predictors}, TRAINED: {}, TRAINED_AUTO: {}}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in (CEILING, *predictors, *BEST_TRAINED, TRAINED_AUTO)}
     traces: dict[str, dict[str, Trace]] = {name: {} for name in rows}
     for group in GROUPS:
         every = {n: pool.rho(group, _from(n)) for n in predictors if pool.has(group, n)}
         every[CEILING] = pool.ceiling(group)
         family = {key: pool.rho(group, _trained(key)) for key in pool.trained_keys}
-        best = max(family, key=lambda key: np.nan_to_num(family[key][0], nan=-1))
-        every[TRAINED], every[TRAINED_AUTO] = family[best], family[0.25, "auto"]
+        best = _best_trained({key: float(np.nan_to_num(trace[0], nan=-1)) for key, trace in family.items()})
+        every |= {name: family[key] for name, key in best.items()}
         for name, trace in every.items():
             traces[name][group] = trace
             rows[name][group] = {"rho": _interval(trace)}
             if name not in ("no model: own share", CEILING):
-                table = (
-                    _trained(best if name == TRAINED else (0.25, "auto")) if name in (TRAINED, TRAINED_AUTO) else _from(name)
-                )
+                table = _trained(best[name]) if name in best else _from(name)
                 rows[name][group]["error"] = _interval(pool.error(group, table))
-            for other in ("merged", TRAINED, "interpolated", CEILING):
+            for other in ("merged", *BEST_TRAINED, "interpolated", CEILING):
                 rows[name][group][f"minus {other}"] = _interval(trace - every[other])
             rows[name][group]["by_base"] = pool.by_base(group, name)
-        rows[TRAINED][group]["choice"] = {"length": best[0], "surrogate": best[1]}
-        rows[TRAINED][group]["all"] = {f"{length} {kind}": _interval(t) for (length, kind), t in family.items()}
+        for name, more in BEST_TRAINED.items():
+            rows[name][group]["choice"] = _choice(best[name])
+            rows[name][group]["all"] = {
+                f"{length} {kind}": _interval(t) for (m, length, kind), t in family.items() if m == more
+            }
         rows[CEILING][group]["error"] = _interval(pool.seed_error(group))
     composites = {label: _composite_traces(pool, predictors, *spec) for label, spec in COMPOSITES.items()}
     return {
@@ -91,7 +96,21 @@ def _from(name: str) -> Callable[[Mapping[str, Any]], Table]:
     return lambda base: base["predicted"][name]
 
 
-def _trained(key: tuple[float, str]) -> Callable[[Mapping[str, Any]], Table]:
+TrainedKey = tuple[int, float, str]
+"""Models that they cost beside the components' number, the part of the horizon that each is trained for, the surrogate."""
+
+
+def _best_trained(values: Mapping[TrainedKey, float]) -> dict[str, TrainedKey]:
+    """The key of each row of trained proxies."""
+    best = {n: max((key for key in values if key[0] == more), key=values.__getitem__) for n, more in BEST_TRAINED.items()}
+    return {**best, TRAINED_AUTO: AUTO_KEY}
+
+
+def _choice(key: TrainedKey) -> dict[str, Any]:
+    return {"length": key[1], "surrogate": key[2]}
+
+
+def _trained(key: TrainedKey) -> Callable[[Mapping[str, Any]], Table]:
     return lambda base: base["trained"][key]
 
 
@@ -107,7 +126,7 @@ class _Pool:
             num = len(next(iter(base["truths"][0].values())))
             drawn_BM = rng.multinomial(num, np.full(num, 1 / num), size=NUM_BOOTSTRAPS)
             self._counts_BM.append(np.concatenate([np.ones((1, num)), drawn_BM]))
-        self.trained_keys = list(self._bases[0][1]["trained"])
+        self.trained_keys: list[TrainedKey] = list(self._bases[0][1]["trained"])
 
     def _scores(self, index: int, group: str, *, counted: bool = True) -> list[str]:
         suite, base = self._bases[index]
@@ -184,8 +203,8 @@ class _Pool:
                 result.append(_value(self.ceiling(group, index)))
             elif name in base["predicted"]:
                 result.append(_value(self.rho(group, _from(name), index)))
-            elif name in (TRAINED, TRAINED_AUTO):
-                keys = self.trained_keys if name == TRAINED else [(0.25, "auto")]
+            elif name == TRAINED_AUTO or name in BEST_TRAINED:
+                keys = [AUTO_KEY] if name == TRAINED_AUTO else [k for k in self.trained_keys if k[0] == BEST_TRAINED[name]]
                 result.append(max((_value(self.rho(group, _trained(key), index)) or -1.0 for key in keys), default=None))
         return result
 
@@ -236,24 +255,25 @@ Composites = dict[str, dict[str, Trace]]
 
 def _composite_traces(
     pool: _Pool, predictors: Sequence[str], group: str, weights: Mapping[str, float] | None
-) -> tuple[Composites, tuple[float, str]]:
+) -> tuple[Composites, dict[str, TrainedKey]]:
     """rho and regret of every row, and which trained proxies did best."""
     found = {name: pool.composite(group, weights, _from(name)) for name in predictors if pool.has(group, name)}
     found.pop("no model: own share", None)  # its values have no unit that a weighted mean could use
     found[CEILING] = pool.composite(group, weights, None)
     family = {key: pool.composite(group, weights, _trained(key)) for key in pool.trained_keys}
-    best = max(family, key=lambda key: family[key]["rho"][0])
-    found[TRAINED], found[TRAINED_AUTO] = family[best], family[0.25, "auto"]
+    best = _best_trained({key: float(traces["rho"][0]) for key, traces in family.items()})
+    found |= {name: family[key] for name, key in best.items()}
     return found, best
 
 
-def _composite(found: Composites, best: tuple[float, str]) -> dict[str, Any]:
+def _composite(found: Composites, best: Mapping[str, TrainedKey]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, traces in found.items():
         result[name] = {metric: _interval(trace) for metric, trace in traces.items()}
-        for other in ("merged", TRAINED):
+        for other in ("merged", *BEST_TRAINED):
             result[name][f"rho minus {other}"] = _interval(traces["rho"] - found[other]["rho"])
-    result[TRAINED]["choice"] = {"length": best[0], "surrogate": best[1]}
+    for name in BEST_TRAINED:
+        result[name]["choice"] = _choice(best[name])
     return result
 
 
@@ -275,7 +295,7 @@ def _overall(traces: Mapping[str, Mapping[str, Trace]]) -> dict[str, Any]:
     return {
         name: {
             "rho": _interval(trace),
-            **{f"minus {o}": _interval(trace - whole[o]) for o in (*DEFAULTS[:3], TRAINED)},
+            **{f"minus {o}": _interval(trace - whole[o]) for o in (*DEFAULTS[:3], *BEST_TRAINED)},
         }
         for name, trace in whole.items()
     }

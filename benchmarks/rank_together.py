@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rank_report import plot, print_report, summarise
+from rank_report import TrainedKey, plot, print_report, summarise
 
 from megatron_demix.artifact import write_json
 
@@ -64,10 +64,9 @@ def _arrays(scores: dict[str, list[float]]) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in scores.items()}
 
 
-def _key(text: str) -> tuple[float, str]:
-    """Of a trained proxy: the part of the horizon, and the surrogate."""
-    length, _, kind = text.partition(" ")
-    return float(length), kind
+def _key(text: str) -> TrainedKey:
+    more, length, kind = text.split(" ", 2)
+    return int(more), float(length), kind
 
 
 if __name__ == "__main__":
