@@ -240,4 +240,5 @@ class Bench:
 
     def trained(self, length: float, m: int) -> dict[str, float]:
         steps = self.plan.steps(length)
-        return self.score(f"trained-{length}-{m}", lambda: self.run(self.trained_MD(length)[m], steps, TRAINED_SEED)[steps])
+        shares_D = self.trained_MD(length, max(TRAINED_MORE))[m]
+        return self.score(f"trained-{length}-{m}", lambda: self.run(shares_D, steps, TRAINED_SEED)[steps])
