@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_demix.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,3 +40,13 @@ def load_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except RecursionError as e:
         raise yaml.YAMLError("it is nested too deeply") from e
+    except ValueError as e:  # what looks like a date, or a number, and is none
+        raise yaml.YAMLError(str(e)) from e
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """load_yaml of a file. Raises ConfigError, which calls it `what`."""
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{what}: cannot be read: {e}") from e

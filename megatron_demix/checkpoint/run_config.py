@@ -63,7 +63,7 @@ def _read(location: CheckpointDir) -> dict[str, Any] | None:
         config = yaml.safe_load(path.read_bytes())
     except OSError as e:
         raise unreadable(path, e) from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that is none is a ValueError
         raise CorruptInput(f"{path}: cannot be read ({getattr(e, 'problem', None) or e}). {_WHAT_TO_DO}") from e
     if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in ("checkpoint", "model")):
         raise CorruptInput(f"{path}: not a run's configuration. {_WHAT_TO_DO}")

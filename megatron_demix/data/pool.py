@@ -39,15 +39,10 @@ class Pool(dict[str, Source]):
     @classmethod
     def read(cls, path: Path | str) -> Pool:
         """From pool.yaml: {domains: {code: {prefixes: [...], max_epochs: 4}}}, paths relative to the file. ConfigError."""
-        import yaml
-
-        from megatron_demix.yaml_file import load_yaml
+        from megatron_demix.yaml_file import read_yaml
 
         path = Path(path)
-        try:
-            data = load_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise ConfigError(f"pool {path}: cannot be read: {e}") from e
+        data = read_yaml(path, f"pool {path}")
         domains = data.get("domains") if isinstance(data, dict) else None
         if not isinstance(domains, dict) or not domains:
             raise ConfigError(f"pool {path}: expected `domains: {{name: {{prefixes: [...], max_epochs: 4}}}}`.")

@@ -66,14 +66,9 @@ def parse_rules(given: Any, what: str) -> tuple[Rule, ...]:
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
     """Rules of a YAML file. Raises ConfigError, for a key that is given twice too, of which YAML would take the last."""
-    import yaml
+    from megatron_demix.yaml_file import read_yaml
 
-    from megatron_demix.yaml_file import load_yaml
-
-    try:
-        return parse_rules(load_yaml(Path(path).read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e}).") from e
+    return parse_rules(read_yaml(Path(path), str(path)), str(path))
 
 
 def _parse(given: Any, what: str) -> Rule:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture
 from megatron_demix.search.space import Group, SearchSpace, epoch_caps
 from megatron_demix.study.load import checked
@@ -43,16 +42,9 @@ class _SpaceFile(Section):
 
 def load_space(path: Path) -> SearchSpace:
     """The space of a domains file. Raises ConfigError (unreadable, unknown key) and MixtureError (nothing feasible)."""
-    import yaml
+    from megatron_demix.yaml_file import read_yaml
 
-    from megatron_demix.yaml_file import load_yaml
-
-    path = Path(path)
-    try:
-        given = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: cannot be read: {e}") from e
-    file = checked(_SpaceFile, given, f"{path}: not a domains file")
+    file = checked(_SpaceFile, read_yaml(Path(path), str(path)), f"{path}: not a domains file")
     tokens = {name: float(domain.tokens) for name, domain in file.domains.items()}
     epochs = {name: domain.max_epochs for name, domain in file.domains.items() if domain.max_epochs is not None}
     caps = epoch_caps(tokens, epochs, file.target_tokens)

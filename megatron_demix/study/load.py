@@ -20,15 +20,9 @@ _Checked = TypeVar("_Checked", bound=BaseModel)
 
 def load_study(path: Path, overrides: list[str] | None = None) -> Study:
     """Read and check a study file. overrides: "a.b=value" as YAML, lists by index. Raises ConfigError, MixtureError."""
-    import yaml
+    from megatron_demix.yaml_file import read_yaml
 
-    from megatron_demix.yaml_file import load_yaml
-
-    path = Path(path)
-    try:
-        data = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as e:  # a date that is none is a ValueError
-        raise ConfigError(f"study {path}: cannot be read: {e}") from e
+    data = read_yaml(Path(path), f"study {path}")
     if not isinstance(data, dict):
         raise ConfigError(f"study {path}: expected a mapping with name, domains, model, ...; found {type(data).__name__}.")
     for override in overrides or []:
@@ -70,10 +64,10 @@ def _override(data: dict, text: str) -> None:
                 node[part] = {}  # a section that is empty, or not there
             node = node[int(part) if isinstance(node, list) else part]
         node[int(last) if isinstance(node, list) else last] = load_yaml(value)
-    except (ValueError, IndexError, TypeError, AttributeError) as e:
-        raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e
     except yaml.YAMLError as e:
         raise ConfigError(f"--set {text!r}: {value!r} is not YAML ({' '.join(str(e).split())}).") from e
+    except (ValueError, IndexError, TypeError, AttributeError) as e:
+        raise ConfigError(f"--set {text!r}: the study has no such place ({e}).") from e
 
 
 def _place(error: ErrorDetails) -> str:

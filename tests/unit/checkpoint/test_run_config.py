@@ -105,6 +105,8 @@ def test_components_of_bridge_that_are_other_functions(tmp_path):
     refuse(IncompatibleInputs, "rotary_base is 1000000 in the one and 10000 in the other", {"a": a, "b": b}, tmp_path)
     (b / RUN_CONFIG).write_text("model: [1]")
     refuse(CorruptInput, r"run_config.yaml: not a run's configuration. Correct it, or take it away", {"a": a, "b": b}, tmp_path)
+    (b / RUN_CONFIG).write_text("model: 2024-13-01")
+    refuse(CorruptInput, r"run_config.yaml: cannot be read \(month must be in 1..12\)", {"a": a, "b": b}, tmp_path)
 
 
 @pytest.mark.parametrize("model", [PROVIDER | {"bf16": True, "fp16": False}, BUILDER])

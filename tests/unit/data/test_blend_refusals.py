@@ -61,6 +61,14 @@ def test_a_domain_given_twice_in_a_pools_file(tmp_path):
         Pool.read(tmp_path / "pool.yaml")
 
 
+def test_a_pools_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"^pool .*pool.yaml: cannot be read: .*No such file"):
+        Pool.read(tmp_path / "pool.yaml")
+    (tmp_path / "pool.yaml").write_text("domains: {a: {prefixes: [2024-13-01]}}\n")
+    with pytest.raises(ConfigError, match=r"pool.yaml: cannot be read: month must be in 1..12"):
+        Pool.read(tmp_path / "pool.yaml")
+
+
 def test_damaged_sources_are_refused(pool, tmp_path):
     for suffix, change in ((".bin", lambda d: d[:-2]), (".idx", lambda d: d[:-1]), (".idx", lambda d: b"PK" + d[2:])):
         path = tmp_path / "pool" / f"code_0{suffix}"

@@ -47,7 +47,8 @@ def test_without_an_anchor_weights_are_shares(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("domains: [", ConfigError, "cannot be read"),
+        ("domains: [", ConfigError, r"domains\.yaml: cannot be read"),
+        ("domains: 2024-13-01\n", ConfigError, "cannot be read: month must be in 1..12"),
         ("target_tokens: 1M\ntarget_tokens: 2M\n", ConfigError, r"(?s)'target_tokens' is given twice, first in line 1.*line 2"),
         ("max_kl: .inf\n", ConfigError, r"max_kl: Input should be a finite number"),
         ("domains: {a: {tokens: 1M}}\ntarget_tokens: 1M\n", ConfigError, "domains: Dictionary should have at least 2 items"),

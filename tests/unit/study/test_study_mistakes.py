@@ -45,6 +45,7 @@ def test_counts_that_no_machine_comes_to_the_end_of_are_refused(load, fits, too_
         ("domains.first.name=x", "the study has no such place"),
         ("train.lr.x=1", "the study has no such place"),
         ("train.lr=[1,", r"'\[1,' is not YAML"),
+        ("name=2024-13-01", r"'2024-13-01' is not YAML \(month must be in 1..12\)"),
         ("trian.lr=1", "trian: unknown key; did you mean 'train'\\?"),
     ],
 )
