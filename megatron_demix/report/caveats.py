@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from megatron_demix.report.data import BlendRow, Fit, ReportData
 from megatron_demix.report.maturity import maturity_warning
-from megatron_demix.report.selection import listed
+from megatron_demix.report.selection import last_fit, listed
 from megatron_demix.report.verdict import Verdict
 
 WEAK_RANK_CORRELATION = 0.7
@@ -34,8 +34,7 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
                 f"Round {number}: {lacking} of {len(r.mixtures)} proxies have no finite objective, and are not in the plots. "
                 "Look at their scores below."
             )
-    if data.rounds and (fits := data.rounds[-1].fit):
-        found += _weak_surrogates(data, fits)
+    found += _weak_surrogates(data, last_fit(data))
     if data.rounds:
         last = next((r for r in reversed(data.rounds) if r.fit or r.constant), data.rounds[-1])
         found += _constant({score: value for score, value in last.constant.items() if data.objective.get(score)})

@@ -101,6 +101,11 @@ def test_warnings_name_what_is_weak(whole):
     assert any("trained with one seed" in w for w in warnings(one_seed, judge(one_seed)))
 
 
+def test_a_weak_surrogate_is_named_while_the_next_round_is_scored(whole):
+    going_on = dataclasses.replace(whole, rounds=[*whole.rounds, dataclasses.replace(whole.rounds[-1], scores={}, fit={})])
+    assert any("surrogate of math orders proxies it has not seen" in w for w in warnings(going_on, judge(going_on)))
+
+
 def test_a_mixture_at_the_edge_of_what_proxies_stand_for_is_pointed_out(whole):
     edge = dataclasses.replace(whole.choice, weights={"code": 0.999, "math": 0.001}, shares={"code": 0.75, "math": 0.25})
     found = warnings(dataclasses.replace(whole, choice=edge), judge(whole))
