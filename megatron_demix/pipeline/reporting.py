@@ -162,7 +162,7 @@ def _losses(dag: Dag) -> Iterator[tuple[str, dict[str, list[float]]]]:
 
 
 def _rounds(dag: Dag) -> list[Round]:
-    from megatron_demix.search.surrogate import LITTLE_SKILL
+    from megatron_demix.search.surrogate import LITTLE_SKILL, Z90
 
     rounds = []
     facts_of = {r.number: read_json(r.fit.folder / FIT) for r in dag.rounds if r.fit.is_intact()}
@@ -179,7 +179,13 @@ def _rounds(dag: Dag) -> list[Round]:
         facts: dict[str, Any] = facts_of.get(r.number, {})
         fit = {
             name: Fit(
-                f["kind"], f["spearman"], f["rmse"], f["measured"], f["predicted"], f["std"], f.get("skill", 1) < LITTLE_SKILL
+                f["kind"],
+                f["spearman"],
+                f["rmse"],
+                f["measured"],
+                f["predicted"],
+                [Z90 * std for std in f["std"]],
+                f.get("skill", 1) < LITTLE_SKILL,
             )
             for name, f in facts.get("surrogates", {}).items()
         }

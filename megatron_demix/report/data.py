@@ -52,8 +52,8 @@ class Fit:
     rmse: float
     measured: Sequence[float]
     predicted: Sequence[float]
-    std: Sequence[float] = ()
-    """Standard deviation of each prediction, calibrated out of fold; none if empty."""
+    half_intervals: Sequence[float] = ()
+    """Half the width of each prediction's 90 % interval, calibrated out of fold; none if empty."""
     little_skill: bool = False
     """It is hardly better than the mean at what it has not seen."""
 

@@ -34,8 +34,6 @@ from megatron_demix.report.drawing import (
 from megatron_demix.report.selection import MOST_POINTS, colour_indices, drawn_domains, evenly
 from megatron_demix.report.verdict import Comparison
 
-_Z90 = 1.6448536269514722
-
 
 def forest(comparisons: Sequence[Comparison], unit: str) -> str:
     """Found minus each baseline with its interval; the zero line is "no difference"."""
@@ -215,8 +213,8 @@ def _ranks(values_MD: np.ndarray) -> np.ndarray:
 
 def predicted_against_measured(score: str, fit: Fit, unit: str) -> str | None:
     """Out-of-fold predictions of one score's surrogate."""
-    stds = fit.std if len(fit.std) == len(fit.measured) else [math.nan] * len(fit.measured)
-    rows = [row for row in zip(fit.measured, fit.predicted, stds, strict=True) if math.isfinite(row[0] + row[1])]
+    halves = fit.half_intervals or [math.nan] * len(fit.measured)
+    rows = [row for row in zip(fit.measured, fit.predicted, halves, strict=True) if math.isfinite(row[0] + row[1])]
     if not rows:
         return None
     rows = evenly(rows, MOST_POINTS)
@@ -227,7 +225,7 @@ def predicted_against_measured(score: str, fit: Fit, unit: str) -> str | None:
     ends = (min(both) - margin, max(both) + margin)
     axes.plot(ends, ends, color=MUTED, linewidth=1)
     measured, predicted = zip(*pairs, strict=True)
-    spans = [(m, p - _Z90 * s, p + _Z90 * s) for m, p, s in rows if math.isfinite(s)]
+    spans = [(m, p - half, p + half) for m, p, half in rows if math.isfinite(half)]
     if len(spans) <= MOST_TIPS:
         axes.vlines(*zip(*spans, strict=True), color=ACCENT, alpha=0.3, linewidth=1) if spans else None
     else:  # as one line with gaps, which is a tenth as long

@@ -19,7 +19,8 @@ from megatron_demix.study.choices import MIN_PROXIES
 KINDS = ("auto", *REGRESSORS, "stack")
 _FOLDS, _FOLDS_SMALL, _SMALL = 5, 10, 128
 """More folds for fewer proxies, so that each fit still sees most of them."""
-_Z90 = 1.6448536269514722
+Z90 = 1.6448536269514722
+"""Standard deviations from the mean to each end of a 90 % interval."""
 LITTLE_SKILL = 0.1
 """A surrogate with less is hardly better than the mean."""
 
@@ -278,7 +279,7 @@ def _calibration(errors_M: np.ndarray, stds_M: np.ndarray) -> float:
     least = max(0.1 * float(np.sqrt(np.mean(np.square(errors_M)))), 1e-12)
     ratios_M = np.sort(np.abs(errors_M) / np.maximum(stds_M, least))
     rank = min(len(ratios_M), int(np.ceil(0.9 * (len(ratios_M) + 1))))
-    return max(float(ratios_M[rank - 1]) / _Z90, 1e-6)
+    return max(float(ratios_M[rank - 1]) / Z90, 1e-6)
 
 
 def _spearman(left_M: np.ndarray, right_M: np.ndarray) -> float:

@@ -31,9 +31,9 @@ def whole() -> ReportData:
         ]
         scores = {p.name: {"code": 2 - p.shares["code"], "math": 3 - p.shares["math"]} for p in proxies}
         measured = [row["code"] for row in scores.values()]
-        stds = [0.01] * len(measured)
+        half_intervals = [0.0164] * len(measured)
         fits = {
-            "code": Fit("quadratic", 0.99, 0.01, measured, measured, stds),
+            "code": Fit("quadratic", 0.99, 0.01, measured, measured, half_intervals),
             "math": Fit("ridge", 0.31, 0.2, measured, measured),
         }
         return Round(proxies, scores, fits)
