@@ -28,15 +28,12 @@ def exit_code(run: Callable[[], int], *, speaker: str = "error", interrupted: st
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it flushes
         return BROKEN_PIPE
-    except RuntimeError as e:
-        if (limit := limit_reached(e)) is None:
-            raise
-        print(f"{speaker}: {limit}", file=sys.stderr)
-        return limit.exit_code
-    except OSError as e:
+    except (RuntimeError, OSError) as e:
         if limit := limit_reached(e):
             print(f"{speaker}: {limit}", file=sys.stderr)
             return limit.exit_code
+        if not isinstance(e, OSError):
+            raise
         said = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e) or type(e).__name__
         advice = " Correct the path or its permissions, then run again." if e.filename else ""
         if e.errno in FULL:

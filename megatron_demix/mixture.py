@@ -96,12 +96,12 @@ class Mixture(Mapping[str, float]):
 
 def actual_shares(merge_weights: Mixture, anchor: Mixture, anchor_share: float) -> Mixture:
     """The data a proxy stands for: b * q + (1 - b) * a. Domains are those of merge_weights; anchor must lie within them."""
-    _check_share(anchor_share)
+    check_anchor_share(anchor_share)
     anchor = anchor.over(list(merge_weights))
     return Mixture({n: anchor_share * anchor[n] + (1 - anchor_share) * a for n, a in merge_weights.items()})
 
 
-def _check_share(anchor_share: float) -> None:
+def check_anchor_share(anchor_share: float) -> None:
     if not 0 <= anchor_share < 1:
         raise MixtureError(f"anchor share is {anchor_share}, expected 0 <= share < 1.")
 

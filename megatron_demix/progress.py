@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,28 +21,6 @@ class Advance(Protocol):
     """Called as advance(units) when that many more units of work are done; info is a short text shown beside the bar."""
 
     def __call__(self, units: float = 1, *, info: str | None = None) -> None: ...
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Without what libraries report on standard output and error, from native code, too: shown only if an error comes of it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        try:
-            for descriptor in (1, 2):
-                os.dup2(said.fileno(), descriptor)
-            with redirect_stdout(said), redirect_stderr(said):
-                yield
-        except BaseException:
-            said.seek(0)
-            os.write(kept[1], said.read().encode())
-            raise
-        finally:
-            for descriptor, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, descriptor)
-                os.close(copy)
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""Tables on standard output."""
+"""What people see on standard output, and what libraries would say there."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,3 +45,25 @@ def shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without what libraries report on standard output and error, from native code, too: shown only if an error comes of it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        try:
+            for descriptor in (1, 2):
+                os.dup2(said.fileno(), descriptor)
+            with redirect_stdout(said), redirect_stderr(said):
+                yield
+        except BaseException:
+            said.seek(0)
+            os.write(kept[1], said.read().encode())
+            raise
+        finally:
+            for descriptor, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)

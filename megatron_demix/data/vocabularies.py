@@ -13,7 +13,7 @@ from megatron_demix.artifact import fingerprint, hash_file, read_json
 from megatron_demix.data import engines
 from megatron_demix.data.engines import Engine
 from megatron_demix.errors import ConfigError, CorruptInput, DemixError
-from megatron_demix.progress import silent
+from megatron_demix.terminal import silent
 
 FILE_NAMES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _PATTERNS = {"tiktoken": "*.tiktoken", "gpt2": "*vocab.json"}

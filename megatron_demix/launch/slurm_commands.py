@@ -149,5 +149,5 @@ def call(*command: str, unless: Sequence[str] = ()) -> str:
         said = " ".join(" ".join(matter).split())
         # The last is what scontrol says of a job, of a controller that is away.
         away = ("Unable to contact", "Connection refused", "Socket timed out", "try again", "Unexpected message received")
-        raise (NoAnswer if any(s in said for s in away) else ConfigError)(f"{' '.join(command[:1])}: {said or 'failed'}")
+        raise (NoAnswer if any(s in said for s in away) else ConfigError)(f"{command[0]}: {said or 'failed'}")
     return result.stdout

@@ -17,7 +17,7 @@ from megatron_demix.pipeline.maturity_stages import BASE
 from megatron_demix.pipeline.preflight import few
 from megatron_demix.pipeline.scoring import MERGED_CENTROID, scored_losses
 from megatron_demix.pipeline.search_stages import CHOICE, FIT, MIXTURES
-from megatron_demix.pipeline.stage import Stage, unique
+from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.train_stages import horizon_line
 from megatron_demix.report.data import (
     BlendRow,
@@ -111,7 +111,7 @@ def _tasks(dag: Dag) -> dict[str, Task]:
         return {}
     from megatron_demix.evaluate.tasks.task import share_items
 
-    stages = unique(r.scores for r in dag.rounds)
+    stages = dict.fromkeys(r.scores for r in dag.rounds)
     notes = [row for stage in stages if (file := stage.folder / NOTES).is_file() for row in read_json(file).values()]
     tasks = {}
     for task, final in zip(dag.tasks.search.specs, dag.tasks.final.specs, strict=True):
@@ -218,7 +218,7 @@ def _maturity(dag: Dag) -> Maturity | None:
 
 def _higher_is_better(dag: Dag) -> frozenset[str]:
     stages = [*(r.scores for r in dag.rounds), *([dag.maturity.scores] if dag.maturity else [])]
-    tables = [ScoreTable.read(stage.folder / SCORES) for stage in unique(stages) if stage.is_intact()]
+    tables = [ScoreTable.read(stage.folder / SCORES) for stage in dict.fromkeys(stages) if stage.is_intact()]
     return frozenset(score.name for table in tables for score in table.scores if score.direction == "higher")
 
 

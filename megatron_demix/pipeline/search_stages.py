@@ -23,7 +23,7 @@ from megatron_demix.pipeline.scoring import (
     scores_of_trained,
     scores_proxies,
 )
-from megatron_demix.pipeline.stage import Stage, unique
+from megatron_demix.pipeline.stage import Stage
 from megatron_demix.pipeline.surrogates import fit_facts, fit_surrogates
 from megatron_demix.pipeline.train_stages import MIXTURES
 from megatron_demix.search.proxy_score import REVISION
@@ -69,7 +69,7 @@ def rounds(foundation: Foundation, centroid: Stage | None, earlier: Sequence[Ear
     scores: list[list[Stage]] = []
     for number, _ in enumerate(study.search.rounds, start=1):
         scores.append(scored(number))
-        by_iteration = [unique(stages) for stages in zip(*scores, strict=True)]
+        by_iteration = [list(dict.fromkeys(stages)) for stages in zip(*scores, strict=True)]
         proposals = [*(r.proposal for r in result), proposal]
         fit = _fit(foundation, number, by_iteration, proposals, centroid, earlier)
         result.append(Round(number, proposal, scores[-1][-1], fit))

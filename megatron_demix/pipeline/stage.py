@@ -202,11 +202,6 @@ class Part(Stage):
         self.make_part(self.work, self.index)
 
 
-def unique(stages: Iterable[Stage]) -> list[Stage]:
-    """Each once, in order of first appearance."""
-    return list(dict.fromkeys(stages))
-
-
 def with_needs(stages: Iterable[Stage]) -> list[Stage]:
     """The stages and everything they need, each once, needs first."""
     ordered: dict[str, Stage] = {}

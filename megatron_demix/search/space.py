@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_demix.errors import MixtureError
-from megatron_demix.mixture import Mixture, tokens_of_epochs
+from megatron_demix.mixture import Mixture, check_anchor_share, tokens_of_epochs
 from megatron_demix.search.waterfill import GRID, ceil_to_grid, floor_to_grid, waterfill
 
 TOLERANCE = 1e-9
@@ -69,8 +69,7 @@ class SearchSpace:
     epoch_caps: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.anchor_share < 1:
-            raise MixtureError(f"anchor share is {self.anchor_share}, expected 0 <= share < 1.")
+        check_anchor_share(self.anchor_share)
         object.__setattr__(self, "anchor", self.anchor.over(self.domains))
         self._check_names()
         self._check_domains()

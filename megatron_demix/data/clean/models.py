@@ -21,7 +21,7 @@ from megatron_demix.data.clean.scores import LocalKenlm, Pieces, load_fasttext
 from megatron_demix.data.clean.trove import KenlmModel
 from megatron_demix.data.inputs import read_documents
 from megatron_demix.errors import ConfigError, OutputExists, StageFailed, storage_errors
-from megatron_demix.progress import silent
+from megatron_demix.terminal import silent
 
 HELD_OUT = 0.1
 

@@ -13,8 +13,8 @@ import numpy as np
 from megatron_demix.data.clean.documents import Source
 from megatron_demix.data.clean.trove import Document, KenlmModel, PipelineStep
 from megatron_demix.errors import ConfigError, CorruptInput
-from megatron_demix.progress import silent
 from megatron_demix.study.data import PerplexitySpec, QualitySpec
+from megatron_demix.terminal import silent
 
 
 class ForDomains(PipelineStep):
