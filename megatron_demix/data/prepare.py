@@ -18,12 +18,12 @@ from megatron_demix.data.prefix import finished, is_sealed, publish, seal, unsea
 from megatron_demix.data.tokenizer import Tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput, storage_errors
 from megatron_demix.progress import progress_bar
+from megatron_demix.study.data import SPLITS
 from megatron_demix.units import format_count
 
-SPLITS = ("train", "valid", "test")
+STATS = "stats.json"
 MANY_REJECTED = 0.1
 """A share of the documents above which a warning says so: it may be the wrong key."""
-STATS = "stats.json"
 
 __all__ = ["prepare_domain", "preprocess"]
 

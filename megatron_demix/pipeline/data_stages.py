@@ -8,23 +8,22 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.data.clean import REVISION
 from megatron_demix.data.input_files import Look, facts_of, resolve_inputs
+from megatron_demix.data.pool import Source, open_pool
+from megatron_demix.data.prepare import STATS, prepare_domain
+from megatron_demix.data.tokenizer import META, Tokenizer, load_tokenizer, source_files, train_tokenizer
 from megatron_demix.errors import ConfigError, CorruptInput, DemixError, IncompatibleInputs
+from megatron_demix.indexed.format import token_dtype
+from megatron_demix.indexed.reader import read_index
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.study.data import DomainSpec
+from megatron_demix.study.data import SPLITS, DomainSpec
 from megatron_demix.study.study import Study
 from megatron_demix.train.derived import padded_vocab_size
-
-if TYPE_CHECKING:
-    from megatron_demix.data.tokenizer import Tokenizer
-
-STATS = "stats.json"
-SPLITS: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
 
 
 def resolve(spec: DomainSpec, root: Path, look: Look) -> list[Path]:
@@ -134,15 +133,11 @@ def tokenizer(
         settings["inputs"] = {d.name: [d.json_key, digests.of(inputs[d.name])] for d in samples}
         settings["on_bad_document"] = study.prepare.on_bad_document
     elif model := spec.model:
-        from megatron_demix.data.tokenizer import source_files
-
         settings["model"] = digests.answer(
             f"{spec.type} {model}", lambda: digests.of(source_files(spec.type, model)), kind="tokenizer"
         )
 
     def make(folder: Path) -> None:
-        from megatron_demix.data.tokenizer import train_tokenizer
-
         texts = {d.name: text_of(d, inputs[d.name], cleaned if needs else None) for d in samples}
         keys = {d.name: d.json_key for d in study.domains}
         train_tokenizer(spec, texts, folder, json_key=keys, on_bad_document=study.prepare.on_bad_document)
@@ -153,8 +148,6 @@ def tokenizer(
 
 def num_ids(study: Study, tokenizer: Stage) -> int:
     """Of the tokenizer that is there, or will be: of one that is to be trained, what is asked for. Raises as load_tokenizer."""
-    from megatron_demix.data.tokenizer import META, load_tokenizer
-
     if tokenizer.is_intact():
         found: int = read_json(tokenizer.folder / META)["vocab_size"]
         return found
@@ -201,9 +194,6 @@ def domain(
             settings |= {"inputs": digests.of(inputs), "on_bad_document": study.prepare.on_bad_document}
 
     def prepare(folder: Path, part: tuple[int, int] | None = None) -> None:
-        from megatron_demix.data.prepare import prepare_domain
-        from megatron_demix.data.tokenizer import load_tokenizer
-
         texts = text_of(spec, inputs, cleaned)
         try:
             prepare_domain(
@@ -231,8 +221,6 @@ def domain(
         given = _given_prefixes(spec, inputs)
 
         def describe(folder: Path) -> None:
-            from megatron_demix.data.tokenizer import load_tokenizer
-
             own = load_tokenizer(tokenizer.folder)
             write_json(folder / STATS, {"splits": {split: _counts(study, spec, split, given[split], own) for split in SPLITS}})
 
@@ -256,10 +244,6 @@ def _given_prefixes(spec: DomainSpec, files: list[Path]) -> dict[str, list[Path]
 def _counts(study: Study, spec: DomainSpec, split: str, prefixes: list[Path], tokenizer: Tokenizer) -> dict[str, int]:
     """Documents and tokens of one split. Raises IncompatibleInputs where it is not what this tokenizer would have made, and all
     that open_pool does: the final blend would refuse it, after the whole search. A split that nothing scores may be empty."""
-    from megatron_demix.data.pool import Source, open_pool
-    from megatron_demix.indexed.format import token_dtype
-    from megatron_demix.indexed.reader import read_index
-
     if split != "train" and not any(read_index(prefix).num_tokens for prefix in prefixes):
         return {"documents": 0, "tokens": 0}
     pool = open_pool({spec.name: Source(tuple(prefixes))})

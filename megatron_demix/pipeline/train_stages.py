@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_demix.artifact import hash_file, read_json, write_json
 from megatron_demix.checkpoint.layout import iteration_folder
+from megatron_demix.data.tokenizer import load_tokenizer
 from megatron_demix.errors import ConfigError
 from megatron_demix.mixture import Mixture, actual_shares
 from megatron_demix.pipeline import data_stages, preflight
@@ -167,8 +168,6 @@ def training(
         )
 
     def make(work: Path) -> None:
-        from megatron_demix.data.tokenizer import load_tokenizer
-
         if not filling.wanted():
             return
         vocabulary = load_tokenizer(tokenizer.folder)
@@ -181,8 +180,6 @@ def training(
 
     def script() -> str:
         """With what is not known before the data is there shown as dots."""
-        from megatron_demix.data.tokenizer import load_tokenizer
-
         assert stock
         if all(need.done() for need in needs) and filling.wanted():
             vocabulary = load_tokenizer(tokenizer.folder)

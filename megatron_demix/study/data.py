@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
 from megatron_demix.study.choices import Heuristic
 from megatron_demix.study.section import Bytes, CutOff, ExpandedPath, ExpandedPattern, Name, Section
 from megatron_demix.units import Cut
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class TokenizerSpec(Section):
@@ -43,7 +46,7 @@ class DomainSpec(Section):
     name: Name
     inputs: list[ExpandedPattern] = []
     """Files or globs: .jsonl, .txt, ... relative to the study file."""
-    prefixes: dict[Literal["train", "valid", "test"], list[ExpandedPath]] | None = None
+    prefixes: dict[Split, list[ExpandedPath]] | None = None
     """Already tokenized data instead of `inputs`: Megatron path prefixes (without .bin/.idx), by split."""
     json_key: str = "text"
     max_epochs: float = Field(4.0, gt=0)
