@@ -185,7 +185,7 @@ class _LinearOracle(_ByTensor):
     def _coefficients(self, weights_K: np.ndarray, name: str, mixture: str) -> np.ndarray:
         scale = self._method.scale
         for rule in self._method.rules:
-            layer = re.search(r"\blayers\.([0-9]+)\.", name)
+            layer = None if name.startswith("mtp.") else re.search(r"\blayers\.([0-9]+)\.", name)
             inside = rule.layers is None or (layer and rule.layers[0] <= int(layer[1]) <= rule.layers[1])
             named = re.fullmatch(translate(rule.tensors), name) and re.fullmatch(translate(rule.mixtures), mixture)
             if not inside or not named:

@@ -70,6 +70,17 @@ def test_components_read_by_some_layers_only_are_checked_whole(tmp_path):
     assert all(bits(found[k]) == bits((c if "layers.1." in k else a)[k]) for k in found)
 
 
+def test_rules_of_layers_leave_multi_token_prediction_alone(tmp_path):
+    def with_prediction(tensors):
+        return tensors | {"mtp.layers.1.enorm.weight": tensors["decoder.layers.mlp.linear_fc2.weight"][1].clone()}
+
+    parts, base = write_components(tmp_path, change=with_prediction)
+    method = Linear(base, rules=(Rule(layers=(0, 1), scale=2.0),))
+    (path,) = merge_checkpoints(parts, {"m": {"a": 1.0}}, tmp_path / "out", method=method, progress=False, verify="full")
+    found, a = read_checkpoint(path / "release"), with_prediction(model(0, torch.float32))
+    assert bits(found["mtp.layers.1.enorm.weight"]) == bits(a["mtp.layers.1.enorm.weight"])
+
+
 def test_mixtures_of_one_pass_have_rules_of_their_own(tmp_path):
     parts, base = write_components(tmp_path, layouts=(1, 2, 4, 1))
     even = {"a": 0.5, "b": 0.25, "c": 0.25}
