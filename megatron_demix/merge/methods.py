@@ -20,7 +20,7 @@ from megatron_demix.errors import ConfigError, IncompatibleInputs, MixtureError
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.logical_tensors import FusedLayout, Partition
 from megatron_demix.merge.plan import BytePlan
-from megatron_demix.merge.rules import Rule
+from megatron_demix.merge.rules import Rule, layer_of
 from megatron_demix.merge.weights import LARGEST, is_weight
 from megatron_demix.native import DeltaRules
 
@@ -150,7 +150,12 @@ class _RuledLinear(BoundMethod):
         self._names = [name for name in components.names if method.base is None or name != BASE]
         self._weights: dict[Rule, np.ndarray] = {}
         names = [part.name for part in self.partition.parts()]
+        last = max((layer for name in names if (layer := layer_of(name)) is not None), default=None)
         for rule in method.rules:
+            if rule.layers is not None and last is not None and rule.layers[1] > last:
+                raise ConfigError(
+                    f"the rule {rule.describe()} is for layers that the components have not: theirs are 0-{last}."
+                )
             if not any(map(rule.matches, names)):
                 raise ConfigError(f"the rule {rule.describe()} matches no tensor of the components, such as {names[0]!r}.")
             given = dict(rule.weights or ())

@@ -14,7 +14,6 @@ from megatron_demix.errors import ConfigError
 from megatron_demix.merge.weights import is_weight
 from megatron_demix.mixture import TOLERANCE
 
-# Those of multi-token prediction are counted by themselves, from 0 as well.
 _LAYER = re.compile(r"(?!mtp\.)(?:.*\.)?layers\.(\d+)\.")
 _KEYS = ("tensors", "layers", "mixtures", "scale", "weights")
 
@@ -39,8 +38,8 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         if self.layers is not None:
-            found = _LAYER.match(name)
-            if not found or not self.layers[0] <= int(found[1]) <= self.layers[1]:
+            layer = layer_of(name)
+            if layer is None or not self.layers[0] <= layer <= self.layers[1]:
                 return False
         return fnmatchcase(name, self.tensors)
 
@@ -52,6 +51,13 @@ class Rule:
         if self.mixtures != "*":
             said["mixtures"] = self.mixtures
         return said | ({"scale": self.scale} if self.weights is None else {"weights": dict(self.weights)})
+
+
+def layer_of(name: str) -> int | None:
+    """Which of the model's layers a tensor is of. None for one outside of them, and of multi-token prediction, whose layers are
+    counted by themselves."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
 
 
 def parse_rules(given: Any, what: str) -> tuple[Rule, ...]:

@@ -44,7 +44,7 @@ def rules_of(spec: MergeSpec) -> tuple[Rule, ...]:
 def check_rules(study: Study) -> None:
     """Raises ConfigError for rules that are none, or of layers that the model has not."""
     for n, rule in enumerate(rules_of(study.merge)):
-        if rule.layers and rule.layers[0] >= study.model.num_layers:
+        if rule.layers and rule.layers[1] >= study.model.num_layers:
             raise ConfigError(
                 f"merge.rules.{n}: layers {rule.layers[0]}-{rule.layers[1]}, but model.num_layers is {study.model.num_layers}, "
                 f"counted from 0: the last is {study.model.num_layers - 1}."

@@ -165,7 +165,7 @@ def test_rules_that_do_not_fit_the_components(tmp_path):
     parts, base = write_components(tmp_path)
     for rule, match in (
         (Rule("*.moe.*", scale=2.0), r"matches no tensor of the components, such as 'embedding.word_embeddings.weight'"),
-        (Rule("*", (2, 3), scale=2.0), r"matches no tensor"),
+        (Rule("*", (1, 2), scale=2.0), r"'layers': '1-2'.* is for layers that the components have not: theirs are 0-1"),
         (Rule(weights=(("d", 1.0),)), r"'d' is not a component; they are a, b, c"),
     ):
         with pytest.raises(ConfigError, match=match):

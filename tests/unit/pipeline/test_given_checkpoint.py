@@ -198,9 +198,11 @@ def test_a_base_of_another_precision_is_refused_where_components_are_merged_with
 
 def test_rules_of_layers_that_the_model_has_not(folder):
     write_checkpoint(folder / "base", small_model(0))
-    check_rules(build(folder, "merge.rules=[{layers: 1-9, scale: 2}]").study)
-    with pytest.raises(ConfigError, match=r"merge\.rules\.0: layers 2-3, but model\.num_layers is 2, .*: the last is 1"):
-        check_rules(build(folder, "merge.rules=[{layers: 2-3, scale: 2}]").study)
+    check_rules(build(folder, "merge.rules=[{layers: 0-1, scale: 2}]").study)
+    for layers in ("1-2", "2-3"):
+        said = rf"merge\.rules\.0: layers {layers}, but model\.num_layers is 2, .*: the last is 1"
+        with pytest.raises(ConfigError, match=said):
+            check_rules(build(folder, f"merge.rules=[{{layers: {layers}, scale: 2}}]").study)
 
 
 @pytest.mark.parametrize("rows", [400, 401])
