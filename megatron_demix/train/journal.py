@@ -37,12 +37,12 @@ class Journal:
         self._since, self._seen = time.perf_counter(), iteration
         self._beat(iteration)
 
-    def step(self, row: Mapping[str, float]) -> None:
-        """One iteration is done. row: as losses.read_losses describes."""
+    def step(self, row: Mapping[str, float], beside: Mapping[str, float]) -> None:
+        """One iteration is done. row: as losses.read_losses describes. beside: what TensorBoard shows with it."""
         iteration = int(row["iteration"])
         self._losses.append(row)
         self._beat(iteration, loss=row["lm loss"])
-        self._show(row)
+        self._show({**row, **beside})
 
     def evaluation(self, row: Mapping[str, float]) -> None:
         """An iteration has been evaluated. row: as losses.read_losses describes."""
@@ -57,7 +57,8 @@ class Journal:
                     self._scalars.add_scalar(name, value, int(row["iteration"]))
 
     def speak(self, row: Mapping[str, float], straggler: Straggler | None) -> None:
-        """A line about the iterations since the last one. row: of the last one done, with its evaluation."""
+        """A line about the iterations since the last one. row: of the last one done, with what is beside it and its
+        evaluation."""
         iteration = int(row["iteration"])
         now = time.perf_counter()
         seconds = (now - self._since) / max(1, iteration - self._seen)
@@ -69,7 +70,7 @@ class Journal:
             "demix/tokens-per-second": tokens_per_s,
         }
         parts = [f"{self._job.name} iteration {iteration}/{self._job.train_iters}"]
-        parts += [f"{name} {value:.4f}" for name, value in row.items() if name.startswith("lm loss")]
+        parts += [f"{name} {value:.4f}" for name, value in row.items() if "loss" in name]
         parts += [
             f"lr {row['learning-rate']:.3e}",
             f"grad norm {row['grad-norm']:.3f}",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_demix.errors import ConfigError, Incomplete, storage_errors
+from megatron_demix.train import load_balancing
 from megatron_demix.train.checkpointing import Checkpoints
 from megatron_demix.train.data import training_data, validation_data
 from megatron_demix.train.derived import model_arguments
@@ -112,7 +113,7 @@ class _Run:
             self.end_if_stopped()
 
     def train_one(self) -> dict[str, float]:
-        """The iteration's row of losses.jsonl."""
+        """The iteration's row of losses.jsonl, and what is only shown beside it."""
         self.watchdog.progress(f"iteration {self.iteration + 1}")
         result = self.stepper.train(self.data, self.iteration, stop=self.stop)
         self.iteration += 1
@@ -123,10 +124,11 @@ class _Run:
             "learning-rate": result.learning_rate,
             "grad-norm": result.grad_norm,
         }
+        beside = {} if result.load_balancing is None else {load_balancing.NAME: result.load_balancing}
         if self.journal:
-            self.journal.step(row)
+            self.journal.step(row, beside)
         self.stopped, self.unevaluated = result.stop, self.evaluation_is_due()
-        return row
+        return row | beside
 
     def save(self) -> None:
         self.watchdog.progress(f"saving iteration {self.iteration}")

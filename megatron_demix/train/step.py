@@ -20,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_demix.train.compat import on_cpu
 from megatron_demix.train.data import Batch, micro_batches, part_of_sequences
 from megatron_demix.train.job import TrainJob
+from megatron_demix.train.load_balancing import take_load_balancing
 from megatron_demix.train.stragglers import StepClock
 from megatron_demix.train.watch import StopRequest
 
@@ -59,6 +60,8 @@ class StepResult:
     """Of this step."""
     stop: bool
     """Some rank was asked to stop."""
+    load_balancing: float | None
+    """Mean over the layers and the global batch, without its coefficient; None where the model has no such loss."""
 
 
 class Stepper:
@@ -77,6 +80,8 @@ class Stepper:
         self._device = torch.cuda.current_device()
         # Embedding and loss are on the outer stages; the others are fed by their neighbours.
         self._reads_data = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+        balances = job.model.num_experts is not None and job.model.moe_aux_loss_coeff > 0
+        self._num_balances = balances * job.model.num_layers * job.num_micro_batches * job.parallel.data
 
     def train(self, dataset: torch.utils.data.Dataset, iteration: int, *, stop: StopRequest | bool) -> StepResult:
         """Iteration number `iteration` (from 0). The weights are left alone if the loss is not finite.
@@ -87,14 +92,15 @@ class Stepper:
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         first_sample = iteration * self._job.train.global_batch_size
-        total, num_tokens, stopped = self._agree(self._run(dataset, first_sample, forward_only=False), stop)
-        loss = total / num_tokens
+        sums = torch.cat([self._run(dataset, first_sample, forward_only=False), take_load_balancing(self._device)])
+        (total, num_tokens, balances), stopped = self._agree(sums, stop)
+        loss, balance = total / num_tokens, balances / self._num_balances if self._num_balances else None
         learning_rate = self._schedule.get_lr({})
         if not math.isfinite(loss):
-            return StepResult(loss, math.nan, learning_rate, stopped)
+            return StepResult(loss, math.nan, learning_rate, stopped, balance)
         _, grad_norm, _ = self._optimizer.step()
         self._schedule.step(increment=self._job.train.global_batch_size)
-        return StepResult(loss, float(grad_norm), learning_rate, stopped)
+        return StepResult(loss, float(grad_norm), learning_rate, stopped, balance)
 
     def evaluate(
         self, dataset: torch.utils.data.Dataset, *, stop: StopRequest | bool, progress: Callable[[], None]
@@ -111,7 +117,7 @@ class Stepper:
                 progress()
                 with torch.no_grad():
                     sums = self._run(dataset, i * batch, forward_only=True)
-                part, num, stopped = self._agree(sums, stop)
+                (part, num), stopped = self._agree(sums, stop)
                 if stopped:
                     return None
                 total, num_tokens = total + part, num_tokens + num
@@ -135,16 +141,15 @@ class Stepper:
             return torch.zeros(2, dtype=torch.float64, device=self._device)
         return torch.stack(sums).sum(0)
 
-    def _agree(self, sums: torch.Tensor, stop: StopRequest | bool) -> tuple[float, float, bool]:
-        """Sum of losses and number of tokens over all ranks, and whether any rank asks to stop, in one collective."""
+    def _agree(self, sums: torch.Tensor, stop: StopRequest | bool) -> tuple[list[float], bool]:
+        """The sums over all ranks, and whether any rank asks to stop, in one collective."""
         stopped = bool(stop)  # read once: a signal may come at any time
         if self._job.parallel.world_size > 1:
             # Tensor parallel ranks hold the same sums: each is added that many times to both, and the mean is the same.
             message = torch.cat([sums, sums.new_tensor([float(stopped)])])
             torch.distributed.all_reduce(message)
-            sums, stopped = message[:2], bool(message[2] > 0)
-        total, num_tokens = sums.tolist()
-        return total, num_tokens, stopped
+            sums, stopped = message[:-1], bool(message[-1] > 0)
+        return sums.tolist(), stopped
 
 
 def _endless() -> Iterator[None]:

@@ -67,8 +67,15 @@ def runs(tmp_path_factory, make_train_job):
         jobs[name] = make_train_job(folder / name, name=name, parallel={"data": 4}, **sharded)
     train(jobs["grown"].model_copy(update={"parallel": jobs["reference"].parallel, "train_iters": 3}))
     moe = {"num_experts": 4, "moe_ffn_hidden_size": 32}
+    start = make_train_job(folder / "start", name="start", model=moe, train_iters=1)
+    train(start)
     jobs["experts"] = make_train_job(
-        folder / "experts", name="experts", parallel={"data": 4, "expert": 2}, model=moe, train_iters=ITERATIONS
+        folder / "experts",
+        name="experts",
+        parallel={"data": 4, "expert": 2},
+        model=moe,
+        train_iters=ITERATIONS,
+        init_checkpoint=start.work,
     )
     live = folder / "live"
     for name in ("tp2pp2", "sharded_optimizer"):
@@ -107,10 +114,19 @@ def test_the_replica_that_makes_the_others_wait_is_named(runs):
     assert re.search(r"\| rank [23] on \S+ takes [\d.]+ x the median", said), said
 
 
-def test_experts_train_when_spread_over_ranks(runs):
-    losses = losses_of(runs[0]["experts"])
+def test_experts_train_when_spread_over_ranks(runs, tmp_path, capsys):
+    job, one_rank = runs[0]["experts"], runs[0]["reference"].parallel
+    losses = losses_of(job)
     assert len(losses) == ITERATIONS
     assert losses[-1] < losses[0] - 0.1
+    alone = job.model_copy(update={"work": tmp_path / "work", "parallel": one_rank})
+    train(alone)
+    assert losses == pytest.approx(losses_of(alone), abs=2e-5)
+    balances, expected = (
+        re.findall(r"^experts .* \| load_balancing_loss (\S+)", said, re.M) for said in (runs[2], capsys.readouterr().out)
+    )
+    assert len(expected) == ITERATIONS // 2
+    assert list(map(float, balances)) == pytest.approx(list(map(float, expected)), abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ["tp2pp2", "sharded_optimizer"])

@@ -399,3 +399,32 @@ def test_tensorboard_and_heartbeat_carry_megatron_names(tmp_path, make_train_job
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in said] == ["tiny iteration 2/4", "tiny iteration 4/4"]
     assert " | lm loss validation-b " in said[1]
+
+
+def test_the_balance_of_experts_is_reported_as_megatron_core_computes_it(tmp_path, make_train_job, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with cpu_compat():
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+        from megatron_demix.train import step
+    job = make_train_job(tmp_path / "own", model=FAMILIES["moe"], tensorboard=tmp_path / "tb", train_iters=4)
+    train(job)
+    said = capsys.readouterr().out.splitlines()
+    expected: list[float] = []
+    take = step.take_load_balancing
+
+    def by_megatron_core(device):
+        found: dict = {}
+        track_moe_metrics(1 / job.num_micro_batches, 1, writer=None, total_loss_dict=found, num_layers=job.model.num_layers)
+        expected.append(found["load_balancing_loss"].item())
+        return take(device)
+
+    with mock.patch.object(step, "take_load_balancing", by_megatron_core):
+        train(job.model_copy(update={"work": tmp_path / "again", "tensorboard": None}))
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("load_balancing_loss")] == pytest.approx(expected, rel=1e-6)
+    assert all(1 <= value < 4 for value in expected)
+    assert f" | load_balancing_loss {expected[3]:.4f} | " in said[1]
+    assert "load_balancing_loss" not in read_losses(job.work / "losses.jsonl")[0]
