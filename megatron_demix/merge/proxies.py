@@ -92,8 +92,8 @@ class ProxyMerger:
             self.components.start_read_ahead()
             damaged = self._plan.damaged(self._threads)
             self.components.check_still_there()
-            if (name := damaged) is not None:
-                raise CorruptInput(f"{name}: its bytes differ from their checksum. Copy or save the component again.")
+            if damaged is not None:
+                raise CorruptInput(f"{damaged}: its bytes differ from their checksum. Copy or save the component again.")
             self._method.prepare(self._plan, self._threads)
             recipe = self._method.recipe(weights_MK, list(mixtures))
             # Coefficients that differ between tensors, deltas, and components of several types are the CPU's work: the device
