@@ -77,7 +77,8 @@ def is_temporary(path: Path) -> bool:
 
 
 def write_atomic(path: Path, text: str | bytes) -> None:
-    """Replace one small file so that a reader sees the old text or the new, whatever happens. Raises StorageError."""
+    """Replace one small file so that a reader sees the old text or the new, whatever happens. Raises StorageError, and
+    OSError where the folder is not there or `path` is one."""
     path = Path(path)
     temporary = temporary_beside(path)
     try:
@@ -88,8 +89,12 @@ def write_atomic(path: Path, text: str | bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync_path(path.parent)
+    except OSError as e:
+        e.filename = str(path)  # the temporary name means nothing to whoever asked for this one
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that takes nothing does not remove either, and has said so above
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

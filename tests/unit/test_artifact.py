@@ -189,6 +189,27 @@ def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
+def test_a_small_file_that_has_no_place_is_named(tmp_path):
+    """And not the temporary one beside it, which nobody asked for."""
+    with pytest.raises(FileNotFoundError) as raised:
+        write_atomic(tmp_path / "absent" / "w.csv", "")
+    assert raised.value.filename == str(tmp_path / "absent" / "w.csv")
+    with pytest.raises(IsADirectoryError) as raised:
+        write_atomic(tmp_path, "")
+    assert raised.value.filename == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_disk_is_said_though_nothing_is_removed_there_either(tmp_path, monkeypatch):
+    def read_only(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", "w.csv")
+
+    monkeypatch.setattr("builtins.open", read_only)
+    monkeypatch.setattr(artifact.Path, "unlink", read_only)
+    with pytest.raises(StorageError, match=r"writing .*w\.csv: Read-only file system"):
+        write_atomic(tmp_path / "w.csv", "")
+
+
 def test_json_that_cannot_be_read_back_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
