@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,7 @@ def write(
     a manifest without files. Raises OutputExists, StorageError, CorruptInput.
     """
     mode, work = manifest["mode"], output.parent / f".{output.name}.work-{manifest['key']}"
+    arguments = _arguments(plan) if mode == "args" else {}
     with storage_errors(f"writing blend {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with only_maker(output):
@@ -78,7 +80,8 @@ def write(
             if not _is_sealed(work, output):
                 facts: dict[str, Any] | None = {}
                 if mode == "args":
-                    _write_args(plan, work / output.name)
+                    for suffix, text in arguments.items():
+                        write_atomic(work / f"{output.name}{suffix}", text)
                 elif mode == "view":
                     facts = blend_data.finish_view(plan, work, output.name, manifest["pool"], pool_cache, progress=progress)
                 else:
@@ -126,8 +129,8 @@ def _publish(work: Path, output: Path) -> None:
     shutil.rmtree(work)
 
 
-def _write_args(plan: BlendPlan, name: Path) -> None:
-    """The blend as Megatron's arguments: .args.txt for --data-args-path, .args.json for --per-split-data-args-path.
+def _arguments(plan: BlendPlan) -> dict[str, str]:
+    """The blend as Megatron's arguments, by suffix: .args.txt for --data-args-path, .args.json for --per-split-data-args-path.
 
     Raises ConfigError for a path with a blank, at which Megatron would cut the text file.
     """
@@ -141,8 +144,7 @@ def _write_args(plan: BlendPlan, name: Path) -> None:
                 )
     train = splits["train"] or []
     lines = (f"{weight} {prefix}\n" for weight, prefix in zip(train[::2], train[1::2], strict=True))
-    write_atomic(Path(f"{name}.args.txt"), "".join(lines))
-    write_json(Path(f"{name}.args.json"), splits)
+    return {".args.txt": "".join(lines), ".args.json": json.dumps(splits, indent=1) + "\n"}
 
 
 def megatron_words(planned: Mapping[str, int], domains: Mapping[str, Domain]) -> dict[str, list[str] | None]:

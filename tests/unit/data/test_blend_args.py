@@ -48,6 +48,7 @@ def test_args_mode(tmp_path):
     blank = make_pool(tmp_path / "a blank", {"code": [10]})
     with pytest.raises(ConfigError, match=r"code_0' has a blank in it, at which Megatron's --data-args-path would cut it"):
         build(blank, tmp_path / "b", target=5, mixture=Mixture({"code": 1}), mode="args")
+    assert not list(tmp_path.glob(".b.work-*"))
 
 
 def test_megatron_takes_no_whole_documents(tmp_path):
