@@ -124,14 +124,19 @@ def copy_companions(folder: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _open(file: Path) -> Any:
+def _safetensors() -> Any:
     try:
-        from safetensors import SafetensorError, safe_open
+        import safetensors
     except ImportError as e:
         raise ConfigError("safetensors is not installed: pip install 'megatron-demix[hf]'.") from e
+    return safetensors
+
+
+def _open(file: Path) -> Any:
+    safetensors = _safetensors()
     try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as e:
+        return safetensors.safe_open(file, framework="pt")
+    except (safetensors.SafetensorError, OSError) as e:
         raise CorruptInput(f"{file}: not a whole safetensors file ({e}).") from e
 
 
@@ -140,10 +145,12 @@ def write_weights(
 ) -> None:
     """Write safetensors files of at most about `shard_bytes`, one in memory at a time, and their index where there are several.
 
-    sizes: bytes of every tensor, in the order of `tensors`, which yields (name, dtype, array). Raises OSError.
+    sizes: bytes of every tensor, in the order of `tensors`, which yields (name, dtype, array). Raises OSError, and
+    ConfigError where safetensors is not installed.
     """
     import torch
-    from safetensors import SafetensorError
+
+    safetensors = _safetensors()
     from safetensors.torch import save_file
 
     shards = _shards(sizes, shard_bytes)
@@ -157,7 +164,7 @@ def write_weights(
             held[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
         try:
             save_file(held, folder / file, metadata={"format": "pt"})
-        except SafetensorError as e:
+        except safetensors.SafetensorError as e:
             # What the operating system said is in the text only: "I/O error: No space left on device (os error 28)".
             if not (code := re.search(r"\(os error (\d+)\)", str(e))):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,14 @@ def test_both_ways_to_say_rope_may_mean_the_same(copy, tmp_path):
     edit_config(copy, rope_theta=5e5, rope_scaling=scaling, rope_parameters=scaling | {"rope_theta": 5e5, "factor": 32.0})
     model = import_folder(copy, tmp_path / "base", progress=False)
     assert (model.rotary_base, model.use_rope_scaling, model.rope_scaling_factor) == (5e5, True, 32.0)
+
+
+def test_neither_way_works_without_safetensors(llama, tmp_path, monkeypatch):
+    import_folder(llama, tmp_path / "base", progress=False)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    said = r"safetensors is not installed: pip install 'megatron-demix\[hf\]'"
+    with pytest.raises(ConfigError, match=said):
+        import_folder(llama, tmp_path / "again", progress=False)
+    with pytest.raises(ConfigError, match=said):
+        export_checkpoint(tmp_path / "base", tmp_path / "back", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
