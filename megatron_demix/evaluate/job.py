@@ -187,7 +187,7 @@ def _suite(job: EvaluateJob, load_codec: Callable[[Path], TextCodec] | None) -> 
     from megatron_demix.evaluate.suite import Suite
     from megatron_demix.evaluate.tasks.sandbox import is_isolated
 
-    tasks = [read_task(spec, spec.split or "") for spec in job.tasks]
+    tasks = [read_task(spec) for spec in job.tasks]
     workers = max(1, default_threads() // job.parallel.world_size)
     suite = Suite(tasks, load_codec(job.tokenizer), max_tokens=job.max_tokens, workers=workers)
     if suite.runs_code and torch.distributed.get_rank() == 0 and not is_isolated():

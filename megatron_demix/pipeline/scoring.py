@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron_demix.artifact import read_json, write_json
 from megatron_demix.data.tokenizer import load_tokenizer
+from megatron_demix.evaluate.job import SCORES, EvaluateJob
+from megatron_demix.evaluate.scores import ScoreTable
 from megatron_demix.mixture import Mixture
 from megatron_demix.pipeline import data_stages, preflight, train_stages
 from megatron_demix.pipeline.foundation import Foundation
@@ -159,9 +161,6 @@ def scoring(
     }
 
     def make(work: Path, part: tuple[int, int] | None = None) -> None:
-        from megatron_demix.evaluate.job import SCORES, EvaluateJob
-        from megatron_demix.evaluate.scores import ScoreTable
-
         scored = models()
         if not scored.get("mixtures") and not scored.get("checkpoints"):
             # A round that an earlier one found unnecessary: nothing for the ranks to do.

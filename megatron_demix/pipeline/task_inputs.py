@@ -56,7 +56,7 @@ def check_tasks(inputs: TaskInputs) -> None:
     from megatron_demix.evaluate.tasks.answers import Judge
     from megatron_demix.evaluate.tasks.task import read_task
 
-    tasks = [read_task(spec, spec.split or "") for spec in [*inputs.search.specs, *inputs.final.specs]]
+    tasks = [read_task(spec) for spec in [*inputs.search.specs, *inputs.final.specs]]
     for kind in {task.format.kind for task in tasks if task.spec.generates}:
         Judge(kind, timeout_s=1, workers=1)
 
@@ -69,7 +69,7 @@ def task_inputs(study: Study, root: Path, digests: InputDigests) -> TaskInputs:
     from megatron_demix.evaluate.tasks.records import with_labels
 
     def read(spec: TaskSpec) -> str:
-        files, shots = task.task_files(spec, spec.split or "")
+        files, shots = task.task_files(spec)
         return digests.of(with_labels([*files, *shots]))
 
     def scored(split_of: Callable[[TaskSpec], str]) -> ScoredTasks:

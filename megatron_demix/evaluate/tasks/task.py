@@ -23,14 +23,14 @@ def final_split(spec: TaskSpec) -> str:
     return spec.final_split or ("test" if "test" in published else search_split(spec))
 
 
-def task_files(spec: TaskSpec, split: str) -> tuple[list[Path], list[Path]]:
-    """The files of a task's questions, and those of its worked examples. Raises ConfigError."""
+def task_files(spec: TaskSpec) -> tuple[list[Path], list[Path]]:
+    """The files of a task's questions (search_split), and those of its worked examples. Raises ConfigError."""
     form = FORMATS[spec.format]
 
     def found(wanted: str) -> list[Path]:
         return find_files(spec.path, wanted, spec.name, by_subject=form.by_subject)
 
-    return found(split), found(form.examples) if spec.num_shots and form.examples else []
+    return found(search_split(spec)), found(form.examples) if spec.num_shots and form.examples else []
 
 
 def share_items(searched: TaskSpec, final: TaskSpec) -> bool:
@@ -41,7 +41,7 @@ def share_items(searched: TaskSpec, final: TaskSpec) -> bool:
     if FORMATS[searched.format].split_of is not None:
         return False  # one file, whose records say their split
     try:
-        (files, _), (others, _) = (task_files(spec, spec.split or "") for spec in (searched, final))
+        (files, _), (others, _) = (task_files(spec) for spec in (searched, final))
         return any(a.samefile(b) or filecmp.cmp(a, b, shallow=False) for a in files for b in others)
     except (ConfigError, OSError):
         return False
@@ -60,10 +60,11 @@ class Task:
         return FORMATS[self.spec.format]
 
 
-def read_task(spec: TaskSpec, split: str) -> Task:
-    """Raises ConfigError where files are absent, CorruptInput where a record is not what the format has."""
-    form = FORMATS[spec.format]
-    files, shot_files = task_files(spec, split)
+def read_task(spec: TaskSpec) -> Task:
+    """The questions of its search_split. Raises ConfigError where files are absent, CorruptInput where a record is not what the
+    format has."""
+    form, split = FORMATS[spec.format], search_split(spec)
+    files, shot_files = task_files(spec)
     items = form.items(read_records(files, spec.format, form.keys), split)
     shots: list[Item] = []
     if spec.num_shots and form.examples:

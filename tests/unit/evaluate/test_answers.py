@@ -99,7 +99,7 @@ def tasks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])
 def test_the_published_solutions_are_right_and_nothing_else(tasks, name):
-    task = read_task(TaskSpec(name=name, format=name, path=tasks[name]), "test")
+    task = read_task(TaskSpec(name=name, format=name, path=tasks[name], split="test"))
     judge = Judge(task.format.kind, timeout_s=10, workers=2)
     references = [item.reference for item in task.items]
     solutions = [item.options[0][1].split("[DONE]")[0] for item in task.items]

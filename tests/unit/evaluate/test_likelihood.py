@@ -91,7 +91,7 @@ def test_scores_of_tasks(live, tmp_path):
     """acc, acc_norm and bits per byte, from the plain likelihoods of the texts as they are written."""
     codec = load_tokenizer(TokenizerSpec(type="byte"))
     spec = TaskSpec(name="arc", format="arc", path=write_lines(tmp_path / "arc.jsonl", ARC), num_shots=1)
-    ready = suite.Suite([read_task(spec, "validation")], codec, max_tokens=MAX_TOKENS)
+    ready = suite.Suite([read_task(spec)], codec, max_tokens=MAX_TOKENS)
     scored = ready.score(live, batch_tokens=300)
     header = "Question: Which one is wet?\nAnswer: rain\n\n"
     right = right_by_byte = 0
@@ -115,7 +115,7 @@ def test_only_the_scores_asked_for(live, tmp_path):
     codec = load_tokenizer(TokenizerSpec(type="byte"))
     spec = TaskSpec(name="a", format="arc", path=tasks["arc"], scores=["bits_per_byte"])
     everything = spec.model_copy(update={"scores": None})
-    few, all_ = (suite.Suite([read_task(s, "validation")], codec, max_tokens=MAX_TOKENS) for s in (spec, everything))
+    few, all_ = (suite.Suite([read_task(s)], codec, max_tokens=MAX_TOKENS) for s in (spec, everything))
     assert [s.name for s in few.scores] == ["a/bits_per_byte"]
     with tokens_run(live) as for_few:
         only = few.score(live, batch_tokens=300).scores
@@ -144,7 +144,7 @@ def test_answers_are_as_long_as_their_characters(tmp_path):
         "answerKey": "B",
     }
     spec = TaskSpec(name="a", format="arc", path=write_lines(tmp_path / "a.jsonl", [question]))
-    task = read_task(spec, "validation")
+    task = read_task(spec)
     choices = suite.Suite([task], load_tokenizer(TokenizerSpec(type="byte")), max_tokens=100).texts["a"].choices
     assert choices.answer_chars_R.tolist() == [1, 2, 2]
     assert (
@@ -157,10 +157,10 @@ def test_answers_are_as_long_as_their_characters(tmp_path):
 def test_bytes_are_those_of_the_tokens_that_are_scored(tmp_path):
     """Of an answer that is too long for the model only the end is scored."""
     file = write_lines(tmp_path / "g.jsonl", [{"question": "q", "answer": "x" * n + "#### 7"} for n in (10, 500)])
-    task = read_task(TaskSpec(name="g", format="gsm8k", path=file, scores=["bits_per_byte"]), "test")
+    task = read_task(TaskSpec(name="g", format="gsm8k", path=file, scores=["bits_per_byte"]))
     ready = suite.Suite([task], load_tokenizer(TokenizerSpec(type="byte")), max_tokens=100)
     assert ready.texts["g"].tokens_R.tolist() == [17, 100]
-    both = read_task(TaskSpec(name="g", format="gsm8k", path=file), "test")
+    both = read_task(TaskSpec(name="g", format="gsm8k", path=file))
     texts = suite.Suite([both], load_tokenizer(TokenizerSpec(type="byte")), max_tokens=100).texts
     assert texts["g"].scores == {"bits_per_byte": "g/bits_per_byte"}, "those alone that likelihoods decide"
     assert ready.texts["g"].choices.gold_bytes == 117

@@ -19,7 +19,7 @@ def folders(tmp_path_factory):
 
 def read(path, format, split=None, **settings):
     spec = TaskSpec(name="t", format=format, path=path, split=split, **settings)
-    return read_task(spec, search_split(spec))
+    return read_task(spec)
 
 
 def test_every_format_of_a_study_is_there():
@@ -185,7 +185,7 @@ def test_variants_of_a_data_set_are_not_mixed(tmp_path):
 def test_a_folder_that_is_named_after_two_splits_mixes_none(tmp_path):
     for split in ("train", "test"):
         write_lines(tmp_path / "math-train-test" / f"{split}.jsonl", [{**MATH[0], "problem": split}] * 2)
-    task = read_task(TaskSpec(name="m", format="math", path=tmp_path, num_shots=1), "test")
+    task = read_task(TaskSpec(name="m", format="math", path=tmp_path, num_shots=1))
     assert [item.options[0][0] for item in task.items] == ["Problem:\ntest\n\nSolution:"] * 2
     assert task.header.startswith("Problem:\ntrain\n")
 
