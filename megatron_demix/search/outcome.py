@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,6 @@ from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import ParetoFront, choose_mixture, pareto_front
 from megatron_demix.search.reach import distances
 from megatron_demix.search.space import SearchSpace
-from megatron_demix.search.surrogate import Surrogate
 from megatron_demix.search.uncertainty import OptimumDistribution, optimum_distribution
 
 _AWAY = 0.01
@@ -26,7 +24,6 @@ def outcome(goal: Objective, *, candidates: int = 200_000, top: int = 128, boots
     space, aimed = goal.space, goal.aimed
     choice = choose_mixture(goal, candidates=candidates, top=top)
     shares_1D = np.array([[choice.shares[name] for name in space.domains]])
-    natural_1D = space.shares(space.centre_D[None])
     nearest_1, usual = distances(aimed, shares_1D)
     report: dict[str, Any] = {
         "weights": dict(choice.shares),
@@ -35,9 +32,9 @@ def outcome(goal: Objective, *, candidates: int = 200_000, top: int = 128, boots
         "aim": goal.aim,
         "objective": choice.objective,
         "expected_gain": choice.expected_gain,
-        "predicted": _predictions(goal.surrogates, shares_1D),
-        "natural": _predictions(goal.surrogates, natural_1D),
-        "natural_distance": float(np.abs(natural_1D[0] - list(space.natural.values())).sum() / 2),
+        "predicted": choice.predicted,
+        "natural": choice.natural,
+        "natural_distance": float(np.abs(space.shares(space.centre_D) - list(space.natural.values())).sum() / 2),
         "distance": {"nearest": float(nearest_1[0]), "usual": usual},
         "binding": [asdict(bound) for bound in binding(space, choice.weights)],
     }
@@ -59,11 +56,6 @@ def natural_in_words(distance: float) -> str:
         if distance <= _AWAY
         else f"the reachable mixture nearest to natural ({distance:.0%} of the data away from it)"
     )
-
-
-def _predictions(surrogates: Mapping[str, Surrogate], shares_1D: Any) -> dict[str, tuple[float, float]]:
-    predictions = {name: surrogate.predict(shares_1D) for name, surrogate in surrogates.items()}
-    return {name: (float(mean_1[0]), float(std_1[0])) for name, (mean_1, std_1) in predictions.items()}
 
 
 def optimum_as_json(spread: OptimumDistribution) -> dict[str, Any]:
