@@ -45,11 +45,10 @@ CANCEL_WAIT_S = 120
 class Slurm:
     """The backend for one run. root: the folder that the study's relative inputs start from. started: what submit() starts."""
 
-    def __init__(self, dag: Dag, root: Path, started: Started | None = None) -> None:
+    def __init__(self, dag: Dag, root: Path, started: Started) -> None:
         self._dag, self._started = dag, started
-        until = started.until if started else None
-        self._stages = dag.until(until)
-        self._scripts = Scripts(dag.study.launch.slurm, dag.study.name, dag.run, root, until)
+        self._stages = dag.until(started.until)
+        self._scripts = Scripts(dag.study.launch.slurm, dag.study.name, dag.run, root, started.until)
         check_kinds(dag.study.launch.slurm, dag.all)
 
     def submit(self) -> dict[str, Any]:
@@ -78,8 +77,7 @@ class Slurm:
                 for stage in g.stages:
                     forget(stage)
             self._scripts.cancelled.unlink(missing_ok=True)
-            if self._started:
-                self._started.write(self._dag.run)
+            self._started.write(self._dag.run)
             missing = [s for s in self._stages if not s.done()]
             jobs = self._submit(missing)
         what = f"{len(missing)} of {len(self._stages)} stages are to do" if missing else "everything is already done"

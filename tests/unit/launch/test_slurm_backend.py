@@ -13,8 +13,11 @@ from megatron_demix.launch.attempts import Attempts
 from megatron_demix.launch.backend import Activity
 from megatron_demix.launch.background import Background
 from megatron_demix.launch.run_lock import only_one
+from megatron_demix.launch.started import Started
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.study.launch import SlurmSpec
+
+ALL = Started({}, None)
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def line(dag, job, index, group, state, reason, uid=None):
 
 
 def test_jobs_under_way_are_named_and_others_left_alone(dag, answers):
-    backend = slurm.Slurm(dag, dag.run)
+    backend = slurm.Slurm(dag, dag.run, ALL)
     (dag.run / "slurm").mkdir()
     write_json(dag.run / "slurm" / "groups.json", {"data": ["data/a", "data/b"], "base.base": ["base/base"]})
     answers.listed = [
@@ -84,7 +87,7 @@ def test_work_by_other_means_is_refused_while_jobs_are_left(dag, answers, tmp_pa
 
 def test_nothing_is_submitted_while_a_process_works_here(dag, answers):
     with only_one(dag.run), pytest.raises(Incomplete, match=r"another demix process that works on .*: still running"):
-        slurm.Slurm(dag, dag.run).submit()
+        slurm.Slurm(dag, dag.run, ALL).submit()
     assert not answers.commands
 
 
@@ -101,7 +104,7 @@ def test_what_slurm_holds_is_released(dag, answers, reason):
         line(dag, 8, "N/A", "base.base", "PENDING", reason),
         line(dag, 9, "N/A", "conclude", "PENDING", "Dependency"),
     ]
-    said = slurm.Slurm(dag, dag.run).submit()["said"]
+    said = slurm.Slurm(dag, dag.run, ALL).submit()["said"]
     assert said == "released 8, which SLURM had put back into the queue and held, as a node could not start it"
     assert answers.commands[-1] == ("scontrol", "release", "8")
 
@@ -109,7 +112,7 @@ def test_what_slurm_holds_is_released(dag, answers, reason):
 def test_a_submission_that_was_broken_off_is_made_anew(dag, answers):
     """Its last job is missing. While jobs that were cancelled save, it is missing, too."""
     answers.listed = [line(dag, 7, 0, "data", "PENDING", "None")]
-    backend = slurm.Slurm(dag, dag.run)
+    backend = slurm.Slurm(dag, dag.run, ALL)
     assert list(backend.submit()["jobs"]) == ["data", "base.base", "conclude"]
     assert ("scancel", "7") in answers.commands
     backend._scripts.cancelled.touch()
@@ -119,7 +122,7 @@ def test_a_submission_that_was_broken_off_is_made_anew(dag, answers):
 
 def test_jobs_of_another_person_are_seen_and_left_alone(dag, answers):
     answers.listed = [line(dag, 7, 0, "data", "PENDING", "None", uid=os.getuid() + 1)]
-    for command in (slurm.Slurm(dag, dag.run).submit, slurm.Slurm(dag, dag.run).cancel):
+    for command in (slurm.Slurm(dag, dag.run, ALL).submit, slurm.Slurm(dag, dag.run, ALL).cancel):
         with pytest.raises(Incomplete, match=r"^this run's job 7 belongs to ann, who can cancel it\.$"):
             command()
     assert {command[0] for command in answers.commands} == {"squeue"}
@@ -127,7 +130,7 @@ def test_jobs_of_another_person_are_seen_and_left_alone(dag, answers):
 
 def test_a_last_job_that_slurm_starts_twice_submits_nothing_twice(dag, answers, capsys):
     """Nor are stages failures that were submitted and had no time to begin."""
-    backend = slurm.Slurm(dag, dag.run)
+    backend = slurm.Slurm(dag, dag.run, ALL)
     backend.submit()
     answers.commands.clear()
     answers.listed = [line(dag, 7, 0, "data", "PENDING", "None"), line(dag, 8, "N/A", "conclude", "PENDING", "Dependency")]
@@ -144,7 +147,7 @@ def test_a_last_job_that_slurm_starts_twice_submits_nothing_twice(dag, answers, 
 
 def test_every_start_is_progress(dag, answers):
     """Also one that was asked to stop, again and again."""
-    backend = slurm.Slurm(dag, dag.run)
+    backend = slurm.Slurm(dag, dag.run, ALL)
     seen = set()
     for _ in range(4):
         attempts = Attempts.read(dag.all[2])
@@ -156,7 +159,7 @@ def test_every_start_is_progress(dag, answers):
 
 
 def test_a_job_that_ended_before_its_stage_began_is_a_failure_with_its_log(dag, answers):
-    backend = slurm.Slurm(dag, dag.run)
+    backend = slurm.Slurm(dag, dag.run, ALL)
     backend.submit()
     (dag.run / "logs" / "slurm" / "data-1_0.log").write_text("srun: error\nno such file: python3\n")
     dag.all[1].finish()
@@ -169,7 +172,7 @@ def test_a_job_that_ended_before_its_stage_began_is_a_failure_with_its_log(dag, 
 
 def test_a_last_job_that_could_not_conclude_is_named_with_its_log(dag, answers, monkeypatch):
     """Where a node has no such Python, nothing notes what failed."""
-    backend = slurm.Slurm(dag, dag.run)
+    backend = slurm.Slurm(dag, dag.run, ALL)
     backend.submit()
     assert backend.activity() == {}  # none has begun
     log = dag.run / "logs" / "slurm" / "conclude-3.log"
@@ -204,7 +207,7 @@ def test_a_last_job_that_could_not_conclude_is_named_with_its_log(dag, answers, 
 
 def test_the_last_job_waits_for_a_controller_that_does_not_answer(dag, answers, monkeypatch, capsys):
     """What it had submitted by then is cancelled, so that no stage has two jobs."""
-    backend = slurm.Slurm(dag, dag.run)
+    backend = slurm.Slurm(dag, dag.run, ALL)
     backend.submit()
     write_json(dag.run / "slurm" / "progress.json", "another")
     answer, away = slurm_commands.call, iter([False, True])
@@ -246,10 +249,10 @@ def test_an_array_that_the_cluster_does_not_take_is_refused_at_once(dag, answers
         lambda *c, **k: f"X = 1\nMaxArraySize            = {limit}\n" if "config" in c else answer(*c, **k),
     )
     with pytest.raises(ConfigError, match=f"{array}, but MaxArraySize of this cluster is {limit}.*{advice}"):
-        slurm.Slurm(dag, dag.run).submit()
+        slurm.Slurm(dag, dag.run, ALL).submit()
     assert not any(command[0] == "sbatch" for command in answers.commands)
     limit = 12
-    slurm.Slurm(dag, dag.run).submit()
+    slurm.Slurm(dag, dag.run, ALL).submit()
 
 
 ENDED = "scancel: error: Kill job error on job id 7: Invalid job id specified"
