@@ -13,7 +13,7 @@ from typing import get_args
 
 from megatron_demix.command import check_at_least, exit_code
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
-from megatron_demix.study.choices import Aim, Design, Surrogate
+from megatron_demix.study.choices import Aim, Design, SurrogateKind
 
 DEFAULT = "default: %(default)s"
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--scores", type=Path, required=True, help="CSV of their scores")
     fit.add_argument("--predict", type=Path, required=True, help="CSV of mixtures to predict, as actual shares")
     fit.add_argument("--output", type=Path, required=True, help="CSV: each score and <score>_std at the mixtures to predict")
-    fit.add_argument("--surrogate", default="auto", choices=get_args(Surrogate), help=DEFAULT)
+    fit.add_argument("--surrogate", default="auto", choices=get_args(SurrogateKind), help=DEFAULT)
     fit.add_argument("--seed", type=int, default=0, help=DEFAULT)
     fit.set_defaults(run=_fit)
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     choose.add_argument("--objective", nargs="+", required=True, metavar="SCORE=WEIGHT", help="relative weights of the scores")
     choose.add_argument("--aim", default="mean", choices=get_args(Aim), help=f"what is made of the scores ({DEFAULT})")
     choose.add_argument("--higher-is-better", nargs="*", default=[], metavar="SCORE", help="scores that are not losses")
-    choose.add_argument("--surrogate", default="auto", choices=get_args(Surrogate), help=DEFAULT)
+    choose.add_argument("--surrogate", default="auto", choices=get_args(SurrogateKind), help=DEFAULT)
     choose.add_argument("--candidates", type=int, default=200_000, help=f"mixtures that are compared ({DEFAULT})")
     choose.add_argument("--top", type=int, default=128, help=f"best candidates whose mean is the choice ({DEFAULT})")
     choose.add_argument("--bootstraps", type=int, default=50, help=f"searches on resampled proxies; 0: none ({DEFAULT})")

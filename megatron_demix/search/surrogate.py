@@ -7,16 +7,16 @@ deviations so that a nominal 90 % interval held 90 % of the proxies that the fit
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.search.regressors import REGRESSORS, Regressor
 from megatron_demix.search.sample import distinct, kinds
-from megatron_demix.study.choices import MIN_PROXIES
+from megatron_demix.study.choices import MIN_PROXIES, SurrogateKind
 
-KINDS = ("auto", *REGRESSORS, "stack")
+KINDS = get_args(SurrogateKind)
 _FOLDS, _FOLDS_SMALL, _SMALL = 5, 10, 128
 """More folds for fewer proxies, so that each fit still sees most of them."""
 Z90 = 1.6448536269514722

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Surrogate = Literal[
+SurrogateKind = Literal[
     "auto", "gaussian_process", "power_law", "log_linear", "quadratic", "scheffe_log", "ridge", "lightgbm", "stack"
 ]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_demix.study.choices import MIN_PROXIES, Aim, Design, Surrogate
+from megatron_demix.study.choices import MIN_PROXIES, Aim, Design, SurrogateKind
 from megatron_demix.study.section import ExpandedPath, Name, Seconds, Section, Tokens, nearest
 
 ProxyScore = Literal["merged", "interpolated", "stack", "ensemble"]
@@ -66,7 +66,7 @@ class SearchSpec(Section):
     """Weight of each score. A domain's name means its validation loss in bits per byte; the weights are relative."""
     aim: Aim = "mean"
     """What is made of the scores: their weighted mean, the worst of them (in standard deviations), or their mean rank."""
-    surrogate: Surrogate = "auto"
+    surrogate: SurrogateKind = "auto"
     candidates: int = Field(200_000, ge=100, le=10_000_000)
     """Feasible mixtures the surrogate scores in each round."""
     top: int = Field(128, ge=1)

@@ -53,10 +53,3 @@ def test_every_key_is_there_with_its_default(page):
             default = field.get_default(call_default_factory=True)
             plain = list(default) if isinstance(default, tuple) else str(default) if isinstance(default, Path) else default
             assert value == plain, key
-
-
-def test_a_study_may_name_every_surrogate_there_is():
-    from megatron_demix.search.surrogate import KINDS
-    from megatron_demix.study.search import SearchSpec
-
-    assert set(SearchSpec.model_fields["surrogate"].annotation.__args__) == set(KINDS)  # type: ignore[union-attr]

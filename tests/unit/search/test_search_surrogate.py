@@ -24,6 +24,10 @@ def loss(shares_MD: np.ndarray) -> np.ndarray:
     return 1.5 + 0.3 * (shares_MD[:, 1] + 0.2 * shares_MD[:, 0] + 0.02) ** -0.4
 
 
+def test_every_family_can_be_asked_for():
+    assert set(KINDS) == {"auto", "stack", *REGRESSORS}
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_ranks_unseen_mixtures(kind) -> None:
     shares_MD, held_out_MD = mixtures(60, 1), mixtures(200, 2)
