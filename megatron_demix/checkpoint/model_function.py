@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""The tensor that every GPT model has, with a row for each id."""
 # With these, saved arguments describe a model, and an argument that is not among them has its plain value.
 DESCRIBING = frozenset({"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length"})
 

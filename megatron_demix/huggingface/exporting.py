@@ -15,7 +15,7 @@ from megatron_demix.artifact import remove_leftovers, rename_new, sync_path, tem
 from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
 from megatron_demix.checkpoint.elements import ElementReader
 from megatron_demix.checkpoint.metadata import TensorInfo
-from megatron_demix.checkpoint.model_function import DESCRIBING
+from megatron_demix.checkpoint.model_function import DESCRIBING, EMBEDDING
 from megatron_demix.checkpoint.output import resolved
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import saved_arguments
@@ -33,7 +33,6 @@ from megatron_demix.huggingface.names import MOE_NORMS, Parameter, parameters, p
 from megatron_demix.progress import progress_bar
 
 _SHARD_BYTES = 4 << 30
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def export_checkpoint(
@@ -92,9 +91,9 @@ def export_checkpoint(
 
 def _model(checkpoint: Checkpoint, saved: dict[str, Any], reference: Path | None, vocab_size: int | None) -> ModelArguments:
     where = str(checkpoint.location.path)
-    embedding = checkpoint.model_tensors.get(_EMBEDDING)
+    embedding = checkpoint.model_tensors.get(EMBEDDING)
     if embedding is None:
-        raise IncompatibleInputs(f"{where}: has no {_EMBEDDING!r}; only GPT models are exported.")
+        raise IncompatibleInputs(f"{where}: has no {EMBEDDING!r}; only GPT models are exported.")
     rows = embedding.shape[0]
     if vocab_size is not None and not 1 <= vocab_size <= rows:
         raise ConfigError(f"--vocab-size is {vocab_size}, expected 1 to {rows}: the rows of the embedding of {where}.")
@@ -152,7 +151,7 @@ class _Source:
 
     @property
     def dtype(self) -> str:
-        return self._stored[_EMBEDDING].dtype
+        return self._stored[EMBEDDING].dtype
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every Hugging Face tensor, in the order of tensors()."""

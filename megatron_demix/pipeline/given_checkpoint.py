@@ -11,7 +11,7 @@ from typing import Any
 from megatron_demix.checkpoint.common_state import check_loadable
 from megatron_demix.checkpoint.digest import weights_digest
 from megatron_demix.checkpoint.layout import find_checkpoint
-from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
+from megatron_demix.checkpoint.model_function import EMBEDDING, differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.errors import IncompatibleInputs
@@ -19,8 +19,6 @@ from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import ModelSpec
 from megatron_demix.train import derived
-
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_demix.artifact import write_json
+from megatron_demix.checkpoint.model_function import EMBEDDING
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import ConfigError, IncompatibleInputs
 from megatron_demix.huggingface.config import from_huggingface, read_config
-from megatron_demix.pipeline.given_checkpoint import EMBEDDING, check_precision
+from megatron_demix.pipeline.given_checkpoint import check_precision
 from megatron_demix.pipeline.inputs import InputDigests
 from megatron_demix.pipeline.stage import POINTER, Stage
 from megatron_demix.study.study import Study

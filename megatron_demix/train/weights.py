@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_demix.checkpoint.common_state import check_loadable
 from megatron_demix.checkpoint.layers import known_as
-from megatron_demix.checkpoint.model_function import differing, model_function, model_sizes
+from megatron_demix.checkpoint.model_function import EMBEDDING, differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
@@ -85,7 +85,7 @@ def _global_shapes(wanted: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {key: shape for stage in stages for key, shape in stage.items()}
 
 
-_ROWS_ARE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+_ROWS_ARE_VOCABULARY = (EMBEDDING, "output_layer.weight", "output_layer.bias")
 _MOST_PADDING = 128 * 64
 """Rows that Megatron-LM pads a vocabulary with at most, up to 64-way tensor parallelism."""
 
