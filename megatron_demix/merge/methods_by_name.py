@@ -8,14 +8,12 @@ from typing import Any, Literal, cast
 from megatron_demix.errors import ConfigError
 from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout
 from megatron_demix.merge.methods import Linear, Method
-from megatron_demix.merge.sparse import THINNINGS, Sparse
+from megatron_demix.merge.sparse import Sparse
 from megatron_demix.merge.spherical import COEFFICIENTS, Spherical
+from megatron_demix.study.choices import MERGE_OPTIONS
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "linear": ("scale", "rules"),
-    **dict.fromkeys(COEFFICIENTS, ()),
-    **{name: ("scale", *thinning.options) for name, thinning in THINNINGS.items()},
-}
+OPTIONS = {name: tuple(o for o in options if o != "from_base") for name, options in MERGE_OPTIONS.items()}
+"""Beside the base."""
 
 
 def make_method(name: str, base: Path | None = None, *, layout: FusedLayout = UNKNOWN, **options: Any) -> Method:

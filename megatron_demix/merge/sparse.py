@@ -21,6 +21,7 @@ from megatron_demix.merge.logical_tensors import UNKNOWN, FusedLayout, Partition
 from megatron_demix.merge.methods import BASE, BoundMethod, Method, Recipe, check_scale, fused_layout
 from megatron_demix.merge.plan import BytePlan
 from megatron_demix.native import DeltaRules
+from megatron_demix.study.choices import EPSILON, MERGE_OPTIONS
 
 Keep = Literal["largest", "middle", "random", "row_rank"]
 
@@ -36,15 +37,6 @@ class Thinning:
     keep: Keep
     elect: bool = False
     average: bool = False
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return {
-            "largest": ("density",),
-            "middle": ("density", "gamma"),
-            "random": ("density", "seed"),
-            "row_rank": ("density", "epsilon", "seed"),
-        }[self.keep]
 
 
 THINNINGS = {
@@ -70,7 +62,7 @@ class Sparse(Method):
     name: str = "ties"
     density: float = 1.0
     gamma: float = 0.01
-    epsilon: float = 0.15
+    epsilon: float = EPSILON
     seed: int = 0
     scale: float = 1.0
     layout: FusedLayout = UNKNOWN
@@ -83,7 +75,7 @@ class Sparse(Method):
         if not 0 < self.density <= 1:
             raise ConfigError(f"density is {self.density}, expected a share in (0, 1].")
         check_scale(self.scale)
-        options = THINNINGS[self.name].options
+        options = MERGE_OPTIONS[self.name]
         if "gamma" in options and not 0 <= self.gamma < 1:
             raise ConfigError(f"gamma is {self.gamma}, expected a share in [0, 1).")
         if "epsilon" in options and self.density < 1 and not 0 <= self.epsilon < min(self.density, 1 - self.density):
@@ -100,8 +92,7 @@ class Sparse(Method):
         return _BoundSparse(self, components)
 
     def describe(self, mixture: str | None = None) -> dict[str, Any]:
-        options = {option: getattr(self, option) for option in self.thinning.options}
-        return {"name": self.name, "base": BASE, "scale": self.scale, **options}
+        return {"name": self.name, "base": BASE} | {option: getattr(self, option) for option in MERGE_OPTIONS[self.name]}
 
 
 class _BoundSparse(BoundMethod):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def merge_settings(study: Study) -> dict[str, Any]:
     """What decides how components become a proxy, for the keys of stages; how many threads it takes does not."""
     settings = {"method": study.merge.method, **study.merge.model_dump(exclude={"method", "threads"}, exclude_none=True)}
-    return settings | ({"seed": study.seed} if _is_random(study.merge) else {})
+    return settings | ({"seed": study.seed} if study.merge.is_random else {})
 
 
 def method_of(spec: MergeSpec, base: Path | None, seed: int) -> Method:
@@ -28,7 +28,7 @@ def method_of(spec: MergeSpec, base: Path | None, seed: int) -> Method:
     options = dict(spec.options)
     if spec.rules:
         options["rules"] = rules_of(spec)
-    if _is_random(spec):
+    if spec.is_random:
         options["seed"] = seed
     return make_method(spec.method, base if spec.needs_base else None, **options)
 
@@ -62,7 +62,3 @@ def second_order(study: Study) -> SecondOrder:
 def normalization(study: Study) -> Literal["error", "affine"]:
     """What coefficients are checked for: all sum to 1, and those of mixed components may be negative."""
     return "affine" if study.component.mixed else "error"
-
-
-def _is_random(spec: MergeSpec) -> bool:
-    return spec.method.startswith(("dare", "della"))

@@ -85,7 +85,7 @@ def _alone(foundation: Foundation, at: int | None) -> tuple[dict[str, dict[str, 
 def _one_hot_is_itself(study: Study) -> bool:
     """Not where deltas are thinned or scaled, or certain tensors have weights of their own."""
     merge = study.merge
-    return merge.method in ("linear", "multislerp", "karcher") and merge.scale in (None, 1) and not merge.rules
+    return merge.density is None and merge.scale in (None, 1) and not merge.rules
 
 
 def merges(

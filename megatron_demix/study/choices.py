@@ -1,4 +1,5 @@
-"""What a study chooses from by name. Without pydantic: the search itself and a command's --help need no more than this."""
+"""What a study chooses from by name. Without pydantic: the search itself, merging and a command's --help need no more
+than this."""
 
 from typing import Literal
 
@@ -17,3 +18,31 @@ Heuristic = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 
 MIN_PROXIES = 8
 """Fewer do not fix a surrogate."""
+
+MergeMethod = Literal[
+    "linear",
+    "multislerp",
+    "karcher",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+]
+MERGE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "linear": ("scale", "rules"),
+    "multislerp": ("from_base",),
+    "karcher": ("from_base",),
+    "ties": ("scale", "density"),
+    "dare_linear": ("scale", "density", "seed"),
+    "dare_ties": ("scale", "density", "seed"),
+    "della": ("scale", "density", "epsilon", "seed"),
+    "della_linear": ("scale", "density", "epsilon", "seed"),
+    "breadcrumbs": ("scale", "density", "gamma"),
+    "breadcrumbs_ties": ("scale", "density", "gamma"),
+}
+"""The options of each method. seed: of random drops, in a study that of the study."""
+EPSILON = 0.15
+"""DELLA's option, where it is not given."""

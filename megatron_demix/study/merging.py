@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
+from megatron_demix.study.choices import EPSILON, MERGE_OPTIONS, MergeMethod
 from megatron_demix.study.section import Section
-
-MERGE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "linear": ("scale", "rules"),
-    "multislerp": ("from_base",),
-    "karcher": ("from_base",),
-    "ties": ("scale", "density"),
-    "dare_linear": ("scale", "density"),
-    "dare_ties": ("scale", "density"),
-    "della": ("scale", "density", "epsilon"),
-    "della_linear": ("scale", "density", "epsilon"),
-    "breadcrumbs": ("scale", "density", "gamma"),
-    "breadcrumbs_ties": ("scale", "density", "gamma"),
-}
-"""The options of each method (megatron_demix.merge.methods_by_name). Random drops take the study's seed."""
 
 
 class MergeRule(Section):
@@ -33,18 +20,7 @@ class MergeRule(Section):
 class MergeSpec(Section):
     """How components become a proxy, in the search and on disk. An option that the method does not have is refused."""
 
-    method: Literal[
-        "linear",
-        "multislerp",
-        "karcher",
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "della",
-        "della_linear",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-    ] = "linear"
+    method: MergeMethod = "linear"
     from_base: bool | None = None
     """Merge the components' deltas from the base instead of the components."""
     scale: float | None = Field(None, allow_inf_nan=False)
@@ -61,13 +37,14 @@ class MergeSpec(Section):
 
     @model_validator(mode="after")
     def _options(self) -> MergeSpec:
-        has = MERGE_OPTIONS[self.method]
-        for option in sorted({o for options in MERGE_OPTIONS.values() for o in options}):
+        keys = type(self).model_fields.keys() - {"method", "threads"}
+        has = [option for option in MERGE_OPTIONS[self.method] if option in keys]
+        for option in sorted(keys):
             if getattr(self, option) is not None and option not in has:
                 raise ValueError(f"merge.{option}: method {self.method} has no {option}; its options are {', '.join(has)}")
         if "density" in has and self.density is None:
             raise ValueError(f"merge.density: method {self.method} needs the share of each delta that stays, such as 0.5")
-        epsilon = 0.15 if self.epsilon is None else self.epsilon
+        epsilon = EPSILON if self.epsilon is None else self.epsilon
         if "epsilon" in has and self.density and self.density < 1 and not epsilon < self.density < 1 - epsilon:
             raise ValueError(f"merge.epsilon: density {self.density} - {epsilon} and + {epsilon} must lie in (0, 1)")
         return self
@@ -79,5 +56,10 @@ class MergeSpec(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's own options that are given."""
-        return {o: v for o in MERGE_OPTIONS[self.method] if o != "from_base" and (v := getattr(self, o)) is not None}
+        """The method's own options that are given, but for the base and the seed."""
+        own = [option for option in MERGE_OPTIONS[self.method] if option not in ("from_base", "seed")]
+        return {option: value for option in own if (value := getattr(self, option)) is not None}
+
+    @property
+    def is_random(self) -> bool:
+        return "seed" in MERGE_OPTIONS[self.method]

@@ -1,27 +1,25 @@
 """A study's merge method: which options each has, and that the search and the tool know the same."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.merge.methods import Linear
-from megatron_demix.merge.methods_by_name import OPTIONS
 from megatron_demix.merge.rules import Rule
-from megatron_demix.merge.sparse import Sparse
-from megatron_demix.merge.spherical import Spherical
+from megatron_demix.merge.sparse import THINNINGS, Sparse
+from megatron_demix.merge.spherical import COEFFICIENTS, Spherical
 from megatron_demix.pipeline.merging import method_of
-from megatron_demix.study.merging import MERGE_OPTIONS, MergeSpec
+from megatron_demix.study.choices import MERGE_OPTIONS, MergeMethod
+from megatron_demix.study.merging import MergeSpec
 
 BASE = Path("base")
 
 
-def test_studies_and_the_tool_have_the_same_methods_and_options():
-    known = MergeSpec.model_fields["method"].annotation.__args__  # type: ignore[union-attr]
-    assert set(known) == set(MERGE_OPTIONS) == set(OPTIONS)
-    for name, options in OPTIONS.items():
-        assert set(MERGE_OPTIONS[name]) - {"from_base"} == set(options) - {"seed"}
+def test_every_method_there_is_can_be_named():
+    assert set(get_args(MergeMethod)) == set(MERGE_OPTIONS) == {"linear", *COEFFICIENTS, *THINNINGS}
 
 
 def test_rules_of_a_study():
@@ -48,6 +46,10 @@ def test_the_base_is_used_where_deltas_are():
         ({"density": 0.5}, r"merge.density: method linear has no density; its options are scale"),
         ({"method": "karcher", "scale": 1.5}, r"merge.scale: method karcher has no scale"),
         ({"method": "linear", "from_base": True}, r"merge.from_base: method linear has no from_base"),
+        (
+            {"method": "dare_ties", "density": 0.5, "gamma": 0.1},
+            r"has no gamma; its options are scale, density \[",
+        ),
         ({"method": "ties"}, r"merge.density: method ties needs the share of each delta that stays"),
         ({"method": "della", "density": 0.9}, r"merge.epsilon: density 0.9 - 0.15 and \+ 0.15 must lie in"),
         ({"method": "della", "density": 0.9, "epsilon": 0.1}, r"merge.epsilon: density 0.9 - 0.1 and \+ 0.1 must lie in"),
