@@ -77,26 +77,25 @@ class Opened:
 def run(options: argparse.Namespace) -> None:
     """`demix run`."""
     study = _open(options, "looks" if options.dry_run else "makes")
-    _say_changes(study)
-    if options.dry_run:
-        _show_plan(study, scripts=True)
-    else:
-        _make(study, study.stages)
-        _write_report(study)
+    _go_on(study, options, here=True)
 
 
 def resume(options: argparse.Namespace) -> None:
     """`demix resume`: as run, where the study says."""
     study = _open(options, "looks" if options.dry_run else "makes")
     _say_what_was_started(study, "resume")
+    _go_on(study, options, here=study.study.launch.backend == "local")
+
+
+def _go_on(study: Opened, options: argparse.Namespace, *, here: bool) -> None:
     _say_changes(study)
     if options.dry_run:
         _show_plan(study, scripts=True)
-    elif study.dag.study.launch.backend != "local":
-        _submit(study)
-    else:
+    elif here:
         _make(study, study.stages)
         _write_report(study)
+    else:
+        _submit(study)
 
 
 def up_to(name: str) -> Callable[[argparse.Namespace], None]:

@@ -110,57 +110,70 @@ def evaluate(
     torch.set_num_threads(job.threads_per_rank)
     with cpu_compat():
         # Here and not above: what the core decorates is decided when it is imported.
-        from megatron.core import parallel_state
-
         from megatron_demix.evaluate.patience import Patience
-        from megatron_demix.train.model import build_model, live_tensors, parallel_groups
-        from megatron_demix.train.weights import load_weights
+        from megatron_demix.train.model import parallel_groups
 
         with parallel_groups(job.parallel, seed=0, timeout_s=job.train.timeout):
-            patience = Patience()
-            known = patience.of_first(_finished_rows(job) if torch.distributed.get_rank() == 0 else None)
-            made: dict[str, dict[str, Any]] = {}
-            # Ranks among which experts are shared out read the same texts side by side.
-            replica = parallel_state.get_expert_data_parallel_rank()
-            replicas = job.parallel.data // job.parallel.expert
+            first, patience = torch.distributed.get_rank() == 0, Patience()
+            known = patience.of_first(_finished_rows(job) if first else None)
             pending = [n for n in job.models if n not in known]
             suite = _suite(job, load_codec)
-            if pending:
-                # A token of an answer at a time cannot be spread over ranks.
-                parallel = job.parallel.model_copy(update={"sequence_parallel": False}) if suite else job.parallel
-                model = build_model(job.model, job.train, parallel, job.vocab_size, cached=suite is not None)
-                places = parallel_state.get_model_parallel_group().rank(), parallel_state.get_expert_model_parallel_rank()
-                writes = places == (0, 0)
-                windows = list(_windows(job))
-                score = _scorer(job, model, windows, suite, patience, judges=writes)
-                merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
-                heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
-                rows = job.work / f"rows-{'-of-'.join(map(str, job.part)) if job.part else 'all'}-{replica}.jsonl"
-                for turn, (name, ours) in enumerate(_turns(job, pending, replica, replicas)):
-                    if heartbeat:
-                        done = len(job.models) - len(pending) + turn * replicas
-                        heartbeat.beat(min(done, len(job.models)), len(job.models), "models")
-                    if name in job.mixtures:
-                        assert merger is not None
-                        merger.merge(job.mixtures[name], normalize=job.normalize)
-                    else:
-                        patience.wait_for_all()
-                        load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
-                    if not ours:
-                        continue
-                    scored = score()
-                    if writes:
-                        _say(name, scored, first=turn == 0)
-                        if name in job.keep_tokens:
-                            keep(job.work / FOLDER, name, _texts(windows, suite), scored.token_nats)
-                        with open(rows, "a") as file:
-                            # The leading newline ends a line that a kill cut short.
-                            made[name] = {"model": name, "scores": scored.scores, "notes": scored.notes}
-                            file.write("\n" + json.dumps(made[name]) + "\n")
+            made = _score(job, pending, suite, patience, make_merger) if pending else {}
             everywhere = patience.gathered(made)
-            if torch.distributed.get_rank() == 0 and job.part is None:
+            if first and job.part is None:
                 _collect(job, suite, reduce(or_, everywhere, known))
             torch.distributed.barrier()
+
+
+def _score(
+    job: EvaluateJob,
+    pending: Sequence[str],
+    suite: Suite | None,
+    patience: Patience,
+    make_merger: Callable[[Mapping[str, Path], Sequence[LiveTensor]], Merger],
+) -> dict[str, dict[str, Any]]:
+    """The rows of the models that this rank has written, by name: it scores its replica's part of `pending`."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_demix.train.model import build_model, live_tensors
+    from megatron_demix.train.weights import load_weights
+
+    # Ranks among which experts are shared out read the same texts side by side.
+    replica, replicas = parallel_state.get_expert_data_parallel_rank(), job.parallel.data // job.parallel.expert
+    # A token of an answer at a time cannot be spread over ranks.
+    parallel = job.parallel.model_copy(update={"sequence_parallel": False}) if suite else job.parallel
+    model = build_model(job.model, job.train, parallel, job.vocab_size, cached=suite is not None)
+    places = parallel_state.get_model_parallel_group().rank(), parallel_state.get_expert_model_parallel_rank()
+    writes = places == (0, 0)
+    windows = list(_windows(job))
+    score = _scorer(job, model, windows, suite, patience, judges=writes)
+    merger = make_merger(job.components, live_tensors(model)) if any(n in job.mixtures for n in pending) else None
+    heartbeat = Heartbeat(job.heartbeat) if job.heartbeat and torch.distributed.get_rank() == 0 else None
+    rows = job.work / f"rows-{'-of-'.join(map(str, job.part)) if job.part else 'all'}-{replica}.jsonl"
+    made: dict[str, dict[str, Any]] = {}
+    for turn, (name, ours) in enumerate(_turns(job, pending, replica, replicas)):
+        if heartbeat:
+            done = len(job.models) - len(pending) + turn * replicas
+            heartbeat.beat(min(done, len(job.models)), len(job.models), "models")
+        if name in job.mixtures:
+            assert merger is not None
+            merger.merge(job.mixtures[name], normalize=job.normalize)
+        else:
+            patience.wait_for_all()
+            load_weights(model, job.checkpoints[name], vocab_size=job.vocab_size)
+        if not ours:
+            continue
+        scored = score()
+        if writes:
+            _say(name, scored, first=turn == 0)
+            if name in job.keep_tokens:
+                keep(job.work / FOLDER, name, _texts(windows, suite), scored.token_nats)
+            with open(rows, "a") as file:
+                # The leading newline ends a line that a kill cut short.
+                made[name] = {"model": name, "scores": scored.scores, "notes": scored.notes}
+                file.write("\n" + json.dumps(made[name]) + "\n")
+    return made
 
 
 def _turns(job: EvaluateJob, pending: Sequence[str], replica: int, replicas: int) -> Iterator[tuple[str, bool]]:
