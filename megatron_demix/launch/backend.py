@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+CANCEL_WAIT_S = 120
+"""How long a cancel() waits for what is still saving."""
+
 
 @dataclass(frozen=True)
 class Activity:

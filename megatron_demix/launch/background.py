@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_demix.errors import Incomplete, StageFailed
-from megatron_demix.launch.backend import Activity
+from megatron_demix.launch.backend import CANCEL_WAIT_S, Activity
 from megatron_demix.launch.run_lock import holder
 from megatron_demix.launch.slurm import refuse_beside_jobs
 from megatron_demix.launch.stage import is_being_made
 from megatron_demix.pipeline.dag import Dag
 from megatron_demix.process import PYTHON_M
 from megatron_demix.units import format_duration
-
-CANCEL_WAIT_S = 120
 
 
 class Background:

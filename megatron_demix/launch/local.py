@@ -18,10 +18,9 @@ from megatron_demix.errors import Incomplete
 from megatron_demix.launch.attempts import failed, forget
 from megatron_demix.launch.display import Display
 from megatron_demix.launch.run_lock import only_one
-from megatron_demix.launch.stage import failure, stage_lock, start_ranks
+from megatron_demix.launch.stage import failure, log_time, stage_lock, start_ranks
 from megatron_demix.pipeline import preflight
 from megatron_demix.pipeline.stage import Stage
-from megatron_demix.progress import METRICS, MetricsLog
 
 SAVE_LIMIT_S = 600
 
@@ -55,7 +54,6 @@ def run_stages(
     run.mkdir(parents=True, exist_ok=True)
     with only_one(run), _interruptible():
         locked()
-        metrics = MetricsLog(run / METRICS)
         pending = [s for s in stages if not s.done()]
         for folder in {s.folder.parent for s in pending}:
             if folder.is_dir():
@@ -70,7 +68,7 @@ def run_stages(
             while pending or children:
                 for child in [c for c in children if c.process.poll() is not None]:
                     children.remove(child)
-                    _finish(child.stage, child.started, metrics, display, code=child.process.returncode)
+                    _finish(child.stage, child.started, display, code=child.process.returncode)
                 waiting = {s.name for s in pending} | {c.stage.name for c in children}
                 ready = [s for s in pending if not any(n.name in waiting for n in s.needs)]
                 here = [s for s in ready if not s.ranks]
@@ -84,13 +82,13 @@ def run_stages(
                     if ranks := _spawn(stage, threads_per_rank, free[: stage.ranks]):
                         children.append(_Child(stage, ranks, started, free[: stage.ranks]))
                     else:
-                        _finish(stage, started, metrics, display)
+                        _finish(stage, started, display)
                 if here:
                     stage = here[0]
                     pending.remove(stage)
                     display.started(stage)
                     with stage_lock(stage):  # by which `demix status` knows of it
-                        _finish(stage, time.monotonic(), metrics, display)
+                        _finish(stage, time.monotonic(), display)
                     if stage.kind in ("data", "rounds"):
                         preflight.check([*stages, *foreseen], _remembered)
                 else:
@@ -101,15 +99,13 @@ def run_stages(
             display.end()
 
 
-def _finish(stage: Stage, started: float, metrics: MetricsLog, display: Display, *, code: int = 0) -> None:
+def _finish(stage: Stage, started: float, display: Display, *, code: int = 0) -> None:
     """Publish a stage, and say so. code: of its ranks, which have ended."""
     with _remembered(stage):
         if code != 0:
             raise failure(stage, code)
         stage.finish()
-    wall_s = time.monotonic() - started
-    metrics.write("stage", name=stage.name, key=stage.key, wall_s=round(wall_s, 3))
-    display.finished(stage, wall_s)
+    display.finished(stage, log_time(stage, started))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from megatron_demix.artifact import fingerprint, read_json, write_atomic, write_
 from megatron_demix.errors import ConfigError, DemixError, Incomplete, StageFailed
 from megatron_demix.launch import slurm_commands
 from megatron_demix.launch.attempts import Attempts, forget
-from megatron_demix.launch.backend import Activity
+from megatron_demix.launch.backend import CANCEL_WAIT_S, Activity
 from megatron_demix.launch.run_lock import only_one
 from megatron_demix.launch.slurm_commands import (
     Job,
@@ -38,8 +38,6 @@ from megatron_demix.launch.started import Started
 from megatron_demix.pipeline.dag import MILESTONES, Dag
 from megatron_demix.pipeline.stage import Stage
 from megatron_demix.units import format_duration
-
-CANCEL_WAIT_S = 120
 
 
 class Slurm:

@@ -231,8 +231,14 @@ def make(stage: Stage, *, threads_per_rank: int, nodes: Nodes, stop: _Stop) -> N
         if stage.ranks and stage.begin():
             _wait_for_ranks(stage, threads_per_rank, held, nodes, stop)
         stage.finish()
+    log_time(stage, started)
+
+
+def log_time(stage: Stage, started: float) -> float:
+    """Seconds that a finished stage took since `started` (time.monotonic), also for the report."""
     wall_s = round(time.monotonic() - started, 3)
     MetricsLog(stage.run / METRICS).write("stage", name=stage.name, key=stage.key, wall_s=wall_s)
+    return wall_s
 
 
 def _wait_for_ranks(stage: Stage, threads_per_rank: int, held: IO | None, nodes: Nodes, stop: _Stop) -> None:
