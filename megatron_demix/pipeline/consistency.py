@@ -58,13 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Make the report of these arguments, write what they ask for, and return it."""
     from megatron_demix.artifact import write_json
-    from megatron_demix.report.ranks import FORMATS, draw_ranks
     from megatron_demix.search.from_tables import compare_tables, parse_objective
 
     check_at_least("--bootstraps", options.bootstraps, 1)
     check_at_least("--seed", options.seed, 0)
-    if options.plot and options.plot.suffix not in FORMATS:
-        raise ConfigError(f"--plot {options.plot}: unknown kind of picture, expected a name that ends in {', '.join(FORMATS)}.")
+    if options.plot:
+        from megatron_demix.report.ranks import FORMATS, draw_ranks
+
+        if options.plot.suffix not in FORMATS:
+            raise ConfigError(
+                f"--plot {options.plot}: unknown kind of picture, expected a name that ends in {', '.join(FORMATS)}."
+            )
     for path in (options.output, options.plot):
         if path and not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}. Make it, or choose another place.")
@@ -153,19 +157,19 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str | None, str, dict[str, An
     found: list[tuple[str | None, str, dict[str, Any]]] = []
     for style, label, section in ((None, "", report), ("dim", "ceiling ", report.get("ceiling"))):
         if section:
-            summary = {"mean of all": section["macro"]} | (
-                {"objective": section["objective"]} if "objective" in section else {}
-            )
-            found += [("bold" if style is None else style, label, summary), (style, label, section["scores"])]
+            found += [(style or "bold", label, _summary(section)), (style, label, section["scores"])]
     if best := report.get("noiseless"):
-        summary = {"mean of all": best["macro"]} | ({"objective": best["objective"]} if "objective" in best else {})
-        rhos = summary | best["scores"]
+        rhos = _summary(best) | best["scores"]
         rows = {
             name: {metric: {"value": rho if metric == "spearman" else None} for metric in _COLUMNS}
             for name, rho in rhos.items()
         }
         found.append(("dim", "noiseless ", rows))
     return found
+
+
+def _summary(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {"mean of all": section["macro"]} | ({"objective": section["objective"]} if "objective" in section else {})
 
 
 def _cell(value: Mapping[str, float | None], metric: str) -> str:

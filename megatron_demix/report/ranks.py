@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+
+from megatron_demix.artifact import write_atomic
+from megatron_demix.report.drawing import shortened
 
 FORMATS = (".svg", ".pdf", ".png")
 _INK, _MUTED, _RULE, _PROXY, _CEILING = "#1b1d21", "#646a73", "#e3e4e7", "#0b7285", "#c2410c"
@@ -21,11 +27,6 @@ def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Co
     """One row of Spearman intervals with the ceiling, and what noiseless proxies would reach; then a panel a score, or of many
     scores for those that agree least: rank among proxies against rank among references, 1 the best. report: of
     search.consistency.rank_consistency. Raises StorageError where it cannot be written."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from megatron_demix.artifact import write_atomic
-
     shown = _least_alike(list(columns), report)
     num_rows = -(-len(shown) // _COLUMNS)
     rows = [name for name in ("macro", "objective") if name in report] + list(columns)
@@ -46,8 +47,6 @@ def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Co
 
 
 def _saved(figure: Any, suffix: str, metadata: dict[str, None]) -> bytes:
-    import io
-
     stream = io.BytesIO()
     figure.savefig(stream, format=suffix[1:], dpi=160, metadata=metadata)
     return stream.getvalue()
@@ -85,7 +84,8 @@ def _intervals(axes: Any, rows: list[str], report: Mapping[str, Any], fewer: str
             axes.plot([own.low, own.high], [y, y], color=_PROXY, linewidth=2, solid_capstyle="round")
             axes.plot(own.value, y, "o", color=_PROXY, markersize=5, label="proxies" if y == 0 else None)
             lowest = min(lowest, own.low)
-    axes.set_yticks(range(len(rows)), ["mean of all" if name == "macro" else _short(name) for name in rows], parse_math=False)
+    titles = ["mean of all" if name == "macro" else shortened(name, _LONGEST) for name in rows]
+    axes.set_yticks(range(len(rows)), titles, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(max(-1.0, lowest - 0.05), 1.01)
     axes.grid(axis="x", color=_RULE, linewidth=0.6)
@@ -122,12 +122,7 @@ def _noiseless(report: Mapping[str, Any], name: str) -> float | None:
 
 def _title(name: str, report: Mapping[str, Any]) -> str:
     own, top = _spearman(report, name), _spearman(report.get("ceiling"), name)
-    return _short(name) + (f" · ρ {own.value:.2f}" if own else "") + (f" of {top.value:.2f}" if top else "")
-
-
-def _short(name: str) -> str:
-    """With its middle left out where it is longer than a panel is wide."""
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2 - 1]}…{name[-_LONGEST // 2 :]}"
+    return shortened(name, _LONGEST) + (f" · ρ {own.value:.2f}" if own else "") + (f" of {top.value:.2f}" if top else "")
 
 
 def _panel(axes: Any, tables: tuple[np.ndarray, np.ndarray, np.ndarray | None], sign: float) -> None:
