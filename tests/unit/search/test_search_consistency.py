@@ -128,6 +128,8 @@ def test_bad_objectives() -> None:
     for text in ("code", "code=x", "=1"):
         with pytest.raises(ConfigError, match=r"is not understood\. Write SCORE=WEIGHT"):
             parse_objective([text])
+    with pytest.raises(ConfigError, match=r"objective code=1 code=2: a score has two weights. Give each one"):
+        parse_objective(["code=1", "code=2"])
 
 
 def test_where_scores_tie_no_metric_depends_on_the_order_of_the_rows() -> None:

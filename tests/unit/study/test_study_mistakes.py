@@ -54,6 +54,15 @@ def test_overrides_that_fit_nowhere(load, override, message):
         load(overrides=[override])
 
 
+def test_settings_that_do_not_go_together(load):
+    with pytest.raises(ConfigError, match=r"seed is 0, and Megatron-LM \(trainer.backend\) takes seeds of 1 or more"):
+        load(overrides=["seed=0", "trainer={backend: megatron_lm, checkout: Megatron-LM}"])
+    with pytest.raises(ConfigError, match=r"num_query_groups 6 is neither a multiple nor a divisor of parallel.tensor 4"):
+        load(
+            overrides=["parallel.tensor=4", "model.hidden_size=96", "model.num_attention_heads=12", "model.num_query_groups=6"]
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -74,6 +83,14 @@ def test_overrides_that_fit_nowhere(load, override, message):
         ),
         (put("base", "mixture", "unifrom"), r"base\.mixture: Input should be 'natural' or 'uniform', found 'unifrom', or "),
         (put("base", "mixture", {"cod": 1.0}), r"base\.mixture: 'cod' is not one of code, math; did you mean 'code'\?"),
+        (put("search", "proxy_tokens", "1M"), "proxy_tokens is what trained proxies cost; merged ones cost the components"),
+        (put("evaluate", {"losses": []}), "evaluate: neither losses nor tasks are measured; name one"),
+        (put("trainer", {"backend": "megatron_lm"}), "backend megatron_lm needs `checkout`, the folder of Megatron-LM"),
+        (put("tokenizer", {"type": "byte", "domains": ["code"]}), "type 'byte' is not trained, so it takes no `domains`"),
+        (
+            put("prepare", {"clean": {"heuristics": {"use": ["c4"], "domains": ["cod"]}}}),
+            r"prepare\.clean\.heuristics\.domains: 'cod' is not one of code, math; did you mean 'code'\?",
+        ),
         (put("base", "checkpoint", "/x"), "base needs one of `tokens` .* `checkpoint` and"),
         (
             put("search", "objective", {"maths": 1}),
