@@ -68,18 +68,13 @@ def _row(stage: Stage, activity: Activity | None, num_parts: int) -> dict[str, A
             row |= {"parts": num_parts, "parts_done": num_done}
     if row["state"] in ("running", "partial", "failed") and (beat := Heartbeat.read(stage.heartbeat)):
         row["progress"] = beat["done"] / max(beat["total"], 1)
-        if row["state"] == "running" and beat["time"] >= _begun(stage):
+        if row["state"] == "running":
             row |= _time_left(beat, time.time() - beat["time"])
     return row
 
 
 def _named(activity: Activity) -> dict[str, str]:
     return {key: value for key, value in (("job", activity.job), ("note", activity.reason)) if value}
-
-
-def _begun(stage: Stage) -> float:
-    """When its ranks were last started, 0 if that is not known: an older heartbeat says nothing of how it goes now."""
-    return stage.job.stat().st_mtime if stage.job.exists() else 0.0
 
 
 def _time_left(beat: dict[str, Any], age_s: float) -> dict[str, float]:

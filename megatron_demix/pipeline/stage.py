@@ -134,11 +134,16 @@ class Stage:
 
     def begin(self) -> bool:
         """For a stage with ranks: the work folder and the job file, ready for the workers. False if they have nothing to do."""
-        self.work.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.job.unlink(missing_ok=True)
-        self.make(self.work)
+        for of_earlier_ranks in (self.job, self.heartbeat):
+            of_earlier_ranks.unlink(missing_ok=True)
+        self._make()
         return self.job.exists()
+
+    def _make(self) -> None:
+        """What this process does in the work folder."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.make(self.work)
 
     def finish(self) -> None:
         """Publish the artifact: make it, or take over what the ranks have finished."""
@@ -178,12 +183,6 @@ class Part(Stage):
     @property
     def work(self) -> Path:
         return self.of.work
-
-    def begin(self) -> bool:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.job.unlink(missing_ok=True)
-        self._make()
-        return self.job.exists()
 
     def finish(self) -> None:
         if not self.ranks:

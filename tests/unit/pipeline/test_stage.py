@@ -89,7 +89,9 @@ def test_ranks_do_not_begin_a_job_of_an_earlier_run(tmp_path, part):
     a = whole.part(part) if part else whole
     a.job.parent.mkdir(parents=True)
     write_json(a.job, {"step": 1})
+    write_json(a.heartbeat, {"done": 9, "total": 10})
     assert not a.begin()
+    assert not a.heartbeat.exists(), "it would say how far the ranks of that run were"
 
 
 def test_parts_are_made_in_the_work_folder_and_put_together(tmp_path):
