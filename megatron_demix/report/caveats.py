@@ -20,41 +20,12 @@ NO_WEIGHT = 0.005
 
 def warnings(data: ReportData, verdict: Verdict) -> list[str]:
     """Weak spots of what was measured, each with what to do about it."""
-    found = []
-    for number, r in enumerate(data.rounds, start=1):
-        if not r.mixtures:
-            found.append(f"Round {number} was left empty: after what came before it, too little was left to win (search.stop).")
-        if (num := len({tuple(round(weight, 6) for weight in p.weights.values()) for p in r.mixtures})) < len(r.mixtures):
-            found.append(
-                f"Round {number}: {num} of {len(r.mixtures)} mixtures {'are' if num > 1 else 'is'} distinct: the bounds leave "
-                "no others."
-            )
-        if r.scores and (lacking := len(r.mixtures) - len(data.measured(number - 1))):
-            found.append(
-                f"Round {number}: {lacking} of {len(r.mixtures)} proxies have no finite objective, and are not in the plots. "
-                "Look at their scores below."
-            )
+    found = _of_rounds(data)
     found += _weak_surrogates(data, last_fit(data))
     if data.rounds:
         last = next((r for r in reversed(data.rounds) if r.fit or r.constant), data.rounds[-1])
         found += _constant({score: value for score, value in last.constant.items() if data.objective.get(score)})
-    if same := data.seen_tasks:
-        found.append(
-            f"The final runs are compared on the very items of {', '.join(same)} that the mixture was chosen by, so the found "
-            "mixture looks better there than it is (evaluate.tasks, final_split)."
-        )
-    found += [
-        f"Of the {task.answers} answers to {name} that models gave in the search, {task.endless} did not end by themselves and "
-        f"{task.stopped} had to be stopped when they were run or compared; the latter count as wrong."
-        for name, task in data.tasks.items()
-        if task.endless or task.stopped
-    ]
-    found += [
-        f"{task.cut} texts of {name} are longer than the models read: their beginning, worked examples first, was left out. "
-        "Fewer num_shots, or a smaller max_new_tokens, would leave them whole."
-        for name, task in data.tasks.items()
-        if task.cut
-    ]
+    found += _of_tasks(data)
     found += data.few[:_MOST_ALIKE]
     if num := len(data.few[_MOST_ALIKE:]):
         found.append(f"So it is with {num} more splits of domains, which demix plan names.")
@@ -81,6 +52,46 @@ def warnings(data: ReportData, verdict: Verdict) -> list[str]:
         seeds = f"{few} seed{'s' * (few > 1)}"
         found.append(f"{seeds} a mixture give a rough estimate of the noise: the intervals are wide for that reason.")
     return found + [_inexact(mixture, rows) for mixture, rows in data.blends.items() if any(map(_is_off, rows.values()))]
+
+
+def _of_rounds(data: ReportData) -> list[str]:
+    found = []
+    for number, r in enumerate(data.rounds, start=1):
+        if not r.mixtures:
+            found.append(f"Round {number} was left empty: after what came before it, too little was left to win (search.stop).")
+        if (num := len({tuple(round(weight, 6) for weight in p.weights.values()) for p in r.mixtures})) < len(r.mixtures):
+            found.append(
+                f"Round {number}: {num} of {len(r.mixtures)} mixtures {'are' if num > 1 else 'is'} distinct: the bounds leave "
+                "no others."
+            )
+        if r.scores and (lacking := len(r.mixtures) - len(data.measured(number - 1))):
+            found.append(
+                f"Round {number}: {lacking} of {len(r.mixtures)} proxies have no finite objective, and are not in the plots. "
+                "Look at their scores below."
+            )
+    return found
+
+
+def _of_tasks(data: ReportData) -> list[str]:
+    found = []
+    if same := data.seen_tasks:
+        found.append(
+            f"The final runs are compared on the very items of {', '.join(same)} that the mixture was chosen by, so the found "
+            "mixture looks better there than it is (evaluate.tasks, final_split)."
+        )
+    found += [
+        f"Of the {task.answers} answers to {name} that models gave in the search, {task.endless} did not end by themselves and "
+        f"{task.stopped} had to be stopped when they were run or compared; the latter count as wrong."
+        for name, task in data.tasks.items()
+        if task.endless or task.stopped
+    ]
+    found += [
+        f"{task.cut} texts of {name} are longer than the models read: their beginning, worked examples first, was left out. "
+        "Fewer num_shots, or a smaller max_new_tokens, would leave them whole."
+        for name, task in data.tasks.items()
+        if task.cut
+    ]
+    return found
 
 
 def _weak_surrogates(data: ReportData, fits: Mapping[str, Fit]) -> list[str]:
