@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 from megatron_demix.artifact import remove_leftovers, rename_new, sync_path, temporary_beside
 from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
 from megatron_demix.checkpoint.elements import ElementReader
-from megatron_demix.checkpoint.metadata import TensorInfo
+from megatron_demix.checkpoint.layers import with_keys
 from megatron_demix.checkpoint.model_function import DESCRIBING, EMBEDDING
 from megatron_demix.checkpoint.output import resolved
 from megatron_demix.checkpoint.reader import Checkpoint
@@ -29,7 +30,7 @@ from megatron_demix.huggingface.config import (
     to_huggingface,
 )
 from megatron_demix.huggingface.folder import COMPANIONS, copy_companions, write_weights
-from megatron_demix.huggingface.names import MOE_NORMS, Parameter, parameters, part_shapes, split, stack_shape
+from megatron_demix.huggingface.names import Parameter, parameters, part_shapes, split, stack_shape
 from megatron_demix.progress import progress_bar
 
 _SHARD_BYTES = 4 << 30
@@ -136,17 +137,30 @@ class _Source:
     """The checkpoint's tensors under their Hugging Face names, checked against the model."""
 
     def __init__(self, checkpoint: Checkpoint, model: ModelArguments, where: str) -> None:
-        self._reader, self._model, self._where = ElementReader(checkpoint), model, where
-        self._stored = checkpoint.model_tensors
-        moe_norm = next((n for n in MOE_NORMS.values() if any(n in key for key in self._stored)), MOE_NORMS["local"])
-        self._table = parameters(model, moe_norm=moe_norm)
-        used = {
-            info.key for parameter in self._table for at in self._positions(parameter) for info in [self._at(parameter, at)[0]]
-        }
-        if unused := sorted(set(self._stored) - used):
+        self._reader, self._model = ElementReader(checkpoint), model
+        self._table = parameters(model)
+        keys = [parameter.key for parameter in self._table]
+        self._stored = with_keys(checkpoint.model_tensors, keys)
+        for parameter in self._table:
+            self._check(parameter, where)
+        if unused := sorted(self._stored.keys() - set(keys)):
             raise IncompatibleInputs(
                 f"{where}: has {len(unused)} tensors that a {model.family.model_type} model has not, such as {unused[0]!r}. "
                 "Exporting without them would give another model."
+            )
+
+    def _check(self, parameter: Parameter, where: str) -> None:
+        info = self._stored.get(parameter.key)
+        if info is None:
+            raise IncompatibleInputs(f"{where}: has no {parameter.key!r}, which a {self._model.family.model_type} model needs.")
+        expected = (*stack_shape(parameter, self._model), *parameter.shape)
+        fits = info.shape == expected
+        if parameter.vocabulary:
+            fits = info.shape[1:] == expected[1:] and info.shape[0] >= expected[0]
+        if not fits:
+            raise IncompatibleInputs(
+                f"{where}: {info.key!r} has shape {list(info.shape)}, expected {list(expected)}"
+                f"{' or more rows' if parameter.vocabulary else ''}."
             )
 
     @property
@@ -156,44 +170,22 @@ class _Source:
     def sizes(self) -> dict[str, int]:
         """Bytes of every Hugging Face tensor, in the order of tensors()."""
         return {
-            name: int(np.prod(shape)) * ARRAY_DTYPES[self._at(parameter, at)[0].dtype].itemsize
+            name: math.prod(shape) * ARRAY_DTYPES[self._stored[parameter.key].dtype].itemsize
             for parameter in self._table
             for at in self._positions(parameter)
             for name, shape in zip(parameter.names(at), part_shapes(parameter, self._model), strict=True)
         }
 
     def tensors(self, advance: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+        """(name, dtype, array) of every Hugging Face tensor."""
         for parameter in self._table:
+            info = self._stored[parameter.key]
             for at in self._positions(parameter):
-                info, offset = self._at(parameter, at)
-                box = self._reader.read(info, offset, (1,) * (len(info.shape) - len(parameter.shape)) + parameter.shape)
-                for name, part in zip(
-                    parameter.names(at), split(parameter, box.reshape(parameter.shape), self._model), strict=True
-                ):
+                offset = (*at, *(0 for _ in parameter.shape))
+                box = self._reader.read(info, offset, (*(1 for _ in at), *parameter.shape)).reshape(parameter.shape)
+                for name, part in zip(parameter.names(at), split(parameter, box, self._model), strict=True):
                     yield name, info.dtype, part
                     advance(part.nbytes)
 
     def _positions(self, parameter: Parameter) -> Iterator[tuple[int, ...]]:
         return iter(np.ndindex(*stack_shape(parameter, self._model)))
-
-    def _at(self, parameter: Parameter, at: tuple[int, ...]) -> tuple[TensorInfo, tuple[int, ...]]:
-        """The stored tensor a slice lies in, and where: layers are stacked in one tensor, or each has its own."""
-        stack = stack_shape(parameter, self._model)
-        zeros = (0,) * len(parameter.shape)
-        if (info := self._stored.get(parameter.key)) is not None:
-            expected, offset = (*stack, *parameter.shape), (*at, *zeros)
-        elif at and (info := self._stored.get(parameter.key.replace("layers.", f"layers.{at[0]}.", 1))) is not None:
-            expected, offset = (*stack[1:], *parameter.shape), (*at[1:], *zeros)
-        else:
-            raise IncompatibleInputs(
-                f"{self._where}: has no {parameter.key!r}, which a {self._model.family.model_type} model needs."
-            )
-        fits = info.shape == expected
-        if parameter.vocabulary:
-            fits = info.shape[1:] == expected[1:] and info.shape[0] >= expected[0]
-        if not fits:
-            raise IncompatibleInputs(
-                f"{self._where}: {info.key!r} has shape {list(info.shape)}, expected {list(expected)}"
-                f"{' or more rows' if parameter.vocabulary else ''}."
-            )
-        return info, offset

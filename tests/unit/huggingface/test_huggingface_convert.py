@@ -132,6 +132,38 @@ def test_layers_with_names_of_their_own(tmp_path):
     assert same_tensors(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
 
 
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_layers_experts_and_halves_by_themselves(tmp_path, layers):
+    """As megatron.core saves them with singleton_local_shards, and as a merge of such checkpoints is."""
+    from dist_checkpoints import read_checkpoint, write_checkpoint
+
+    save_model(tmp_path / "hf", "Qwen3Moe", **MOE)
+    import_folder(tmp_path / "hf", tmp_path / "base", transformer_impl=layers, progress=False)
+    apart = {}
+    for key, stacked in read_checkpoint(tmp_path / "base" / "release").items():
+        if ".layers." not in key:
+            apart[key] = stacked
+            continue
+        for n, layer in enumerate(stacked):
+            name = key.replace("layers.", f"layers.{n}.")
+            for e, one in enumerate(layer) if ".experts." in key else [(None, layer)]:
+                own = name.replace("experts.experts.", f"experts.experts.{e}.")
+                apart |= (
+                    dict(zip((f"{own}_w", f"{own}_v"), one.chunk(2), strict=True)) if "linear_fc1.weight" in own else {own: one}
+                )
+    write_checkpoint(tmp_path / "apart", apart, common={"iteration": 0})
+    export_checkpoint(tmp_path / "apart", tmp_path / "back", reference=tmp_path / "hf", progress=False)
+    assert same_tensors(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+    for lost, said in (
+        ("decoder.layers.1.mlp.experts.experts.2.linear_fc2.weight", r"has shape \[1, 4, 64, 32\], expected \[2, 4, 64, 32\]"),
+        ("decoder.final_layernorm.weight", r"has no 'decoder\.final_layernorm\.weight', which a qwen3_moe model needs"),
+    ):
+        lacking = tmp_path / lost
+        write_checkpoint(lacking, {key: tensor for key, tensor in apart.items() if key != lost}, common={"iteration": 0})
+        with pytest.raises(IncompatibleInputs, match=said):
+            export_checkpoint(lacking, tmp_path / "other", reference=tmp_path / "hf", progress=False)
+
+
 def test_megatron_finds_what_it_asks_for(tmp_path):
     """Its loader wants every layer's extra state and the arguments in the common state, by names that do not change."""
     save_model(tmp_path / "hf", "Qwen3Moe", **MOE)
