@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
+from megatron_demix.checkpoint.grid import Grid
 from megatron_demix.checkpoint.metadata import Chunk, Shape, TensorInfo
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.errors import CorruptInput, IncompatibleInputs
@@ -20,6 +21,7 @@ class ElementReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._sound: set[tuple[str, Shape]] = set()
+        self._grids: dict[str, Grid] = {}
 
     def read(self, info: TensorInfo, offset: Sequence[int], shape: Sequence[int]) -> np.ndarray:
         """The box of `shape` at `offset` of a tensor, as ARRAY_DTYPES[info.dtype].
@@ -32,11 +34,13 @@ class ElementReader:
             )
         box = np.empty(tuple(shape), ARRAY_DTYPES[info.dtype])
         found = 0
-        for chunk in info.chunks:
+        if info.key not in self._grids:
+            self._grids[info.key] = Grid(info)
+        end = [o + n for o, n in zip(offset, shape, strict=True)]
+        for index in np.flatnonzero(self._grids[info.key].touching(offset, end)):
+            chunk = info.chunks[index]
             lo = [max(o, c) for o, c in zip(offset, chunk.offset, strict=True)]
-            hi = [min(o + n, c + m) for o, n, c, m in zip(offset, shape, chunk.offset, chunk.shape, strict=True)]
-            if any(a >= b for a, b in zip(lo, hi, strict=True)):
-                continue
+            hi = [min(e, c + m) for e, c, m in zip(end, chunk.offset, chunk.shape, strict=True)]
             there = tuple(slice(a - o, b - o) for a, b, o in zip(lo, hi, offset, strict=True))
             here = tuple(slice(a - c, b - c) for a, b, c in zip(lo, hi, chunk.offset, strict=True))
             box[there] = self._chunk(info, chunk)[here]

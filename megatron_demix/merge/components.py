@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_demix.checkpoint.common_state import read_common_state
 from megatron_demix.checkpoint.dtypes import ARRAY_DTYPES
+from megatron_demix.checkpoint.grid import Grid
 from megatron_demix.checkpoint.layers import has_singletons, with_keys
 from megatron_demix.checkpoint.layout import COMMON
 from megatron_demix.checkpoint.metadata import TensorInfo
@@ -23,7 +24,6 @@ from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import saved_arguments
 from megatron_demix.checkpoint.tiling import tile
 from megatron_demix.errors import ConfigError, CorruptInput, IncompatibleInputs
-from megatron_demix.merge.grid import Grid
 from megatron_demix.native import MappedFile
 
 MERGEABLE = tuple(ARRAY_DTYPES)

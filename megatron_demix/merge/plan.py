@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from megatron_demix.checkpoint.dtypes import ITEM_BYTES
+from megatron_demix.checkpoint.grid import Grid
 from megatron_demix.checkpoint.metadata import Chunk, Shape, TensorInfo
 from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.components import Components
-from megatron_demix.merge.grid import Grid
 from megatron_demix.merge.logical_tensors import Cut, Part, Partition
 from megatron_demix.native import MergePlan, crc32, default_threads
 

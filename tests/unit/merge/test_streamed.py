@@ -8,12 +8,12 @@ import pytest
 import torch
 from dist_checkpoints import bits, parallel_cuts, small_model, write_checkpoint
 
+from megatron_demix.checkpoint.grid import Grid
 from megatron_demix.checkpoint.live import LiveTensor
 from megatron_demix.errors import ConfigError, VerificationFailed
 from megatron_demix.merge import cuda, device, resident
 from megatron_demix.merge.components import Components
 from megatron_demix.merge.device import Staged
-from megatron_demix.merge.grid import Grid
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.merge.streamed import StreamedComponents, make_batches
 from megatron_demix.native import MergePlan

@@ -1,4 +1,4 @@
-"""A tensor's chunks as boxes, for finding those that hold a part of it."""
+"""A tensor's chunks as boxes: which of them hold a part of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_demix.checkpoint.metadata import Shape, TensorInfo
 
 
 class Grid:
-    """A tensor's chunks, for finding the one that holds a box."""
+    """Of one tensor. lo, hi: int64 [chunks, dims], where each begins and ends."""
 
     def __init__(self, info: TensorInfo) -> None:
         dims = len(info.shape)
@@ -22,6 +22,7 @@ class Grid:
         }
 
     def holding(self, lo: Shape, hi: Shape) -> int | None:
+        """A chunk that holds the box [lo, hi), if one does."""
         if (found := self._exactly.get((lo, hi))) is not None:
             return found
         inside = ((self.lo <= np.array(lo, np.int64)) & (self.hi >= np.array(hi, np.int64))).all(axis=1)
@@ -29,8 +30,10 @@ class Grid:
         return int(holders[0]) if holders.size else None
 
     def cuts(self, axis: int, lo: int, hi: int, touching: np.ndarray) -> set[int]:
+        """Where chunks end within (lo, hi) along an axis. touching: which chunks count."""
         edges = np.concatenate([self.lo[touching, axis], self.hi[touching, axis]])
         return set(edges[(edges > lo) & (edges < hi)].tolist())
 
     def touching(self, lo: Sequence[int], hi: Sequence[int]) -> np.ndarray:
+        """bool [chunks]: which of them have elements of the box [lo, hi)."""
         return np.asarray(((self.lo < np.array(hi, np.int64)) & (self.hi > np.array(lo, np.int64))).all(axis=1))
