@@ -7,6 +7,7 @@ products, thresholds) is computed once, from the components alone, and serves ev
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -151,12 +152,13 @@ class _RuledLinear(BoundMethod):
         self._weights: dict[Rule, np.ndarray] = {}
         names = [part.name for part in self.partition.parts()]
         last = max((layer for name in names if (layer := layer_of(name)) is not None), default=None)
-        for rule in method.rules:
+        matches_SR = np.array([[rule.matches(name) for rule in method.rules] for name in names])
+        for rule, matches_S in zip(method.rules, matches_SR.T, strict=True):
             if rule.layers is not None and last is not None and rule.layers[1] > last:
                 raise ConfigError(
                     f"the rule {rule.describe()} is for layers that the components have not: theirs are 0-{last}."
                 )
-            if not any(map(rule.matches, names)):
+            if not matches_S.any():
                 raise ConfigError(f"the rule {rule.describe()} matches no tensor of the components, such as {names[0]!r}.")
             given = dict(rule.weights or ())
             if unknown := set(given) - set(self._names):
@@ -164,12 +166,13 @@ class _RuledLinear(BoundMethod):
                     f"the rule {rule.describe()}: {sorted(unknown)[0]!r} is not a component; they are {', '.join(self._names)}."
                 )
             self._weights[rule] = np.array([given.get(name, 0.0) for name in self._names])
-        # [S] the rules that match each part; few sets of them differ.
-        self._matching = [tuple(rule for rule in method.rules if rule.matches(name)) for name in names]
+        # [U, R] the sets of rules that match some part, of which there are few, and [S] which of them matches each.
+        self._sets_UR, self._set_of_part = np.unique(matches_SR, axis=0, return_inverse=True)
 
     def recipe(self, weights_MK: np.ndarray, mixtures: Sequence[str]) -> Recipe:
-        made = {rules: self._coefficients(rules, weights_MK, mixtures) for rules in set(self._matching)}
-        return Recipe(np.stack([made[rules] for rules in self._matching]))
+        sets = [list(itertools.compress(self.method.rules, matching_R)) for matching_R in self._sets_UR]
+        coefficients_UMK = np.stack([self._coefficients(rules, weights_MK, mixtures) for rules in sets])
+        return Recipe(coefficients_UMK[self._set_of_part.ravel()])
 
     def _coefficients(self, rules: Sequence[Rule], weights_MK: np.ndarray, mixtures: Sequence[str]) -> np.ndarray:
         rows = []
