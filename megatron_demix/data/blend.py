@@ -175,7 +175,7 @@ def _whole(planned: Mapping[str, int], below: Mapping[str, tuple[int, int, int]]
     missing = sum(planned.values()) - sum(tokens for _, tokens in chosen.values())
     # Largest remainder, in documents: who is owed most of its next document gets it, until the total is reached.
     owed = {name: (planned[name] - tokens) / max(next_length, 1) for name, (_, tokens, next_length) in below.items()}
-    for name in sorted(owed, key=lambda n: (-owed[n], list(owed).index(n))):
+    for name in sorted(owed, key=lambda n: -owed[n]):
         if missing <= 0:
             break
         documents, tokens, next_length = below[name]
