@@ -195,10 +195,9 @@ def write_merge(
 
 def _write_together(merge: Merge, which: Sequence[int], threads: int, max_memory: int, verify: Verify, progress: bool) -> None:
     """Several outputs from one read."""
-    job, provenances = merge.job, [merge.provenances[m] for m in which]
-    outputs, weights_MK = [merge.output(m) for m in which], merge.weights_MK[list(which)]
-    plan, recipe = job.plan, job.method.recipe(weights_MK, [p["mixture"] for p in provenances])
-    placed = job.tensor_placements
+    job, outputs = merge.job, [merge.output(m) for m in which]
+    recipe = job.method.recipe(merge.weights_MK[list(which)], [merge.provenances[m]["mixture"] for m in which])
+    plan, placed = job.plan, job.tensor_placements
     try:
         for out in outputs:
             with out.turn():
@@ -234,34 +233,40 @@ def _write_together(merge: Merge, which: Sequence[int], threads: int, max_memory
             )
         plan.warn_not_finite(outcome["not_finite"], np.flatnonzero(recipe.weights_SMK.any(axis=(0, 1))).tolist())
         crcs_TM = np.array(outcome["crcs"], np.uint64).reshape(shape_TM)
-        for m, out in enumerate(outputs):
-            out.complete(job.mine, crcs_TM[:, m].tolist())
+        for m, out, crcs_T in zip(which, outputs, crcs_TM.T, strict=True):
+            out.complete(job.mine, crcs_T.tolist())
             with out.turn():
-                if job.is_published(out.target, provenances[m]):
-                    out.discard_all()
-                    continue
-                out.finish()
-                if any(out.finished(p.file) is None for p in job.placements):
-                    continue
-                out.seal(job.placements, job.common, provenances[m], job.tracker, job.beside)
-                try:
-                    expected = job.oracle.mixture(weights_MK[m], provenances[m]["mixture"])
-                    verify_merge(out.folder, job.parts, expected, verify, str(out.target))
-                except VerificationFailed:
-                    job.parts.check_still_there()
-                    out.discard_all()
-                    raise
-                job.parts.check_still_there()
-                try:
-                    out.publish()
-                except OutputExists:
-                    if not job.is_published(out.target, provenances[m]):
-                        raise
-                    out.discard_all()  # another process made the very same
+                _publish(merge, m, out, verify)
     except BaseException:
         for out in outputs:
             out.discard()
         raise
+
+
+def _publish(merge: Merge, m: int, out: Output, verify: Verify) -> None:
+    """An output, if all of its files are written, by whomever."""
+    job, provenance = merge.job, merge.provenances[m]
+    if merge.is_published(m):
+        out.discard_all()
+        return
+    out.finish()
+    if any(out.finished(p.file) is None for p in job.placements):
+        return
+    out.seal(job.placements, job.common, provenance, job.tracker, job.beside)
+    try:
+        expected = job.oracle.mixture(merge.weights_MK[m], provenance["mixture"])
+        verify_merge(out.folder, job.parts, expected, verify, str(out.target))
+    except VerificationFailed:
+        job.parts.check_still_there()
+        out.discard_all()
+        raise
+    job.parts.check_still_there()
+    try:
+        out.publish()
+    except OutputExists:
+        if not merge.is_published(m):
+            raise
+        out.discard_all()  # another process made the very same
 
 
 class _Increments:
