@@ -97,9 +97,29 @@ def write_atomic(path: Path, text: str | bytes) -> None:
             temporary.unlink()
 
 
+def write_new(contents: Mapping[Path, str | bytes]) -> None:
+    """write_atomic of files that belong together, where none stands in their places: those that hold what they are to hold are
+    left as they are. Raises OutputExists before any is written."""
+    for path, content in contents.items():
+        expected = content.encode() if isinstance(content, str) else content
+        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == expected):
+            raise OutputExists(
+                f"{path} exists, and is not what this command writes there. Move it away or choose another output; nothing is "
+                "overwritten."
+            )
+    for path, content in contents.items():
+        if not path.exists():
+            write_atomic(path, content)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """write_atomic of indented JSON; NaN is refused rather than written."""
-    write_atomic(path, json.dumps(value, indent=1, default=_jsonable, allow_nan=False) + "\n")
+    """write_atomic of json_text."""
+    write_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON; NaN is refused rather than written."""
+    return json.dumps(value, indent=1, default=_jsonable, allow_nan=False) + "\n"
 
 
 class KeyGivenTwice(ValueError):

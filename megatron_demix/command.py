@@ -99,6 +99,18 @@ def _in_a_line(message: Warning | str, category: type[Warning], filename: str, l
     )
 
 
+def check_outputs(*paths: Path | None) -> None:
+    """Raises ConfigError on files that cannot be written where they are wanted, before any work is done for them."""
+    wanted = [path for path in paths if path is not None]
+    for n, path in enumerate(wanted):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}. Make it, or choose another place.")
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder, expected the name of a file that is to be written.")
+        if os.path.realpath(path) in map(os.path.realpath, wanted[:n]):
+            raise ConfigError(f"{path} is given as two outputs. Give each a name of its own.")
+
+
 def check_at_least(flag: str, value: int, least: int) -> None:
     """Raises ConfigError on a number below the least that a flag takes."""
     if value < least:

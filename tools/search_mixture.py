@@ -2,6 +2,7 @@
 """Sample mixtures, predict their scores, and compare proxies' ranking with references': CSV in, CSV or JSON out.
 
 Every CSV has an id in its first column, then one column a domain or a score. Rows are joined by id, columns by name.
+Nothing is overwritten: an output that is there is left as it is, and refused if it is not what the command makes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_demix.command import check_at_least, exit_code
+from megatron_demix.command import check_at_least, check_outputs, exit_code
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 from megatron_demix.study.choices import Aim, Design, SurrogateKind
 
@@ -85,33 +86,39 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(args: argparse.Namespace) -> None:
+    from megatron_demix.artifact import write_new
     from megatron_demix.search.sample import distinct, sample_mixtures
     from megatron_demix.search.space_file import load_space
     from megatron_demix.search.tables import MERGE_WEIGHTS, SHARES, Table
 
     check_at_least("--num", args.num, 1)
     check_at_least("--seed", args.seed, 0)
+    check_outputs(args.output, args.shares)
     space = load_space(args.domains)
     weights_MD = sample_mixtures(space, args.num, args.seed, design=args.design)
     if (num := len(distinct(weights_MD))) < args.num:
         _notice(f"{num} of {args.num} mixtures {'are' if num > 1 else 'is'} distinct: the bounds leave no others.")
     ids = tuple(f"mix_{m}" for m in range(args.num))
-    Table(args.output, MERGE_WEIGHTS, ids, space.domains, weights_MD).write(args.output)
+    tables = [Table(args.output, MERGE_WEIGHTS, ids, space.domains, weights_MD)]
     if args.shares:
-        Table(args.shares, SHARES, ids, space.domains, space.shares(weights_MD)).write(args.shares)
+        tables.append(Table(args.shares, SHARES, ids, space.domains, space.shares(weights_MD)))
+    write_new({table.path: table.as_csv() for table in tables})
 
 
 def _fit(args: argparse.Namespace) -> None:
+    from megatron_demix.artifact import write_new
     from megatron_demix.search.from_tables import predict_scores
     from megatron_demix.search.tables import Table
 
     check_at_least("--seed", args.seed, 0)
+    check_outputs(args.output)
     mixtures, scores, wanted = (Table.read(path) for path in (args.mixtures, args.scores, args.predict))
-    predict_scores(mixtures, scores, wanted, kind=args.surrogate, seed=args.seed, notice=_notice).write(args.output)
+    predicted = predict_scores(mixtures, scores, wanted, kind=args.surrogate, seed=args.seed, notice=_notice)
+    write_new({args.output: predicted.as_csv()})
 
 
 def _choose(args: argparse.Namespace) -> None:
-    from megatron_demix.artifact import write_json
+    from megatron_demix.artifact import json_text, write_new
     from megatron_demix.errors import ConfigError
     from megatron_demix.search.from_tables import choose_from_tables, parse_objective
     from megatron_demix.search.space_file import load_space
@@ -123,6 +130,7 @@ def _choose(args: argparse.Namespace) -> None:
         raise ConfigError("--bootstraps is 1: one search says nothing of how sure it is. Set it to 0, or to 2 or more.")
     if bool(args.propose) != bool(args.next):
         raise ConfigError("--propose N and --next CSV go together: how many mixtures to propose, and where to write them.")
+    check_outputs(args.output, args.next)
     if args.top >= args.candidates:
         _notice(f"--top is {args.top} of {args.candidates} candidates: the found mixture is the mean of all of them.")
     space = load_space(args.domains)
@@ -141,10 +149,11 @@ def _choose(args: argparse.Namespace) -> None:
         seed=args.seed,
         notice=_notice,
     )
+    contents = {args.output: json_text(report)}
     if args.next:
         ids = tuple(f"next_{m}" for m in range(args.propose))
-        Table(args.next, MERGE_WEIGHTS, ids, space.domains, further_MD).write(args.next)
-    write_json(args.output, report)
+        contents[args.next] = Table(args.next, MERGE_WEIGHTS, ids, space.domains, further_MD).as_csv()
+    write_new(contents)
 
 
 def _consistency(args: argparse.Namespace) -> None:

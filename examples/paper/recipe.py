@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_demix.artifact import write_atomic, write_json
+from megatron_demix.artifact import json_text, write_new
+from megatron_demix.command import exit_code
 
 CORPORA = Path(__file__).with_name("corpora.yaml")
 DEMIX_224 = {
@@ -107,19 +109,24 @@ def table(sources: list[Source]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
+    return exit_code(run)
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="DIR")
     folder = parser.parse_args().write
     sources = read_sources()
     if folder is None:
         print(table(sources))
-        return
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "pool.yaml", yaml.safe_dump(pool(sources), sort_keys=False))
-    write_json(folder / "mixture.json", curriculum(sources))
-    print(f"wrote {folder / 'pool.yaml'} and {folder / 'mixture.json'}")
+    described, mixture = folder / "pool.yaml", folder / "mixture.json"
+    write_new({described: yaml.safe_dump(pool(sources), sort_keys=False), mixture: json_text(curriculum(sources))})
+    print(f"wrote {described} and {mixture}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

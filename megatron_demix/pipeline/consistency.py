@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_demix.command import check_at_least
+from megatron_demix.command import check_at_least, check_outputs
 from megatron_demix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the report of these arguments, write what they ask for, and return it."""
-    from megatron_demix.artifact import write_json
+    """Make the report of these arguments, write what they ask for, and return it. Raises OutputExists."""
+    from megatron_demix.artifact import json_text, write_new
     from megatron_demix.search.from_tables import compare_tables, parse_objective
 
     check_at_least("--bootstraps", options.bootstraps, 1)
@@ -69,11 +69,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(
                 f"--plot {options.plot}: unknown kind of picture, expected a name that ends in {', '.join(FORMATS)}."
             )
-    for path in (options.output, options.plot):
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no folder {path.parent}. Make it, or choose another place.")
-        if path and path.is_dir():
-            raise ConfigError(f"{path} is a folder, expected the name of a file that is to be written.")
+    check_outputs(options.output, options.plot)
     higher = set(options.higher_is_better)
     paths = (options.proxies, options.references, options.reseeded)
     proxies, references, reseeded = (_read(path, higher) if path else None for path in paths)
@@ -83,11 +79,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     report = compare_tables(
         proxies, references, reseeded, objective, higher, num_bootstraps=options.bootstraps, seed=options.seed
     )
-    if options.output:
-        write_json(options.output, report)
+    contents: dict[Path, str | bytes] = {options.output: json_text(report)} if options.output else {}
     if options.plot:
         columns = dict.fromkeys(references.columns, (proxies, references, reseeded))
-        draw_ranks({name: _aligned(name, tables) for name, tables in columns.items()}, report, higher, options.plot)
+        aligned = {name: _aligned(name, tables) for name, tables in columns.items()}
+        contents[options.plot] = draw_ranks(aligned, report, higher, options.plot.suffix)
+    write_new(contents)
     return report
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_demix.artifact import write_atomic
 from megatron_demix.report.drawing import shortened
 
 FORMATS = (".svg", ".pdf", ".png")
@@ -23,10 +21,10 @@ Columns = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]
 """Score -> values of proxies_M, references_M and, if there are any, re-seeded references_M of the same mixtures."""
 
 
-def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Collection[str], output: Path) -> None:
+def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Collection[str], suffix: str) -> bytes:
     """One row of Spearman intervals with the ceiling, and what noiseless proxies would reach; then a panel a score, or of many
     scores for those that agree least: rank among proxies against rank among references, 1 the best. report: of
-    search.consistency.rank_consistency. Raises StorageError where it cannot be written."""
+    search.consistency.rank_consistency. suffix: one of FORMATS. The same numbers give the same bytes."""
     shown = _least_alike(list(columns), report)
     num_rows = -(-len(shown) // _COLUMNS)
     rows = [name for name in ("macro", "objective") if name in report] + list(columns)
@@ -41,9 +39,8 @@ def draw_ranks(columns: Columns, report: Mapping[str, Any], higher_is_better: Co
         _panel(axes, tables, -1.0 if name in higher_is_better else 1.0)
         axes.set_title(_title(name, report), fontsize=9, color=_INK, parse_math=False)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ranks"}):
-        # The same numbers give the same bytes.
-        nothing = {"Date": None} if output.suffix == ".svg" else {"CreationDate": None} if output.suffix == ".pdf" else {}
-        write_atomic(output, _saved(figure, output.suffix, nothing))
+        nothing = {"Date": None} if suffix == ".svg" else {"CreationDate": None} if suffix == ".pdf" else {}
+        return _saved(figure, suffix, nothing)
 
 
 def _saved(figure: Any, suffix: str, metadata: dict[str, None]) -> bytes:

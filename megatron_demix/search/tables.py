@@ -51,13 +51,17 @@ class Table:
         return cls(path, id_name, tuple(ids), tuple(columns), values_MC)
 
     def write(self, path: Path) -> None:
-        """Write as CSV, atomically; numbers with all their digits, NaN as an empty cell. Raises StorageError."""
+        """Write as CSV, atomically. Raises StorageError."""
+        write_atomic(Path(path), self.as_csv())
+
+    def as_csv(self) -> str:
+        """Numbers with all their digits, NaN as an empty cell."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([self.id_name, *self.columns])
         for name, row in zip(self.ids, self.values_MC, strict=True):
             writer.writerow([name, *("" if np.isnan(value) else repr(float(value)) for value in row)])
-        write_atomic(Path(path), text.getvalue())
+        return text.getvalue()
 
     def check_holds(self, what: str) -> None:
         """Raises IncompatibleInputs if the header says that these mixtures are shares where `what` is merge weights, or the

@@ -134,6 +134,7 @@ def test_weights_and_shares_are_not_taken_for_one_another(study: Path) -> None:
         assert not out.exists()
     assert call("fit", "--mixtures", shares, "--predict", shares, *more).returncode == 0
     assert out.read_text().startswith("id,loss,loss_std\n"), "predictions are no shares"
+    out.unlink()
     proposed = ("--propose", 2, "--next", study / "next.csv")
     done = call("choose", "--mixtures", weights, *aim, *more, *proposed, "--top", 500)
     assert done.returncode == 0, done.stderr
@@ -272,6 +273,59 @@ def test_choose_finds_the_optimum_of_sampled_mixtures_and_proposes_the_next_roun
     assert done.returncode == 2
     assert "--propose N and --next CSV go together" in done.stderr
     assert not (tmp_path / "other.json").exists()
+
+
+def test_the_same_command_changes_nothing_and_another_one_overwrites_nothing(study: Path) -> None:
+    (study / "domains.yaml").write_text(
+        "domains: {code: {tokens: 3B}, math: {tokens: 1B}, law: {tokens: 1B}}\ntarget_tokens: 1B\n"
+    )
+    domains = ("--domains", study / "domains.yaml")
+    measured = ("--mixtures", study / "mixtures.csv", "--scores", study / "scores.csv", "--surrogate", "ridge")
+    one, two = ("--output", study / "one"), study / "two"
+    search = (*domains, *measured, "--objective", "x=1", "--candidates", 500, "--bootstraps", 2, "--propose", 2)
+    commands = {
+        "sample": (*domains, "--num", 4, "--shares", two, *one),
+        "fit": (*measured, "--predict", study / "wanted.csv", *one),
+        "choose": (*search, "--next", two, *one),
+    }
+    for command, arguments in commands.items():
+        for path in (study / "one", two):
+            path.unlink(missing_ok=True)
+        done = call(command, *arguments)
+        assert done.returncode == 0, done.stderr
+        made = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (study / "one", two) if path.exists()}
+        assert len(made) == 1 + (two in arguments)
+        assert call(command, *arguments).returncode == 0
+        last = list(made)[-1]
+        last.write_text("something else")
+        done = call(command, *arguments)
+        assert done.returncode == 6
+        assert f"{last} exists, and is not what this command writes there. Move it away" in done.stderr
+        assert last.read_text() == "something else"
+        if len(made) == 2:
+            (study / "one").unlink()
+            assert call(command, *arguments).returncode == 6
+            assert not (study / "one").exists(), "nothing is written of what belongs together"
+    done = call("fit", *measured, "--predict", study / "wanted.csv", "--output", study / "scores.csv")
+    assert done.returncode == 6
+    assert "scores.csv exists" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["sample", "fit", "choose"])
+def test_outputs_are_looked_at_before_the_work(study: Path, command: str) -> None:
+    def refused(output: Path, *more: object) -> str:
+        inputs = {"sample": ("--num", 4), "fit": ("--mixtures", "m", "--scores", "s", "--predict", "p"),
+                  "choose": ("--mixtures", "m", "--scores", "s", "--objective", "x=1")}  # fmt: skip
+        domains = () if command == "fit" else ("--domains", "no.yaml")
+        done = call(command, *domains, *inputs[command], "--output", output, *more)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert f"there is no folder {study / 'no'}. Make it" in refused(study / "no" / "out")
+    assert f"{study} is a folder, expected the name of a file" in refused(study)
+    second = {"sample": ("--shares",), "choose": ("--propose", 3, "--next")}
+    if command in second:
+        assert "is given as two outputs" in refused(study / "out", *second[command], study / "." / "out")
 
 
 def test_a_space_of_one_mixture_is_said_to_have_no_other(tmp_path: Path) -> None:

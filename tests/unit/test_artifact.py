@@ -23,6 +23,7 @@ from megatron_demix.artifact import (
     remove_leftovers,
     write_atomic,
     write_json,
+    write_new,
 )
 from megatron_demix.errors import ConfigError, CorruptInput, OutputExists, StorageError
 
@@ -118,6 +119,21 @@ def test_a_working_folder_is_taken_over_or_kept(tmp_path):
         pass
     assert is_done(tmp_path / "out", "k1")
     assert not work.exists()
+
+
+def test_new_files_are_written_together_or_not_at_all(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    write_new({one: "text", two: b"bytes"})
+    assert (one.read_text(), two.read_bytes()) == ("text", b"bytes")
+    write_new({one: "text", two: b"bytes"})
+    one.unlink()
+    two.unlink()
+    for put in (lambda: two.write_text("more"), lambda: two.symlink_to(tmp_path / "absent"), two.mkdir):
+        put()
+        with pytest.raises(OutputExists, match="two exists, and is not what this command writes there"):
+            write_new({one: "text", two: b"bytes"})
+        assert not one.exists()
+        two.rmdir() if two.is_dir() else two.unlink()
 
 
 def test_nothing_is_overwritten(tmp_path):

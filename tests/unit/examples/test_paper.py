@@ -121,8 +121,13 @@ def test_the_plan_says_how_often_each_source_is_repeated():
 
 def test_the_recipe_builds_as_a_curriculum(stood_in, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--write", str(stood_in)])
-    recipe.main()
+    assert recipe.main() == 0
+    edited = (stood_in / "pool.yaml").read_text()
+    (stood_in / "pool.yaml").write_text("# mine\n" + edited)
+    assert recipe.main() == 6
+    assert "pool.yaml exists, and is not what this command writes there" in capsys.readouterr().err
     pool = Pool.read(stood_in / "pool.yaml")
+    assert (stood_in / "pool.yaml").read_text() == "# mine\n" + edited
     written = yaml.safe_load((stood_in / "mixture.json").read_text())
     scale = stand_in.TOKENS_PER_BILLION
     stages = [Stage(Mixture(s["weights"]), int(s["tokens"].removesuffix("B")) * scale) for s in written["stages"]]

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_demix.cli import main
 from megatron_demix.evaluate.scores import Score, ScoreTable
+from megatron_demix.report.ranks import FORMATS
 from megatron_demix.search.tables import Table
 
 IDS = tuple(f"m{m}" for m in range(16))
@@ -46,6 +47,22 @@ def test_the_table_the_json_and_the_picture_say_the_same(tables, capsys):
     assert "rank among references" in picture
     assert consistency(tables, *flags, "--plot", tables / "again.svg") == 0
     assert (tables / "again.svg").read_text() == picture
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_same_command_changes_nothing_and_another_one_overwrites_nothing(tables, capsys, suffix):
+    report, plot = tables / "r.json", tables / f"r{suffix}"
+    files = ("--output", report, "--plot", plot)
+    assert consistency(tables, *files) == 0
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in (report, plot)]
+    assert consistency(tables, *files) == 0
+    assert consistency(tables, *files, "--seed", 1) == 6
+    assert f"{report} exists, and is not what this command writes there" in capsys.readouterr().err
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in (report, plot)] == before
+    report.unlink()
+    assert consistency(tables, *files, "--seed", 1) == 6
+    assert f"{plot} exists, and is not what" in capsys.readouterr().err
+    assert not report.exists(), "nothing is written of what belongs together"
 
 
 def test_names_are_shown_as_they_are_and_nothing_overlaps(tmp_path, capsys):
@@ -177,7 +194,7 @@ def test_what_the_system_refuses_is_said_with_the_file(tables, capsys, monkeypat
         def refuse(path, report, number=number):
             raise OSError(number, "refused", str(path))
 
-        monkeypatch.setattr("megatron_demix.artifact.write_json", refuse)
+        monkeypatch.setattr("megatron_demix.artifact.write_atomic", refuse)
         assert consistency(tables, "--output", tables / "r.json") == code
         assert f"demix: {tables}/r.json: refused. " in capsys.readouterr().err
 
