@@ -15,6 +15,8 @@ from numbers import Real
 from megatron_demix.errors import MixtureError
 
 TOLERANCE = 1e-6
+_LARGEST = 1e300
+"""Weights up to this have a sum. No mixture has such a one."""
 
 
 def tokens_of_epochs(tokens: float, max_epochs: float) -> int:
@@ -37,8 +39,8 @@ class Mixture(Mapping[str, float]):
         if not weights:
             raise MixtureError(f"{label}: no domains. Give at least one domain with a weight.")
         for name, weight in weights.items():
-            if not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
-                raise MixtureError(f"{label}: weight of domain {name!r} is {weight!r}, expected a finite number >= 0.")
+            if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= _LARGEST:
+                raise MixtureError(f"{label}: weight of domain {name!r} is {weight!r:.80}, expected a finite number >= 0.")
         total = math.fsum(weights.values())
         if abs(total - 1) > TOLERANCE:
             listed = ", ".join(f"{n} {w:g}" for n, w in weights.items())

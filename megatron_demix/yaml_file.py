@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_yaml(text: str) -> Any:
-    """Plain data of a YAML document. Raises yaml.YAMLError, for a key given twice as well, with its line."""
+    """Plain data of a YAML document. Raises yaml.YAMLError; for a key given twice as well, with its line."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError as e:

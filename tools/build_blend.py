@@ -48,11 +48,24 @@ def build(arguments: argparse.Namespace) -> list[dict]:
     if "weights" in wanted:
         mixture = Mixture(wanted["weights"], label=label)
         return [build_blend(pool, mixture, parse_tokens(arguments.target_tokens), arguments.output, **options)]
-    try:
-        stages = [Stage(Mixture(s["weights"], label=label), parse_tokens(s["tokens"])) for s in wanted["stages"]]
-    except (KeyError, TypeError) as e:
-        raise ConfigError(f'{label}: a stage is {{"weights": {{...}}, "tokens": "10B"}} ({e!r}).') from e
-    return build_curriculum(pool, stages, arguments.output, **options)
+    return build_curriculum(pool, _stages(wanted["stages"], label), arguments.output, **options)
+
+
+def _stages(given: object, label: str) -> list[Stage]:
+    form = '{"weights": {"<domain>": share, ...}, "tokens": "10B"}'
+    if not isinstance(given, list):
+        raise ConfigError(f"{label}: stages are {given!r:.80}, expected a list of {form}.")
+    stages = []
+    for number, stage in enumerate(given, 1):
+        where = f"{label}, stage {number}"
+        if not isinstance(stage, dict) or not {"weights", "tokens"} <= set(stage):
+            raise ConfigError(f"{where}: found {stage!r:.80}, expected {form}.")
+        mixture = Mixture(stage["weights"], label=where)
+        try:
+            stages.append(Stage(mixture, parse_tokens(stage["tokens"])))
+        except ConfigError as e:
+            raise ConfigError(f"{where}: {e}") from e
+    return stages
 
 
 def main() -> int:

@@ -54,6 +54,7 @@ class Pool(dict[str, Source]):
                 or "prefixes" not in entry
                 or set(entry) - {*lists, "max_epochs"}
                 or not all(isinstance(entry.get(key, []), list) for key in lists)
+                or not all(isinstance(prefix, str) for key in lists for prefix in entry.get(key, []))
             ):
                 raise ConfigError(
                     f"pool {path}: domain {name!r} is {entry!r}, expected {{prefixes: [path, ...], max_epochs: number}}, and "
@@ -62,7 +63,7 @@ class Pool(dict[str, Source]):
             limit = entry.get("max_epochs", Source.max_epochs)
             if isinstance(limit, bool) or not isinstance(limit, (int, float)):
                 raise ConfigError(f"pool {path}: domain {name!r}: max_epochs is {limit!r}, expected a number > 0.")
-            train, valid, test = (tuple(path.parent / str(p) for p in entry.get(key, [])) for key in lists)
+            train, valid, test = (tuple(path.parent / p for p in entry.get(key, [])) for key in lists)
             pool[str(name)] = Source(train, float(limit), valid, test)
         return pool
 

@@ -47,8 +47,17 @@ class ScoreTable:
 
     @classmethod
     def read(cls, path: Path) -> ScoreTable:
+        """Raises CorruptInput."""
         data = read_json(path)
         try:
-            return cls([Score(**s) for s in data["scores"]], {m: dict(r) for m, r in data["rows"].items()})
-        except (KeyError, TypeError, AttributeError) as e:
-            raise CorruptInput(f"{path}: not a score table ({e!r}).") from e
+            scores = [Score(**s) for s in data["scores"]]
+            rows = {
+                model: {score: float(value) for score, value in row.items() if value is not None}
+                for model, row in data["rows"].items()
+            }
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            raise CorruptInput(
+                f'{path}: not a score table, expected {{"scores": [{{"name", "unit", "direction"}}, ...], "rows": {{model: '
+                "{score: number}}}."
+            ) from e
+        return cls(scores, rows)

@@ -105,15 +105,14 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any, dict[str, float]]]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line, object_pairs_hook=unique_keys)
-            name, weights = row["name"], row["weights"]
-            if not isinstance(weights, dict):
-                raise TypeError(f"weights are a {type(weights).__name__}")
         except KeyGivenTwice as e:
             raise ConfigError(f"{where}: {e}") from e
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
+            raise ConfigError(f"{where}: {line[:80]!r} is not JSON ({e}).") from e
+        if not isinstance(row, dict) or "name" not in row or not isinstance(row.get("weights"), dict):
             form = '{"name": ..., "weights": {component: weight}}'
-            raise ConfigError(f"{where}: expected {form}, found {line[:80]!r} ({e!r}).") from e
-        yield where, name, weights
+            raise ConfigError(f"{where}: expected {form}, found {line[:80]!r}.")
+        yield where, row["name"], row["weights"]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, str, dict[str, float]]]:
@@ -136,7 +135,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, str, dict[str, float]]]:
             weights = dict(zip(columns, map(float, values), strict=True))
         except ValueError as e:
             found = ",".join([name, *values])[:80]
-            raise ConfigError(f"{where}: expected a name and {len(columns)} numbers, found {found!r} ({e!r}).") from e
+            raise ConfigError(f"{where}: expected a name and {len(columns)} numbers, found {found!r}.") from e
         yield where, name, weights
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_demix.command import check_at_least, check_outputs
-from megatron_demix.errors import ConfigError
+from megatron_demix.errors import ConfigError, CorruptInput
 
 if TYPE_CHECKING:
     from megatron_demix.search.tables import Table
@@ -103,11 +103,16 @@ def _read(path: Path, higher: set[str]) -> Table:
     data = read_json(path)
     rows: dict[str, dict[str, float]] = {}
     if isinstance(data, dict) and "surrogates" in data:
-        names = tuple(data["surrogates"])
-        for name, facts in data["surrogates"].items():
-            for model, value in zip(facts["models"], facts["measured"], strict=True):
-                rows.setdefault(model, {})[name] = value
-        higher |= set(data.get("higher_is_better", ()))
+        try:
+            names = tuple(data["surrogates"])
+            for name, facts in data["surrogates"].items():
+                for model, value in zip(facts["models"], facts["measured"], strict=True):
+                    rows.setdefault(model, {})[name] = np.nan if value is None else float(value)
+            higher |= set(data.get("higher_is_better", ()))
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            raise CorruptInput(
+                f'{path}: not a fit.json, expected {{"surrogates": {{score: {{"models": [...], "measured": [...]}}}}}}.'
+            ) from e
     else:
         table = ScoreTable.read(path)
         names = tuple(score.name for score in table.scores)

@@ -53,7 +53,7 @@ def load_space(path: Path) -> SearchSpace:
     chosen = file.anchor.mixture
     return SearchSpace(
         natural,
-        anchor[chosen] if isinstance(chosen, str) else Mixture(chosen, label="anchor"),
+        anchor[chosen] if isinstance(chosen, str) else Mixture(chosen, label=f"{path}: anchor"),
         file.anchor.share,
         {name: domain.max_share for name, domain in file.domains.items() if domain.max_share < 1},
         {name: domain.min_share for name, domain in file.domains.items() if domain.min_share > 0},

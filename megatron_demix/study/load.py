@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_demix.errors import ConfigError
 from megatron_demix.study.data import CleanSpec
+from megatron_demix.study.reason import reason
 from megatron_demix.study.section import nearest
 from megatron_demix.study.study import Study
 
@@ -78,11 +79,8 @@ def _place(error: ErrorDetails) -> str:
 
 
 def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
-    if error["type"] == "value_error":
-        return error["msg"].removeprefix("Value error, ")
-    if error["type"] != "extra_forbidden":
-        seen = f", found {error['input']!r}" if isinstance(error["input"], (str, int, float, bool, type(None))) else ""
-        return f"{error['msg']}{seen}"
+    if error["type"] not in ("extra_forbidden", "invalid_key"):
+        return reason(error)
     section = _section_at(root, error["loc"][:-1])
     known = list(section.model_fields) if section else []
     return f"unknown key{nearest(str(error['loc'][-1]), known)}" + (f" Known here: {', '.join(known)}." if known else "")

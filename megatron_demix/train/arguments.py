@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from megatron_demix.errors import ConfigError, MixtureError
+from megatron_demix.study.reason import reason
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec
 from megatron_demix.train.job import TrainJob
 
@@ -104,10 +105,10 @@ def _checked(spec: type[_Spec], data: Any) -> _Spec:
         raise ConfigError("\n".join(_explain(d) for d in e.errors())) from e
 
 
-def _explain(error: Any) -> str:
+def _explain(error: ErrorDetails) -> str:
     name = str(error["loc"][-1]) if error["loc"] else ""
     flag = _JOB_FLAGS[name][0] if name in _JOB_FLAGS else _FLAGS.get(name, name.replace("_", "-"))
-    return f"--{flag}: {error['msg']}" if name else error["msg"].removeprefix("Value error, ")
+    return f"--{flag}: {reason(error)}" if name else reason(error)
 
 
 def _blend(arguments: argparse.Namespace) -> list[tuple[Path, float]]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megatron_demix.artifact import read_json
 from megatron_demix.errors import ConfigError
+from megatron_demix.study.reason import reason
 from megatron_demix.study.training import ModelSpec, ParallelSpec, TrainSpec, check_layout
 
 
@@ -79,5 +80,5 @@ class TrainJob(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as e:
-            problems = "\n".join(f"  {'.'.join(map(str, d['loc'])) or 'job'}: {d['msg']}" for d in e.errors())
+            problems = "\n".join(f"  {'.'.join(map(str, d['loc'])) or 'job'}: {reason(d)}" for d in e.errors())
             raise ConfigError(f"job {path}:\n{problems}") from e

@@ -29,6 +29,9 @@ def mixture(values: list[float]) -> Mixture:
         ({"a": math.nan, "b": 1.0}, "weight of domain 'a' is nan"),
         ({"a": math.inf}, "weight of domain 'a' is inf"),
         ({"a": "1"}, "weight of domain 'a' is '1'"),
+        ({"a": True}, "weight of domain 'a' is True"),
+        ({"a": 10**400}, "weight of domain 'a' is 1000"),
+        ({"a": 1e308, "b": 1e308}, r"weight of domain 'a' is 1e\+308"),
         ({"a": None, "b": 1}, "weight of domain 'a' is None"),
     ],
 )

@@ -161,3 +161,15 @@ def test_a_curriculum_by_the_tool(pool, tmp_path):
     wrong = subprocess.run([*command, "--target-tokens", "5"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2
     assert "the stages of a curriculum have their own" in wrong.stderr
+    form = 'expected {"weights": {"<domain>": share, ...}, "tokens": "10B"}.'
+    for given, said in (
+        (3, "stages.json: stages are 3, expected a list of {"),
+        ([stages[0], 3], f"stages.json, stage 2: found 3, {form}"),
+        ([{"tokens": "10B"}], f"stages.json, stage 1: found {{'tokens': '10B'}}, {form}"),
+        ([{"weights": [1], "tokens": 1}], "stages.json, stage 1: weights are [1], expected a share for each domain"),
+        ([{"weights": later, "tokens": "many"}], "stages.json, stage 1: tokens: 'many' is not understood"),
+    ):
+        (tmp_path / "stages.json").write_text(json.dumps({"stages": given}))
+        wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert wrong.returncode == (4 if "weights are" in said else 2)
+        assert wrong.stderr.startswith(f"error: {said}")

@@ -55,6 +55,13 @@ def test_other_names_of_one_data_set(pool, tmp_path):
     assert list(open_pool(views).domains) == ["u", "v"]
 
 
+@pytest.mark.parametrize("prefixes", ["x", "[3]", "[null]", "[[x]]", "{a: b}"])
+def test_prefixes_that_are_no_list_of_paths_in_a_pools_file(tmp_path, prefixes):
+    (tmp_path / "pool.yaml").write_text(f"domains: {{a: {{prefixes: {prefixes}}}}}")
+    with pytest.raises(ConfigError, match=r"domain 'a' is .*, expected {prefixes: \[path, \.\.\.\]"):
+        Pool.read(tmp_path / "pool.yaml")
+
+
 def test_a_domain_given_twice_in_a_pools_file(tmp_path):
     (tmp_path / "pool.yaml").write_text("domains:\n  a: {prefixes: [x]}\n  a: {prefixes: [y]}\n")
     with pytest.raises(ConfigError, match=r"(?s)the key 'a' is given twice, first in line 2.*line 3"):

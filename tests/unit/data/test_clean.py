@@ -397,7 +397,7 @@ def test_a_model_of_words(models, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "grades", "message"),
     [
-        ({"heuristics": {"use": ["magic"]}}, {}, "heuristics.use.0: Input should be 'gopher_repetition', .*found 'magic'"),
+        ({"heuristics": {"use": ["magic"]}}, {}, "heuristics.use.0: expected 'gopher_repetition', .*found 'magic'"),
         ({"near_dups": None}, {}, "near_dups: unknown key; did you mean 'near_duplicates'"),
         ({"quality": {"model": "q.bin", "drop": "3 percent"}}, {}, "quality.drop: cut: '3 percent' is not understood"),
         ({"heuristics": {"use": ["c4"], "domains": ["y"]}}, {}, "heuristics.domains: 'y' is not one of x"),

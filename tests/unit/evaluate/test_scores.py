@@ -36,9 +36,19 @@ def test_missing_blocks(value):
         broken.column("code")
 
 
-def test_not_a_table(tmp_path):
-    (tmp_path / "scores.json").write_text('{"rows": 3}')
-    with pytest.raises(CorruptInput, match="not a score table"):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3",
+        '{"rows": 3}',
+        '{"scores": [{"name": "code"}], "rows": {}}',
+        '{"scores": [], "rows": {"a": 3}}',
+        '{"scores": [], "rows": {"a": {"code": "low"}}}',
+    ],
+)
+def test_not_a_table(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(CorruptInput, match=r'scores\.json: not a score table, expected {"scores": .*: number}}}\.\Z'):
         ScoreTable.read(tmp_path / "scores.json")
 
 

@@ -151,6 +151,15 @@ def test_what_a_run_fitted_is_compared(tables, capsys):
     assert from_fit == json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    "facts", [3, {}, {"models": ["m0"]}, {"models": ["m0"], "measured": []}, {"models": [[]], "measured": [1]}]
+)
+def test_what_is_no_fit_is_refused(tables, capsys, facts):
+    (tables / "fit.json").write_text(json.dumps({"surrogates": {"code": facts}}))
+    assert consistency(tables, proxies="fit.json") == 7
+    assert 'fit.json: not a fit.json, expected {"surrogates": {score: {"models"' in capsys.readouterr().err
+
+
 def test_what_blocks_says_why_and_writes_nothing(tables, capsys):
     table = Table.read(tables / "proxies.csv")
     changes = {

@@ -74,8 +74,8 @@ def test_weights_are_part_of_the_key_and_everything_else_stays(path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("component.mixed=centriod", r"component.mixed: Input should be 'centroid' or 'pairs', found 'centriod'"),
-        ("component.mixed={}", r"component.mixed: .*at least 1 item"),
+        ("component.mixed=centriod", r"component.mixed: expected 'centroid' or 'pairs', found 'centriod'"),
+        ("component.mixed={}", r"component.mixed: .*1 or more entries"),
         ("component.mixed={x: {code: 0.5, maths: 0.5}}", r"component.mixed.x: 'maths' is not one of .*did you mean 'math'\?"),
         (
             "component.mixed={code: {code: 0.5, math: 0.5}}",

@@ -47,17 +47,29 @@ def test_without_an_anchor_weights_are_shares(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("domains: [", ConfigError, r"domains\.yaml: cannot be read"),
-        ("domains: 2024-13-01\n", ConfigError, "cannot be read: month must be in 1..12"),
+        ("domains: [", ConfigError, "cannot be read"),
+        ("domains: 2024-13-45", ConfigError, "cannot be read: month must be in 1..12"),
+        ("- code\n- math\n", ConfigError, r"yaml: not a domains file:\n  expected a mapping, found a list\Z"),
+        ("", ConfigError, "expected a mapping, found nothing"),
+        (
+            "domains: {a: 30B, 1: {tokens: 1M}}\ntarget_tokens: 1\n5: 6",
+            ConfigError,
+            r"a: expected a mapping, found '30B'\n  domains\.1: expected text, in quotes where .*, found 1\n  5: unknown key\.",
+        ),
+        (
+            "domains: {a: {tokens: 1}, b: {tokens: 1}}\ntarget_tokens: 1\nanchor: {mixture: {a: 0.4}}",
+            MixtureError,
+            r"domains\.yaml: anchor: weights sum to 0\.4",
+        ),
         ("target_tokens: 1M\ntarget_tokens: 2M\n", ConfigError, r"(?s)'target_tokens' is given twice, first in line 1.*line 2"),
-        ("max_kl: .inf\n", ConfigError, r"max_kl: Input should be a finite number"),
-        ("domains: {a: {tokens: 1M}}\ntarget_tokens: 1M\n", ConfigError, "domains: Dictionary should have at least 2 items"),
+        ("max_kl: .inf\n", ConfigError, r"max_kl: expected a finite number"),
+        ("domains: {a: {tokens: 1M}}\ntarget_tokens: 1M\n", ConfigError, "domains: expected 2 or more entries, found 1"),
         (
             "domains: {a: {tokens: 1M, epochs: 2}, b: {tokens: 1}}\ntarget_tokens: 1M\n",
             ConfigError,
             r"domains\.a\.epochs: unknown key; did you mean 'max_epochs'\?",
         ),
-        ("domains: {a: {tokens: 1M}, b: {tokens: 1M}}\n", ConfigError, r"target_tokens: Field required\Z"),
+        ("domains: {a: {tokens: 1M}, b: {tokens: 1M}}\n", ConfigError, r"target_tokens: missing\Z"),
         ("domains: {a: {tokens: lots}, b: {tokens: 1}}\ntarget_tokens: 1M\n", ConfigError, "'lots' is not understood"),
         (
             "domains: {a: {tokens: 1M, max_epochs: 1}, b: {tokens: 1M, max_epochs: 2}}\ntarget_tokens: 4M\n",

@@ -1,6 +1,6 @@
 """The study file: what is said about each mistake."""
 
-import contextlib
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,17 +17,18 @@ TRAINED = "search.proxies=trained"
 @pytest.mark.parametrize(
     ("fits", "too_many", "said"),
     [
-        (["final.seeds=100"], ["final.seeds=1000000"], r"final\.seeds: .* less than or equal to 100, found 1000000"),
-        (["component.maturity_seeds=100"], ["component.maturity_seeds=101"], r"maturity_seeds: .* or equal to 100, found 101"),
+        (["final.seeds=100"], ["final.seeds=1000000"], r"final\.seeds: expected a number of at most 100, found 1000000"),
+        (["component.maturity_seeds=100"], ["component.maturity_seeds=101"], r"maturity_seeds: .* at most 100, found 101"),
         (["search.rounds=[9990, 10]"], ["search.rounds=[9990, 11]"],
          r"search: rounds: 10,001 merged proxies in all, expected at most 10,000"),
         ([TRAINED, "search.rounds=[4096]"], [TRAINED, "search.rounds=[4097]"],
          r"search: rounds: 4,097 trained proxies in all, expected at most 4,096"),
-        ([f"search.rounds={[8] * 100}"], [f"search.rounds={[8] * 101}"], r"search\.rounds: .* at most 100 items .* not 101"),
-        (["search.bootstraps=10000"], ["search.bootstraps=10001"], r"search\.bootstraps: .* or equal to 10000, found 10001"),
-        (["search.candidates=10000000"], ["search.candidates=10000001"], r"search\.candidates: .* equal to 10000000, found"),
+        ([f"search.rounds={[8] * 100}"], [f"search.rounds={[8] * 101}"],
+         r"search\.rounds: expected at most 100 entries, found 101"),
+        (["search.bootstraps=10000"], ["search.bootstraps=10001"], r"search\.bootstraps: .* at most 10000, found 10001"),
+        (["search.candidates=10000000"], ["search.candidates=10000001"], r"search\.candidates: .* at most 10000000, found"),
         (["launch.slurm.parts={data: 10000}"], ["launch.slurm.parts={data: 10001}"],
-         r"launch\.slurm\.parts\.data: .* or equal to 10000, found 10001"),
+         r"launch\.slurm\.parts\.data: .* at most 10000, found 10001"),
     ],
 )  # fmt: skip
 def test_counts_that_no_machine_comes_to_the_end_of_are_refused(load, fits, too_many, said):
@@ -76,12 +77,15 @@ def test_settings_that_do_not_go_together(load):
         (put("name", "../x"), "name: '../x' becomes part of file names: expected ASCII letters, digits, '_'"),
         (put("name", "数学"), "name: '数学' becomes part of file names: expected ASCII letters"),
         (put("name", "x\n"), r"name: 'x\\n' becomes part of file names: expected ASCII letters"),
-        (put("train", "lr", "fast"), r"train\.lr: Input should be a valid number.*, found 'fast'"),
+        (put("train", "lr", "fast"), r"train\.lr: expected a number, found 'fast'"),
         (
             put("final", "tokens", "lots"),
             r"final\.tokens: tokens: 'lots' is not understood\. Write it like 250000, 4M or 30B\.$",
         ),
-        (put("base", "mixture", "unifrom"), r"base\.mixture: Input should be 'natural' or 'uniform', found 'unifrom', or "),
+        (
+            put("base", "mixture", "unifrom"),
+            r"base\.mixture: expected 'natural' or 'uniform', found 'unifrom', or expected a mapping, ",
+        ),
         (put("base", "mixture", {"cod": 1.0}), r"base\.mixture: 'cod' is not one of code, math; did you mean 'code'\?"),
         (put("search", "proxy_tokens", "1M"), "proxy_tokens is what trained proxies cost; merged ones cost the components"),
         (put("evaluate", {"losses": []}), "evaluate: neither losses nor tasks are measured; name one"),
@@ -128,12 +132,12 @@ def test_settings_that_do_not_go_together(load):
         ),
         (put("launch", {"slurm": {"kinds": {"final": {"time": 60}}}}), r"kinds\.final\.time is 60 s"),
         (put("model", "hidden_size", 65), "hidden_size 65 is not a multiple of num_attention_heads 4"),
-        (put("domains", 0, "max_epochs", float("inf")), r"domains\.0\.max_epochs: Input should be a finite number, found inf"),
+        (put("domains", 0, "max_epochs", float("inf")), r"domains\.0\.max_epochs: expected a finite number, found inf"),
         (
             put("search", "objective", "code", float("nan")),
-            r"search\.objective\.code: Input should be a finite number, found nan",
+            r"search\.objective\.code: expected a finite number, found nan",
         ),
-        (put("prepare", {"split": [float("nan"), 0.5, 0.5]}), r"prepare\.split\.0: Input should be a finite number, found nan"),
+        (put("prepare", {"split": [float("nan"), 0.5, 0.5]}), r"prepare\.split\.0: expected a finite number, found nan"),
         (put("model", "kv_channels", 9), r"kv_channels 9 .* is odd, but rope turns pairs of channels"),
         (
             put("model", {**GOOD["model"], "num_experts": 2, "moe_router_topk": 3}),
@@ -148,8 +152,8 @@ def test_settings_that_do_not_go_together(load):
             lambda data: data.update(model={**GOOD["model"], "num_experts": 4}, parallel={"expert": 2}),
             r"parallel\.data x parallel\.context is 1, expected a multiple of parallel\.expert 2",
         ),
-        (put("train", "adam_beta2", 1.0), r"train\.adam_beta2: Input should be less than 1, found 1\.0"),
-        (put("train", "clip_grad", -1), r"train\.clip_grad: Input should be greater than or equal to 0, found -1"),
+        (put("train", "adam_beta2", 1.0), r"train\.adam_beta2: expected a number below 1, found 1\.0"),
+        (put("train", "clip_grad", -1), r"train\.clip_grad: expected a number of at least 0, found -1"),
         (put("model", "num_query_groups", 3), "num_attention_heads 4 is not a multiple of num_query_groups 3"),
     ],
 )
@@ -275,5 +279,9 @@ def test_whatever_stands_in_a_study_it_is_read_or_refused(load, place, value):
     def change(data):
         put(*place, value)(data)
 
-    with contextlib.suppress(DemixError):
+    said = ""
+    try:
         load(change)
+    except DemixError as e:
+        said = str(e)
+    assert not re.search(r"Input should|Field required|instance of|after validation", said)

@@ -56,7 +56,7 @@ def test_blends_come_from_a_file_too(tmp_path):
         ("--data-path 0.5 a 0.5", MixtureError, "3 words, expected pairs of a weight and a prefix"),
         ("--data-path a 0.5 b 0.5", MixtureError, "could not convert string to float: 'a'; expected pairs"),
         ("", ConfigError, "no data: give --data-path or --data-args-path"),
-        ("--data-path a --lr high", ConfigError, "--lr: Input should be a valid number"),
+        ("--data-path a --lr high", ConfigError, "--lr: expected a number, found 'high'"),
         ("--data-path a --valid-data-path b", ConfigError, "--valid-data-path 'b': expected NAME=PREFIX"),
         (
             "--data-path a --tensor-model-parallel-size 3",
@@ -66,7 +66,7 @@ def test_blends_come_from_a_file_too(tmp_path):
         (
             "--data-path a --tensor-model-parallel-size two",
             ConfigError,
-            "^--tensor-model-parallel-size: Input should be a valid",
+            "^--tensor-model-parallel-size: expected a whole number",
         ),
         (
             "--data-path a --micro-batch-size 3",
@@ -94,7 +94,7 @@ def test_blends_come_from_a_file_too(tmp_path):
             "^parallel.tensor is 2 and the model has experts",
         ),
         ("--data-path a --num-experts 3 --expert-model-parallel-size 2", ConfigError, "^parallel.expert 2 shares experts out"),
-        ("--data-path a --context-parallel-size 0", ConfigError, "^--context-parallel-size: Input should be greater than"),
+        ("--data-path a --context-parallel-size 0", ConfigError, "^--context-parallel-size: expected a number of at least 1"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_flag(flags, error, said):
@@ -103,5 +103,5 @@ def test_what_is_wrong_is_named_by_its_flag(flags, error, said):
 
 
 def test_missing_flags_are_named():
-    with pytest.raises(ConfigError, match=r"--hidden-size: Field required\n(.*\n)*--save: Field required"):
+    with pytest.raises(ConfigError, match=r"--hidden-size: missing\n(.*\n)*--save: missing"):
         job("--num-layers 2 --data-path a")
