@@ -224,7 +224,7 @@ def check_kinds(spec: SlurmSpec, stages: Sequence[Stage]) -> None:
 def _quoted(option: str) -> str:
     """One of sbatch's options, as a line of a script takes it."""
     name, equals, value = option.partition("=")
-    return f"{name}={shlex.quote(value)}" if equals else option
+    return f"{name}={shlex.quote(value)}" if equals and " " not in name else option
 
 
 def _given(overrides: SlurmResources) -> dict:

@@ -10,24 +10,22 @@ from pydantic import Field, field_validator, model_validator
 from megatron_demix.study.section import Seconds, Section
 
 _DECIDED = (
-    *("--job-name", "-J", "--chdir", "-D", "--array", "-a", "--output", "-o", "--open-mode", "--dependency", "-d"),
-    *(
-        "--nodes",
-        "-N",
-        "--ntasks",
-        "-n",
-        "--ntasks-per-node",
-        "--signal",
-        "--requeue",
-        "--no-requeue",
-        "--parsable",
-        "--wait",
-        "-W",
-        "--clusters",
-        "-M",
-    ),
-)
-"""sbatch's options by which jobs are found again, ordered, and told to save."""
+    "--job-name", "-J", "--chdir", "-D", "--array", "-a", "--output", "-o", "--error", "-e", "--open-mode", "--dependency",
+    "-d", "--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--parsable",
+    "--wait", "-W", "--clusters", "-M", "--wrap", "--test-only",
+)  # fmt: skip
+"""sbatch's options by which jobs are found again, ordered, and told to save, and their logs read."""
+_KEYS = {
+    "partition": ("--partition", "-p"),
+    "account": ("--account", "-A"),
+    "qos": ("--qos", "-q"),
+    "time": ("--time", "-t"),
+    "cpus_per_task": ("--cpus-per-task", "-c"),
+    "mem": ("--mem",),
+}
+_KEY_OF = {option: key for key, options in _KEYS.items() for option in options}
+"""Those that have a key of their own. Given freely, time and CPUs would not be seen where the time to save is counted, and the
+ranks are started."""
 
 
 class SlurmResources(Section):
@@ -49,10 +47,17 @@ class SlurmResources(Section):
     @classmethod
     def _not_what_is_decided(cls, options: list[str]) -> list[str]:
         for option in options:
-            name = re.split(r"[=\s]", option.strip(), maxsplit=1)[0]
+            name, between, value = re.fullmatch(r"([^=\s]*)(.?)(.*)", option, re.DOTALL).groups()  # type: ignore[union-attr]
             name = name if name.startswith("--") else name[:2]  # a short option may have its value glued to it
             if name in _DECIDED:
                 raise ValueError(f"{name} is decided by demix")
+            if name in _KEY_OF:
+                raise ValueError(f"{name} has a key of its own: {_KEY_OF[name]}")
+            more = between != "=" and re.search(r"(^|\s)-", value)
+            if more or not option.startswith("-") or not option.isprintable():
+                raise ValueError(
+                    f"{option!r}: expected one option, as in '--exclusive' or '--mail-type=FAIL'; give each its own entry"
+                )
         return options
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from megatron_demix.study.study import Study
 from megatron_demix.study.training import OVERRIDES, PhaseName
 
-_CPUS = ("--exclusive", "--cpus-per-", "-c")
+_CPUS = ("--exclusive", "--cpus-per-")
 """How options of sbatch begin that say it, too."""
 
 

@@ -111,10 +111,10 @@ def test_light_stages_and_kinds_override(stages):
     assert "--time=02:00:00\n#SBATCH --signal" in blend
     assert "#SBATCH --exclusive\n" in blend
     assert "--partition=gpu\n" in render(stages, "base.base", **spec)
-    light = SlurmSpec(**spec | {"light": {"partition": "cpu", "sbatch": ["--mem=1G"]}})
+    light = SlurmSpec(**spec | {"light": {"partition": "cpu", "mem": "1G", "sbatch": ["--exclusive", '-C "a=b&c"']}})
     last = Scripts(light, "s", RUN, Path("/studies")).of_conclusion()
     assert "#SBATCH --partition=cpu\n" in last
-    assert "#SBATCH --mem=1G\n" in last
+    assert '#SBATCH --mem=1G\n#SBATCH --nodes=1\n#SBATCH --ntasks=1\n#SBATCH --exclusive\n#SBATCH -C "a=b&c"\n' in last
     check_kinds(SlurmSpec(**spec), stages)
     with pytest.raises(ConfigError, match=r"launch.slurm.kinds: 'blends' is not one of data, base, rounds, components, blend"):
         check_kinds(SlurmSpec(kinds={"blends": {}}), stages)
