@@ -154,7 +154,7 @@ def check_means(merge: Merge, *, threads: int | None = None, max_memory: int = M
     """That there are the memory, the open files, the disk and the permission to write it. Returns how many outputs may be made
     from one read. Raises ConfigError, StorageError."""
     per_pass = _outputs_per_pass(merge.job, threads or default_threads(), max_memory)
-    _check_place(merge.targets[0].parent, merge.job, len(merge.todo))
+    _check_place([merge.targets[m] for m in merge.todo], merge.job)
     return per_pass
 
 
@@ -328,16 +328,20 @@ def _check_outside(targets: Sequence[Path], parts: Components) -> None:
             raise ConfigError(f"output {inside[0]} lies within {folder}, which is merged. Choose a folder outside of it.")
 
 
-def _check_place(folder: Path, job: Job, num_outputs: int) -> None:
-    """That outputs can be made in a folder, which need not exist. Raises StorageError."""
-    while not folder.exists():
-        folder = folder.parent
-    if num_outputs and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise StorageError(f"{folder}: nothing can be written there. Choose another place for the output.")
-    needed = num_outputs * job.bytes_each
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(
-            f"{folder}: {num_outputs} merged checkpoints of {format_bytes(job.bytes_each)} need {format_bytes(needed)}, but "
-            f"{format_bytes(free)} are free. Free {format_bytes(needed - free)}, or choose another disk. Nothing was written."
-        )
+def _check_place(targets: Sequence[Path], job: Job) -> None:
+    """That outputs can be made where they are to lie, in folders that need not exist, on one disk or several (links may lead to
+    others). Raises StorageError."""
+    disks: dict[int, list[Path]] = {}
+    for target in targets:
+        folder = next(parent for parent in target.parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise StorageError(f"{folder}: nothing can be written there. Choose another place for the output.")
+        disks.setdefault(folder.stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        needed, free = len(folders) * job.bytes_each, shutil.disk_usage(folders[0]).free
+        if needed > free:
+            raise StorageError(
+                f"{folders[0]}: {len(folders)} merged checkpoints of {format_bytes(job.bytes_each)} need "
+                f"{format_bytes(needed)}, but {format_bytes(free)} are free. Free {format_bytes(needed - free)}, or choose "
+                "another disk. Nothing was written."
+            )

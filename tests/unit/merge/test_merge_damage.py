@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -140,6 +142,21 @@ def test_a_full_disk(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(output, "reserve", full)
     refuse(StorageError, "No space left on device", parts, tmp_path)
+
+
+def test_each_disk_is_asked_for_what_lies_on_it(parts, tmp_path, monkeypatch):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs two file systems")
+    usage, weights = shutil.disk_usage(tmp_path), {"a": 0.5, "b": 0.5}
+    with TemporaryDirectory(dir=shared) as other:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 if Path(path) == Path(other) else 10**9))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "second").symlink_to(Path(other, "second"))
+        with pytest.raises(StorageError, match=rf"^{other}: 1 merged checkpoints of .* but 100 B are free"):
+            merge_checkpoints(parts, {"first": weights, "second": weights}, tmp_path / "out", progress=False)
+        merge_checkpoints(parts, {"first": weights}, tmp_path / "out", progress=False)
+        assert os.listdir(other) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
