@@ -166,9 +166,11 @@ def job(stages, tmp_path):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "slurm").mkdir()
 
-    def run(ranks, srun_code, said="", *, second="", signal="", srun_s=0.0, refused=0, restart=0, **more):
+    def run(ranks, srun_code, said="", *, second="", signal="", srun_s=0.0, refused=0, restart=0, setup="", **more):
         chosen = next(g for g in group(stages) if g.stages[0].ranks == ranks)
-        text = Scripts(SlurmSpec(ranks_per_node=8, setup="set -euo pipefail"), "s", tmp_path, tmp_path).of_group(chosen)
+        text = Scripts(SlurmSpec(ranks_per_node=8, setup=f"set -euo pipefail\n{setup}"), "s", tmp_path, tmp_path).of_group(
+            chosen
+        )
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SAID": said}
         environment |= {
             "SECOND": second,
@@ -229,6 +231,16 @@ def test_the_last_job_concludes_whatever_becomes_of_the_set_up(tmp_path, setup):
     spec = SlurmSpec(python=str(python), setup=f"export VALUE=set\n{setup}")
     ended = subprocess.run(["bash"], input=Scripts(spec, "s", RUN, RUN).of_conclusion(), text=True, capture_output=True)
     assert (ended.returncode, ended.stdout) == (7, "megatron_demix.launch.slurm set\n")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.parametrize("setup", ["kill -USR1 $$", 'bash -c "kill -USR1 $$"'])
+def test_a_job_that_is_told_to_save_before_its_stage_begins_goes_back_into_the_queue(job, setup):
+    for ranks in (0, 16):
+        assert job(ranks, 9, "9", setup=setup) == (75, 1), "the stage is not started"
+    # A set-up that leaves no time for its stage is not run for ever.
+    assert [job(0, 0, setup=setup, restart=n) for n in range(11)] == [(75, 1)] * 10 + [(75, 0)]
+    assert job(0, 0, setup="kill -TERM $$") == (-15, 0), "SLURM decides what becomes of it"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
