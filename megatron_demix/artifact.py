@@ -250,9 +250,10 @@ def only_maker(target: Path) -> Iterator[None]:
 
 def remove_lock(target: Path) -> None:
     """Of a target that is published: the lock of a process that was killed once it had published it."""
-    if _lock_of(target).exists():
-        with only_maker(target):
-            pass
+    with suppress(OSError):  # it may be another user's
+        if _lock_of(target).exists():
+            with only_maker(target):
+                pass
 
 
 def _lock_of(target: Path) -> Path:

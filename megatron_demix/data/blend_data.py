@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_demix import native
-from megatron_demix.artifact import only_maker, read_json, remove_leftovers, sync_path, temporary_beside, write_json
+from megatron_demix.artifact import (
+    only_maker,
+    read_json,
+    remove_leftovers,
+    remove_lock,
+    sync_path,
+    temporary_beside,
+    write_json,
+)
 from megatron_demix.errors import CorruptInput
 from megatron_demix.indexed.format import HEADER_BYTES, bin_path, header
 from megatron_demix.indexed.reader import Index
@@ -136,7 +144,9 @@ def finish_view(plan: BlendPlan, work: Path, name: str, pool_id: str, cache: Pat
             _copy_pool(plan, target, advance)
         else:
             shared = cache / f"pool-{pool_id}.bin"
-            if not shared.is_file():
+            if shared.is_file():
+                remove_lock(shared)
+            else:
                 _make_shared(plan, shared, advance)
             if shared.stat().st_size != plan.pool.num_bytes:
                 seen = shared.stat().st_size

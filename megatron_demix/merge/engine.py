@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -180,8 +179,7 @@ def write_merge(
             remove_leftovers(parent)
     for m, target in enumerate(merge.targets):
         if m not in todo:
-            with suppress(OSError, StorageError):  # it may be another user's
-                remove_lock(target)
+            remove_lock(target)
     per_pass = check_means(merge, threads=threads, max_memory=max_memory)  # with what the leftovers took
     if todo:
         plan = job.plan  # while a disk reads no more than is asked of it

@@ -143,7 +143,11 @@ def test_zero_weight_is_dropped_and_said(pool, tmp_path):
 def test_views_share_a_pool(pool, tmp_path):
     other = Mixture({"code": 0.2, "prose": 0.5, "math": 0.3})
     build(pool, tmp_path / "a", pool_cache=tmp_path / "cache")
+    (shared,) = (tmp_path / "cache").iterdir()
+    lock = shared.with_name(f".{shared.name}.lock")
+    lock.touch()  # as of one that was killed once the pool was there
     build(pool, tmp_path / "b", mixture=other, pool_cache=tmp_path / "cache")
+    assert not lock.exists()
     (shared,) = (tmp_path / "cache").iterdir()
     assert shared.stat().st_nlink == 3
     build(pool, tmp_path / "c")
