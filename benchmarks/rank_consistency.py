@@ -64,8 +64,8 @@ becomes the default if there, too, its interval excludes 0; the law beside merge
 
 Equal cost: the default costs one model more than the components, the trained proxies above do not. Fixed before proxies of one
 model more were trained, an eighth, a quarter and half of the horizon long as before, for all three runs: the default is ahead
-of them in both groups of skills, with intervals that exclude 0, over all 18 bases. It was in bits, and in accuracy by an interval
-that just includes it (.027 [-.0005, .055]).
+of them in both groups of skills, with intervals that exclude 0, over all 18 bases. It was in bits, and in accuracy by an
+interval that just includes it (.027 [-.0005, .055]).
 
 One process, one thread, no torchrun: the models are megatron.core's GPTModel, built by the trainer's own code, and the merges
 run on the native core.

@@ -4,21 +4,6 @@ from __future__ import annotations
 
 import torch
 
-try:
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-except ImportError:  # before 0.18
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-
-    def _take(name: str) -> torch.Tensor | None:
-        noted = get_moe_layer_wise_logging_tracker().pop(name, None)
-        return None if noted is None else noted["values"]
-else:
-
-    def _take(name: str) -> torch.Tensor | None:
-        noted = get_moe_metrics_tracker().metrics.pop(name, None)
-        return None if noted is None else noted.values
-
-
 NAME = "load_balancing_loss"
 """Megatron's, in TensorBoard and in its log."""
 
@@ -30,3 +15,16 @@ def take_load_balancing(device: torch.device | int) -> torch.Tensor:
     if by_layer is None:  # no layer here has experts, or none has been trained
         return torch.zeros(1, dtype=torch.float64, device=device)
     return by_layer.sum(0, keepdim=True, dtype=torch.float64)
+
+
+def _take(name: str) -> torch.Tensor | None:
+    """[L] what is noted under this name, which is forgotten."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:  # before 0.18
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        noted = get_moe_layer_wise_logging_tracker().pop(name, None)
+        return None if noted is None else noted["values"]
+    metric = get_moe_metrics_tracker().metrics.pop(name, None)
+    return None if metric is None else metric.values

@@ -92,9 +92,11 @@ class Stepper:
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         first_sample = iteration * self._job.train.global_batch_size
-        sums = torch.cat([self._run(dataset, first_sample, forward_only=False), take_load_balancing(self._device)])
-        (total, num_tokens, balances), stopped = self._agree(sums, stop)
-        loss, balance = total / num_tokens, balances / self._num_balances if self._num_balances else None
+        sums = self._run(dataset, first_sample, forward_only=False)
+        if self._num_balances:
+            sums = torch.cat([sums, take_load_balancing(self._device)])
+        (total, num_tokens, *balances), stopped = self._agree(sums, stop)
+        loss, balance = total / num_tokens, balances[0] / self._num_balances if balances else None
         learning_rate = self._schedule.get_lr({})
         if not math.isfinite(loss):
             return StepResult(loss, math.nan, learning_rate, stopped, balance)
