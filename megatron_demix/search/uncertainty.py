@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from megatron_demix.errors import IncompatibleInputs
 from megatron_demix.search.objective import Objective
 from megatron_demix.search.optimise import Choice, best_candidates
+from megatron_demix.search.processes import results
 
 _BOOTSTRAPS_A_SPLIT = 5
 _TOP = 32
@@ -58,7 +61,7 @@ class OptimumDistribution:
 def optimum_distribution(goal: Objective, choice: Choice, *, num: int = 50, candidates: int = 20_000) -> OptimumDistribution:
     """Refit the surrogates on `num` bootstrap samples of the proxies (hyperparameters kept), and optimise each anew, the choice
     among the candidates; and on both halves of a fifth as many random splits. (Hyperparameters found anew on half of few
-    proxies often see noise alone, and no gain where there is one.)
+    proxies often see noise alone, and no gain where there is one.) In processes where that pays.
 
     All of its surrogates must know the same proxies, which are resampled together: IncompatibleInputs otherwise. Proxies that
     lack the same scores are resampled, and split, among themselves, so that a score that few have is not lost in a sample.
@@ -72,22 +75,38 @@ def optimum_distribution(goal: Objective, choice: Choice, *, num: int = 50, cand
     chosen_1D = np.array([[choice.weights[name] for name in space.domains]])
     rng = np.random.default_rng(goal.seed)
     alike = _alike(np.stack([np.isfinite(aimed[name].scores_M) for name in goal.weights], axis=1))
-    optima, regrets, gains = [], [], []
+    searches: list[Callable[[], tuple[np.ndarray, float]]] = []
     for b in range(num):
-        again = goal.refit(np.concatenate([rows[rng.integers(len(rows), size=len(rows))] for rows in alike]))
-        weights_MD, values_M = best_candidates(again, candidates, goal.seed + b, known_MD=chosen_1D)
-        best = np.argsort(values_M, kind="stable")[:_TOP]
-        optima.append(space.shares(weights_MD[best].mean(axis=0)))
-        regrets.append(max(again.means(space.shares(chosen_1D))[0] - values_M[best[0]], 0.0))
+        rows = np.concatenate([rows[rng.integers(len(rows), size=len(rows))] for rows in alike])
+        searches.append(partial(_optimum, goal, rows, chosen_1D, candidates, goal.seed + b))
+    splits: list[Callable[[], list[float]]] = []
     for split in range(max(1, num // _BOOTSTRAPS_A_SPLIT)):
         order = np.concatenate([rng.permutation(rows) for rows in alike])
-        halves = [goal.refit(order[start::2]) for start in (0, 1)]
-        for by, judge in (halves, halves[::-1]):
-            weights_MD, values_M = best_candidates(by, candidates, goal.seed + split)
-            best_1D = weights_MD[np.argsort(values_M, kind="stable")[:_TOP]].mean(axis=0, keepdims=True)
-            chosen, natural = judge.means(space.shares(np.concatenate([best_1D, space.centre_D[None]])))
-            gains.append(natural - chosen)
+        splits.append(partial(_judged_gains, goal, order, candidates, goal.seed + split))
+    optima, regrets = zip(*results(searches), strict=True)
+    gains = [gain for both in results(splits) for gain in both]
     return OptimumDistribution(space.domains, np.array(optima), np.array(regrets), np.array(gains))
+
+
+def _optimum(goal: Objective, rows: np.ndarray, chosen_1D: np.ndarray, candidates: int, seed: int) -> tuple[np.ndarray, float]:
+    """shares_D of the optimum by these proxies alone, and what the chosen merge weights lose against it."""
+    again, space = goal.refit(rows), goal.space
+    weights_MD, values_M = best_candidates(again, candidates, seed, known_MD=chosen_1D)
+    best = np.argsort(values_M, kind="stable")[:_TOP]
+    regret = max(again.means(space.shares(chosen_1D))[0] - values_M[best[0]], 0.0)
+    return space.shares(weights_MD[best].mean(axis=0)), float(regret)
+
+
+def _judged_gains(goal: Objective, order: np.ndarray, candidates: int, seed: int) -> list[float]:
+    """Of what is chosen on one half of the proxies, in this order, over the natural mixture, as the other half predicts it."""
+    space, halves = goal.space, [goal.refit(order[start::2]) for start in (0, 1)]
+    gains = []
+    for by, judge in (halves, halves[::-1]):
+        weights_MD, values_M = best_candidates(by, candidates, seed)
+        best_1D = weights_MD[np.argsort(values_M, kind="stable")[:_TOP]].mean(axis=0, keepdims=True)
+        chosen, natural = judge.means(space.shares(np.concatenate([best_1D, space.centre_D[None]])))
+        gains.append(float(natural - chosen))
+    return gains
 
 
 def _alike(measured_MS: np.ndarray) -> list[np.ndarray]:

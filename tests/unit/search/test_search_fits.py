@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from megatron_demix.errors import IncompatibleInputs
-from megatron_demix.search import fits
+from megatron_demix.search import fits, processes
 from megatron_demix.search.fits import fit_scores
 from megatron_demix.search.surrogate import fit_surrogate
 
@@ -15,10 +15,10 @@ SCORES["s3"][:4] = np.nan
 
 def test_numbers_do_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = dict(fit_scores(SHARES_MD, SCORES, seed=3))
-    monkeypatch.setattr(fits, "_PAYS", 0.0)
+    monkeypatch.setattr(processes, "_PAYS", 0.0)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
-    started, in_processes = [], fits._in_processes
-    monkeypatch.setattr(fits, "_in_processes", lambda *args: started.append(args) or in_processes(*args))
+    started, in_processes = [], processes._in_processes
+    monkeypatch.setattr(processes, "_in_processes", lambda *args: started.append(args) or in_processes(*args))
     shared = dict(fit_scores(SHARES_MD, SCORES, seed=3))
     assert len(started) == 1
     assert list(shared) == list(SCORES)
@@ -36,7 +36,7 @@ def test_each_is_fitted_as_if_alone_on_the_proxies_that_have_it() -> None:
 
 
 def test_a_score_that_cannot_be_fitted_is_refused_before_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fits, "_fit", lambda *_: pytest.fail("a fit was begun"))
+    monkeypatch.setattr(fits, "fit_surrogate", lambda *_, **__: pytest.fail("a fit was begun"))
     with pytest.raises(IncompatibleInputs, match="last: all 30 scores are 1: nothing to learn"):
         next(fit_scores(SHARES_MD, SCORES | {"last": np.ones(30)}))
 
@@ -49,13 +49,13 @@ def test_scores_that_are_not_of_these_mixtures_are_refused() -> None:
 
 
 def test_what_killed_processes_leave_is_fitted_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(shares_MD, kind, fit):
+    def killed(job):
         import os
         import signal
 
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(fits, "_PAYS", 0.0)
+    monkeypatch.setattr(processes, "_PAYS", 0.0)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
-    monkeypatch.setattr(fits, "_fit_apart", killed)
+    monkeypatch.setattr(processes, "_apart", killed)
     assert list(dict(fit_scores(SHARES_MD, SCORES, "ridge"))) == list(SCORES)

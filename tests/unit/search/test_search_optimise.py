@@ -1,11 +1,13 @@
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pytest
 from feasible_mixtures import feasible
 
 from megatron_demix.errors import IncompatibleInputs, MixtureError
 from megatron_demix.mixture import Mixture
+from megatron_demix.search import processes
 from megatron_demix.search.objective import Objective, _Ranks
 from megatron_demix.search.optimise import choose_mixture, pareto_front, propose
 from megatron_demix.search.sample import sample_mixtures
@@ -262,6 +264,26 @@ def test_noise_widens_the_optimum_and_the_regret(free) -> None:
     }
     with pytest.raises(IncompatibleInputs, match="different numbers of proxies"):
         optimum_distribution(Objective(space, mixed, {"code": 1, "math": 1}), choice)
+
+
+def test_how_sure_the_optimum_is_does_not_depend_on_processes(free, monkeypatch) -> None:
+    space, _ = free
+    shares_MD, rng = space.shares(sample_mixtures(space, 40, 1)), np.random.default_rng(0)
+    surrogates = {
+        name: fit_surrogate(shares_MD, values + 0.1 * rng.standard_normal(40), "power_law")
+        for name, values in losses(shares_MD).items()
+    }
+    goal = Objective(space, surrogates, OBJECTIVE)
+    choice = choose_mixture(goal, candidates=1000, top=16)
+    alone = optimum_distribution(goal, choice, num=20, candidates=1000)
+    monkeypatch.setattr(processes, "_PAYS", 0.0)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    started, in_processes = [], processes._in_processes
+    monkeypatch.setattr(processes, "_in_processes", lambda *args: started.append(args) or in_processes(*args))
+    shared = optimum_distribution(goal, choice, num=20, candidates=1000)
+    assert [len(jobs) for jobs, _ in started] == [18, 2]
+    for name in ("shares_BD", "regrets_B", "gains_H"):
+        np.testing.assert_array_equal(getattr(shared, name), getattr(alone, name))
 
 
 def test_what_noise_alone_seems_to_win_is_judged_by_proxies_that_did_not_choose(free) -> None:
