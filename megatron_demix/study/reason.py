@@ -20,6 +20,8 @@ _EXPECTED = {
 }
 _FORMS = {kind: f"expected a {form}" for form, kinds in _EXPECTED.items() for kind in kinds} | {
     "missing": "missing",
+    "extra_forbidden": "unknown key",
+    "invalid_key": "unknown key",
     "string_type": "expected text, in quotes where YAML takes it for something else",
     "bool_type": "expected true or false",
     "bool_parsing": "expected true or false",
@@ -28,7 +30,8 @@ _FORMS = {kind: f"expected a {form}" for form, kinds in _EXPECTED.items() for ki
     "too_long": "expected at most {max_length} entries, found {actual_length}",
 }
 """By pydantic's type of error. Those of other types are in its words."""
-_COUNTED = ("missing", "too_short", "too_long")
+_WHOLE = ("missing", "extra_forbidden", "invalid_key", "too_short", "too_long")
+"""Said without the value that was found."""
 
 
 def reason(error: ErrorDetails) -> str:
@@ -38,7 +41,7 @@ def reason(error: ErrorDetails) -> str:
         return message.removeprefix("Value error, ")
     limits = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
     said = _FORMS[kind].format(**limits) if kind in _FORMS else message
-    return said if kind in _COUNTED else f"{said}, found {_seen(error['input'])}"
+    return said if kind in _WHOLE else f"{said}, found {_seen(error['input'])}"
 
 
 def _seen(value: Any) -> str:

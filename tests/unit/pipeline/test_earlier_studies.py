@@ -385,7 +385,7 @@ def test_a_study_that_was_given_up_lends_the_rounds_that_it_has(folder):
         ("{study: v1.yaml, split: {maths: [code]}}", "split: v1 has no domain 'maths'; did you mean 'math'"),
         ("{study: v1.yaml, split: {code: [english]}}", "'code' is the same domain here as in v1; take it out"),
         ("{study: v1.yaml, split: {math: [sums]}}", "search.earlier: split of math: 'sums' is not one of code, english"),
-        ("{study: v1.yaml, split: {math: []}}", "at least 1 item"),
+        ("{study: v1.yaml, split: {math: []}}", "expected 1 or more entries"),
         ("{study: v1.yaml, round: 1}", "unknown key; did you mean 'rounds'"),
     ],
 )

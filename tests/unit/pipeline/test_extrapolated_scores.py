@@ -113,7 +113,7 @@ def test_demix_plan_says_what_it_does_to_noise(path, capsys):
     ("override", "message"),
     [
         ("search.extrapolate=[0.5, 0.25]", r"extrapolate: \[0\.5, 0\.25\] has to ascend"),
-        ("search.extrapolate=[1.0]", r"less than 1"),
+        ("search.extrapolate=[1.0]", r"a number below 1"),
         ("search.proxies=trained", r"extrapolate continues scores of merged proxies"),
         ("search.earlier=[{study: v1.yaml}]", r"extrapolate needs scores after parts of a run; of an earlier study"),
         ("component.average=[0.4, 0.6]", r"search\.extrapolate: the components are means of checkpoints"),

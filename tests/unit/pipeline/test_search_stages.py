@@ -264,8 +264,8 @@ def test_a_space_without_mixtures_names_the_setting(study_path):
         ("search={rounds: [8], objective: {code: 1}, stop: 0.1, bootstraps: 2}", "stop needs bootstraps of 10 or more"),
         ("search.bootstraps=1", "bootstraps: one search says nothing of how sure it is; set it to 0, or to 2 or more"),
         ("search.design=grid", "'dirichlet', 'sobol', 'lattice' or 'optimal'"),
-        ("search.max_kl=0", "greater than 0"),
-        ("domains.0.max_share=1.5", "less than or equal to 1"),
+        ("search.max_kl=0", "a number above 0, found 0"),
+        ("domains.0.max_share=1.5", "a number of at most 1, found 1.5"),
     ],
 )
 def test_unusable_settings_are_refused(study_path, override, message):
