@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from zlib import crc32
+from typing import TypeVar
 
 import numpy as np
 
 from megatron_demix.errors import CorruptInput
+from megatron_demix.native import crc32
+
+_Data = TypeVar("_Data", bytes, np.ndarray)
 
 _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64 = b"PK\3\4", b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _FULL32 = 0xFFFFFFFF
@@ -36,10 +39,10 @@ def check_archive(blob: np.ndarray, what: str) -> None:
     # One damaged byte cannot hide both that it begins and that it ends as an archive.
     if blob[:4].tobytes() == _LOCAL or blob[max(0, blob.nbytes - 22) :][:4].tobytes() == _END:
         for name, (data, crc) in read_archive(blob, what).items():
-            check_entry(data.tobytes(), crc, name, what)
+            check_entry(data, crc, name, what)
 
 
-def check_entry(data: bytes, crc: int | None, name: str, what: object) -> bytes:
+def check_entry(data: _Data, crc: int | None, name: str, what: object) -> _Data:
     """The data. Raises CorruptInput naming `what` if it does not have this CRC-32 (None: any)."""
     if crc is not None and crc32(data) != crc:
         raise CorruptInput(f"{what}: the bytes of {name} differ from their checksum. Copy or save the checkpoint again.")

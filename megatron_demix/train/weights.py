@@ -19,7 +19,7 @@ from megatron_demix.checkpoint.layers import known_as
 from megatron_demix.checkpoint.model_function import EMBEDDING, differing, model_function, model_sizes
 from megatron_demix.checkpoint.reader import Checkpoint
 from megatron_demix.checkpoint.run_config import saved_arguments
-from megatron_demix.errors import CorruptInput, IncompatibleInputs
+from megatron_demix.errors import CorruptInput, DemixError, IncompatibleInputs
 from megatron_demix.study.training import ModelSpec
 from megatron_demix.train.torch_dist import first_line, read
 
@@ -35,7 +35,8 @@ def load_weights(
     an embedding that was padded otherwise is accepted if it has that many rows. arguments: the model's
     (derived.model_arguments); where given, saved arguments that make another function of the weights are refused.
     Raises IncompatibleInputs naming the first tensor that does not fit, or every such argument, CorruptInput for metadata that
-    is damaged or unsafe, and for a file that is missing.
+    is damaged or unsafe, for a file that is missing, and for a tensor whose bytes differ from their checksum, at which torch
+    does not look.
     """
     stored = Checkpoint(folder)  # reads .metadata without running it, which megatron.core's reader would
     check_loadable(stored)
@@ -56,11 +57,35 @@ def load_weights(
         raise IncompatibleInputs(
             f"checkpoint {path} fits the model, which would make another function of its weights: it was saved with {unlike}."
         )
+    _check_bytes(stored)
     try:
         loaded = read({"model": wanted}, path)["model"]
     except (CheckpointException, CheckpointingException) as e:
         raise CorruptInput(f"checkpoint {path}: cannot be loaded: {first_line(e)}.") from e
     model.load_state_dict(loaded, strict=False)  # not strict for the extra states; all else has been compared
+
+
+def _check_bytes(stored: Checkpoint) -> None:
+    """Compare the model's tensors with their checksums, shared out among the ranks that load this checkpoint. Where one finds
+    something wrong all raise it."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    folders: list[Any] = [None] * num_ranks
+    torch.distributed.all_gather_object(folders, str(stored.location.path))
+    together = [r for r in range(num_ranks) if folders[r] == folders[rank]]
+    items = {(chunk.location, info.key) for info in stored.model_tensors.values() for chunk in info.chunks}
+    mine = sorted(items, key=lambda item: (item[0].file, item[0].position))[together.index(rank) :: len(together)]
+    error = None
+    try:
+        for location, key in mine:
+            stored.sound_blob(location, key)
+        stored.check_still_there()
+    except DemixError as e:
+        error = e
+    errors: list[Any] = [None] * num_ranks
+    torch.distributed.all_gather_object(errors, error)
+    for found in errors:
+        if found:
+            raise found
 
 
 def _unlike(arguments: Mapping[str, Any], stored: Checkpoint, about: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> str:

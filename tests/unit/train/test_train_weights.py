@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 from train_runs import FAMILIES
 
+from megatron_demix.checkpoint.reader import Checkpoint
+from megatron_demix.errors import CorruptInput
 from megatron_demix.merge.proxies import ProxyMerger
 from megatron_demix.train.compat import cpu_compat
 from megatron_demix.train.trainer import train
@@ -76,3 +79,17 @@ def test_the_norm_before_experts_may_have_the_name_it_has_with_transformer_engin
                 zero()
                 ProxyMerger({"a": job.work}, live).merge({"a": 1.0})
                 assert all(map(torch.equal, values(), expected))
+
+
+def test_a_flipped_bit_is_not_trained_from(tmp_path, make_train_job):
+    job = make_train_job(tmp_path, train_iters=1)
+    train(job)
+    stored = Checkpoint(job.work)
+    (chunk,) = stored.model_tensors["embedding.word_embeddings.weight"].chunks
+    shard = stored.location.path / chunk.location.file
+    data = bytearray(shard.read_bytes())
+    data[chunk.location.position + chunk.location.length // 2] ^= 1
+    shard.write_bytes(data)
+    said = r"__0_0\.distcp \('embedding\.word_embeddings\.weight'\): the bytes of .* differ from their checksum"
+    with pytest.raises(CorruptInput, match=said):
+        train(job.model_copy(update={"work": tmp_path / "next", "init_checkpoint": job.work}))
