@@ -113,8 +113,8 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if torch_dist.is_writing_failed(e):
                 raise StorageError(
-                    f"writing {target}: {first_line(e)}. Free space or choose another disk, then run again; nothing that was "
-                    "finished is lost."
+                    f"writing {target}: the disk takes no more ({first_line(e)}). Free space or choose another disk, then run "
+                    "again; nothing that was finished is lost."
                 ) from e
             raise
 
