@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_demix import __version__, commands
-from megatron_demix.command import exit_code
+from megatron_demix.exits import exit_code
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 
 # Each command that makes a study up to somewhere, and its help.

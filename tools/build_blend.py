@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 from megatron_demix.artifact import read_json
-from megatron_demix.command import exit_code
 from megatron_demix.data.blend import MODES, Pool, build_blend
 from megatron_demix.data.blend_report import blend_table
 from megatron_demix.data.curriculum import Stage, build_curriculum
 from megatron_demix.errors import ConfigError
+from megatron_demix.exits import exit_code
 from megatron_demix.mixture import Mixture
 from megatron_demix.units import parse_tokens
 

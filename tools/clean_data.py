@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_demix.command import check_at_least, exit_code
 from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.errors import ConfigError
+from megatron_demix.exits import check_at_least, exit_code
 from megatron_demix.study.choices import Heuristic
 from megatron_demix.units import Cut, parse_cut
 

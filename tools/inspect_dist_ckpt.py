@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_demix.checkpoint.summary import format_summary, summarize
-from megatron_demix.command import exit_code
+from megatron_demix.exits import exit_code
 
 
 def main() -> int:

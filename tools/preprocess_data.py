@@ -17,12 +17,12 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_demix.command import check_at_least, exit_code
 from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.data.prepare import preprocess
 from megatron_demix.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_demix.data.vocabularies import GPT2, find_file
 from megatron_demix.errors import ConfigError
+from megatron_demix.exits import check_at_least, exit_code
 from megatron_demix.study.data import TokenizerSpec
 
 # Megatron's names for what we call a tokenizer's type; its TikTokenizer reads a JSON of its own, not a .tiktoken file.

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_demix.command import check_at_least, check_outputs, exit_code
+from megatron_demix.exits import check_at_least, check_outputs, exit_code
 from megatron_demix.pipeline.consistency import add_arguments as add_consistency_arguments
 from megatron_demix.study.choices import Aim, Design, SurrogateKind
 

@@ -32,8 +32,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_demix.command import rank_exit_code
 from megatron_demix.errors import storage_errors
+from megatron_demix.exits import rank_exit_code
 from megatron_demix.locks import open_lock, take_lock
 from megatron_demix.process import die_with_parent
 

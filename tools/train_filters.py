@@ -8,9 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_demix.command import exit_code
 from megatron_demix.data.input_files import resolve_inputs
 from megatron_demix.errors import ConfigError
+from megatron_demix.exits import exit_code
 
 
 def main() -> int:

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_demix.command import exit_code
 from megatron_demix.data.verify import verify_blend
+from megatron_demix.exits import exit_code
 
 
 def main() -> int:

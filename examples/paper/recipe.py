@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from megatron_demix.artifact import json_text, write_new
-from megatron_demix.command import exit_code
+from megatron_demix.exits import exit_code
 
 CORPORA = Path(__file__).with_name("corpora.yaml")
 DEMIX_224 = {

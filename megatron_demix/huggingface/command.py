@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_demix.command import exit_code
+from megatron_demix.exits import exit_code
 from megatron_demix.units import parse_bytes
 
 

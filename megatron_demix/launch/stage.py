@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO
 
 from megatron_demix.artifact import remove_leftovers, write_atomic
-from megatron_demix.command import warn_in_lines
 from megatron_demix.errors import (
     ConfigError,
     CorruptInput,
@@ -39,6 +38,7 @@ from megatron_demix.errors import (
     VerificationFailed,
     limit_reached,
 )
+from megatron_demix.exits import warn_in_lines
 from megatron_demix.launch.attempts import Attempts, of_stage
 from megatron_demix.launch.started import Started
 from megatron_demix.locks import is_locked, look_at_lock, open_lock, take_lock

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_demix.command import exit_code
 from megatron_demix.errors import ConfigError
+from megatron_demix.exits import exit_code
 from megatron_demix.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:

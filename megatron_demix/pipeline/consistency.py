@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_demix.command import check_at_least, check_outputs
 from megatron_demix.errors import ConfigError, CorruptInput
+from megatron_demix.exits import check_at_least, check_outputs
 
 if TYPE_CHECKING:
     from megatron_demix.search.tables import Table

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_demix.artifact import read_json
-from megatron_demix.command import rank_exit_code
+from megatron_demix.exits import rank_exit_code
 from megatron_demix.locks import open_lock, take_lock
 from megatron_demix.process import die_with_parent
 

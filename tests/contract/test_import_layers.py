@@ -16,7 +16,7 @@ PACKAGE = "megatron_demix"
 
 # Lower rooms know nothing of higher ones.
 LAYERS = [
-    {"errors", "units", "mixture", "native", "progress", "process", "locks", "command", "terminal", "csv_table", "yaml_file"}
+    {"errors", "units", "mixture", "native", "progress", "process", "locks", "exits", "terminal", "csv_table", "yaml_file"}
     | {"settings", "__init__"},
     {"artifact", "study"},
     {"indexed", "checkpoint"},

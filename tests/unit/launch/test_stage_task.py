@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_demix.command import exit_code
 from megatron_demix.errors import Incomplete, MixtureError, StageFailed, StorageError
+from megatron_demix.exits import exit_code
 from megatron_demix.launch import stage as task
 from megatron_demix.launch.attempts import Attempts
 from megatron_demix.pipeline import worker

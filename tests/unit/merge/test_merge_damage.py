@@ -228,7 +228,7 @@ _FEW_FILES = """
 import resource, sys
 from pathlib import Path
 from megatron_demix.checkpoint import writer
-from megatron_demix.command import exit_code
+from megatron_demix.exits import exit_code
 from megatron_demix.merge.engine import merge_checkpoints
 
 soft, hard, file_bytes = map(int, sys.argv[1:4])

@@ -8,7 +8,7 @@ import pytest
 WARNS = """
 import warnings
 import megatron_demix
-from megatron_demix.command import exit_code
+from megatron_demix.exits import exit_code
 def run():
     warnings.warn_explicit("a share is off", UserWarning, megatron_demix.__file__, 7)
     warnings.warn_explicit("another's", UserWarning, "/elsewhere/module.py", 7)
@@ -19,7 +19,7 @@ raise SystemExit(exit_code(run))
 WARNS_AGAIN = """
 import warnings
 import megatron_demix
-from megatron_demix.command import exit_code
+from megatron_demix.exits import exit_code
 def run():
     for _ in range(2):
         warnings.warn_explicit("a share is off", UserWarning, megatron_demix.__file__, 7)
@@ -29,27 +29,13 @@ def run():
 exit_code(run)
 """
 
-RETIRED = """
-from megatron_demix.command import exit_code
-from megatron_demix.study.training import TrainSpec
-exit_code(lambda: TrainSpec.model_validate({"seq_length": 128, "global_batch_size": 8, "eval_interval": 10}) is None)
-"""
-
 
 def test_a_warning_of_a_script_that_was_called_by_a_relative_path_is_a_line(tmp_path):
     (tmp_path / "tool.py").write_text(
-        "import warnings\nfrom megatron_demix.command import exit_code\n"
-        "exit_code(lambda: warnings.warn('a share is off') or 0)\n"
+        "import warnings\nfrom megatron_demix.exits import exit_code\nexit_code(lambda: warnings.warn('a share is off') or 0)\n"
     )
     done = subprocess.run([sys.executable, "tool.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.stderr == "warning: a share is off\n"
-
-
-def test_a_setting_of_earlier_versions_is_warned_of_in_a_line():
-    done = subprocess.run([sys.executable, "-c", RETIRED], capture_output=True, text=True, timeout=60)
-    assert (
-        done.stderr == "warning: train.eval_interval has no effect: a study scores finished models (evaluate). Take it out.\n"
-    )
 
 
 def test_a_warning_is_said_once_though_something_has_caught_warnings_since():
@@ -81,7 +67,7 @@ torch = types.ModuleType("torch")
 torch.distributed = types.SimpleNamespace(is_initialized=lambda: {left})
 sys.modules["torch"] = torch
 os.environ["RANK"] = "3"
-from megatron_demix.command import rank_exit_code
+from megatron_demix.exits import rank_exit_code
 from megatron_demix.errors import StageFailed
 atexit.register(print, "destructors")
 def fail():
