@@ -98,7 +98,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("proxies")
     axes.set_ylabel("seconds, one thread")
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, ncols=3, loc="outside upper center")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
